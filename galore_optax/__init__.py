@@ -1,0 +1,18 @@
+"""GaLore for JAX as a composable Optax gradient transformation."""
+
+from galore_optax.diagnostics import describe, state_bytes
+from galore_optax.galore import GaLoreState, chain, galore
+from galore_optax.plan import Projection
+from galore_optax.sharding import state_shardings
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "GaLoreState",
+  "Projection",
+  "chain",
+  "describe",
+  "galore",
+  "state_bytes",
+  "state_shardings",
+]

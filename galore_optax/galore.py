@@ -1,0 +1,523 @@
+"""GaLore: an inner optimizer that runs in the gradients' dominant subspaces."""
+
+import dataclasses
+import functools
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax import decay, layout, plan, sharding
+from galore_optax import projector as projector_lib
+from galore_optax import refresh as refresh_lib
+
+PARAMS_MODES = ("split", "project")
+
+# What the paper and its code do, where our defaults differ.
+_PAPER = {"projector": "svd", "refresh": "synchronous", "moments": "keep"}
+_OURS = {
+  "projector": "subspace",
+  "refresh": "staggered",
+  "moments": "rotate",
+}
+
+
+class GaLoreState(NamedTuple):
+  """State of :func:`galore`.
+
+  Attributes:
+    step: Updates so far.
+    projector: Path of a projected leaf to side (`left`, `right`) to basis; a
+      leaf at full rank has no entry.
+    inner_state: The inner optimizer's state. In place of each tree in the
+      parameters' structure, such as Adam's `mu`, it holds the tree's
+      :class:`galore_optax.layout.Split`.
+  """
+
+  step: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32
+  projector: Any  # (..., m, r) or (..., n, r), dtype=basis_dtype
+  inner_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class _GaLore:
+  """The settings of one transformation, and its two functions."""
+
+  inner: optax.GradientTransformationExtraArgs
+  plan: plan.Plan
+  refresh: refresh_lib.Refresh
+  null_tolerance: Any
+  params_mode: str
+  basis_dtype: Any
+  state_dtype: Any
+  seed: Any
+
+  def init(self, params: optax.Params) -> GaLoreState:
+    """State for parameters: start bases, and the inner state at rank r."""
+    if layout.is_placeholder(params):
+      return GaLoreState(0, 0, layout.skeleton(self.inner, params))
+    leaves = plan.leaves_by_path(params)
+    sites = self.plan.sites(leaves)
+    bases = {
+      path: {side: self._start(site, side, leaves[path]) for side in site.sides}
+      for path, site in sites.items()
+    }
+    inner_state = self.inner.init(
+      plan.map_with_path(
+        lambda path, x: (
+          self._low_zeros(sites[path], x) if path in sites else self._cast(x)
+        ),
+        params,
+      )
+    )
+    if self.params_mode == "split":
+      self._check_separable(params, inner_state, sites)
+    return GaLoreState(
+      step=jnp.zeros([], jnp.int32),
+      projector=bases,
+      inner_state=layout.stow(self.inner, inner_state, sites),
+    )
+
+  def update(
+    self,
+    updates: optax.Updates,
+    state: GaLoreState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, GaLoreState]:
+    """Project, run the inner optimizer, lift."""
+    leaves = plan.leaves_by_path(updates)
+    _check_like(leaves, params)
+    sites = self.plan.bound(leaves, state.projector)
+    grads = {
+      path: site.view.as_matrix(leaves[path]) for path, site in sites.items()
+    }
+    bases, inner_state = refresh_lib.refresh(
+      self.refresh, sites, state.step, grads, state.projector, state.inner_state
+    )
+    inner_state = layout.unstow(self.inner, inner_state)
+    low = {path: self._project(grads[path], bases[path]) for path in sites}
+    owed = self._owed_to_params(sites, inner_state, params, extra_args)
+    inner_updates, inner_state = self.inner.update(
+      plan.map_with_path(
+        lambda path, g: low[path] if path in low else _finite(self._cast(g)),
+        updates,
+      ),
+      inner_state,
+      self._inner_params(sites, bases, params),
+      **extra_args,
+    )
+    new = plan.leaves_by_path(inner_updates)
+    new |= {
+      path: _lift(site, new[path], bases[path]) for path, site in sites.items()
+    }
+    new |= {path: new[path] + h for path, h in owed.items()}
+    return (
+      plan.map_with_path(lambda path, g: new[path].astype(g.dtype), updates),
+      GaLoreState(
+        step=optax.safe_increment(state.step),
+        projector=bases,
+        inner_state=layout.stow(self.inner, inner_state, sites),
+      ),
+    )
+
+  def _project(self, g: jax.Array, bases: projector_lib.Bases) -> jax.Array:
+    """R, without directions of noise, 0 where the gradient is not finite."""
+    low = _finite(projector_lib.project(g, bases))
+    low = projector_lib.drop_null(low, bases, self.null_tolerance)
+    return low.astype(self._dtype(g.dtype))
+
+  def _owed_to_params(
+    self,
+    sites: Mapping[str, plan.Site],
+    inner_state: Any,
+    params: optax.Params | None,
+    extra_args: Mapping[str, Any],
+  ) -> dict[str, jax.Array]:
+    """The part of the full-size update that depends on parameters alone."""
+    if params is None or not sites or self.params_mode == "project":
+      return {}
+    params = jax.tree.map(self._cast, params)
+    try:
+      return decay.of_params(self.inner, inner_state, params, sites, extra_args)
+    except decay.CoupledError as error:
+      raise ValueError(_COUPLED.format(error)) from error
+
+  def _inner_params(
+    self,
+    sites: Mapping[str, plan.Site],
+    bases: Mapping[str, projector_lib.Bases],
+    params: optax.Params | None,
+  ) -> optax.Params | None:
+    """The parameters as the inner optimizer sees them.
+
+    Of a projected leaf that is zero, since its part is added at full size, or
+    its projection where the inner optimizer was to see that.
+    """
+    if params is None:
+      return None
+
+    def see(path: str, x: jax.Array) -> jax.Array:
+      if path not in sites:
+        return self._cast(x)
+      if self.params_mode == "split":
+        return jnp.zeros(sites[path].low_shape, self._dtype(x.dtype))
+      low = projector_lib.project(sites[path].view.as_matrix(x), bases[path])
+      return low.astype(self._dtype(x.dtype))
+
+    return plan.map_with_path(see, params)
+
+  def _check_separable(
+    self, params: optax.Params, inner_state: Any, sites: Mapping[str, plan.Site]
+  ) -> None:
+    """Refuses an inner optimizer at `init` that `update` would refuse."""
+    abstract = lambda tree: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree
+    )
+    try:
+      jax.eval_shape(
+        lambda p, s: self._owed_to_params(sites, s, p, {}),
+        abstract(params),
+        abstract(inner_state),
+      )
+    except TypeError:
+      # Its update needs extra arguments: not known before the first one.
+      return
+
+  def _start(self, site: plan.Site, side: str, like: Any) -> jax.Array:
+    """The basis that a matrix has before its first refresh."""
+    key = jax.random.fold_in(
+      jax.random.key(self.seed), zlib.crc32(f"{site.path}/{side}".encode())
+    )
+    shape = site.basis_shape(side)
+    basis = _start_basis(key, shape, jnp.dtype(self.basis_dtype))
+    axis = -2 if side == "left" else -1
+    return sharding.place(
+      basis,
+      like,
+      lambda spec: (*(parts := site.view.spec(spec))[:-2], parts[axis], None),
+    )
+
+  def _low_zeros(self, site: plan.Site, like: Any) -> jax.Array:
+    """Zeros in the shape of the projected gradient."""
+    dtype = self._dtype(jnp.result_type(like))
+    return sharding.place(
+      jnp.zeros(site.low_shape, dtype),
+      like,
+      lambda spec: (
+        *(parts := site.view.spec(spec))[:-2],
+        None if "left" in site.sides else parts[-2],
+        None if "right" in site.sides else parts[-1],
+      ),
+    )
+
+  def _dtype(self, dtype: Any) -> Any:
+    """The dtype in which the inner optimizer sees a leaf."""
+    if self.state_dtype is not None:
+      return jnp.dtype(self.state_dtype)
+    return jnp.promote_types(dtype, jnp.float32)
+
+  def _cast(self, x: Any) -> Any:
+    dtype = self._dtype(jnp.result_type(x))
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return jnp.asarray(x, dtype)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+  """0 in place of what would stay in the moments for ever."""
+  return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _lift(
+  site: plan.Site, low: jax.Array, bases: projector_lib.Bases
+) -> jax.Array:
+  return site.view.from_matrix(projector_lib.lift(site.scale * low, bases))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _start_basis(
+  key: jax.Array, shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+  basis = projector_lib.start_basis(key, *shape[-2:])
+  return jnp.broadcast_to(basis, shape).astype(dtype)
+
+
+def _check_like(
+  leaves: Mapping[str, Any], params: optax.Params | None
+) -> None:
+  """Raises where gradients and parameters differ in structure or shape."""
+  if params is None:
+    return
+  shapes = {p: jnp.shape(x) for p, x in plan.leaves_by_path(params).items()}
+  found = {path: jnp.shape(x) for path, x in leaves.items()}
+  for path in {**shapes, **found}:
+    if found.get(path) != shapes.get(path):
+      say = lambda shape: "is missing" if shape is None else f"is {shape}"
+      raise ValueError(
+        f"The leaf {path!r} {say(shapes.get(path))} in `params` but "
+        f"{say(found.get(path))} in the gradients (`updates`). Both must have "
+        "the same leaves and shapes."
+      )
+
+
+_COUPLED = """\
+`inner` cannot run in a subspace as it is: {}, and that part of the update has \
+no exact low-rank form. Put what needs the weights behind GaLore, where it sees \
+full-size updates and keeps no state, for instance
+  optax.chain(
+    galore(optax.scale_by_adam(), rank=128),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale_by_trust_ratio(),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+or pass `params_mode="project"` to let `inner` see the projected weights."""
+
+
+class Marker(optax.GradientTransformationExtraArgs):
+  """What `galore` returns without an inner optimizer.
+
+  In :func:`galore_optax.chain` the transformations after it become the inner
+  optimizer. Called on an inner optimizer it wraps it. Used as it is, it is the
+  low-rank filter :math:`P P^\\top G`.
+  """
+
+  wrap: Callable[
+    [optax.GradientTransformation], optax.GradientTransformationExtraArgs
+  ]
+
+  def __call__(
+    self, inner: optax.GradientTransformation
+  ) -> optax.GradientTransformationExtraArgs:
+    """The same settings around an inner optimizer."""
+    return self.wrap(inner)
+
+
+def _marker(wrap: Callable) -> Marker:
+  plain = wrap(optax.identity())
+
+  def init(params):
+    if not layout.is_placeholder(params):
+      warnings.warn(
+        "galore() without an inner optimizer only filters gradients: the "
+        "moments of the optimizer after it are full-size and no memory is "
+        "saved; `galore_optax.chain(galore(...), optimizer)` or "
+        "`galore(optimizer, ...)` saves it.",
+        stacklevel=4,
+      )
+    return plain.init(params)
+
+  marker = Marker(init, plain.update)
+  marker.wrap = wrap
+  return marker
+
+
+def galore(
+  inner: optax.GradientTransformation | None = None,
+  *,
+  rank: Any = 128,
+  update_proj_gap: Any = 200,
+  scale: Any = 0.25,
+  proj_type: str = "std",
+  rules: plan.Rules = (),
+  projector: str = "subspace",
+  refresh: str = "staggered",
+  moments: str = "rotate",
+  iterations: Any = 2,
+  start_iterations: Any = 3,
+  null_tolerance: Any = 1e-6,
+  params_mode: str = "split",
+  basis_dtype: Any = "float32",
+  state_dtype: Any = None,
+  seed: Any = 0,
+  faithful: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  r"""GaLore: runs an optimizer in the gradients' dominant subspaces.
+
+  Each gradient matrix :math:`G_t \in \mathbb{R}^{m \times n}` is projected on
+  an orthonormal basis of rank r, the inner optimizer :math:`\rho` runs on the
+  small matrix, and its update is lifted back:
+
+  .. math::
+
+    R_t &= P_t^\top G_t \\
+    N_t &= \rho_t(R_t) \\
+    U_t &= \alpha P_t N_t
+
+  (written for the left side). Every T steps the basis is found anew from the
+  current gradient. The state holds one basis of rank r a matrix, and the inner
+  optimizer's moments at rank r instead of at full size.
+
+  Args:
+    inner: Any Optax optimizer. Weight decay in it acts on the full weights. If
+      None, what is returned marks its place in :func:`galore_optax.chain`.
+    rank: Rank r: a positive int, or a fraction in (0, 1] of each matrix's
+      shorter side (a float).
+    update_proj_gap: Steps T between two refreshes of a basis.
+    scale: The papers' α, a factor on the lifted updates. With Adam it acts as
+      a learning rate of the projected matrices alone.
+    proj_type: Which side is projected. `std`, the paper's rule: the shorter
+      one. `reverse_std`: the longer one, whose state is smaller. `left`: rows.
+      `right`: columns. `full`: both. `auto`: the one-sided projection with the
+      smallest state.
+    rules: Ordered pairs `(regex, Projection or None)`. The first whose regex
+      is found in a leaf's path (`re.search` in `layers/attn/q/kernel`) decides
+      how the leaf is projected; None leaves it at full rank. Leaves without a
+      rule are projected if they have two axes or more (the last two are the
+      matrix, the others stack matrices) and the projection makes the state
+      smaller, unless their path names an embedding, an output head, a norm, a
+      bias or a scale.
+    projector: How a basis is found. `subspace`: subspace iteration that starts
+      from the last basis. `svd`: exactly.
+    refresh: When. `staggered`: one matrix after the other, evenly over the gap.
+      `synchronous`: all matrices at the steps 0, T, 2T, ...
+    moments: What becomes of the moments at a refresh. `rotate`: they are
+      carried over into the new basis by :math:`C = P_{new}^\top P_{old}`,
+      :math:`\mu \leftarrow C \mu` and :math:`\nu \leftarrow (C \circ C) \nu`.
+      `keep`: left as they are, which is the paper's way. `reset`: zeros.
+    iterations: Subspace iterations of a refresh.
+    start_iterations: Subspace iterations of a matrix's first refresh.
+    null_tolerance: Directions in which the projected gradient is at most this
+      fraction of its largest one are zeroed: there it is rounding noise, which
+      Adam would scale up. 0 keeps all.
+    params_mode: What an `inner` that reads the parameters is given. `split`:
+      what it adds for the parameters alone, such as decoupled weight decay, is
+      computed at full size, exactly; an `inner` for which that is impossible
+      is refused. `project`: the projected weights :math:`P^\top W`.
+    basis_dtype: Dtype of the bases.
+    state_dtype: Dtype in which `inner` sees gradients and parameters, and so of
+      its moments. By default that of the parameters but at least float32,
+      because a bfloat16 second moment does not decay at b2 = 0.999.
+    seed: Seed of the bases before their first refresh.
+    faithful: The paper's algorithm exactly: `projector="svd"`,
+      `refresh="synchronous"`, `moments="keep"`, `null_tolerance=0`, and every
+      matrix is projected, also if that saves nothing.
+
+  Returns:
+    A gradient transformation. Gradients that are not finite count as zero.
+    `init` raises ValueError or TypeError for rules, leaves or an inner
+    optimizer that do not fit, and `update` for gradients that do not.
+
+  Raises:
+    ValueError: If an argument is out of its range.
+    TypeError: If an argument is of the wrong type.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from galore_optax import galore, state_bytes
+    >>> params = {"w": jnp.zeros((256, 1024)), "bias": jnp.zeros(1024)}
+    >>> tx = galore(optax.adamw(1e-2, weight_decay=0.1), rank=16)
+    >>> state = tx.init(params)
+    >>> grads = jax.tree.map(jnp.ones_like, params)
+    >>> updates, state = jax.jit(tx.update)(grads, state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> state_bytes(state) / state_bytes(optax.adamw(1e-2).init(params)) < 0.1
+    True
+
+  References:
+    Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
+    Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
+  """
+  chosen = {"projector": projector, "refresh": refresh, "moments": moments}
+  plan.check_choice("projector", projector, projector_lib.METHODS)
+  plan.check_choice("refresh", refresh, refresh_lib.POLICIES)
+  plan.check_choice("moments", moments, refresh_lib.MOMENTS)
+  plan.check_choice("params_mode", params_mode, PARAMS_MODES)
+  plan.check_positive("iterations", iterations)
+  plan.check_positive("start_iterations", start_iterations)
+  if faithful:
+    _check_faithful(chosen)
+    chosen, null_tolerance = _PAPER, 0.0
+  defaults = plan.Projection(
+    rank=plan.required("rank", rank),
+    update_proj_gap=plan.required("update_proj_gap", update_proj_gap),
+    scale=plan.required("scale", scale),
+    proj_type=plan.required("proj_type", proj_type),
+  )
+  how = refresh_lib.Refresh(
+    policy=chosen["refresh"],
+    method=chosen["projector"],
+    moments=chosen["moments"],
+    iterations=iterations,
+    start_iterations=start_iterations,
+  )
+
+  def wrap(
+    inner: optax.GradientTransformation,
+  ) -> optax.GradientTransformationExtraArgs:
+    if not isinstance(inner, optax.GradientTransformation):
+      raise TypeError(
+        "`inner` must be an Optax gradient transformation, got "
+        f"{inner!r}. Ranks go by name: `galore(rank=128)`."
+      )
+    settings = _GaLore(
+      inner=optax.with_extra_args_support(inner),
+      plan=plan.Plan(plan.check_rules(rules), defaults, always=faithful),
+      refresh=how,
+      null_tolerance=null_tolerance,
+      params_mode=params_mode,
+      basis_dtype=basis_dtype,
+      state_dtype=state_dtype,
+      seed=seed,
+    )
+    return optax.GradientTransformationExtraArgs(
+      settings.init, sharding.with_auto_axes(settings.update)
+    )
+
+  return _marker(wrap) if inner is None else wrap(inner)
+
+
+def _check_faithful(chosen: Mapping[str, str]) -> None:
+  for name, value in chosen.items():
+    if value not in (_OURS[name], _PAPER[name]):
+      raise ValueError(
+        f"`faithful=True` means {name}={_PAPER[name]!r}, got {value!r}. Leave "
+        "one of the two out."
+      )
+
+
+def chain(
+  *transforms: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  r"""`optax.chain`, in which `galore(...)` reaches what comes after it.
+
+  The transformations after the marker become its inner optimizer and keep
+  their state at low rank. Without a marker this is `optax.chain`.
+
+  Args:
+    *transforms: Gradient transformations, at most one of them a
+      :func:`galore_optax.galore` without an inner optimizer.
+
+  Returns:
+    The chained transformation.
+
+  Raises:
+    ValueError: If there is more than one marker.
+
+  Example:
+    >>> import optax
+    >>> from galore_optax import chain, galore
+    >>> tx = chain(
+    ...   optax.clip_by_global_norm(1.0),
+    ...   galore(rank=128),
+    ...   optax.adamw(1e-3, weight_decay=0.1),
+    ... )
+    >>> params = {"w": jnp.zeros((512, 1376))}
+    >>> optax.tree.get(tx.init(params), "mu").low["w"].shape
+    (128, 1376)
+  """
+  places = [i for i, tx in enumerate(transforms) if isinstance(tx, Marker)]
+  if not places:
+    return optax.chain(*transforms)
+  if len(places) > 1:
+    raise ValueError(
+      "`chain` takes one `galore(...)` without an inner optimizer, got "
+      f"{len(places)}, at the positions {places}."
+    )
+  before, after = transforms[: places[0]], transforms[places[0] + 1 :]
+  inner = after[0] if len(after) == 1 else optax.chain(*after)
+  return optax.chain(*before, transforms[places[0]].wrap(inner))

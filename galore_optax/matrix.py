@@ -1,0 +1,171 @@
+"""A leaf seen as a stack of matrices: the one place that transposes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+
+Axes = int | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+  r"""How an array of any shape is read as a stack of matrices.
+
+  The axes of the array are divided into batch, row and column axes. Rows and
+  columns are flattened, batch axes stay as they are:
+  :math:`x \mapsto X \in \mathbb{R}^{b_1 \times \dots \times m \times n}`.
+
+  Attributes:
+    shape: Shape of the array.
+    batch: Axes that count matrices, in the array's order.
+    rows: Axes whose product is the number of rows m, in the order they vary.
+    cols: Axes whose product is the number of columns n.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> view = MatrixView((4, 8, 2, 3), batch=(0,), rows=(1,), cols=(2, 3))
+    >>> view.matrix_shape
+    (4, 8, 6)
+    >>> view.from_matrix(view.as_matrix(jnp.ones((4, 8, 2, 3)))).shape
+    (4, 8, 2, 3)
+  """
+
+  shape: tuple[int, ...]
+  batch: tuple[int, ...]
+  rows: tuple[int, ...]
+  cols: tuple[int, ...]
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    """Sizes of the batch axes."""
+    return tuple(self.shape[axis] for axis in self.batch)
+
+  @property
+  def m(self) -> int:
+    """Number of rows."""
+    return math.prod(self.shape[axis] for axis in self.rows)
+
+  @property
+  def n(self) -> int:
+    """Number of columns."""
+    return math.prod(self.shape[axis] for axis in self.cols)
+
+  @property
+  def count(self) -> int:
+    """Number of matrices."""
+    return math.prod(self.stack)
+
+  @property
+  def matrix_shape(self) -> tuple[int, ...]:
+    """Shape of the stack, (..., m, n)."""
+    return (*self.stack, self.m, self.n)
+
+  @property
+  def _order(self) -> tuple[int, ...]:
+    return (*self.batch, *self.rows, *self.cols)
+
+  def as_matrix(self, x: jax.Array) -> jax.Array:
+    """Reads `x` as a stack of matrices.
+
+    Args:
+      x: Array of shape `self.shape`.
+
+    Returns:
+      The same entries, of shape (..., m, n).
+    """
+    if self._order != tuple(range(len(self.shape))):
+      x = x.transpose(self._order)
+    return x if x.shape == self.matrix_shape else x.reshape(self.matrix_shape)
+
+  def from_matrix(self, x: jax.Array) -> jax.Array:
+    """Undoes :meth:`as_matrix`.
+
+    Args:
+      x: Array of shape (..., m, n).
+
+    Returns:
+      The same entries, of shape `self.shape`.
+    """
+    ordered = tuple(self.shape[axis] for axis in self._order)
+    x = x if x.shape == ordered else x.reshape(ordered)
+    if self._order == tuple(range(len(self.shape))):
+      return x
+    return x.transpose(sorted(range(x.ndim), key=self._order.__getitem__))
+
+  def spec(self, spec: Sequence) -> tuple:
+    """Partition of the matrix that follows from the array's partition.
+
+    A flattened side keeps the mesh axes of its first array axis, which is the
+    only part of its partition that survives the flattening.
+
+    Args:
+      spec: One entry an array axis, as in `jax.sharding.PartitionSpec`.
+
+    Returns:
+      One entry a batch axis, then the rows' and the columns' entry.
+    """
+    spec = (*spec, *(None,) * (len(self.shape) - len(spec)))
+    first = lambda axes: spec[axes[0]] if axes else None
+    batch = tuple(spec[axis] for axis in self.batch)
+    return (*batch, first(self.rows), first(self.cols))
+
+
+def matrix_view(
+  shape: Sequence[int], rows: Axes | None = None, cols: Axes | None = None
+) -> MatrixView | None:
+  """Reads an array of a shape as a stack of matrices.
+
+  Args:
+    shape: Shape of the array.
+    rows: Axis or axes that are flattened to rows; by default the last but one.
+    cols: Axis or axes that are flattened to columns; by default the last one.
+      The axes that are neither rows nor columns count matrices.
+
+  Returns:
+    The view, or None if the array has fewer than two axes.
+
+  Raises:
+    ValueError: If an axis does not exist or is named twice.
+
+  Example:
+    A DenseGeneral kernel (embed, heads, head_dim) as one embed x (heads ·
+    head_dim) matrix:
+
+    >>> matrix_view((64, 4, 16), rows=0, cols=(1, 2)).matrix_shape
+    (64, 64)
+  """
+  shape = tuple(shape)
+  if len(shape) < 2:
+    return None
+  row_axes = _axes(shape, rows, -2, "rows")
+  col_axes = _axes(shape, cols, -1, "cols")
+  if len({*row_axes, *col_axes}) != len(row_axes) + len(col_axes):
+    raise ValueError(
+      f"`rows` and `cols` must name different axes, got rows={rows} and "
+      f"cols={cols} for an array of shape {shape}. Give both when one of them "
+      "is not the default (rows=-2, cols=-1)."
+    )
+  batch = tuple(
+    axis for axis in range(len(shape)) if axis not in (*row_axes, *col_axes)
+  )
+  return MatrixView(shape, batch, row_axes, col_axes)
+
+
+def _axes(
+  shape: tuple[int, ...], axes: Axes | None, default: int, name: str
+) -> tuple[int, ...]:
+  """Non-negative axes."""
+  axes = default if axes is None else axes
+  axes = (axes,) if isinstance(axes, int) else tuple(axes)
+  ndim = len(shape)
+  for axis in axes:
+    if not isinstance(axis, int) or not -ndim <= axis < ndim:
+      raise ValueError(
+        f"`{name}` must be axes between {-ndim} and {ndim - 1}, got {axis!r} "
+        f"for an array of shape {shape}."
+      )
+  if not axes:
+    raise ValueError(f"`{name}` must name at least one axis, got {axes!r}.")
+  return tuple(axis % ndim for axis in axes)

@@ -1,0 +1,474 @@
+"""Which leaf is projected and how: ordered rules to one static site a leaf."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from galore_optax import matrix
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "auto")
+
+# Leaves that the papers leave at full rank, recognised by their paths:
+# embeddings, output heads, norms, and the vectors that stacking layers turns
+# into two-dimensional arrays.
+_FULL_RANK_PATHS = re.compile(
+  r"(^|/)[^/]*(embed|norm)[^/]*(/|$)"
+  r"|(^|/)(wte|wpe|ln|ln_?\w{1,3}|lm_head|unembed\w*)(/|$)"
+  r"|(^|/)(head|output|logits|classifier|score)(/(kernel|weight|w))?$"
+  r"|(^|/)(bias|scale)$",
+  re.IGNORECASE,
+)
+
+# A leaf of a tree that is a bare array has no path of its own.
+_ROOT = "param"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+  """How the leaves that a rule matches are projected.
+
+  What is None is taken from the arguments of :func:`galore_optax.galore`.
+
+  Attributes:
+    rank: Number of directions that are kept (an int), or the fraction of the
+      shorter side (a float in (0, 1]).
+    update_proj_gap: Steps between two refreshes of a basis.
+    scale: Factor on the lifted update, the papers' α.
+    proj_type: Which side is projected, one of `std`, `reverse_std`, `left`,
+      `right`, `full`, `auto`; see :func:`galore_optax.galore`.
+    rows: Axis or axes of the leaf that are a matrix's rows (default -2).
+    cols: Axis or axes that are its columns (default -1). The axes left over
+      count matrices, each with a basis of its own.
+
+  Example:
+    A rank-64 projection of a kernel (embed, heads, head_dim), read as one
+    embed x (heads · head_dim) matrix:
+
+    >>> Projection(rank=64, rows=0, cols=(1, 2)).rank
+    64
+  """
+
+  rank: Any = None
+  update_proj_gap: Any = None
+  scale: Any = None
+  proj_type: str | None = None
+  rows: matrix.Axes | None = None
+  cols: matrix.Axes | None = None
+
+  def __post_init__(self):
+    """Refuses values that no leaf could use."""
+    check_rank(self.rank)
+    check_positive("update_proj_gap", self.update_proj_gap)
+    check_number("scale", self.scale)
+    check_choice("proj_type", self.proj_type, PROJ_TYPES)
+
+  def filled(self, defaults: "Projection") -> "Projection":
+    """This projection, with what it leaves open taken from `defaults`."""
+    given = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if getattr(self, field.name) is not None
+    }
+    return dataclasses.replace(defaults, **given)
+
+
+Rules = Sequence[tuple[str, Projection | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """One projected leaf: what is static about it, and its gap and scale.
+
+  Attributes:
+    path: The leaf's path, such as `layers/attn/q/kernel`.
+    view: How the leaf is read as matrices (..., m, n).
+    sides: The sides with a basis, of `left` (m, r) and `right` (n, r).
+    rank: Number of directions r.
+    gap: Steps between two refreshes, possibly traced.
+    scale: Factor on the lifted update, possibly traced.
+  """
+
+  path: str
+  view: matrix.MatrixView
+  sides: tuple[str, ...]
+  rank: int
+  gap: Any
+  scale: Any
+
+  def basis_shape(self, side: str) -> tuple[int, ...]:
+    """Shape of a side's basis, (..., m, r) or (..., n, r)."""
+    size = self.view.m if side == "left" else self.view.n
+    return (*self.view.stack, size, self.rank)
+
+  @property
+  def low_shape(self) -> tuple[int, ...]:
+    """Shape of the projected gradient R."""
+    m = self.rank if "left" in self.sides else self.view.m
+    n = self.rank if "right" in self.sides else self.view.n
+    return (*self.view.stack, m, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Ordered rules, and what holds for the leaves that none of them matches.
+
+  Attributes:
+    rules: `(regex, Projection or None)`, searched in a leaf's path; the first
+      that matches decides, None leaves the leaf at full rank.
+    defaults: The projection of the leaves without a rule of their own.
+    always: Whether also matrices are projected whose state would not shrink.
+  """
+
+  rules: tuple[tuple[str, Projection | None], ...]
+  defaults: Projection
+  always: bool = False
+
+  def sites(self, leaves: Mapping[str, Any]) -> dict[str, Site]:
+    """The projected leaves of a parameter tree.
+
+    Args:
+      leaves: Path to leaf, see :func:`leaves_by_path`.
+
+    Returns:
+      Path to site, in the order of the leaves.
+
+    Raises:
+      ValueError: If a rule matches no leaf or does not fit the leaf it matches.
+      TypeError: If a leaf is neither real nor complex floating point, or a rule
+        asks for the projection of a complex one.
+    """
+    self._check_rules(leaves)
+    sites = {path: self._site(path, leaf) for path, leaf in leaves.items()}
+    return {path: site for path, site in sites.items() if site is not None}
+
+  def bound(
+    self, leaves: Mapping[str, Any], projector: Mapping[str, Mapping]
+  ) -> dict[str, Site]:
+    """The sites that a state was initialised with.
+
+    Ranks and sides are read off the bases, so that the numbers given to
+    `galore` may by now be traced values.
+
+    Args:
+      leaves: Path to gradient.
+      projector: Path to side to basis, from the state.
+
+    Returns:
+      Path to site, in the order of the projector.
+
+    Raises:
+      ValueError: If the gradients are not those of the initialised parameters.
+    """
+    missing = [path for path in projector if path not in leaves]
+    if missing:
+      raise ValueError(
+        f"The state projects the leaf {missing[0]!r}, which the gradients do "
+        f"not have; they have {_some(leaves)}. Pass gradients of the "
+        "parameters that `init` was called with."
+      )
+    return {
+      path: self._bound_site(path, leaves[path], bases)
+      for path, bases in projector.items()
+    }
+
+  def _bound_site(self, path: str, leaf: Any, bases: Mapping) -> Site:
+    _, how = self._rule(path)
+    shape = np.shape(leaf)
+    view = matrix.matrix_view(shape, how.rows, how.cols) if how else None
+    sides = tuple(bases)
+    rank = bases[sides[0]].shape[-1]
+    if how is not None and view is not None:
+      site = Site(path, view, sides, rank, how.update_proj_gap, how.scale)
+      found = {side: bases[side].shape for side in sides}
+      if found == {side: site.basis_shape(side) for side in sides}:
+        return site
+    raise ValueError(
+      f"The gradient of the leaf {path!r} has shape {shape}, which does not "
+      f"fit the state's basis of shape {bases[sides[0]].shape}. Pass gradients "
+      "of the parameters that `init` was called with, to the same optimizer."
+    )
+
+  def _check_rules(self, leaves: Mapping[str, Any]) -> None:
+    for pattern, _ in self.rules:
+      if not any(re.search(pattern, path) for path in leaves):
+        near = difflib.get_close_matches(pattern, list(leaves), n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+          f"The rule {pattern!r} in `rules` matches no leaf.{hint} The leaves "
+          f"are {_some(leaves)}; a pattern is searched in the path (re.search)."
+        )
+
+  def _rule(self, path: str) -> tuple[bool, Projection | None]:
+    """Whether a rule of the user's decided, and what was decided."""
+    for pattern, how in self.rules:
+      if re.search(pattern, path):
+        return True, None if how is None else how.filled(self.defaults)
+    return False, None if _FULL_RANK_PATHS.search(path) else self.defaults
+
+  def _site(self, path: str, leaf: Any) -> Site | None:
+    explicit, how = self._rule(path)
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise TypeError(
+        f"The leaf {path!r} is {dtype}; only floating-point leaves have "
+        "gradients. Take it out of the parameters, or wrap the optimizer in "
+        "`optax.masked`."
+      )
+    if how is None:
+      return None
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+      if not explicit:
+        return None
+      raise TypeError(
+        f"The leaf {path!r} is {dtype}; projection is for real leaves. Give it "
+        "the rule None, and it is optimised at full rank."
+      )
+    return self._fit(path, np.shape(leaf), how, explicit)
+
+  def _fit(
+    self, path: str, shape: tuple[int, ...], how: Projection, explicit: bool
+  ) -> Site | None:
+    try:
+      view = matrix.matrix_view(shape, how.rows, how.cols)
+      if view is None or 0 in shape:
+        if explicit and view is None:
+          raise ValueError(f"`rules` project a leaf of shape {shape}")
+        return None
+      rank = resolve_rank(how.rank, view.m, view.n)
+    except ValueError as error:
+      raise ValueError(f"At the leaf {path!r}: {error}") from error
+    sides = choose_sides(how.proj_type or "std", view.m, view.n, rank)
+    site = Site(path, view, sides, rank, how.update_proj_gap, how.scale)
+    saves = state_elements(view.m, view.n, rank, sides) < 2 * view.m * view.n
+    return site if saves or explicit or self.always else None
+
+
+def choose_sides(
+  proj_type: str, m: int, n: int, rank: int
+) -> tuple[str, ...]:
+  """The sides of an m x n matrix that get a basis.
+
+  Args:
+    proj_type: See :func:`galore_optax.galore`.
+    m: Number of rows.
+    n: Number of columns.
+    rank: Number of directions.
+
+  Returns:
+    `("left",)`, `("right",)` or both.
+
+  Example:
+    >>> choose_sides("std", 512, 1376, 128)
+    ('left',)
+    >>> choose_sides("auto", 512, 1376, 128)
+    ('right',)
+  """
+  short = "left" if m <= n else "right"
+  long = "left" if m >= n else "right"
+  least = min(
+    (short, long), key=lambda side: state_elements(m, n, rank, (side,))
+  )
+  return {
+    "std": (short,),
+    "reverse_std": (long,),
+    "left": ("left",),
+    "right": ("right",),
+    "full": ("left", "right"),
+    "auto": (least,),
+  }[proj_type]
+
+
+def state_elements(m: int, n: int, rank: int, sides: tuple[str, ...]) -> int:
+  """Elements of an m x n matrix's bases and two moments.
+
+  With short side s and long side l that is s·r + 2·l·r for `std`, l·r + 2·s·r
+  for `reverse_std` and (s + l)·r + 2·r² for `full`, against 2·s·l for Adam.
+
+  Args:
+    m: Number of rows.
+    n: Number of columns.
+    rank: Number of directions.
+    sides: The sides with a basis.
+
+  Returns:
+    Number of elements.
+
+  Example:
+    >>> state_elements(512, 1376, 128, ("left",))
+    417792
+  """
+  bases = rank * ((m if "left" in sides else 0) + (n if "right" in sides else 0))
+  rows = rank if "left" in sides else m
+  cols = rank if "right" in sides else n
+  return bases + 2 * rows * cols
+
+
+def resolve_rank(rank: Any, m: int, n: int) -> int:
+  """The rank for an m x n matrix.
+
+  Args:
+    rank: A positive integer, or a fraction of the shorter side in (0, 1].
+    m: Number of rows.
+    n: Number of columns.
+
+  Returns:
+    A rank between 1 and min(m, n).
+
+  Raises:
+    ValueError: If the rank is traced.
+
+  Example:
+    >>> resolve_rank(0.25, 512, 1376), resolve_rank(1024, 512, 1376)
+    (128, 512)
+  """
+  if isinstance(rank, jax.core.Tracer):
+    raise ValueError(
+      "`rank` decides the shapes of the state and cannot be traced, got "
+      f"{rank}. Call `init` outside of `jax.jit`, or pass rank as a static "
+      "argument to `optax.inject_hyperparams`."
+    )
+  short = min(m, n)
+  if jnp.issubdtype(jnp.result_type(rank), jnp.floating):
+    return max(1, round(float(rank) * short))
+  return min(int(rank), short)
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+  """The leaves of a pytree by their paths.
+
+  Keys of dicts, attributes and positions are joined by '/'. The box in which
+  Flax keeps an array (`nnx.Variable`, `nn.Partitioned`) adds nothing.
+
+  Args:
+    tree: Any pytree.
+
+  Returns:
+    Path to leaf, in the tree's order.
+
+  Example:
+    >>> leaves_by_path({"attn": {"q": 1.0, "k": 2.0}, "mlp": [3.0]})
+    {'attn/k': 2.0, 'attn/q': 1.0, 'mlp/0': 3.0}
+  """
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return dict(zip(paths([keys for keys, _ in flat]), (x for _, x in flat)))
+
+
+def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
+  """Maps a function of path and leaf over a tree, see `leaves_by_path`."""
+  flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  names = paths([keys for keys, _ in flat])
+  return treedef.unflatten([f(p, x) for p, (_, x) in zip(names, flat)])
+
+
+def paths(key_paths: Sequence[tuple]) -> list[str]:
+  """One distinct path a leaf, see :func:`leaves_by_path`."""
+  unboxed = [_join(keys, unbox=True) for keys in key_paths]
+  if len(set(unboxed)) == len(unboxed):
+    return unboxed
+  return [_join(keys, unbox=False) for keys in key_paths]
+
+
+def _join(keys: tuple, unbox: bool) -> str:
+  boxed = keys and keys[-1] == jax.tree_util.GetAttrKey("value")
+  keys = keys[:-1] if unbox and boxed else keys
+  return "/".join(_name(key) for key in keys) or _ROOT
+
+
+def _name(key: Any) -> str:
+  for attribute in ("key", "name", "idx"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
+
+
+def _some(leaves: Mapping[str, Any], limit: int = 8) -> str:
+  names = [repr(path) for path in leaves]
+  more = f" and {len(names) - limit} more" if len(names) > limit else ""
+  return (", ".join(names[:limit]) + more) or "none"
+
+
+def check_rank(rank: Any) -> None:
+  """Raises unless a rank is None, traced, a positive int or a fraction."""
+  if rank is None or isinstance(rank, jax.core.Tracer):
+    return
+  kinds = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
+  if isinstance(rank, bool) or not isinstance(rank, kinds) or np.ndim(rank):
+    raise TypeError(
+      "`rank` must be a positive int or a fraction of the shorter side in "
+      f"(0, 1], got {rank!r}."
+    )
+  integer = jnp.issubdtype(jnp.result_type(rank), jnp.integer)
+  if not rank > 0 or not (integer or rank <= 1):
+    raise ValueError(
+      "`rank` must be positive, and at most 1.0 if it is a fraction of the "
+      f"shorter side (a float), got {rank!r}."
+    )
+
+
+def check_rules(rules: Any) -> tuple[tuple[str, Projection | None], ...]:
+  """The rules as a tuple; raises unless they are `(regex, Projection)` pairs."""
+  usage = 'such as [("attn", Projection(rank=64)), ("mlp", None)]'
+  if isinstance(rules, str | Mapping):
+    raise TypeError(f"`rules` must be pairs {usage}, got {rules!r}.")
+  for rule in rules:
+    pair = isinstance(rule, tuple | list) and len(rule) == 2
+    if not pair or not isinstance(rule[0], str):
+      raise TypeError(f"`rules` must be pairs {usage}, got {rule!r}.")
+    if not (rule[1] is None or isinstance(rule[1], Projection)):
+      raise TypeError(
+        f"The rule {rule[0]!r} in `rules` must give a Projection or None, got "
+        f"{rule[1]!r}."
+      )
+    try:
+      re.compile(rule[0])
+    except re.error as error:
+      raise ValueError(
+        f"The rule {rule[0]!r} in `rules` is not a regular expression: {error}."
+      ) from error
+  return tuple((pattern, how) for pattern, how in rules)
+
+
+def required(name: str, value: Any) -> Any:
+  """A value that must not be None."""
+  if value is None:
+    raise TypeError(f"`{name}` must be given, got None.")
+  return value
+
+
+def check_positive(name: str, value: Any) -> None:
+  """Raises unless a value is None, traced or a positive number."""
+  if value is None or isinstance(value, jax.core.Tracer):
+    return
+  check_number(name, value)
+  if not value > 0:
+    raise ValueError(f"`{name}` must be positive, got {value!r}.")
+
+
+def check_number(name: str, value: Any) -> None:
+  """Raises unless a value is None, traced or a number."""
+  if value is None or isinstance(value, jax.core.Tracer):
+    return
+  kinds = (int, float, np.number, np.ndarray, jax.Array)
+  if isinstance(value, bool) or not isinstance(value, kinds) or np.ndim(value):
+    raise TypeError(
+      f"`{name}` must be a number, got {value!r}. Schedules go through "
+      "`optax.inject_hyperparams`."
+    )
+
+
+def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
+  """Raises unless a value is None or one of the choices."""
+  if value is None or value in choices:
+    return
+  near = difflib.get_close_matches(str(value), choices, n=1)
+  hint = f" Did you mean {near[0]!r}?" if near else ""
+  raise ValueError(
+    f"`{name}` must be one of {', '.join(map(repr, choices))}, got "
+    f"{value!r}.{hint}"
+  )

@@ -1,0 +1,253 @@
+"""Bases and projections: pure functions on one matrix or a stack of them.
+
+A basis has orthonormal columns: `left`, P of shape (..., m, r), spans columns
+of the gradient G; `right`, Q of shape (..., n, r), spans rows. A one-sided site
+has one of them, a two-sided site both.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+Bases = Mapping[str, jax.Array]
+
+METHODS = ("subspace", "svd")
+
+# Passes of CholeskyQR, and their shifts relative to the trace: two shifted
+# passes bring any condition number up to 1e6 down to where the third is exact.
+_SHIFTS = (1e-6, 1e-7, 0.0)
+
+# Shift of the Gram operator. It keeps the eigenvectors, gives every Y full
+# rank whatever the gradient is, and bounds the condition number of Y by 1e6.
+_GRAM_SHIFT = 1e-6
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def project(g: jax.Array, bases: Bases) -> jax.Array:
+  r"""Projects gradients on their bases, :math:`R = P^\top G Q`.
+
+  Args:
+    g: Gradients (..., m, n).
+    bases: `left` (..., m, r), `right` (..., n, r), or both.
+
+  Returns:
+    Projected gradients: (..., r, n), (..., m, r) or (..., r, r).
+
+  Example:
+    >>> bases = {"left": jnp.eye(4)[:, :2]}
+    >>> project(jnp.ones((4, 3)), bases).shape
+    (2, 3)
+  """
+  if "left" in bases:
+    g = _matmul("...mr,...mn->...rn", bases["left"], g)
+  if "right" in bases:
+    g = _matmul("...mn,...nr->...mr", g, bases["right"])
+  return g
+
+
+def lift(low: jax.Array, bases: Bases) -> jax.Array:
+  r"""Lifts low-rank updates back, :math:`U = P N Q^\top`.
+
+  Args:
+    low: Updates (..., r, n), (..., m, r) or (..., r, r).
+    bases: The bases they were made in.
+
+  Returns:
+    Updates (..., m, n).
+  """
+  if "right" in bases:
+    low = _matmul("...mr,...nr->...mn", low, bases["right"])
+  if "left" in bases:
+    low = _matmul("...mr,...rn->...mn", bases["left"], low)
+  return low
+
+
+def overlap(new: Bases, old: Bases) -> dict[str, jax.Array]:
+  r"""How the new bases see the old ones, :math:`C = P_{new}^\top P_{old}`.
+
+  Args:
+    new: New bases.
+    old: Old bases of the same shapes.
+
+  Returns:
+    Side to C of shape (..., r, r).
+  """
+  return {
+    side: _matmul("...mr,...ms->...rs", new[side], old[side]) for side in new
+  }
+
+
+def rotate(moment: jax.Array, turn: Bases, order: int) -> jax.Array:
+  r"""Carries a moment over into new bases.
+
+  The first moment is linear in the gradient, :math:`\mu \leftarrow C \mu`. The
+  second is a mean of squares, of which the diagonal approximation keeps
+  :math:`\nu \leftarrow (C \circ C) \nu`.
+
+  Args:
+    moment: A moment of the shape of the projected gradient.
+    turn: Overlap of the new bases with the old ones, see :func:`overlap`.
+    order: 1 or 2.
+
+  Returns:
+    The moment in the new bases, same shape and dtype.
+  """
+  dtype = moment.dtype
+  if "left" in turn:
+    moment = _matmul("...rs,...sn->...rn", turn["left"] ** order, moment)
+  if "right" in turn:
+    moment = _matmul("...ms,...rs->...mr", moment, turn["right"] ** order)
+  return moment.astype(dtype)
+
+
+def drop_null(low: jax.Array, bases: Bases, tolerance: jax.Array) -> jax.Array:
+  """Zeroes the directions in which a projected gradient is rounding noise.
+
+  Where the gradient's numerical rank is below r, the remaining rows of R hold
+  rounding errors, some 1e-7 of the largest row. A normalising optimizer such
+  as Adam would blow them up to full-size updates in random directions.
+
+  Args:
+    low: Projected gradients R.
+    bases: The bases they were made with.
+    tolerance: Directions whose norm is at most this fraction of the largest
+      direction's are zeroed; scalar.
+
+  Returns:
+    R with the null directions exactly zero.
+  """
+  axes = [axis for side, axis in (("left", -1), ("right", -2)) if side in bases]
+  for axis in axes:
+    norm = jnp.linalg.norm(low, axis=axis, keepdims=True)
+    largest = jnp.max(norm, axis=-1 if axis == -2 else -2, keepdims=True)
+    low = jnp.where(norm > tolerance * largest, low, 0)
+  return low
+
+
+def start_basis(key: jax.Array, size: int, rank: int) -> jax.Array:
+  r"""An orthonormal basis to start from, without any linear algebra.
+
+  The first r columns of a cosine transform with random signs, :math:`P_{ij} =
+  s_i \sqrt{2/m} \cos(\pi (2 i + 1) j / 2 m)`: exactly orthonormal, spread over
+  all coordinates like a random basis, and elementwise to compute.
+
+  Args:
+    key: Random key for the signs.
+    size: Number of rows m.
+    rank: Number of columns r.
+
+  Returns:
+    float32 (m, r) with orthonormal columns.
+
+  Example:
+    >>> p = start_basis(jax.random.key(0), 8, 3)
+    >>> bool(jnp.allclose(p.T @ p, jnp.eye(3), atol=1e-6))
+    True
+  """
+  i = jnp.arange(size, dtype=jnp.uint32)[:, None]
+  j = jnp.arange(rank, dtype=jnp.uint32)[None, :]
+  # Whole turns are taken off in integers: cos of a large angle is inexact.
+  turn = ((2 * i + 1) * j) % jnp.uint32(4 * size)
+  angle = turn.astype(jnp.float32) * jnp.float32(jnp.pi / (2 * size))
+  norm = jnp.where(j == 0, 1.0 / size, 2.0 / size) ** 0.5
+  signs = jax.random.rademacher(key, (size, 1), jnp.float32)
+  return signs * norm.astype(jnp.float32) * jnp.cos(angle)
+
+
+def find_basis(
+  g: jax.Array, old: jax.Array, side: str, method: str, iterations: jax.Array
+) -> jax.Array:
+  """The basis of one gradient's dominant subspace.
+
+  A gradient that is zero or not finite tells nothing, and `old` is kept.
+
+  Args:
+    g: One gradient (m, n).
+    old: The basis so far, (m, r) for `left` and (n, r) for `right`.
+    side: `left` or `right`.
+    method: `subspace`, warm-started subspace iteration, or `svd`, exact.
+    iterations: Number of iterations for `subspace`, int32 scalar.
+
+  Returns:
+    Basis of the shape and dtype of `old`.
+
+  Example:
+    >>> g = jnp.outer(jnp.arange(1.0, 5.0), jnp.ones(3))
+    >>> old = start_basis(jax.random.key(0), 4, 1)
+    >>> new = find_basis(g, old, "left", "subspace", 2)
+    >>> lifted = lift(project(g, {"left": new}), {"left": new})
+    >>> bool(jnp.allclose(lifted, g, atol=1e-4))
+    True
+  """
+  g = g.astype(jnp.float32)
+  largest = jnp.max(jnp.abs(g))
+  usable = jnp.isfinite(largest) & (largest > 0)
+  g = jnp.where(usable, g / jnp.where(usable, largest, 1), 0)
+  start = old.astype(jnp.float32)
+  if method == "svd":
+    found = _svd_basis(g, side, old.shape[-1])
+  else:
+    found = _subspace_basis(g, start, side, iterations)
+  usable &= jnp.isfinite(jnp.sum(found))
+  return jnp.where(usable, found, start).astype(old.dtype)
+
+
+def _svd_basis(g: jax.Array, side: str, rank: int) -> jax.Array:
+  """Singular vectors, signed so that every backend gives the same ones."""
+  u, _, vh = jnp.linalg.svd(g, full_matrices=False)
+  basis = u[:, :rank] if side == "left" else vh[:rank].T
+  peak = jnp.argmax(jnp.abs(basis), axis=0)
+  sign = jnp.sign(jnp.take_along_axis(basis, peak[None], axis=0))
+  return basis * jnp.where(sign == 0, 1, sign)
+
+
+def _subspace_basis(
+  g: jax.Array, basis: jax.Array, side: str, iterations: jax.Array
+) -> jax.Array:
+  """Subspace iteration with the shifted Gram operator of the gradient."""
+  energy = jnp.sum(g * g)
+  energy = jnp.where(energy > 0, energy, 1)
+
+  def iterate(_, basis):
+    bases = {side: basis}
+    low = project(g, bases)
+    if side == "left":
+      y = _matmul("mn,rn->mr", g, low)
+    else:
+      y = _matmul("mn,mr->nr", g, low)
+    return _orthonormalize(y / energy + _GRAM_SHIFT * basis)
+
+  return jax.lax.fori_loop(0, iterations, iterate, basis)
+
+
+def _orthonormalize(y: jax.Array) -> jax.Array:
+  """Shifted CholeskyQR of (m, r), r x r factors inverted.
+
+  Multiplying by the inverse instead of solving against y leaves nothing but
+  matrix products of the long dimension: no all-gather when it is sharded.
+  """
+  norm = jnp.linalg.norm(y, axis=0, keepdims=True)
+  y = y / jnp.where(norm > 0, norm, 1)
+  rank = y.shape[-1]
+  eye = jnp.eye(rank, dtype=y.dtype)
+
+  def one_pass(i, y):
+    gram = _matmul("mr,ms->rs", y, y)
+    shift = jnp.array(_SHIFTS, y.dtype)[i] * jnp.trace(gram)
+    chol = jax.lax.linalg.cholesky(gram + shift * eye, symmetrize_input=False)
+    inverse = jax.lax.linalg.triangular_solve(
+      chol, eye, left_side=True, lower=True
+    )
+    return _matmul("mr,sr->ms", y, inverse)
+
+  return jax.lax.fori_loop(0, len(_SHIFTS), one_pass, y)
+
+
+def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Full-precision product: null directions must stay at rounding noise."""
+  dtype = jnp.result_type(a, b, jnp.float32)
+  return jnp.einsum(
+    spec, a, b, precision=_HIGHEST, preferred_element_type=dtype
+  )

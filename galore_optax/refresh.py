@@ -1,0 +1,322 @@
+"""When a basis is found anew: the only loops and branches over slices."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from galore_optax import layout, plan, projector
+
+POLICIES = ("staggered", "synchronous")
+MOMENTS = ("rotate", "keep", "reset")
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+  """What is done at a refresh, and when.
+
+  Attributes:
+    policy: `staggered` refreshes one matrix after the other, spread evenly over
+      the gap; `synchronous` all matrices at the steps 0, T, 2T, ...
+    method: How a basis is found, see :func:`galore_optax.projector.find_basis`.
+    moments: What becomes of the moments, see :func:`galore_optax.galore`.
+    iterations: Iterations of a refresh, possibly traced.
+    start_iterations: Iterations of a matrix's first refresh, possibly traced.
+  """
+
+  policy: str
+  method: str
+  moments: str
+  iterations: Any
+  start_iterations: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+  """Leaves whose refresh is one and the same computation.
+
+  One compiled body serves a group, which keeps compile time flat in the number
+  of layers. Only leaves of one name, but for the numbers in it, share a body:
+  they can be expected to be sharded alike.
+  """
+
+  members: tuple[plan.Site, ...]
+  first: int  # number of the first matrix
+
+  @property
+  def counts(self) -> list[int]:
+    """Number of matrices of each member."""
+    return [site.view.count for site in self.members]
+
+  @property
+  def places(self) -> tuple[np.ndarray, np.ndarray]:
+    """Of each matrix in the group, its member and its number there."""
+    members = np.repeat(np.arange(len(self.counts)), self.counts)
+    numbers = np.concatenate([np.arange(count) for count in self.counts])
+    return members.astype(np.int32), numbers.astype(np.int32)
+
+
+# What a refresh changes of a leaf: its bases by side, its moments by place.
+_Slot = tuple[projector.Bases, Mapping[str, jax.Array]]
+
+
+def refresh(
+  how: Refresh,
+  sites: Mapping[str, plan.Site],
+  step: jax.Array,
+  grads: Mapping[str, jax.Array],
+  bases: Mapping[str, projector.Bases],
+  inner_state: Any,
+) -> tuple[dict[str, projector.Bases], Any]:
+  """Finds the bases that are due anew, and carries their moments over.
+
+  Args:
+    how: What to do, and when.
+    sites: Path to site.
+    step: Steps so far, int32 scalar.
+    grads: Path to gradients (..., m, n).
+    bases: Path to side to basis.
+    inner_state: The inner optimizer's state as it is kept.
+
+  Returns:
+    The new bases and inner state.
+  """
+  found = {} if how.moments == "keep" else layout.moments(inner_state)
+  orders = {place: order for place, (order, _) in found.items()}
+  slots = {
+    path: (bases[path], _moments_of(site, found))
+    for path, site in sites.items()
+  }
+  new: dict[str, _Slot] = {}
+  units = sum(site.view.count for site in sites.values())
+  for group in _groups(sites, slots, grads):
+    names = [site.path for site in group.members]
+    when = due(
+      how,
+      step,
+      group.members[0].gap,
+      group.first,
+      sum(group.counts),
+      units,
+    )
+    changed = _refresh_group(
+      how,
+      when,
+      group,
+      orders,
+      [grads[path] for path in names],
+      [slots[path] for path in names],
+    )
+    new |= dict(zip(names, changed, strict=True))
+  moments = {
+    place: {p: slot[1][place] for p, slot in new.items() if place in slot[1]}
+    for place in found
+  }
+  return (
+    {path: dict(new[path][0]) for path in bases},
+    layout.update_low(inner_state, moments),
+  )
+
+
+def _moments_of(
+  site: plan.Site, found: Mapping[str, tuple[int, layout.Split]]
+) -> dict[str, jax.Array]:
+  """The moments of a leaf that have its projected gradient's shape."""
+  return {
+    place: tree.low[site.path]
+    for place, (_, tree) in found.items()
+    if site.path in tree.low and tree.low[site.path].shape == site.low_shape
+  }
+
+
+def _groups(
+  sites: Mapping[str, plan.Site],
+  slots: Mapping[str, _Slot],
+  grads: Mapping[str, jax.Array],
+) -> list[_Group]:
+  """The sites in groups, in the order in which their matrices are numbered."""
+  members: dict[Any, list[plan.Site]] = {}
+  for path, site in sites.items():
+    gap = site.gap if isinstance(site.gap, int | float) else id(site.gap)
+    dtypes = {place: x.dtype.name for place, x in slots[path][1].items()}
+    key = (
+      re.sub(r"\d+", "#", path),
+      (site.view.m, site.view.n, site.rank, site.sides, gap),
+      (grads[path].dtype.name, tuple(dtypes.items())),
+    )
+    members.setdefault(key, []).append(site)
+  groups, first = [], 0
+  for group in members.values():
+    groups.append(_Group(tuple(group), first))
+    first += sum(groups[-1].counts)
+  return groups
+
+
+def due(
+  how: Refresh, step: jax.Array, gap: Any, first: int, count: int, units: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  r"""The slices of a leaf that are due at a step.
+
+  Matrices are numbered through all leaves. Staggered, matrix i of N is due at
+  :math:`t \equiv \lfloor i T / N \rfloor \pmod T`, after a first round that
+  takes them one after the other, :math:`\lceil N / T \rceil` a step. The round
+  is over after at most T steps, so no step ever has more to do than others.
+
+  Args:
+    how: The policy and the iterations.
+    step: Steps so far, int32 scalar.
+    gap: Steps between two refreshes T.
+    first: Number of the leaf's first matrix.
+    count: Number of the leaf's matrices.
+    units: Number of all matrices N.
+
+  Returns:
+    First slice, slice after the last, and iterations; int32 scalars.
+
+  Example:
+    Two leaves of three matrices, T = 6: the fourth is the other leaf's first.
+
+    >>> how = Refresh("staggered", "subspace", "keep", 2, 3)
+    >>> [int(x) for x in due(how, jnp.int32(3), 6, first=3, count=3, units=6)]
+    [0, 1, 3]
+  """
+  gap = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
+  phase = step % gap
+  if how.policy == "synchronous":
+    is_start = step == 0
+    low, high = 0, jnp.where(phase == 0, units, 0)
+  else:
+    each = _ceil_div(units, gap)
+    is_start = step < _ceil_div(units, each)
+    low = jnp.where(is_start, step * each, _ceil_div(phase * units, gap))
+    high = jnp.where(
+      is_start, (step + 1) * each, _ceil_div((phase + 1) * units, gap)
+    )
+  iterations = jnp.where(is_start, how.start_iterations, how.iterations)
+  low, high = (jnp.clip(unit - first, 0, count) for unit in (low, high))
+  return low, high, iterations.astype(jnp.int32)
+
+
+def _ceil_div(a: Any, b: Any) -> Any:
+  return -(-a // b)
+
+
+def _refresh_group(
+  how: Refresh,
+  when: tuple[jax.Array, jax.Array, jax.Array],
+  group: _Group,
+  orders: Mapping[str, int],
+  grads: list[jax.Array],
+  slots: list[_Slot],
+) -> list[_Slot]:
+  """Refreshes the matrices of a group that are due.
+
+  Matrices are walked by a loop, whatever their number: batched factorisations
+  hang on CPU, and whole stacks go through the branches to be updated in place.
+  """
+  low, high, iterations = when
+  # A basis is a constant of differentiation, as it is between refreshes.
+  grads = [_flat(jax.lax.stop_gradient(g)) for g in grads]
+  slots = [(jax.lax.stop_gradient(bases), moments) for bases, moments in slots]
+
+  def one(unit: jax.Array, flat: list[_Slot]) -> list[_Slot]:
+    member, i = (_take(jnp.asarray(x), unit) for x in group.places)
+    g, (old, moments) = _read(grads, flat, member, i)
+    new = {
+      side: _FIND[how.method, side](g, basis, iterations)
+      for side, basis in old.items()
+    }
+    turn = projector.overlap(new, old)
+    turned = {
+      place: _carry_over(how, moment, turn, orders[place])
+      for place, moment in moments.items()
+    }
+    return _write(flat, member, i, (new, turned))
+
+  flat = jax.lax.cond(
+    low < high,
+    lambda flat: jax.lax.fori_loop(low, high, one, flat),
+    lambda flat: flat,
+    jax.tree.map(_flat, slots),
+  )
+  return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, slots)
+
+
+def _read(
+  grads: list[jax.Array], slots: list[_Slot], member: jax.Array, i: jax.Array
+) -> tuple[jax.Array, _Slot]:
+  """Matrix i of a member: its gradient and slot."""
+  take = lambda k: jax.tree.map(
+    lambda stack: _take(stack, i), (grads[k], slots[k])
+  )
+  if len(grads) == 1:
+    return take(0)
+  return jax.lax.switch(
+    member, [functools.partial(take, k) for k in range(len(grads))]
+  )
+
+
+def _write(
+  slots: list[_Slot], member: jax.Array, i: jax.Array, new: _Slot
+) -> list[_Slot]:
+  """The slots with matrix i of a member replaced."""
+  put = lambda slot: jax.tree.map(lambda x, y: _put(x, y, i), slot, new)
+  if len(slots) == 1:
+    return [put(slots[0])]
+  return [
+    jax.lax.cond(member == k, put, lambda slot: slot, slot)
+    for k, slot in enumerate(slots)
+  ]
+
+
+def _take(stack: jax.Array, i: jax.Array) -> jax.Array:
+  """Matrix i of a stack."""
+  if len(stack) == 1:
+    return stack[0]
+  return jax.lax.dynamic_index_in_dim(
+    stack, i, keepdims=False, allow_negative_indices=False
+  )
+
+
+def _put(stack: jax.Array, x: jax.Array, i: jax.Array) -> jax.Array:
+  """A stack with matrix i replaced."""
+  if len(stack) == 1:
+    return x[None]
+  return jax.lax.dynamic_update_index_in_dim(
+    stack, x, i, 0, allow_negative_indices=False
+  )
+
+
+def _carry_over(
+  how: Refresh, moment: jax.Array, turn: projector.Bases, order: int
+) -> jax.Array:
+  if how.moments == "reset":
+    return jnp.zeros_like(moment)
+  return projector.rotate(moment, turn, order)
+
+
+def _flat(stack: jax.Array) -> jax.Array:
+  """A stack of matrices with one stack axis."""
+  return stack.reshape(-1, *stack.shape[-2:])
+
+
+def _finder(method: str, side: str) -> Any:
+  """`find_basis` that never becomes a batched factorisation under `vmap`."""
+
+  @jax.custom_batching.sequential_vmap
+  def find(grad, old, iterations):
+    return projector.find_basis(grad, old, side, method, iterations)
+
+  return find
+
+
+_FIND = {
+  (method, side): _finder(method, side)
+  for method in projector.METHODS
+  for side in ("left", "right")
+}

@@ -1,0 +1,147 @@
+"""Where the state lives on a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from galore_optax import plan
+
+
+def place(x: jax.Array, like: Any, spec: Callable[[tuple], tuple]) -> jax.Array:
+  """Puts a new array on the mesh of a parameter.
+
+  Args:
+    x: The new array.
+    like: The parameter: an array, a traced one, or a `jax.ShapeDtypeStruct`.
+    spec: From the parameter's partition to the array's.
+
+  Returns:
+    The array, sharded if the parameter's sharding is known here.
+  """
+  sharding = _known_sharding(like)
+  if sharding is None:
+    return x
+  target = jax.NamedSharding(sharding.mesh, jax.P(*spec(tuple(sharding.spec))))
+  if isinstance(like, jax.core.Tracer):
+    return jax.sharding.reshard(x, target)
+  return jax.device_put(x, target)
+
+
+def _known_sharding(like: Any) -> jax.NamedSharding | None:
+  """The sharding of an array; of a traced one only its Explicit axes."""
+  if isinstance(like, jax.core.Tracer):
+    sharding = jax.typeof(like).sharding
+  else:
+    sharding = getattr(like, "sharding", None)
+  if not isinstance(sharding, jax.NamedSharding) or sharding.mesh.empty:
+    return None
+  return sharding if any(sharding.spec) else None
+
+
+def with_auto_axes(update: Callable) -> Callable:
+  """Lets an update run on a mesh with Explicit axes.
+
+  Inside, the compiler partitions the operations, as on a mesh with Auto axes;
+  outside, every update is sharded like its gradient, the state like it was.
+
+  Args:
+    update: The update function of a gradient transformation.
+
+  Returns:
+    A function of the same arguments.
+  """
+
+  def wrapped(updates, state, params=None, **extra_args):
+    if not _is_explicit(updates):
+      return update(updates, state, params, **extra_args)
+    arrays = {k: v for k, v in extra_args.items() if _is_arrays(v)}
+    others = {k: v for k, v in extra_args.items() if k not in arrays}
+    run = jax.sharding.auto_axes(
+      lambda g, s, p, kwargs: update(g, s, p, **kwargs, **others),
+      out_sharding=jax.tree.map(
+        lambda x: jax.typeof(x).sharding, (updates, state)
+      ),
+    )
+    return run(updates, state, params, arrays)
+
+  return wrapped
+
+
+def _is_explicit(tree: Any) -> bool:
+  return any(
+    kind == jax.sharding.AxisType.Explicit
+    for x in jax.tree.leaves(tree)
+    for kind in jax.typeof(x).sharding.mesh.axis_types
+  )
+
+
+def _is_arrays(tree: Any) -> bool:
+  return all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+
+
+def state_shardings(
+  tx: optax.GradientTransformation, params: Any, param_shardings: Any
+) -> Any:
+  """Shardings for an optimizer's state that follow the parameters'.
+
+  Moments are sharded like their parameters. A basis is sharded along the side
+  it spans, low-rank moments along the side that is not projected, both along
+  the axes that stack layers; the rank is never split.
+
+  Args:
+    tx: Any optimizer, with GaLore anywhere in it or not at all.
+    params: Parameters, or their `jax.ShapeDtypeStruct`.
+    param_shardings: `jax.NamedSharding` for each parameter.
+
+  Returns:
+    `jax.NamedSharding` for each leaf of `tx.init(params)`, to be given to
+    `jax.jit(tx.init, out_shardings=...)` or to a checkpoint.
+
+  Raises:
+    ValueError: If `param_shardings` are not one `jax.NamedSharding` for each
+      parameter, all on one mesh.
+
+  Example:
+    >>> import optax
+    >>> from galore_optax import galore, state_shardings
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> params = {"w": jax.ShapeDtypeStruct((64, 256), "float32")}
+    >>> shardings = {"w": jax.NamedSharding(mesh, jax.P(None, "data"))}
+    >>> tx = galore(optax.adam(1e-3), rank=8)
+    >>> state = state_shardings(tx, params, shardings)
+    >>> optax.tree.get(state, "mu").low["w"].spec
+    PartitionSpec(None, 'data')
+  """
+  given = plan.leaves_by_path(param_shardings)
+  meshes = {getattr(x, "mesh", None) for x in given.values()}
+  named = all(isinstance(x, jax.NamedSharding) for x in given.values())
+  if not named or len(meshes) != 1:
+    raise ValueError(
+      "`param_shardings` must hold one jax.NamedSharding for each parameter, "
+      f"all on one mesh, got {param_shardings!r}."
+    )
+  mesh = meshes.pop()
+  # With Explicit axes, shardings are part of the types, and the optimizer's own
+  # `init` says how it places its state.
+  explicit = jax.sharding.AbstractMesh(
+    mesh.axis_sizes,
+    mesh.axis_names,
+    axis_types=(jax.sharding.AxisType.Explicit,) * len(mesh.axis_names),
+  )
+  typed = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=jax.NamedSharding(explicit, sharding.spec)
+    ),
+    params,
+    param_shardings,
+  )
+  with jax.sharding.use_abstract_mesh(explicit):
+    state = jax.eval_shape(tx.init, typed)
+  return jax.tree.map(
+    lambda x: jax.NamedSharding(
+      mesh, x.sharding.spec if x.sharding is not None else jax.P()
+    ),
+    state,
+  )
