@@ -1,5 +1,11 @@
 """GaLore for JAX as a composable Optax gradient transformation."""
 
+from galore_optax.alias import (
+  galore_adafactor,
+  galore_adamw,
+  galore_lion,
+  galore_sgd,
+)
 from galore_optax.diagnostics import describe, state_bytes
 from galore_optax.galore import GaLoreState, chain, galore
 from galore_optax.plan import Projection
@@ -13,6 +19,10 @@ __all__ = [
   "chain",
   "describe",
   "galore",
+  "galore_adafactor",
+  "galore_adamw",
+  "galore_lion",
+  "galore_sgd",
   "state_bytes",
   "state_shardings",
 ]

@@ -328,7 +328,6 @@ def galore(
   refresh: str = "staggered",
   moments: str = "rotate",
   iterations: Any = 2,
-  start_iterations: Any = 3,
   null_tolerance: Any = 1e-6,
   params_mode: str = "split",
   basis_dtype: Any = "float32",
@@ -373,14 +372,14 @@ def galore(
       bias or a scale.
     projector: How a basis is found. `subspace`: subspace iteration that starts
       from the last basis. `svd`: exactly.
-    refresh: When. `staggered`: one matrix after the other, evenly over the gap.
-      `synchronous`: all matrices at the steps 0, T, 2T, ...
+    refresh: When. `synchronous`: all matrices at the steps 0, T, 2T, ...
+      `staggered`: all at step 0, from then on one matrix after the other,
+      spread evenly over the gap, so that no step takes longer than others.
     moments: What becomes of the moments at a refresh. `rotate`: they are
       carried over into the new basis by :math:`C = P_{new}^\top P_{old}`,
       :math:`\mu \leftarrow C \mu` and :math:`\nu \leftarrow (C \circ C) \nu`.
       `keep`: left as they are, which is the paper's way. `reset`: zeros.
     iterations: Subspace iterations of a refresh.
-    start_iterations: Subspace iterations of a matrix's first refresh.
     null_tolerance: Directions in which the projected gradient is at most this
       fraction of its largest one are zeroed: there it is rounding noise, which
       Adam would scale up. 0 keeps all.
@@ -428,7 +427,6 @@ def galore(
   plan.check_choice("moments", moments, refresh_lib.MOMENTS)
   plan.check_choice("params_mode", params_mode, PARAMS_MODES)
   plan.check_positive("iterations", iterations)
-  plan.check_positive("start_iterations", start_iterations)
   if faithful:
     _check_faithful(chosen)
     chosen, null_tolerance = _PAPER, 0.0
@@ -443,7 +441,6 @@ def galore(
     method=chosen["projector"],
     moments=chosen["moments"],
     iterations=iterations,
-    start_iterations=start_iterations,
   )
 
   def wrap(

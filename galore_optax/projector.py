@@ -129,9 +129,10 @@ def drop_null(low: jax.Array, bases: Bases, tolerance: jax.Array) -> jax.Array:
 def start_basis(key: jax.Array, size: int, rank: int) -> jax.Array:
   r"""An orthonormal basis to start from, without any linear algebra.
 
-  The first r columns of a cosine transform with random signs, :math:`P_{ij} =
-  s_i \sqrt{2/m} \cos(\pi (2 i + 1) j / 2 m)`: exactly orthonormal, spread over
-  all coordinates like a random basis, and elementwise to compute.
+  The first r columns of a cosine transform (type IV) with random signs,
+  :math:`P_{ij} = s_i \sqrt{2/m} \cos(\pi (2 i + 1)(2 j + 1) / 4 m)`: exactly
+  orthonormal, spread over all coordinates like a random basis, with no entry
+  equal to zero, and elementwise to compute.
 
   Args:
     key: Random key for the signs.
@@ -146,14 +147,13 @@ def start_basis(key: jax.Array, size: int, rank: int) -> jax.Array:
     >>> bool(jnp.allclose(p.T @ p, jnp.eye(3), atol=1e-6))
     True
   """
-  i = jnp.arange(size, dtype=jnp.uint32)[:, None]
-  j = jnp.arange(rank, dtype=jnp.uint32)[None, :]
+  i = 2 * jnp.arange(size, dtype=jnp.uint32)[:, None] + 1
+  j = 2 * jnp.arange(rank, dtype=jnp.uint32)[None, :] + 1
   # Whole turns are taken off in integers: cos of a large angle is inexact.
-  turn = ((2 * i + 1) * j) % jnp.uint32(4 * size)
-  angle = turn.astype(jnp.float32) * jnp.float32(jnp.pi / (2 * size))
-  norm = jnp.where(j == 0, 1.0 / size, 2.0 / size) ** 0.5
+  turn = (i * j) % jnp.uint32(8 * size)
+  angle = turn.astype(jnp.float32) * jnp.float32(jnp.pi / (4 * size))
   signs = jax.random.rademacher(key, (size, 1), jnp.float32)
-  return signs * norm.astype(jnp.float32) * jnp.cos(angle)
+  return signs * jnp.float32((2 / size) ** 0.5) * jnp.cos(angle)
 
 
 def find_basis(
@@ -235,7 +235,10 @@ def _orthonormalize(y: jax.Array) -> jax.Array:
 
   def one_pass(i, y):
     gram = _matmul("mr,ms->rs", y, y)
-    shift = jnp.array(_SHIFTS, y.dtype)[i] * jnp.trace(gram)
+    # Chosen by arithmetic: an array would be a constant that a caller's vmap
+    # could batch, which `sequential_vmap` does not allow.
+    shift = sum(jnp.where(i == k, s, 0) for k, s in enumerate(_SHIFTS))
+    shift = shift * jnp.trace(gram)
     chol = jax.lax.linalg.cholesky(gram + shift * eye, symmetrize_input=False)
     inverse = jax.lax.linalg.triangular_solve(
       chol, eye, left_side=True, lower=True

@@ -21,19 +21,18 @@ class Refresh:
   """What is done at a refresh, and when.
 
   Attributes:
-    policy: `staggered` refreshes one matrix after the other, spread evenly over
-      the gap; `synchronous` all matrices at the steps 0, T, 2T, ...
+    policy: `synchronous` refreshes all matrices at the steps 0, T, 2T, ...;
+      `staggered` does so at step 0 only, and from then on takes one matrix
+      after the other, spread evenly over the gap.
     method: How a basis is found, see :func:`galore_optax.projector.find_basis`.
     moments: What becomes of the moments, see :func:`galore_optax.galore`.
     iterations: Iterations of a refresh, possibly traced.
-    start_iterations: Iterations of a matrix's first refresh, possibly traced.
   """
 
   policy: str
   method: str
   moments: str
   iterations: Any
-  start_iterations: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,7 @@ def refresh(
   for group in _groups(sites, slots, grads):
     names = [site.path for site in group.members]
     when = due(
-      how,
+      how.policy,
       step,
       group.members[0].gap,
       group.first,
@@ -158,48 +157,43 @@ def _groups(
 
 
 def due(
-  how: Refresh, step: jax.Array, gap: Any, first: int, count: int, units: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  r"""The slices of a leaf that are due at a step.
+  policy: str, step: jax.Array, gap: Any, first: int, count: int, units: int
+) -> tuple[jax.Array, jax.Array]:
+  r"""The matrices of a group that are due at a step.
 
-  Matrices are numbered through all leaves. Staggered, matrix i of N is due at
-  :math:`t \equiv \lfloor i T / N \rfloor \pmod T`, after a first round that
-  takes them one after the other, :math:`\lceil N / T \rceil` a step. The round
-  is over after at most T steps, so no step ever has more to do than others.
+  Matrices are numbered through all groups. At step 0 all are due. After that,
+  staggered, matrix i of N is due at :math:`t \equiv \lfloor i T / N \rfloor
+  \pmod T`: at most :math:`\lceil N / T \rceil` matrices at any step.
 
   Args:
-    how: The policy and the iterations.
+    policy: `staggered` or `synchronous`.
     step: Steps so far, int32 scalar.
     gap: Steps between two refreshes T.
-    first: Number of the leaf's first matrix.
-    count: Number of the leaf's matrices.
+    first: Number of the group's first matrix.
+    count: Number of the group's matrices.
     units: Number of all matrices N.
 
   Returns:
-    First slice, slice after the last, and iterations; int32 scalars.
+    First matrix due, and the one after the last, counted within the group;
+    int32 scalars.
 
   Example:
-    Two leaves of three matrices, T = 6: the fourth is the other leaf's first.
+    Two groups of three matrices, T = 6: at step 3 it is the fourth's turn, the
+    second group's first.
 
-    >>> how = Refresh("staggered", "subspace", "keep", 2, 3)
-    >>> [int(x) for x in due(how, jnp.int32(3), 6, first=3, count=3, units=6)]
-    [0, 1, 3]
+    >>> low, high = due("staggered", jnp.int32(3), 6, first=3, count=3, units=6)
+    >>> int(low), int(high)
+    (0, 1)
   """
   gap = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
   phase = step % gap
-  if how.policy == "synchronous":
-    is_start = step == 0
+  if policy == "synchronous":
     low, high = 0, jnp.where(phase == 0, units, 0)
   else:
-    each = _ceil_div(units, gap)
-    is_start = step < _ceil_div(units, each)
-    low = jnp.where(is_start, step * each, _ceil_div(phase * units, gap))
-    high = jnp.where(
-      is_start, (step + 1) * each, _ceil_div((phase + 1) * units, gap)
-    )
-  iterations = jnp.where(is_start, how.start_iterations, how.iterations)
+    low = jnp.where(step == 0, 0, _ceil_div(phase * units, gap))
+    high = jnp.where(step == 0, units, _ceil_div((phase + 1) * units, gap))
   low, high = (jnp.clip(unit - first, 0, count) for unit in (low, high))
-  return low, high, iterations.astype(jnp.int32)
+  return low, high
 
 
 def _ceil_div(a: Any, b: Any) -> Any:
@@ -208,7 +202,7 @@ def _ceil_div(a: Any, b: Any) -> Any:
 
 def _refresh_group(
   how: Refresh,
-  when: tuple[jax.Array, jax.Array, jax.Array],
+  when: tuple[jax.Array, jax.Array],
   group: _Group,
   orders: Mapping[str, int],
   grads: list[jax.Array],
@@ -219,7 +213,8 @@ def _refresh_group(
   Matrices are walked by a loop, whatever their number: batched factorisations
   hang on CPU, and whole stacks go through the branches to be updated in place.
   """
-  low, high, iterations = when
+  low, high = when
+  iterations = jnp.asarray(how.iterations).astype(jnp.int32)
   # A basis is a constant of differentiation, as it is between refreshes.
   grads = [_flat(jax.lax.stop_gradient(g)) for g in grads]
   slots = [(jax.lax.stop_gradient(bases), moments) for bases, moments in slots]

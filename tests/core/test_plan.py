@@ -1,0 +1,214 @@
+"""Which leaves are projected, on which side, at which rank."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import strategies as st
+
+from galore_optax import Projection, galore, matrix, plan, state_bytes
+from train.bench import step as bench
+
+FAST = hypothesis.settings(max_examples=60, deadline=None)
+
+
+def projected(params, **options):
+  state = jax.eval_shape(galore(optax.adam(1.0), **options).init, params)
+  return {
+    path: {side: basis.shape for side, basis in bases.items()}
+    for path, bases in state.projector.items()
+  }
+
+
+def arrays(**shapes):
+  return {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name, shape in shapes.items()
+  }
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    "embed/embedding", "tok_embeddings/weight", "wte", "wpe/embedding",
+    "lm_head/kernel", "head", "output/weight", "logits/kernel", "unembed/w",
+    "layers/attn_norm/scale", "layers/ln_1/g", "norm/weight", "layers/q/bias",
+    "layers/LayerNorm_0/scale",
+  ],
+)  # fmt: skip
+def test_full_rank_paths(path):
+  assert not projected({path: arrays(x=(64, 64))["x"]}, rank=4)
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    "layers/attn/q/kernel", "mlp/down", "encoder/layer/0/output/dense/kernel",
+    "w", "heads/kernel", "layers/self_attn/o_proj/kernel",
+  ],
+)  # fmt: skip
+def test_projected_paths(path):
+  assert projected({path: arrays(x=(64, 64))["x"]}, rank=4)
+
+
+def test_first_matching_rule_decides():
+  params = arrays(q=(32, 48), k=(32, 48), up=(32, 48), lm_head=(32, 99))
+  rules = [
+    ("^q$", Projection(rank=2, proj_type="right")),
+    ("^q$|^up$", None),
+    ("lm_head", Projection(rank=0.25)),
+  ]
+  assert projected(params, rank=4, rules=rules) == {
+    "k": {"left": (32, 4)},
+    "lm_head": {"left": (32, 8)},
+    "q": {"right": (48, 2)},
+  }
+
+
+def test_rules_reach_gap_and_scale():
+  params = {"a": jnp.zeros((8, 12)), "c": jnp.zeros((8, 12))}
+  grads = jax.tree.map(jnp.ones_like, params)
+  tx = galore(
+    optax.identity(),
+    rank=1,
+    scale=1.0,
+    rules=[("a", Projection(scale=3.0))],
+  )
+  updates, _ = tx.update(grads, tx.init(params), params)
+  # A constant gradient has rank 1, so the projection loses nothing.
+  np.testing.assert_allclose(updates["a"], 3.0, rtol=1e-5)
+  np.testing.assert_allclose(updates["c"], 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("proj_type", "wide", "tall"),
+  [
+    ("std", {"left": (8, 2)}, {"right": (8, 2)}),
+    ("reverse_std", {"right": (20, 2)}, {"left": (20, 2)}),
+    ("auto", {"right": (20, 2)}, {"left": (20, 2)}),
+    ("left", {"left": (8, 2)}, {"left": (20, 2)}),
+    ("right", {"right": (20, 2)}, {"right": (8, 2)}),
+    ("full", {"left": (8, 2), "right": (20, 2)},
+     {"left": (20, 2), "right": (8, 2)}),
+  ],
+)  # fmt: skip
+def test_sides(proj_type, wide, tall):
+  found = projected(
+    arrays(wide=(8, 20), tall=(20, 8)), rank=2, proj_type=proj_type
+  )
+  assert found == {"wide": wide, "tall": tall}
+
+
+def test_what_saves_nothing_is_left_alone_unless_a_rule_says_so():
+  params = arrays(w=(8, 8), x=(8, 8))
+  assert not projected(params, rank=6)
+  assert list(projected(params, rank=6, rules=[("x", Projection())])) == ["x"]
+
+
+def test_axes():
+  params = arrays(
+    heads=(16, 4, 8), out=(4, 8, 16), conv=(3, 3, 8, 16), experts=(5, 16, 24)
+  )
+  rules = [
+    ("heads", Projection(rows=0, cols=(1, 2))),
+    ("out", Projection(rows=(0, 1), cols=2)),
+    ("conv", Projection(rows=(0, 1, 2), cols=-1)),
+  ]
+  assert projected(params, rank=2, rules=rules) == {
+    "conv": {"right": (16, 2)},
+    "experts": {"left": (5, 16, 2)},
+    "heads": {"left": (16, 2)},
+    "out": {"right": (16, 2)},
+  }
+
+
+@FAST
+@hypothesis.given(data=st.data())
+def test_matrix_view_is_a_bijection(data):
+  ndim = data.draw(st.integers(2, 5))
+  shape = data.draw(st.tuples(*[st.integers(1, 4)] * ndim))
+  order = data.draw(st.permutations(range(ndim)))
+  cut = data.draw(st.integers(1, ndim - 1))
+  end = data.draw(st.integers(cut + 1, ndim))
+  view = matrix.matrix_view(shape, order[:cut], order[cut:end])
+  x = np.arange(np.prod(shape)).reshape(shape)
+  y = view.as_matrix(x)
+  assert y.shape == (*view.stack, view.m, view.n)
+  assert view.m == np.prod([shape[i] for i in order[:cut]])
+  np.testing.assert_array_equal(view.from_matrix(y), x)
+
+
+@FAST
+@hypothesis.given(
+  m=st.integers(2, 60),
+  n=st.integers(2, 60),
+  rank=st.integers(1, 60),
+  proj_type=st.sampled_from(plan.PROJ_TYPES),
+)
+def test_state_is_what_the_ledger_says(m, n, rank, proj_type):
+  params = arrays(w=(m, n))
+  rules = [("w", Projection(rank=rank, proj_type=proj_type))]
+  state = jax.eval_shape(galore(optax.adam(1.0), rules=rules).init, params)
+  r, short, long = min(rank, m, n), min(m, n), max(m, n)
+  rows, cols = m, n
+  elements = {
+    "std": short * r + 2 * long * r,
+    "reverse_std": long * r + 2 * short * r,
+    "left": rows * r + 2 * cols * r,
+    "right": cols * r + 2 * rows * r,
+    "full": (rows + cols) * r + 2 * r * r,
+    "auto": long * r + 2 * short * r,
+  }[proj_type]
+  counters = 2 * 4
+  assert state_bytes(state) == 4 * elements + counters
+
+
+def llama_60m(stacked):
+  shapes = bench.llama_tree(512, 1376, 8, 32000, stacked=stacked)
+  return jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_llama_60m_is_exactly_the_ledger(stacked):
+  params = llama_60m(stacked)
+  full = 2 * 32000 * 512 + 512 + 2 * 8 * 512  # embedding, head, norms
+  low = 8 * 128 * (4 * (512 + 2 * 512) + 3 * (512 + 2 * 1376))
+  state = jax.eval_shape(galore(optax.adam(1.0), rank=128).init, params)
+  matrices = sum(
+    np.prod(next(iter(bases.values())).shape[:-2], dtype=int)
+    for bases in state.projector.values()
+  )
+  assert matrices == 56
+  assert state_bytes(state) == 4 * (2 * full + low) + 8
+
+
+def test_auto_is_not_larger_than_contrib_on_the_same_leaves():
+  params = llama_60m(stacked=False)
+  ours = galore(optax.adamw(1.0), rank=128, proj_type="auto")
+  theirs = bench.contrib_galore(128, 200)
+  ours, theirs = (
+    state_bytes(jax.eval_shape(tx.init, params)) for tx in (ours, theirs)
+  )
+  assert ours <= theirs
+
+
+@pytest.mark.parametrize(
+  ("rank", "expected"),
+  [(5, 5), (99, 32), (0.25, 8), (1.0, 32), (0.001, 1), (np.int64(3), 3)],
+)
+def test_ranks(rank, expected):
+  shape = projected(
+    arrays(w=(32, 48)), rules=[("w", Projection(rank=rank))]
+  )
+  assert shape == {"w": {"left": (32, expected)}}
+
+
+def test_paths_of_bare_arrays_and_sequences():
+  assert list(plan.leaves_by_path(jnp.ones(2))) == ["param"]
+  assert list(plan.leaves_by_path([1.0, {"a": (2.0,)}])) == ["0", "1/a/0"]
