@@ -48,18 +48,21 @@ _COUPLED = Part(Kind.COUPLED)
 _OF_PARAMS = (Kind.PARAMS, Kind.SUM)
 
 # Linear in all their operands together.
-_LINEAR = frozenset(
-  "add sub add_any neg convert_element_type reshape transpose broadcast_in_dim "
-  "squeeze expand_dims reduce_sum copy copy_p slice rev concatenate real pvary "
-  "sharding_constraint reduce_precision optimization_barrier".split()
-)
+_LINEAR = frozenset((
+  "add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type",
+  "copy", "copy_p", "expand_dims", "neg", "optimization_barrier", "pvary",
+  "real", "reduce_precision", "reduce_sum", "reshape", "rev",
+  "sharding_constraint", "slice", "squeeze", "sub", "transpose",
+))  # fmt: skip
 # Calls whose operands are those of the jaxpr they hold.
-_CALLS = frozenset(
-  "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call "
-  "custom_vjp_call".split()
-)
+_CALLS = frozenset((
+  "checkpoint", "closed_call", "core_call", "custom_jvp_call",
+  "custom_vjp_call", "jit", "pjit", "remat", "remat2",
+))  # fmt: skip
 # Not linear but 0 at 0, so that f(R, s) + h(0) is f(R, s).
-_ZERO_AT_ZERO = frozenset("abs sign sqrt square integer_pow max min".split())
+_ZERO_AT_ZERO = frozenset((
+  "abs", "integer_pow", "max", "min", "sign", "sqrt", "square",
+))  # fmt: skip
 
 
 class CoupledError(ValueError):
@@ -112,7 +115,7 @@ def of_params(
   return found
 
 
-def _initial(inner: optax.GradientTransformation, params: Any) -> Any:
+def _initial(inner: optax.GradientTransformationExtraArgs, params: Any) -> Any:
   """The state that `init` makes, as parts."""
   closed, out = jax.make_jaxpr(inner.init, return_shape=True)(params)
   parts = [Part(Kind.PARAMS, x) for x in jax.tree.leaves(params)]
@@ -121,7 +124,7 @@ def _initial(inner: optax.GradientTransformation, params: Any) -> Any:
 
 
 def _full_size(
-  inner: optax.GradientTransformation, state: Any, params: Any
+  inner: optax.GradientTransformationExtraArgs, state: Any, params: Any
 ) -> tuple[Any, list[bool]]:
   """The state with abstract moments of the parameters' shapes.
 
@@ -129,7 +132,7 @@ def _full_size(
   """
   full = jax.eval_shape(inner.init, params)
   moments = optax.tree.map_params(
-    inner, lambda _: True, full, transform_non_params=lambda _: False
+    inner.init, lambda _: True, full, transform_non_params=lambda _: False
   )
   state = jax.tree.map(
     lambda is_moment, x, live: x if is_moment else live, moments, full, state
@@ -142,7 +145,9 @@ def _abstract(x: jax.typing.ArrayLike) -> jax.ShapeDtypeStruct:
 
 
 def _check_state(
-  inner: optax.GradientTransformation, state: Any, low: Mapping[str, Any]
+  inner: optax.GradientTransformationExtraArgs,
+  state: Any,
+  low: Mapping[str, Any],
 ) -> None:
   """Raises if state that is shared or kept for `low` depends on parameters."""
 
@@ -157,7 +162,7 @@ def _check_state(
     return tree
 
   optax.tree.map_params(
-    inner,
+    inner.init,
     check_tree,
     state,
     is_leaf=lambda _: True,

@@ -91,14 +91,24 @@ class Description:
       for row in self.rows
     ]
     adam = sum(row.adam_bytes for row in self.rows)
-    total = ("total bytes", "", "", "", "", f"{self.total_bytes:,}", f"{adam:,}")
-    widths = [max(map(len, column)) for column in zip(head, *lines, total)]
+    total = (
+      "total bytes",
+      "",
+      "",
+      "",
+      "",
+      f"{self.total_bytes:,}",
+      f"{adam:,}",
+    )
+    widths = [
+      max(map(len, column)) for column in zip(head, *lines, total, strict=False)
+    ]
     rule = tuple("-" * width for width in widths)
     text = []
     for line in (head, rule, *lines, rule, total):
       cells = [
         cell.rjust(width) if i >= 4 else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(line, widths))
+        for i, (cell, width) in enumerate(zip(line, widths, strict=False))
       ]
       text.append("  ".join(cells).rstrip())
     return "\n".join(text)

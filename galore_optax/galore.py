@@ -38,7 +38,7 @@ class GaLoreState(NamedTuple):
       :class:`galore_optax.layout.Split`.
   """
 
-  step: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32
+  step: Any  # shape=(), dtype=jnp.int32
   projector: Any  # (..., m, r) or (..., n, r), dtype=basis_dtype
   inner_state: optax.OptState
 
@@ -247,9 +247,7 @@ def _start_basis(
   return jnp.broadcast_to(basis, shape).astype(dtype)
 
 
-def _check_like(
-  leaves: Mapping[str, Any], params: optax.Params | None
-) -> None:
+def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:
   """Raises where gradients and parameters differ in structure or shape."""
   if params is None:
     return
@@ -266,8 +264,8 @@ def _check_like(
 
 
 _COUPLED = """\
-`inner` cannot run in a subspace as it is: {}, and that part of the update has \
-no exact low-rank form. Put what needs the weights behind GaLore, where it sees \
+`inner` cannot run in a subspace as it is: {}, and that part of the update has
+no exact low-rank form. Put what needs the weights behind GaLore, where it sees
 full-size updates and keeps no state, for instance
   optax.chain(
     galore(optax.scale_by_adam(), rank=128),
@@ -279,7 +277,7 @@ or pass `params_mode="project"` to let `inner` see the projected weights."""
 
 
 class Marker(optax.GradientTransformationExtraArgs):
-  """What `galore` returns without an inner optimizer.
+  r"""What `galore` returns without an inner optimizer.
 
   In :func:`galore_optax.chain` the transformations after it become the inner
   optimizer. Called on an inner optimizer it wraps it. Used as it is, it is the
@@ -507,7 +505,8 @@ def chain(
     >>> optax.tree.get(tx.init(params), "mu").low["w"].shape
     (128, 1376)
   """
-  places = [i for i, tx in enumerate(transforms) if isinstance(tx, Marker)]
+  markers = {i: tx for i, tx in enumerate(transforms) if isinstance(tx, Marker)}
+  places = list(markers)
   if not places:
     return optax.chain(*transforms)
   if len(places) > 1:
@@ -516,5 +515,6 @@ def chain(
       f"{len(places)}, at the positions {places}."
     )
   before, after = transforms[: places[0]], transforms[places[0] + 1 :]
+  after = after or (optax.identity(),)
   inner = after[0] if len(after) == 1 else optax.chain(*after)
-  return optax.chain(*before, transforms[places[0]].wrap(inner))
+  return optax.chain(*before, markers[places[0]].wrap(inner))

@@ -14,7 +14,6 @@ import optax
 
 from galore_optax import plan
 
-
 # Fields of the states of Optax (and its contrib) that hold running means of
 # gradients, order 1, and of their squares, order 2.
 _ORDERS = {
@@ -48,9 +47,12 @@ def split(tree: Any, low: Mapping[str, Any]) -> Split:
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
   names = plan.paths([keys for keys, _ in flat])
   leaves = [leaf for _, leaf in flat]
-  low_leaves = {name: x for name, x in zip(names, leaves) if name in low}
+  low_leaves = {
+    name: x for name, x in zip(names, leaves, strict=False) if name in low
+  }
   rest = [
-    optax.MaskedNode() if name in low else x for name, x in zip(names, leaves)
+    optax.MaskedNode() if name in low else x
+    for name, x in zip(names, leaves, strict=False)
   ]
   return Split(low_leaves, treedef.unflatten(rest))
 
@@ -72,7 +74,7 @@ def merge(tree: Split) -> Any:
   return treedef.unflatten(
     [
       tree.low.get(name, x) if is_masked(x) else x
-      for name, x in zip(names, leaves)
+      for name, x in zip(names, leaves, strict=False)
     ]
   )
 
@@ -83,7 +85,9 @@ def is_masked(x: Any) -> bool:
 
 
 def stow(
-  inner: optax.GradientTransformation, state: Any, low: Mapping[str, Any]
+  inner: optax.GradientTransformationExtraArgs,
+  state: Any,
+  low: Mapping[str, Any],
 ) -> Any:
   """Splits every tree in the parameters' structure of an inner state.
 
@@ -98,7 +102,7 @@ def stow(
   return _map_trees(inner, lambda tree: split(tree, low), state)
 
 
-def unstow(inner: optax.GradientTransformation, state: Any) -> Any:
+def unstow(inner: optax.GradientTransformationExtraArgs, state: Any) -> Any:
   """Undoes :func:`stow`.
 
   Args:
@@ -131,9 +135,7 @@ def moments(state: Any) -> dict[str, tuple[int, Split]]:
   }
 
 
-def update_low(
-  state: Any, new: Mapping[str, Mapping[str, jax.Array]]
-) -> Any:
+def update_low(state: Any, new: Mapping[str, Mapping[str, jax.Array]]) -> Any:
   """Replaces low-rank leaves of a kept inner state.
 
   Args:
@@ -156,7 +158,7 @@ def is_split(x: Any) -> bool:
   return isinstance(x, Split)
 
 
-def skeleton(inner: optax.GradientTransformation, params: Any) -> Any:
+def skeleton(inner: optax.GradientTransformationExtraArgs, params: Any) -> Any:
   """The inner state of the placeholder with which Optax probes `init`.
 
   Nothing in a GaLore state has the parameters' structure, which is what one
@@ -177,10 +179,10 @@ def skeleton(inner: optax.GradientTransformation, params: Any) -> Any:
 
 
 def _map_trees(
-  inner: optax.GradientTransformation, f: Callable, state: Any
+  inner: optax.GradientTransformationExtraArgs, f: Callable, state: Any
 ) -> Any:
   try:
-    return optax.tree.map_params(inner, f, state, is_leaf=lambda _: True)
+    return optax.tree.map_params(inner.init, f, state, is_leaf=lambda _: True)
   except (IndexError, TypeError, ValueError) as error:
     raise ValueError(
       "The inner optimizer cannot be wrapped: which parts of its state are "

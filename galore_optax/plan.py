@@ -249,9 +249,7 @@ class Plan:
     return site if saves or explicit or self.always else None
 
 
-def choose_sides(
-  proj_type: str, m: int, n: int, rank: int
-) -> tuple[str, ...]:
+def choose_sides(proj_type: str, m: int, n: int, rank: int) -> tuple[str, ...]:
   """The sides of an m x n matrix that get a basis.
 
   Args:
@@ -303,7 +301,9 @@ def state_elements(m: int, n: int, rank: int, sides: tuple[str, ...]) -> int:
     >>> state_elements(512, 1376, 128, ("left",))
     417792
   """
-  bases = rank * ((m if "left" in sides else 0) + (n if "right" in sides else 0))
+  bases = rank * (
+    (m if "left" in sides else 0) + (n if "right" in sides else 0)
+  )
   rows = rank if "left" in sides else m
   cols = rank if "right" in sides else n
   return bases + 2 * rows * cols
@@ -356,14 +356,18 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     {'attn/k': 2.0, 'attn/q': 1.0, 'mlp/0': 3.0}
   """
   flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return dict(zip(paths([keys for keys, _ in flat]), (x for _, x in flat)))
+  return dict(
+    zip(paths([keys for keys, _ in flat]), (x for _, x in flat), strict=False)
+  )
 
 
 def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
   """Maps a function of path and leaf over a tree, see `leaves_by_path`."""
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
   names = paths([keys for keys, _ in flat])
-  return treedef.unflatten([f(p, x) for p, (_, x) in zip(names, flat)])
+  return treedef.unflatten(
+    [f(p, x) for p, (_, x) in zip(names, flat, strict=False)]
+  )
 
 
 def paths(key_paths: Sequence[tuple]) -> list[str]:
@@ -412,7 +416,7 @@ def check_rank(rank: Any) -> None:
 
 
 def check_rules(rules: Any) -> tuple[tuple[str, Projection | None], ...]:
-  """The rules as a tuple; raises unless they are `(regex, Projection)` pairs."""
+  """Rules as a tuple; raises unless they are `(regex, Projection)` pairs."""
   usage = 'such as [("attn", Projection(rank=64)), ("mlp", None)]'
   if isinstance(rules, str | Mapping):
     raise TypeError(f"`rules` must be pairs {usage}, got {rules!r}.")

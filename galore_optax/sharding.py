@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import optax
 
-from galore_optax import plan
-
 
 def place(x: jax.Array, like: Any, spec: Callable[[tuple], tuple]) -> jax.Array:
   """Puts a new array on the mesh of a parameter.
@@ -81,6 +79,19 @@ def _is_arrays(tree: Any) -> bool:
   return all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
 
 
+def _one_mesh(shardings: Any) -> Any:
+  """The mesh that all shardings share."""
+  leaves = jax.tree.leaves(shardings)
+  meshes = {x.mesh for x in leaves if isinstance(x, jax.NamedSharding)}
+  named = all(isinstance(x, jax.NamedSharding) for x in leaves)
+  if not named or len(meshes) != 1:
+    raise ValueError(
+      "`param_shardings` must hold one jax.NamedSharding for each parameter, "
+      f"all on one mesh, got {shardings!r}."
+    )
+  return meshes.pop()
+
+
 def state_shardings(
   tx: optax.GradientTransformation, params: Any, param_shardings: Any
 ) -> Any:
@@ -114,15 +125,7 @@ def state_shardings(
     >>> optax.tree.get(state, "mu").low["w"].spec
     PartitionSpec(None, 'data')
   """
-  given = plan.leaves_by_path(param_shardings)
-  meshes = {getattr(x, "mesh", None) for x in given.values()}
-  named = all(isinstance(x, jax.NamedSharding) for x in given.values())
-  if not named or len(meshes) != 1:
-    raise ValueError(
-      "`param_shardings` must hold one jax.NamedSharding for each parameter, "
-      f"all on one mesh, got {param_shardings!r}."
-    )
-  mesh = meshes.pop()
+  mesh = _one_mesh(param_shardings)
   # With Explicit axes, shardings are part of the types, and the optimizer's own
   # `init` says how it places its state.
   explicit = jax.sharding.AbstractMesh(

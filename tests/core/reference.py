@@ -1,8 +1,8 @@
 """The papers' algorithm in float64 NumPy, sharing no code with the library.
 
 GaLore, arXiv 2403.03507, Algorithm 2 with Adam: the shorter side is projected,
-the basis comes from an exact SVD at the steps 0, T, 2T, ..., moments are left as
-they are then, and the lifted update is multiplied by alpha.
+the basis comes from an exact SVD at the steps 0, T, 2T, ..., moments are left
+as they are then, and the lifted update is multiplied by alpha.
 """
 
 import numpy as np

@@ -1,5 +1,7 @@
 """The faithful preset follows the papers' algorithm."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,7 @@ def test_refreshes_at_zero_and_every_gap_only():
     bases.append(state.projector["w"]["left"])
   changed = [
     step
-    for step, (a, b) in enumerate(zip(bases, bases[1:], strict=False))
+    for step, (a, b) in enumerate(itertools.pairwise(bases))
     if not np.array_equal(a, b)
   ]
   assert changed == [0, 3, 6]
@@ -91,9 +93,7 @@ def test_is_one_switch():
       "null_tolerance": 0.0,
     },
   ):
-    tx = chain(
-      galore(rank=2, update_proj_gap=3, **options), optax.adamw(1e-2)
-    )
+    tx = chain(galore(rank=2, update_proj_gap=3, **options), optax.adamw(1e-2))
     params = {"w": jnp.ones((8, 12))}
     state, update = tx.init(params), jax.jit(tx.update)
     for grad in grads:

@@ -203,9 +203,7 @@ def test_auto_is_not_larger_than_contrib_on_the_same_leaves():
   [(5, 5), (99, 32), (0.25, 8), (1.0, 32), (0.001, 1), (np.int64(3), 3)],
 )
 def test_ranks(rank, expected):
-  shape = projected(
-    arrays(w=(32, 48)), rules=[("w", Projection(rank=rank))]
-  )
+  shape = projected(arrays(w=(32, 48)), rules=[("w", Projection(rank=rank))])
   assert shape == {"w": {"left": (32, expected)}}
 
 

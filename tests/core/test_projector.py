@@ -42,9 +42,7 @@ def energy(g, basis, side):
   size=st.integers(1, 300), rank=st.integers(1, 40), seed=st.integers(0, 99)
 )
 def test_start_is_orthonormal(size, rank, seed):
-  basis = projector.start_basis(
-    jax.random.key(seed), size, min(rank, size)
-  )
+  basis = projector.start_basis(jax.random.key(seed), size, min(rank, size))
   assert orthogonality(basis) < 1e-5
 
 
@@ -125,7 +123,8 @@ def test_full_rank_two_sided_round_trip(m, n, seed):
   low = projector.project(g, stacked)
   np.testing.assert_allclose(projector.lift(low, stacked), g, atol=1e-5)
   np.testing.assert_allclose(
-    low[1], np.asarray(bases["left"]).T @ g[1] @ np.asarray(bases["right"]),
+    low[1],
+    np.asarray(bases["left"]).T @ g[1] @ np.asarray(bases["right"]),
     atol=1e-5,
   )
 

@@ -1,0 +1,168 @@
+"""Bad input: one clear error that names what was found and what would work."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from galore_optax import (
+  Projection,
+  chain,
+  galore,
+  galore_adamw,
+  state_shardings,
+)
+
+PARAMS = {"w": jnp.ones((16, 24)), "bias": jnp.ones(24)}
+
+
+@pytest.mark.parametrize(
+  ("options", "error", "message"),
+  [
+    ({"rank": 0}, ValueError, r"`rank` must be positive.*got 0"),
+    ({"rank": -3}, ValueError, r"`rank` must be positive.*got -3"),
+    ({"rank": 1.5}, ValueError, r"at most 1\.0 if it is a fraction.*got 1\.5"),
+    ({"rank": "128"}, TypeError, r"`rank` must be.*got '128'"),
+    ({"rank": True}, TypeError, r"`rank` must be.*got True"),
+    ({"rank": None}, TypeError, r"`rank` must be given"),
+    ({"update_proj_gap": 0}, ValueError, r"`update_proj_gap` must be positive"),
+    ({"update_proj_gap": -5}, ValueError, r"positive, got -5"),
+    ({"update_proj_gap": "200"}, TypeError, r"must be a number, got '200'"),
+    ({"scale": "1"}, TypeError, r"`scale` must be a number"),
+    ({"scale": lambda t: t}, TypeError, r"inject_hyperparams"),
+    ({"iterations": 0}, ValueError, r"`iterations` must be positive, got 0"),
+    ({"proj_type": "sdt"}, ValueError, r"one of 'std'.*Did you mean 'std'"),
+    ({"projector": "eigh"}, ValueError, r"`projector` must be one of"),
+    ({"refresh": "lazy"}, ValueError, r"`refresh` must be one of"),
+    ({"moments": "rotated"}, ValueError, r"Did you mean 'rotate'"),
+    ({"params_mode": "none"}, ValueError, r"`params_mode` must be one of"),
+    ({"rules": "attn"}, TypeError, r"`rules` must be pairs"),
+    ({"rules": ["attn"]}, TypeError, r"`rules` must be pairs.*got 'attn'"),
+    ({"rules": [("attn", 64)]}, TypeError, r"'attn'.*Projection or None.*64"),
+    ({"rules": [("(", None)]}, ValueError, r"not a regular expression"),
+  ],
+)
+def test_arguments(options, error, message):
+  with pytest.raises(error, match=message):
+    galore(optax.adam(1.0), **options)
+
+
+def test_projection_checks_its_own_values():
+  with pytest.raises(ValueError, match=r"`rank` must be positive.*got -1"):
+    Projection(rank=-1)
+  with pytest.raises(ValueError, match="`update_proj_gap` must be positive"):
+    Projection(update_proj_gap=0)
+
+
+def test_inner_must_be_a_transformation():
+  with pytest.raises(TypeError, match=r"`inner` must be.*galore\(rank=128\)"):
+    galore(128)
+
+
+def test_two_markers():
+  with pytest.raises(ValueError, match=r"got 2, at the positions \[0, 2\]"):
+    chain(galore(), optax.scale(1.0), galore())
+
+
+@pytest.mark.parametrize(
+  ("params", "options", "error", "message"),
+  [
+    (PARAMS, {"rules": [("attention", None)]}, ValueError,
+     r"'attention' in `rules` matches no leaf.*'bias', 'w'"),
+    (PARAMS, {"rules": [("wv", None)]}, ValueError, r"Did you mean 'w'"),
+    (PARAMS, {"rules": [("bias", Projection())]}, ValueError,
+     r"'bias'.*shape \(24,\)"),
+    (PARAMS, {"rules": [("w", Projection(rows=2))]}, ValueError,
+     r"'w'.*`rows`.*got 2"),
+    (PARAMS, {"rules": [("w", Projection(rows=1))]}, ValueError,
+     r"'w'.*different axes"),
+    ({"steps": jnp.ones((16, 24), int)}, {}, TypeError, r"'steps' is int32"),
+    ({"fft": jnp.ones((16, 24), complex)}, {"rules": [("f", Projection())]},
+     TypeError, r"'fft' is complex64.*rule None"),
+  ],
+)  # fmt: skip
+def test_leaves(params, options, error, message):
+  with pytest.raises(error, match=message):
+    galore(optax.adam(1.0), rank=4, **options).init(params)
+
+
+def test_complex_leaves_without_a_rule_are_optimised_at_full_rank():
+  params = {"fft": jnp.ones((16, 24), complex), "w": jnp.ones((16, 24))}
+  tx, control = galore(optax.adam(0.1), rank=4), optax.adam(0.1)
+  grads = {"fft": (1 + 2j) * params["fft"], "w": params["w"]}
+  ours, _ = tx.update(grads, tx.init(params), params)
+  theirs, _ = control.update(grads, control.init(params), params)
+  assert jnp.allclose(ours["fft"], theirs["fft"])
+
+
+@pytest.mark.parametrize(
+  "inner",
+  [
+    optax.lamb(1e-3),
+    optax.lars(1e-3),
+    optax.adafactor(1e-3),
+    optax.contrib.schedule_free_adamw(1e-3),
+    optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-3)),
+    optax.adaptive_grad_clip(0.1),
+  ],
+)
+def test_coupled_optimizers_are_refused_with_the_working_spelling(inner):
+  with pytest.raises(ValueError, match=r"scale_by_adam\(\), rank=128") as error:
+    galore(inner, rank=4).init(PARAMS)
+  assert "'w'" in str(error.value)
+  assert 'params_mode="project"' in str(error.value)
+  galore(inner, rank=4, params_mode="project").init(PARAMS)
+
+
+def test_the_working_spelling_works():
+  tx = optax.chain(
+    galore(optax.scale_by_adam(), rank=4),
+    optax.add_decayed_weights(0.1),
+    optax.scale_by_trust_ratio(),
+    optax.scale_by_learning_rate(0.1),
+  )
+  updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(updates))
+
+
+TX = galore_adamw(1e-3, rank=4)
+
+
+@pytest.mark.parametrize(
+  ("grads", "message"),
+  [
+    ({"w": PARAMS["w"]}, r"'bias' is \(24,\) in `params` but is missing"),
+    ({**PARAMS, "x": 1.0}, r"'x' is missing in `params` but is \(\)"),
+    ({**PARAMS, "w": PARAMS["w"].T}, r"'w' is \(16, 24\).*\(24, 16\)"),
+    ({**PARAMS, "w": None}, r"'w' is \(16, 24\).*is missing"),
+  ],
+)
+def test_gradients_that_are_not_the_parameters(grads, message):
+  with pytest.raises(ValueError, match=message):
+    TX.update(grads, TX.init(PARAMS), PARAMS)
+
+
+def test_gradients_that_do_not_fit_the_state():
+  state = TX.init(PARAMS)
+  with pytest.raises(ValueError, match=r"'w' has shape \(24, 16\).*\(16, 4\)"):
+    TX.update({**PARAMS, "w": PARAMS["w"].T}, state)
+  with pytest.raises(ValueError, match=r"projects the leaf 'w'.*'bias'"):
+    TX.update({"bias": PARAMS["bias"]}, state)
+
+
+def test_update_without_params_when_the_inner_needs_them():
+  with pytest.raises(ValueError, match="not passing `params`"):
+    TX.update(PARAMS, TX.init(PARAMS))
+  tx = galore(optax.adam(1e-3), rank=4)
+  tx.update(PARAMS, tx.init(PARAMS))
+
+
+def test_traced_rank():
+  init = lambda rank: galore(optax.adam(1.0), rank=rank).init(PARAMS)
+  with pytest.raises(ValueError, match="`rank` decides the shapes"):
+    jax.jit(init)(4)
+
+
+def test_state_shardings_want_named_shardings():
+  with pytest.raises(ValueError, match=r"one jax\.NamedSharding for each"):
+    state_shardings(TX, PARAMS, {"w": jax.P(), "bias": jax.P()})
