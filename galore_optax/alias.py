@@ -127,7 +127,7 @@ def galore_adafactor(
   weight_decay: Any = None,
   mask: Any = None,
   *,
-  min_dim_size_to_factor: int = 128,
+  min_dim_size_to_factor: int | None = None,
   rank: Any = 128,
   update_proj_gap: Any = 200,
   scale: Any = 0.25,
@@ -157,7 +157,8 @@ def galore_adafactor(
       `optax.adafactor`, not by the learning rate; None for none.
     mask: Which leaves are decayed, see :func:`galore_adamw`.
     min_dim_size_to_factor: Arrays whose second-largest axis is shorter keep an
-      unfactored second moment. It is compared with the rank, too.
+      unfactored second moment. It is compared with the rank, too. None
+      means 128, Optax's default.
     rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
     update_proj_gap: Steps T between two refreshes of a basis.
     scale: The papers' α.
@@ -192,7 +193,10 @@ def galore_adafactor(
   """
   inner = optax.adafactor(
     learning_rate,
-    min_dim_size_to_factor=min_dim_size_to_factor,
+    # None by default, for `optax.inject_hyperparams` would trace an int.
+    min_dim_size_to_factor=(
+      128 if min_dim_size_to_factor is None else min_dim_size_to_factor
+    ),
     decay_rate=decay_rate,
     multiply_by_parameter_scale=False,
     clipping_threshold=clipping_threshold,

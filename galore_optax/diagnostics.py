@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import layout, plan
+from galore_optax import plan
 from galore_optax.galore import GaLoreState
 
 
@@ -194,6 +194,3 @@ def _row(path: str, leaf: Any, bases: Any, owned: int) -> Row:
   dims = (other, size) if side == "right" else (size, other)
   count = f"{math.prod(stack)} x " if stack else ""
   return Row(path, shape, f"{count}{dims}", side, rank, owned, adam)
-
-
-__all__ = ["Description", "Row", "describe", "layout", "state_bytes"]

@@ -330,8 +330,9 @@ def resolve_rank(rank: Any, m: int, n: int) -> int:
   if isinstance(rank, jax.core.Tracer):
     raise ValueError(
       "`rank` decides the shapes of the state and cannot be traced, got "
-      f"{rank}. Call `init` outside of `jax.jit`, or pass rank as a static "
-      "argument to `optax.inject_hyperparams`."
+      f"{rank}. Under `optax.inject_hyperparams`, call `init` outside of "
+      "`jax.jit` and `jax.eval_shape`, pass static_args=('rank',), or give the "
+      "rank in `rules`."
     )
   short = min(m, n)
   if jnp.issubdtype(jnp.result_type(rank), jnp.floating):

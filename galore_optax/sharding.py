@@ -123,7 +123,7 @@ def state_shardings(
     >>> tx = galore(optax.adam(1e-3), rank=8)
     >>> state = state_shardings(tx, params, shardings)
     >>> optax.tree.get(state, "mu").low["w"].spec
-    PartitionSpec(None, 'data')
+    P(None, 'data')
   """
   mesh = _one_mesh(param_shardings)
   # With Explicit axes, shardings are part of the types, and the optimizer's own

@@ -1,0 +1,1 @@
+"""Comparisons with other implementations, live or recorded."""
