@@ -117,7 +117,9 @@ class _GaLore:
     }
     new |= {path: new[path] + h for path, h in owed.items()}
     return (
-      plan.map_with_path(lambda path, g: new[path].astype(g.dtype), updates),
+      plan.map_with_path(
+        lambda path, g: new[path].astype(jnp.result_type(g)), updates
+      ),
       GaLoreState(
         step=optax.safe_increment(state.step),
         projector=bases,

@@ -22,6 +22,9 @@ _SHIFTS = (1e-6, 1e-7, 0.0)
 # rank whatever the gradient is, and bounds the condition number of Y by 1e6.
 _GRAM_SHIFT = 1e-6
 
+# Rows that are eliminated together on CPU.
+_BLOCK = 64
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -223,29 +226,77 @@ def _subspace_basis(
 
 
 def _orthonormalize(y: jax.Array) -> jax.Array:
-  """Shifted CholeskyQR of (m, r), r x r factors inverted.
+  """Shifted CholeskyQR of (m, r), with the r x r factor inverted.
 
   Multiplying by the inverse instead of solving against y leaves nothing but
   matrix products of the long dimension: no all-gather when it is sharded.
   """
   norm = jnp.linalg.norm(y, axis=0, keepdims=True)
   y = y / jnp.where(norm > 0, norm, 1)
-  rank = y.shape[-1]
-  eye = jnp.eye(rank, dtype=y.dtype)
+  eye = jnp.eye(y.shape[-1], dtype=y.dtype)
 
   def one_pass(i, y):
     gram = _matmul("mr,ms->rs", y, y)
-    # Chosen by arithmetic: an array would be a constant that a caller's vmap
-    # could batch, which `sequential_vmap` does not allow.
     shift = sum(jnp.where(i == k, s, 0) for k, s in enumerate(_SHIFTS))
-    shift = shift * jnp.trace(gram)
-    chol = jax.lax.linalg.cholesky(gram + shift * eye, symmetrize_input=False)
-    inverse = jax.lax.linalg.triangular_solve(
-      chol, eye, left_side=True, lower=True
+    inverse = jax.lax.platform_dependent(
+      gram + shift * jnp.trace(gram) * eye,
+      cpu=_eliminate,
+      default=_inverse_cholesky,
     )
     return _matmul("mr,sr->ms", y, inverse)
 
   return jax.lax.fori_loop(0, len(_SHIFTS), one_pass, y)
+
+
+def _inverse_cholesky(gram: jax.Array) -> jax.Array:
+  """L⁻¹ of an (r, r) matrix L Lᵀ, by the platform's factorisation."""
+  factor = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
+  return jax.lax.linalg.triangular_solve(
+    factor, jnp.eye(len(gram), dtype=gram.dtype), left_side=True, lower=True
+  )
+
+
+def _eliminate(gram: jax.Array) -> jax.Array:
+  """L⁻¹ of an (r, r) matrix L Lᵀ, by elimination of small blocks of rows.
+
+  CPU libraries run larger factorisations, and every triangular solve, in
+  threads that on a busy machine wait for each other a thousand times longer
+  than they work. Here the library sees blocks that it takes in one thread.
+  """
+  rank = len(gram)
+  size = -(-rank // _BLOCK) * _BLOCK
+  gram = jnp.pad(gram, (0, size - rank))
+  # Ones on the diagonal of the padding.
+  gram += jnp.diag((jnp.arange(size) >= rank).astype(gram.dtype))
+
+  def eliminate(i, carry):
+    rest, inverse = carry
+    first = i * _BLOCK
+    rows = jax.lax.dynamic_slice_in_dim(rest, first, _BLOCK)
+    pivot = jax.lax.dynamic_slice_in_dim(rows, first, _BLOCK, axis=1)
+    rows = _matmul("ij,jk->ik", _inverse_small(pivot), rows)
+    rest = rest - _matmul("ij,ik->jk", rows[:, :size], rows)
+    return rest, jax.lax.dynamic_update_slice_in_dim(
+      inverse, rows[:, size:], first, 0
+    )
+
+  eye = jnp.eye(size, dtype=gram.dtype)
+  carry = (jnp.concatenate([gram, eye], axis=1), jnp.zeros_like(gram))
+  _, inverse = jax.lax.fori_loop(0, size // _BLOCK, eliminate, carry)
+  return inverse[:rank, :rank]
+
+
+def _inverse_small(gram: jax.Array) -> jax.Array:
+  """L⁻¹ of a small L Lᵀ, read off the factorisation of a bordered matrix.
+
+  Below L, the factor of ((L Lᵀ, I), (I, c)) holds the transpose of L⁻¹; c only
+  has to be large enough for the matrix to be positive definite.
+  """
+  size = len(gram)
+  eye = jnp.eye(size, dtype=gram.dtype)
+  bordered = jnp.block([[gram, eye], [eye, 1e30 * eye]])
+  factor = jax.lax.linalg.cholesky(bordered, symmetrize_input=False)
+  return factor[size:, :size].T
 
 
 def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
