@@ -6,8 +6,9 @@ from galore_optax.alias import (
   galore_lion,
   galore_sgd,
 )
+from galore_optax.chaining import chain
 from galore_optax.diagnostics import describe, state_bytes
-from galore_optax.galore import GaLoreState, chain, galore
+from galore_optax.galore import GaLoreState, galore
 from galore_optax.plan import Projection
 from galore_optax.sharding import state_shardings
 

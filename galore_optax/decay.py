@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from galore_optax import plan
+from galore_optax import paths
 
 
 class Kind(enum.Enum):
@@ -156,7 +156,7 @@ def _check_state(
       raise CoupledError(f"the state kept for {name} depends on the parameters")
 
   def check_tree(tree: Any) -> Any:
-    for path, part in plan.leaves_by_path(tree).items():
+    for path, part in paths.leaves_by_path(tree).items():
       if path in low:
         check(repr(path), part)
     return tree
@@ -173,7 +173,7 @@ def _check_state(
 def _summands(updates: Any, low: Mapping[str, Any]) -> dict[str, jax.Array]:
   found = {
     path: part
-    for path, part in plan.leaves_by_path(updates).items()
+    for path, part in paths.leaves_by_path(updates).items()
     if path in low
   }
   for path, part in found.items():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import plan
+from galore_optax import paths
 from galore_optax.galore import GaLoreState
 
 
@@ -145,7 +145,7 @@ def describe(
     total bytes                                                    13,402,120  45,121,536
   """  # noqa: E501
   state = jax.eval_shape(tx.init, params)
-  leaves = plan.leaves_by_path(params)
+  leaves = paths.leaves_by_path(params)
   owned = dict.fromkeys(leaves, 0)
   bases: dict[str, Any] = {}
   for x in jax.tree.leaves(state, is_leaf=_is_state):
@@ -176,7 +176,7 @@ def _owner(keys: tuple, leaves: Any) -> str | None:
     if isinstance(name, str) and name in leaves and "/" in name:
       return name
   for start in range(len(keys)):
-    path = plan.paths([keys[start:]])[0]
+    path = paths.paths([keys[start:]])[0]
     for candidate in (path, path.rpartition("/")[0]):
       if candidate in leaves:
         return candidate

@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import decay, layout, plan, sharding
+from galore_optax import chaining, checks, decay, layout, paths, plan, sharding
 from galore_optax import projector as projector_lib
 from galore_optax import refresh as refresh_lib
 
@@ -60,14 +59,14 @@ class _GaLore:
     """State for parameters: start bases, and the inner state at rank r."""
     if layout.is_placeholder(params):
       return GaLoreState(0, 0, layout.skeleton(self.inner, params))
-    leaves = plan.leaves_by_path(params)
+    leaves = paths.leaves_by_path(params)
     sites = self.plan.sites(leaves)
     bases = {
       path: {side: self._start(site, side, leaves[path]) for side in site.sides}
       for path, site in sites.items()
     }
     inner_state = self.inner.init(
-      plan.map_with_path(
+      paths.map_with_path(
         lambda path, x: (
           self._low_zeros(sites[path], x) if path in sites else self._cast(x)
         ),
@@ -90,7 +89,7 @@ class _GaLore:
     **extra_args: Any,
   ) -> tuple[optax.Updates, GaLoreState]:
     """Project, run the inner optimizer, lift."""
-    leaves = plan.leaves_by_path(updates)
+    leaves = paths.leaves_by_path(updates)
     _check_like(leaves, params)
     sites = self.plan.bound(leaves, state.projector)
     grads = {
@@ -103,7 +102,7 @@ class _GaLore:
     low = {path: self._project(grads[path], bases[path]) for path in sites}
     owed = self._owed_to_params(sites, inner_state, params, extra_args)
     inner_updates, inner_state = self.inner.update(
-      plan.map_with_path(
+      paths.map_with_path(
         lambda path, g: low[path] if path in low else _finite(self._cast(g)),
         updates,
       ),
@@ -111,13 +110,13 @@ class _GaLore:
       self._inner_params(sites, bases, params),
       **extra_args,
     )
-    new = plan.leaves_by_path(inner_updates)
+    new = paths.leaves_by_path(inner_updates)
     new |= {
       path: _lift(site, new[path], bases[path]) for path, site in sites.items()
     }
     new |= {path: new[path] + h for path, h in owed.items()}
     return (
-      plan.map_with_path(
+      paths.map_with_path(
         lambda path, g: new[path].astype(jnp.result_type(g)), updates
       ),
       GaLoreState(
@@ -171,7 +170,7 @@ class _GaLore:
       low = projector_lib.project(sites[path].view.as_matrix(x), bases[path])
       return low.astype(self._dtype(x.dtype))
 
-    return plan.map_with_path(see, params)
+    return paths.map_with_path(see, params)
 
   def _check_separable(
     self, params: optax.Params, inner_state: Any, sites: Mapping[str, plan.Site]
@@ -253,7 +252,7 @@ def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:
   """Raises where gradients and parameters differ in structure or shape."""
   if params is None:
     return
-  shapes = {p: jnp.shape(x) for p, x in plan.leaves_by_path(params).items()}
+  shapes = {p: jnp.shape(x) for p, x in paths.leaves_by_path(params).items()}
   found = {path: jnp.shape(x) for path, x in leaves.items()}
   for path in {**shapes, **found}:
     if found.get(path) != shapes.get(path):
@@ -276,44 +275,6 @@ full-size updates and keeps no state, for instance
     optax.scale_by_learning_rate(learning_rate),
   )
 or pass `params_mode="project"` to let `inner` see the projected weights."""
-
-
-class Marker(optax.GradientTransformationExtraArgs):
-  r"""What `galore` returns without an inner optimizer.
-
-  In :func:`galore_optax.chain` the transformations after it become the inner
-  optimizer. Called on an inner optimizer it wraps it. Used as it is, it is the
-  low-rank filter :math:`P P^\\top G`.
-  """
-
-  wrap: Callable[
-    [optax.GradientTransformation], optax.GradientTransformationExtraArgs
-  ]
-
-  def __call__(
-    self, inner: optax.GradientTransformation
-  ) -> optax.GradientTransformationExtraArgs:
-    """The same settings around an inner optimizer."""
-    return self.wrap(inner)
-
-
-def _marker(wrap: Callable) -> Marker:
-  plain = wrap(optax.identity())
-
-  def init(params):
-    if not layout.is_placeholder(params):
-      warnings.warn(
-        "galore() without an inner optimizer only filters gradients: the "
-        "moments of the optimizer after it are full-size and no memory is "
-        "saved; `galore_optax.chain(galore(...), optimizer)` or "
-        "`galore(optimizer, ...)` saves it.",
-        stacklevel=4,
-      )
-    return plain.init(params)
-
-  marker = Marker(init, plain.update)
-  marker.wrap = wrap
-  return marker
 
 
 def galore(
@@ -422,19 +383,19 @@ def galore(
     Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
   """
   chosen = {"projector": projector, "refresh": refresh, "moments": moments}
-  plan.check_choice("projector", projector, projector_lib.METHODS)
-  plan.check_choice("refresh", refresh, refresh_lib.POLICIES)
-  plan.check_choice("moments", moments, refresh_lib.MOMENTS)
-  plan.check_choice("params_mode", params_mode, PARAMS_MODES)
-  plan.check_positive("iterations", iterations)
+  checks.check_choice("projector", projector, projector_lib.METHODS)
+  checks.check_choice("refresh", refresh, refresh_lib.POLICIES)
+  checks.check_choice("moments", moments, refresh_lib.MOMENTS)
+  checks.check_choice("params_mode", params_mode, PARAMS_MODES)
+  checks.check_positive("iterations", iterations)
   if faithful:
     _check_faithful(chosen)
     chosen, null_tolerance = _PAPER, 0.0
   defaults = plan.Projection(
-    rank=plan.required("rank", rank),
-    update_proj_gap=plan.required("update_proj_gap", update_proj_gap),
-    scale=plan.required("scale", scale),
-    proj_type=plan.required("proj_type", proj_type),
+    rank=checks.required("rank", rank),
+    update_proj_gap=checks.required("update_proj_gap", update_proj_gap),
+    scale=checks.required("scale", scale),
+    proj_type=checks.required("proj_type", proj_type),
   )
   how = refresh_lib.Refresh(
     policy=chosen["refresh"],
@@ -465,7 +426,7 @@ def galore(
       settings.init, sharding.with_auto_axes(settings.update)
     )
 
-  return _marker(wrap) if inner is None else wrap(inner)
+  return chaining.marker(wrap) if inner is None else wrap(inner)
 
 
 def _check_faithful(chosen: Mapping[str, str]) -> None:
@@ -475,48 +436,3 @@ def _check_faithful(chosen: Mapping[str, str]) -> None:
         f"`faithful=True` means {name}={_PAPER[name]!r}, got {value!r}. Leave "
         "one of the two out."
       )
-
-
-def chain(
-  *transforms: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-  r"""`optax.chain`, in which `galore(...)` reaches what comes after it.
-
-  The transformations after the marker become its inner optimizer and keep
-  their state at low rank. Without a marker this is `optax.chain`.
-
-  Args:
-    *transforms: Gradient transformations, at most one of them a
-      :func:`galore_optax.galore` without an inner optimizer.
-
-  Returns:
-    The chained transformation.
-
-  Raises:
-    ValueError: If there is more than one marker.
-
-  Example:
-    >>> import optax
-    >>> from galore_optax import chain, galore
-    >>> tx = chain(
-    ...   optax.clip_by_global_norm(1.0),
-    ...   galore(rank=128),
-    ...   optax.adamw(1e-3, weight_decay=0.1),
-    ... )
-    >>> params = {"w": jnp.zeros((512, 1376))}
-    >>> optax.tree.get(tx.init(params), "mu").low["w"].shape
-    (128, 1376)
-  """
-  markers = {i: tx for i, tx in enumerate(transforms) if isinstance(tx, Marker)}
-  places = list(markers)
-  if not places:
-    return optax.chain(*transforms)
-  if len(places) > 1:
-    raise ValueError(
-      "`chain` takes one `galore(...)` without an inner optimizer, got "
-      f"{len(places)}, at the positions {places}."
-    )
-  before, after = transforms[: places[0]], transforms[places[0] + 1 :]
-  after = after or (optax.identity(),)
-  inner = after[0] if len(after) == 1 else optax.chain(*after)
-  return optax.chain(*before, markers[places[0]].wrap(inner))

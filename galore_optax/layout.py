@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from galore_optax import plan
+from galore_optax import paths
 
 # Fields of the states of Optax (and its contrib) that hold running means of
 # gradients, order 1, and of their squares, order 2.
@@ -39,13 +39,13 @@ def split(tree: Any, low: Mapping[str, Any]) -> Split:
 
   Args:
     tree: A tree in the parameters' structure; parts may be masked.
-    low: Mapping whose keys are paths, see :func:`galore_optax.plan.paths`.
+    low: Mapping whose keys are paths, see :func:`galore_optax.paths.paths`.
 
   Returns:
     The split tree.
   """
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-  names = plan.paths([keys for keys, _ in flat])
+  names = paths.paths([keys for keys, _ in flat])
   leaves = [leaf for _, leaf in flat]
   low_leaves = {
     name: x for name, x in zip(names, leaves, strict=False) if name in low
@@ -69,7 +69,7 @@ def merge(tree: Split) -> Any:
   flat, treedef = jax.tree_util.tree_flatten_with_path(
     tree.full, is_leaf=is_masked
   )
-  names = plan.paths([keys for keys, _ in flat])
+  names = paths.paths([keys for keys, _ in flat])
   leaves = [leaf for _, leaf in flat]
   return treedef.unflatten(
     [

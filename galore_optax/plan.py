@@ -3,14 +3,14 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import matrix
+from galore_optax import checks, matrix
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "auto")
 
@@ -24,9 +24,6 @@ _FULL_RANK_PATHS = re.compile(
   r"|(^|/)(bias|scale)$",
   re.IGNORECASE,
 )
-
-# A leaf of a tree that is a bare array has no path of its own.
-_ROOT = "param"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +60,10 @@ class Projection:
 
   def __post_init__(self):
     """Refuses values that no leaf could use."""
-    check_rank(self.rank)
-    check_positive("update_proj_gap", self.update_proj_gap)
-    check_number("scale", self.scale)
-    check_choice("proj_type", self.proj_type, PROJ_TYPES)
+    checks.check_rank(self.rank)
+    checks.check_positive("update_proj_gap", self.update_proj_gap)
+    checks.check_number("scale", self.scale)
+    checks.check_choice("proj_type", self.proj_type, PROJ_TYPES)
 
   def filled(self, defaults: "Projection") -> "Projection":
     """This projection, with what it leaves open taken from `defaults`."""
@@ -133,7 +130,7 @@ class Plan:
     """The projected leaves of a parameter tree.
 
     Args:
-      leaves: Path to leaf, see :func:`leaves_by_path`.
+      leaves: Path to leaf, see :func:`galore_optax.paths.leaves_by_path`.
 
     Returns:
       Path to site, in the order of the leaves.
@@ -340,80 +337,10 @@ def resolve_rank(rank: Any, m: int, n: int) -> int:
   return min(int(rank), short)
 
 
-def leaves_by_path(tree: Any) -> dict[str, Any]:
-  """The leaves of a pytree by their paths.
-
-  Keys of dicts, attributes and positions are joined by '/'. The box in which
-  Flax keeps an array (`nnx.Variable`, `nn.Partitioned`) adds nothing.
-
-  Args:
-    tree: Any pytree.
-
-  Returns:
-    Path to leaf, in the tree's order.
-
-  Example:
-    >>> leaves_by_path({"attn": {"q": 1.0, "k": 2.0}, "mlp": [3.0]})
-    {'attn/k': 2.0, 'attn/q': 1.0, 'mlp/0': 3.0}
-  """
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return dict(
-    zip(paths([keys for keys, _ in flat]), (x for _, x in flat), strict=False)
-  )
-
-
-def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
-  """Maps a function of path and leaf over a tree, see `leaves_by_path`."""
-  flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-  names = paths([keys for keys, _ in flat])
-  return treedef.unflatten(
-    [f(p, x) for p, (_, x) in zip(names, flat, strict=False)]
-  )
-
-
-def paths(key_paths: Sequence[tuple]) -> list[str]:
-  """One distinct path a leaf, see :func:`leaves_by_path`."""
-  unboxed = [_join(keys, unbox=True) for keys in key_paths]
-  if len(set(unboxed)) == len(unboxed):
-    return unboxed
-  return [_join(keys, unbox=False) for keys in key_paths]
-
-
-def _join(keys: tuple, unbox: bool) -> str:
-  boxed = keys and keys[-1] == jax.tree_util.GetAttrKey("value")
-  keys = keys[:-1] if unbox and boxed else keys
-  return "/".join(_name(key) for key in keys) or _ROOT
-
-
-def _name(key: Any) -> str:
-  for attribute in ("key", "name", "idx"):
-    if hasattr(key, attribute):
-      return str(getattr(key, attribute))
-  return str(key)
-
-
 def _some(leaves: Mapping[str, Any], limit: int = 8) -> str:
   names = [repr(path) for path in leaves]
   more = f" and {len(names) - limit} more" if len(names) > limit else ""
   return (", ".join(names[:limit]) + more) or "none"
-
-
-def check_rank(rank: Any) -> None:
-  """Raises unless a rank is None, traced, a positive int or a fraction."""
-  if rank is None or isinstance(rank, jax.core.Tracer):
-    return
-  kinds = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
-  if isinstance(rank, bool) or not isinstance(rank, kinds) or np.ndim(rank):
-    raise TypeError(
-      "`rank` must be a positive int or a fraction of the shorter side in "
-      f"(0, 1], got {rank!r}."
-    )
-  integer = jnp.issubdtype(jnp.result_type(rank), jnp.integer)
-  if not rank > 0 or not (integer or rank <= 1):
-    raise ValueError(
-      "`rank` must be positive, and at most 1.0 if it is a fraction of the "
-      f"shorter side (a float), got {rank!r}."
-    )
 
 
 def check_rules(rules: Any) -> tuple[tuple[str, Projection | None], ...]:
@@ -437,43 +364,3 @@ def check_rules(rules: Any) -> tuple[tuple[str, Projection | None], ...]:
         f"The rule {rule[0]!r} in `rules` is not a regular expression: {error}."
       ) from error
   return tuple((pattern, how) for pattern, how in rules)
-
-
-def required(name: str, value: Any) -> Any:
-  """A value that must not be None."""
-  if value is None:
-    raise TypeError(f"`{name}` must be given, got None.")
-  return value
-
-
-def check_positive(name: str, value: Any) -> None:
-  """Raises unless a value is None, traced or a positive number."""
-  if value is None or isinstance(value, jax.core.Tracer):
-    return
-  check_number(name, value)
-  if not value > 0:
-    raise ValueError(f"`{name}` must be positive, got {value!r}.")
-
-
-def check_number(name: str, value: Any) -> None:
-  """Raises unless a value is None, traced or a number."""
-  if value is None or isinstance(value, jax.core.Tracer):
-    return
-  kinds = (int, float, np.number, np.ndarray, jax.Array)
-  if isinstance(value, bool) or not isinstance(value, kinds) or np.ndim(value):
-    raise TypeError(
-      f"`{name}` must be a number, got {value!r}. Schedules go through "
-      "`optax.inject_hyperparams`."
-    )
-
-
-def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
-  """Raises unless a value is None or one of the choices."""
-  if value is None or value in choices:
-    return
-  near = difflib.get_close_matches(str(value), choices, n=1)
-  hint = f" Did you mean {near[0]!r}?" if near else ""
-  raise ValueError(
-    f"`{name}` must be one of {', '.join(map(repr, choices))}, got "
-    f"{value!r}.{hint}"
-  )

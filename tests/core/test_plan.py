@@ -8,7 +8,7 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-from galore_optax import Projection, galore, matrix, plan, state_bytes
+from galore_optax import Projection, galore, matrix, paths, plan, state_bytes
 from train.bench import step as bench
 
 FAST = hypothesis.settings(max_examples=60, deadline=None)
@@ -208,5 +208,5 @@ def test_ranks(rank, expected):
 
 
 def test_paths_of_bare_arrays_and_sequences():
-  assert list(plan.leaves_by_path(jnp.ones(2))) == ["param"]
-  assert list(plan.leaves_by_path([1.0, {"a": (2.0,)}])) == ["0", "1/a/0"]
+  assert list(paths.leaves_by_path(jnp.ones(2))) == ["param"]
+  assert list(paths.leaves_by_path([1.0, {"a": (2.0,)}])) == ["0", "1/a/0"]

@@ -1,0 +1,99 @@
+"""How an inner optimizer is reached from within a chain."""
+
+import warnings
+from collections.abc import Callable
+
+import optax
+
+from galore_optax import layout
+
+
+class Marker(optax.GradientTransformationExtraArgs):
+  r"""What `galore` returns without an inner optimizer.
+
+  In :func:`galore_optax.chain` the transformations after it become the inner
+  optimizer. Called on an inner optimizer it wraps it. Used as it is, it is the
+  low-rank filter :math:`P P^\\top G`.
+  """
+
+  wrap: Callable[
+    [optax.GradientTransformation], optax.GradientTransformationExtraArgs
+  ]
+
+  def __call__(
+    self, inner: optax.GradientTransformation
+  ) -> optax.GradientTransformationExtraArgs:
+    """The same settings around an inner optimizer."""
+    return self.wrap(inner)
+
+
+def marker(wrap: Callable) -> Marker:
+  """A marker with these settings.
+
+  Args:
+    wrap: Wraps an inner optimizer.
+
+  Returns:
+    The marker, which is a low-rank filter where nobody unwraps it.
+  """
+  plain = wrap(optax.identity())
+
+  def init(params):
+    if not layout.is_placeholder(params):
+      warnings.warn(
+        "galore() without an inner optimizer only filters gradients: the "
+        "moments of the optimizer after it are full-size and no memory is "
+        "saved; `galore_optax.chain(galore(...), optimizer)` or "
+        "`galore(optimizer, ...)` saves it.",
+        stacklevel=4,
+      )
+    return plain.init(params)
+
+  made = Marker(init, plain.update)
+  made.wrap = wrap
+  return made
+
+
+def chain(
+  *transforms: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  r"""`optax.chain`, in which `galore(...)` reaches what comes after it.
+
+  The transformations after the marker become its inner optimizer and keep
+  their state at low rank. Without a marker this is `optax.chain`.
+
+  Args:
+    *transforms: Gradient transformations, at most one of them a
+      :func:`galore_optax.galore` without an inner optimizer.
+
+  Returns:
+    The chained transformation.
+
+  Raises:
+    ValueError: If there is more than one marker.
+
+  Example:
+    >>> import jax.numpy as jnp, optax
+    >>> from galore_optax import chain, galore
+    >>> tx = chain(
+    ...   optax.clip_by_global_norm(1.0),
+    ...   galore(rank=128),
+    ...   optax.adamw(1e-3, weight_decay=0.1),
+    ... )
+    >>> params = {"w": jnp.zeros((512, 1376))}
+    >>> optax.tree.get(tx.init(params), "mu").low["w"].shape
+    (128, 1376)
+  """
+  markers = {i: tx for i, tx in enumerate(transforms) if isinstance(tx, Marker)}
+  places = list(markers)
+  if not places:
+    return optax.chain(*transforms)
+  if len(places) > 1:
+    raise ValueError(
+      "`chain` takes one `galore(...)` without an inner optimizer, got "
+      f"{len(places)}, at the positions {places}."
+    )
+  before, after = transforms[: places[0]], transforms[places[0] + 1 :]
+  after = after or (optax.identity(),)
+  inner = after[0] if len(after) == 1 else optax.chain(*after)
+  return optax.chain(*before, markers[places[0]].wrap(inner))

@@ -1,0 +1,67 @@
+"""What arguments must be; each error says what was found and would work."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_rank(rank: Any) -> None:
+  """Raises unless a rank is None, traced, a positive int or a fraction."""
+  if rank is None or isinstance(rank, jax.core.Tracer):
+    return
+  kinds = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
+  if isinstance(rank, bool) or not isinstance(rank, kinds) or np.ndim(rank):
+    raise TypeError(
+      "`rank` must be a positive int or a fraction of the shorter side in "
+      f"(0, 1], got {rank!r}."
+    )
+  integer = jnp.issubdtype(jnp.result_type(rank), jnp.integer)
+  if not rank > 0 or not (integer or rank <= 1):
+    raise ValueError(
+      "`rank` must be positive, and at most 1.0 if it is a fraction of the "
+      f"shorter side (a float), got {rank!r}."
+    )
+
+
+def required(name: str, value: Any) -> Any:
+  """A value that must not be None."""
+  if value is None:
+    raise TypeError(f"`{name}` must be given, got None.")
+  return value
+
+
+def check_positive(name: str, value: Any) -> None:
+  """Raises unless a value is None, traced or a positive number."""
+  if value is None or isinstance(value, jax.core.Tracer):
+    return
+  check_number(name, value)
+  if not value > 0:
+    raise ValueError(f"`{name}` must be positive, got {value!r}.")
+
+
+def check_number(name: str, value: Any) -> None:
+  """Raises unless a value is None, traced or a number."""
+  if value is None or isinstance(value, jax.core.Tracer):
+    return
+  kinds = (int, float, np.number, np.ndarray, jax.Array)
+  if isinstance(value, bool) or not isinstance(value, kinds) or np.ndim(value):
+    raise TypeError(
+      f"`{name}` must be a number, got {value!r}. Schedules go through "
+      "`optax.inject_hyperparams`."
+    )
+
+
+def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
+  """Raises unless a value is None or one of the choices."""
+  if value is None or value in choices:
+    return
+  near = difflib.get_close_matches(str(value), choices, n=1)
+  hint = f" Did you mean {near[0]!r}?" if near else ""
+  raise ValueError(
+    f"`{name}` must be one of {', '.join(map(repr, choices))}, got "
+    f"{value!r}.{hint}"
+  )

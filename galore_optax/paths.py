@@ -1,0 +1,61 @@
+"""The leaves of a pytree by path: the names that rules and states go by."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+# A leaf of a tree that is a bare array has no path of its own.
+_ROOT = "param"
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+  """The leaves of a pytree by their paths.
+
+  Keys of dicts, attributes and positions are joined by '/'. The box in which
+  Flax keeps an array (`nnx.Variable`, `nn.Partitioned`) adds nothing.
+
+  Args:
+    tree: Any pytree.
+
+  Returns:
+    Path to leaf, in the tree's order.
+
+  Example:
+    >>> leaves_by_path({"attn": {"q": 1.0, "k": 2.0}, "mlp": [3.0]})
+    {'attn/k': 2.0, 'attn/q': 1.0, 'mlp/0': 3.0}
+  """
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return dict(
+    zip(paths([keys for keys, _ in flat]), (x for _, x in flat), strict=False)
+  )
+
+
+def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
+  """Maps a function of path and leaf over a tree, see `leaves_by_path`."""
+  flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  names = paths([keys for keys, _ in flat])
+  return treedef.unflatten(
+    [f(p, x) for p, (_, x) in zip(names, flat, strict=False)]
+  )
+
+
+def paths(key_paths: Sequence[tuple]) -> list[str]:
+  """One distinct path a leaf, see :func:`leaves_by_path`."""
+  unboxed = [_join(keys, unbox=True) for keys in key_paths]
+  if len(set(unboxed)) == len(unboxed):
+    return unboxed
+  return [_join(keys, unbox=False) for keys in key_paths]
+
+
+def _join(keys: tuple, unbox: bool) -> str:
+  boxed = keys and keys[-1] == jax.tree_util.GetAttrKey("value")
+  keys = keys[:-1] if unbox and boxed else keys
+  return "/".join(_name(key) for key in keys) or _ROOT
+
+
+def _name(key: Any) -> str:
+  for attribute in ("key", "name", "idx"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
