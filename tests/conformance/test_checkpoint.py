@@ -1,0 +1,140 @@
+"""Saving and restoring the state: Orbax old and new, and msgpack."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp_v0
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from galore_optax import galore, state_shardings
+from tests.conformance import cases, test_wrappers
+from tests.conformance.cases import every
+
+
+def _state(tx):
+  """A state whose leaves all differ from those that `init` gives."""
+  params, _ = cases.problem()
+
+  def other(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.key(7)
+    return (jnp.arange(x.size).reshape(x.shape) % 7 + 1).astype(x.dtype)
+
+  return jax.tree.map(other, tx.init(params))
+
+
+def _standard(path, state, target):
+  with ocp_v0.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path / "state", state)
+    checkpointer.wait_until_finished()
+    return checkpointer.restore(path / "state", target)
+
+
+def _manager(path, state, target):
+  with ocp_v0.CheckpointManager(path) as manager:
+    manager.save(3, args=ocp_v0.args.StandardSave(state))
+    manager.wait_until_finished()
+    return manager.restore(3, args=ocp_v0.args.StandardRestore(target))
+
+
+def _v1(path, state, target):
+  ocp.save(path / "state", state)
+  return ocp.load(path / "state", target)
+
+
+def _v1_checkpointer(path, state, target):
+  with ocp.training.Checkpointer(path) as checkpointer:
+    checkpointer.save_checkpointables(3, {"state": state})
+    loaded = checkpointer.load_checkpointables(3, {"state": target})
+  return loaded["state"]
+
+
+def _msgpack(path, state, target):
+  del path
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
+  saved = flax.serialization.to_bytes(state)
+  return jax.tree.map(jnp.asarray, flax.serialization.from_bytes(zeros, saved))
+
+
+_FORMATS = {
+  "v0 Standard": _standard,
+  "v0 CheckpointManager": _manager,
+  "v1": _v1,
+  "v1 Checkpointer": _v1_checkpointer,
+  "msgpack": _msgpack,
+}
+
+
+def _target(tx, shardings=None):
+  """The state's types, on one device or as given."""
+  params, _ = cases.problem()
+  state = jax.eval_shape(tx.init, params)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shardings = shardings or jax.tree.map(lambda _: one, state)
+  return jax.tree.map(
+    lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
+    state,
+    shardings,
+  )
+
+
+@every
+@pytest.mark.parametrize("form", _FORMATS)
+def test_round_trip(name, form, tmp_path):
+  """With a bias in the tree, for which the state holds no empty arrays."""
+  tx = cases.make(name)
+  state = _state(tx)
+  cases.assert_projects(name, state)
+  restored = _FORMATS[form](tmp_path, state, _target(tx))
+  cases.assert_equal(restored, state)
+
+
+@every
+def test_training_goes_on_after_a_restore(name, tmp_path):
+  tx, update = cases.built(name)
+  params, grads = cases.problem()
+  wanted = cases.reference(name)
+  params, state = cases.run(tx, params, grads[:1], update)
+  state = _v1(tmp_path, state, _target(tx))
+  for g in grads[1:]:
+    updates, state = update(g, state, params)
+    params = optax.apply_updates(params, updates)
+  cases.assert_equal((params, state), wanted)
+
+
+@pytest.mark.parametrize("form", [x for x in _FORMATS if x != "msgpack"])
+def test_leaves_of_unusual_kinds(form, tmp_path):
+  """int8 and int4 codes and typed keys of an inner optimizer."""
+  tx = galore(test_wrappers.momentum_in_codes(), rank=2)
+  state = _state(tx)
+  restored = _FORMATS[form](tmp_path, state, _target(tx))
+  cases.assert_equal(restored, state)
+
+
+def _mesh(shape):
+  return jax.make_mesh(shape, ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
+
+
+def _shardings(tx, mesh):
+  params, _ = cases.problem()
+  specs = {"bias": jax.P("y"), "kernel": jax.P("x", "y")}
+  named = {k: jax.NamedSharding(mesh, spec) for k, spec in specs.items()}
+  return state_shardings(tx, params, named)
+
+
+@every
+@pytest.mark.parametrize("form", [x for x in _FORMATS if x != "msgpack"])
+def test_restore_onto_a_different_mesh(name, form, tmp_path):
+  tx = cases.make(name)
+  state = _state(tx)
+  sharded = jax.device_put(state, _shardings(tx, _mesh((2, 4))))
+  wanted = _shardings(tx, _mesh((4, 2)))
+  restored = _FORMATS[form](tmp_path, sharded, _target(tx, wanted))
+  cases.assert_equal(restored, state)
+  found = jax.tree.map(lambda x: x.sharding, restored)
+  assert found == wanted
+  spread = [x for x in jax.tree.leaves(restored) if not x.is_fully_replicated]
+  assert len(spread) >= 2

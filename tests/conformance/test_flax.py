@@ -1,0 +1,269 @@
+"""Flax: NNX and Linen, sharding metadata, and scanned layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training import train_state
+
+from tests.conformance import cases
+from tests.conformance.cases import every
+
+_X = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+
+
+def _linear(annotated=False, annotated_bias=False):
+  metadata = lambda *axes: {"out_sharding": axes}
+  return nnx.Linear(
+    16,
+    8,
+    rngs=nnx.Rngs(0),
+    kernel_metadata=metadata("x", "y") if annotated else {},
+    bias_metadata=metadata("y") if annotated_bias else {},
+  )
+
+
+def _loss(model):
+  return jnp.mean((model(_X) - 1) ** 2)
+
+
+def _train(model, optimizer):
+  loss, grads = nnx.value_and_grad(_loss)(model)
+  optimizer.update(model, grads)
+  return loss
+
+
+def _plain_run(tx, steps=3):
+  """The same steps with `nnx.split`, `nnx.merge` and `jax.jit`."""
+  graphdef, params = nnx.split(_linear(), nnx.Param)
+
+  @jax.jit
+  def step(params, state):
+    grads = jax.grad(lambda p: _loss(nnx.merge(graphdef, p)))(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for _ in range(steps):
+    params, state = step(params, state)
+  return nnx.to_pure_dict(params), state
+
+
+def _pure(model):
+  return jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+_WANTED = {}
+
+
+def _wanted(name):
+  if name not in _WANTED:
+    params, state = _plain_run(cases.make(name))
+    cases.assert_projects(name, state)
+    _WANTED[name] = jax.device_get(params)
+  return _WANTED[name]
+
+
+@every
+def test_nnx_split_and_merge_under_jit_trains(name):
+  moved = jax.tree.map(
+    lambda x, y: np.any(x != y), _wanted(name), _pure(_linear())
+  )
+  assert all(jax.tree.leaves(moved))
+
+
+@every
+def test_nnx_optimizer_under_jit(name):
+  model = _linear()
+  optimizer = nnx.Optimizer(model, cases.make(name), wrt=nnx.Param)
+  train = nnx.jit(_train)
+  losses = [train(model, optimizer) for _ in range(3)]
+  assert losses[-1] < losses[0]
+  cases.assert_close(_pure(model), _wanted(name), 1e-4, 1e-5)
+
+
+def _mesh():
+  return jax.make_mesh((2, 4), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
+
+
+@every
+def test_annotated_nnx_optimizer_eagerly(name):
+  """Metadata of a kernel must not reach what stands for it at low rank."""
+  with jax.set_mesh(_mesh()):
+    model = _linear(annotated=True)
+    assert model.kernel[...].sharding.spec == jax.P("x", "y")
+    optimizer = nnx.Optimizer(model, cases.make(name), wrt=nnx.Param)
+    for _ in range(3):
+      _train(model, optimizer)
+  cases.assert_close(_pure(model), _wanted(name), 1e-4, 1e-5)
+
+
+@every
+def test_annotated_nnx_optimizer_under_jit(name):
+  tx = cases.make(name)
+
+  @nnx.jit
+  def create():
+    model = _linear(annotated=True)
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  mesh = _mesh()
+  train = nnx.jit(_train)
+  with jax.set_mesh(mesh):
+    model, optimizer = create()
+    _assert_fitting(nnx.state(optimizer), mesh)
+    for _ in range(3):
+      train(model, optimizer)
+  cases.assert_close(_pure(model), _wanted(name), 1e-4, 1e-5)
+
+
+def _assert_fitting(state, mesh):
+  """Asserts that the shardings of the metadata divide every array."""
+  shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, mesh))
+  pure = nnx.to_pure_dict(state)
+  flat, _ = jax.tree_util.tree_flatten_with_path(pure)
+  wanted = dict(jax.tree_util.tree_flatten_with_path(shardings)[0])
+  for keys, x in flat:
+    wanted[keys].shard_shape(x.shape)
+
+
+@every
+def test_annotated_bias(name):
+  """A leaf at full rank keeps its metadata."""
+
+  def check(make):
+    with jax.set_mesh(_mesh()):
+      model = _linear(annotated=True, annotated_bias=True)
+      optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
+    _assert_fitting(nnx.state(optimizer), _mesh())
+
+  cases.hold("annotated bias", name, check)
+
+
+def _boxed():
+  params, grads = cases.problem()
+  box = lambda tree: {
+    "bias": nn.Partitioned(tree["bias"], ("y",)),
+    "kernel": nn.Partitioned(tree["kernel"], ("x", "y")),
+  }
+  return box(params), [box(g) for g in grads]
+
+
+@every
+def test_partition_specs_of_boxed_parameters(name):
+  """Every array of the state can be sharded as its spec says."""
+  params, _ = _boxed()
+  state = cases.make(name).init(params)
+  is_box = lambda x: isinstance(x, nn.Partitioned)
+  mesh = _mesh()
+  flat = jax.tree.leaves(state, is_leaf=is_box)
+  masked = [x for x in flat if is_box(x) and not jax.tree.leaves(x)]
+  specs = jax.tree.leaves(
+    nn.get_partition_spec(state), is_leaf=lambda x: isinstance(x, jax.P)
+  )
+  assert bool(masked) == (name != cases.CONTROL)
+  for x, spec in zip(flat, specs, strict=True):
+    value = x.value if is_box(x) else x
+    if isinstance(value, optax.MaskedNode):
+      continue
+    jax.NamedSharding(mesh, spec).shard_shape(value.shape)
+  low = [
+    x for x in flat if not is_box(x) and jnp.ndim(x) and jnp.size(x) > 1
+  ]
+  assert bool(low) == (name != cases.CONTROL)
+
+
+@every
+def test_boxed_parameters_give_boxed_updates(name):
+  params, grads = _boxed()
+  tx = cases.make(name)
+  found, state = cases.run(tx, params, grads)
+  assert cases.types(state) == cases.types(tx.init(params))
+  assert isinstance(found["kernel"], nn.Partitioned)
+  unboxed = nn.meta.unbox(found)
+  cases.assert_projects(name, state)
+  cases.assert_close(unboxed, cases.reference(name)[0], 1e-4, 1e-5)
+
+
+@every
+def test_linen_train_state(name):
+  params, grads = cases.problem()
+  tx, _ = cases.built(name)
+  state = train_state.TrainState.create(apply_fn=None, params=params, tx=tx)
+  step = jax.jit(lambda state, g: state.apply_gradients(grads=g))
+  for g in grads:
+    state = step(state, g)
+  found = (state.params, state.opt_state)
+  cases.assert_close(found, cases.reference(name))
+
+
+class _Block(nnx.Module):
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(16, 16, rngs=rngs)
+    self.norm = nnx.RMSNorm(16, rngs=rngs)
+
+  def __call__(self, x):
+    return x + jax.nn.tanh(self.dense(self.norm(x)))
+
+
+def _nnx_stack():
+  @nnx.split_rngs(splits=3)
+  @nnx.vmap(
+    in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"}
+  )
+  def make(rngs):
+    return _Block(rngs=rngs)
+
+  @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+  def forward(x, block):
+    return block(x)
+
+  graphdef, params = nnx.split(make(nnx.Rngs(0)), nnx.Param)
+  return params, lambda p: jnp.mean(forward(_X, nnx.merge(graphdef, p)) ** 2)
+
+
+class _LinenBlock(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    y = nn.Dense(16, name="dense")(nn.RMSNorm(name="norm")(x))
+    return x + jnp.tanh(y), None
+
+
+def _linen_stack():
+  stack = nn.scan(
+    _LinenBlock,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    length=3,
+  )()
+  params = stack.init(jax.random.key(0), _X, None)["params"]
+  return params, lambda p: jnp.mean(
+    stack.apply({"params": p}, _X, None)[0] ** 2
+  )
+
+
+@every
+@pytest.mark.parametrize("stack", [_nnx_stack, _linen_stack])
+def test_scanned_layers(name, stack):
+  """Kernels are projected layer by layer; biases and norm scales are not."""
+  tx = cases.make(name)
+  params, loss = stack()
+  state = tx.init(params)
+  cases.assert_projects(name, state, ("dense/kernel",))
+  for side, basis in cases.bases(state).get("dense/kernel", {}).items():
+    assert basis.shape == (3, 16, cases.RANK), side
+
+  @jax.jit
+  def step(params, state):
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  values = []
+  for _ in range(3):
+    params, state, value = step(params, state)
+    values.append(float(value))
+  assert values[-1] < values[0]

@@ -1,0 +1,258 @@
+"""Meshes with Explicit and Auto axes, and shardings of the state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from galore_optax import (
+  Projection,
+  chain,
+  galore,
+  galore_adamw,
+  state_shardings,
+)
+from tests.conformance import cases
+from tests.conformance.cases import every
+
+_EXPLICIT, _AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+# Matrices and stacks of them, sharded along rows, columns, both, and layers.
+_SPECS = {
+  "bias": jax.P("y"),
+  "both": jax.P("x", "y"),
+  "cols": jax.P(None, "y"),
+  "kernel": jax.P("y", "x"),
+  "rows": jax.P("x", None),
+  "stack": jax.P("y", "x", None),
+  "stack_cols": jax.P(None, None, "y"),
+}
+_SHAPES = {
+  name: {1: (16,), 2: (8, 16), 3: (4, 8, 16)}[len(spec)]
+  for name, spec in _SPECS.items()
+}
+_MATRICES = [name for name in _SHAPES if name != "bias"]
+
+
+def _mesh(kind):
+  return jax.make_mesh((2, 4), ("x", "y"), (kind,) * 2)
+
+
+def _shardings(mesh):
+  return {name: jax.NamedSharding(mesh, spec) for name, spec in _SPECS.items()}
+
+
+def _problem(shardings=None):
+  """Parameters and gradients, on one device or sharded."""
+  found = cases.normal(_SHAPES), [cases.normal(_SHAPES, k) for k in (1, 2)]
+  if shardings is None:
+    return found
+  return jax.device_put(found, (shardings, [shardings, shardings]))
+
+
+@functools.cache
+def _wanted(name):
+  return jax.device_get(cases.run(cases.make(name), *_problem())[0])
+
+
+@every
+def test_explicit_mesh(name):
+  """Types stay what they are, and numbers are those of one device."""
+  tx = cases.make(name)
+  mesh = _mesh(_EXPLICIT)
+  params, grads = _problem(_shardings(mesh))
+  with jax.set_mesh(mesh):
+    state, update = tx.init(params), jax.jit(tx.update)
+    cases.assert_projects(name, state, _MATRICES)
+    kinds = jax.tree.map(jax.typeof, state)
+    for g in grads:
+      updates, state = update(g, state, params)
+      assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, g)
+      assert jax.tree.map(jax.typeof, state) == kinds
+      params = optax.apply_updates(params, updates)
+  cases.assert_close(jax.device_get(params), _wanted(name), 1e-4, 1e-5)
+
+
+def _specs(tree):
+  """Specs without what says nothing."""
+
+  def spec(x):
+    parts = tuple(x.sharding.spec) if x.sharding is not None else ()
+    while parts and parts[-1] is None:
+      parts = parts[:-1]
+    return jax.P(*parts)
+
+  return jax.tree.map(spec, tree)
+
+
+@every
+def test_init_on_an_explicit_mesh(name):
+  """In and out of jit, and of abstract values, it gives the same types."""
+  tx = cases.make(name)
+  mesh = _mesh(_EXPLICIT)
+  params, _ = _problem(_shardings(mesh))
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(tx.init, params)
+    state = jax.jit(tx.init)(params)
+    eager = tx.init(params)
+  assert _specs(state) == _specs(eager) == _specs(abstract)
+  split = [x for x in jax.tree.leaves(state) if not x.is_fully_replicated]
+  assert len(split) >= len(_MATRICES)
+
+
+@every
+def test_auto_mesh(name):
+  """With the state where `state_shardings` puts it."""
+  tx = cases.make(name)
+  named = _shardings(_mesh(_AUTO))
+  params, grads = _problem(named)
+  placed = state_shardings(tx, params, named)
+  state = jax.jit(tx.init, out_shardings=placed)(params)
+  assert jax.tree.map(lambda x: x.sharding, state) == placed
+  update = jax.jit(tx.update, out_shardings=(named, placed))
+  for g in grads:
+    updates, state = update(g, state, params)
+    params = optax.apply_updates(params, updates)
+  cases.assert_close(jax.device_get(params), _wanted(name), 1e-4, 1e-5)
+
+
+@every
+@pytest.mark.parametrize("guard", [False, True])
+def test_shardings_by_map_params(name, guard):
+  """Optax's own way to shard a state, with and without a guard."""
+  tx = cases.make(name)
+  mesh = _mesh(_AUTO)
+  params, _ = _problem()
+  is_masked = lambda x: isinstance(x, optax.MaskedNode)
+  placed = optax.tree.map_params(
+    tx,
+    lambda x, sharding: x if is_masked(x) else sharding,
+    jax.eval_shape(tx.init, params),
+    _shardings(mesh),
+    transform_non_params=lambda _: jax.NamedSharding(mesh, jax.P()),
+    is_leaf=is_masked if guard else None,
+  )
+  state = jax.jit(tx.init, out_shardings=placed)(params)
+  found = jax.tree.map(lambda x: x.sharding, state)
+  assert found == jax.tree.broadcast(placed, state)
+  if name == cases.CONTROL:
+    assert optax.tree.get(found, "mu") == _shardings(mesh)
+
+
+def _specs_of(tx):
+  """Specs of the bases of the leaf `both`, and of all first moments."""
+  keep = lambda tree: {name: tree[name] for name in ("bias", "both")}
+  params, named = keep(_problem()[0]), keep(_shardings(_mesh(_AUTO)))
+  placed = state_shardings(tx, params, named)
+  state = jax.jit(tx.init, out_shardings=placed)(params)
+  assert jax.tree.map(lambda x: x.sharding, state) == placed
+  specs = jax.tree.map(lambda x: tuple(x.sharding.spec), state)
+  [(_, mu)] = optax.tree.get_all_with_path(specs, "mu")
+  return cases.bases(specs)["both"], mu
+
+
+def _inject(**static):
+  return optax.inject_hyperparams(galore_adamw, **static)
+
+
+_LOW = galore_adamw(cases.RATE, rank=cases.RANK)
+_WRAPPED = {
+  "itself": lambda: _LOW,
+  "chain": lambda: chain(
+    optax.clip_by_global_norm(1.0),
+    galore(rank=cases.RANK),
+    optax.adamw(cases.RATE),
+  ),
+  "optax.chain": lambda: optax.chain(
+    galore(optax.scale_by_adam(), rank=cases.RANK),
+    optax.add_decayed_weights(0.1),
+    optax.scale_by_learning_rate(cases.RATE),
+  ),
+  "named_chain": lambda: optax.named_chain(
+    ("clip", optax.clip(1.0)), ("low", _LOW)
+  ),
+  "inject_hyperparams, static rank": lambda: _inject(static_args="rank")(
+    optax.linear_schedule(1.0, 0.0, 9), rank=cases.RANK
+  ),
+  "inject_hyperparams, rank by rule": lambda: _inject()(
+    cases.RATE, rules=[("both", Projection(rank=cases.RANK))]
+  ),
+  "MultiSteps": lambda: optax.MultiSteps(_LOW, 2).gradient_transformation(),
+  "apply_if_finite": lambda: optax.apply_if_finite(_LOW, 3),
+  "schedule_free": lambda: optax.contrib.schedule_free(_LOW, 0.1),
+  "partition": lambda: optax.partition(
+    {"a": _LOW, "b": optax.sgd(cases.RATE)}, {"bias": "a", "both": "a"}
+  ),
+}
+
+
+@pytest.mark.parametrize("wrapper", _WRAPPED)
+def test_state_shardings_follow_the_parameters(wrapper):
+  """Bases along the side they span, moments along the other."""
+  basis, mu = _specs_of(_WRAPPED[wrapper]())
+  assert basis == {"left": ("x", None)}
+  assert mu.low == {"both": (None, "y")}
+  assert mu.full["bias"] == ("y",)
+
+
+def test_state_shardings_of_masked_leaves():
+  tx = optax.masked(_LOW, {"bias": False, "both": True})
+  basis, mu = _specs_of(tx)
+  assert basis == {"left": ("x", None)}
+  assert mu.low == {"both": (None, "y")}
+  assert mu.full["bias"] == optax.MaskedNode()
+
+
+def test_state_shardings_of_both_sides():
+  basis, mu = _specs_of(galore_adamw(cases.RATE, rank=2, proj_type="full"))
+  assert basis == {"left": ("x", None), "right": ("y", None)}
+  assert mu.low == {"both": (None, None)}
+
+
+def test_state_shardings_of_stacked_layers():
+  named = _shardings(_mesh(_AUTO))
+  placed = state_shardings(_LOW, _problem()[0], named)
+  specs = jax.tree.map(lambda x: tuple(x.spec), placed)
+  assert cases.bases(specs)["stack"] == {"left": ("y", "x", None)}
+  assert optax.tree.get(specs, "nu").low["stack"] == ("y", None, None)
+
+
+def test_state_shardings_without_galore():
+  named = _shardings(_mesh(_AUTO))
+  placed = state_shardings(optax.adam(1e-3), _problem()[0], named)
+  assert optax.tree.get(placed, "mu") == named
+
+
+def test_traced_rank_is_refused_with_what_works_instead():
+  """`inject_hyperparams` traces what is not static when `init` is traced."""
+  tx = _inject()(cases.RATE, rank=cases.RANK)
+  named = _shardings(_mesh(_AUTO))
+  with pytest.raises(ValueError, match="`rank`.*static_args"):
+    state_shardings(tx, _problem()[0], named)
+
+
+@every
+def test_default_mesh_of_explicit_axes_with_replicated_arrays(name):
+  """What `jax.make_mesh` gives by default, nothing being sharded."""
+  tx, _ = cases.built(name)
+  params, grads = cases.problem()
+  mesh = jax.make_mesh((8,), ("data",))
+  with jax.set_mesh(mesh):
+    found = cases.run(tx, params, grads, jax.jit(tx.update))
+  cases.assert_close(
+    jax.device_get(found), jax.device_get(cases.reference(name))
+  )
+
+
+def test_extra_arguments_on_an_explicit_mesh():
+  """Arrays and others reach the inner optimizer."""
+  inner = optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau())
+  tx = galore(inner, rank=cases.RANK)
+  mesh = _mesh(_EXPLICIT)
+  params, _ = _problem(_shardings(mesh))
+  with jax.set_mesh(mesh):
+    state = tx.init(params)
+    update = jax.jit(lambda g, s, p, v: tx.update(g, s, p, value=v, name="a"))
+    _, after = update(params, state, params, jnp.float32(3.0))
+  assert optax.tree.get(after, "best_value") == 3.0

@@ -1,0 +1,103 @@
+"""Tiny models and texts, and the training steps compiled on them once."""
+
+import dataclasses
+import random
+from typing import Any
+
+import jax
+import pytest
+
+from train import config, mesh, optimizer, step
+
+TINY = config.ModelConfig(
+  vocab_size=300, d_model=32, d_ff=48, n_layers=2, n_heads=4
+)
+WORDS = [
+  "we",
+  "the",
+  "people",
+  "of",
+  "these",
+  "states",
+  "hold",
+  "that",
+  "union",
+  "and",
+  "peace",
+  "are",
+  "one",
+]
+
+
+def speech(count: int, seed: int = 0) -> str:
+  """`count` paragraphs of random words, as one text."""
+  chosen = random.Random(seed)
+  return "\n\n".join(
+    " ".join(chosen.choices(WORDS, k=40)) + "." for _ in range(count)
+  )
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp("text") / "speech.txt"
+  path.write_text(speech(120), encoding="utf-8")
+  return path
+
+
+@pytest.fixture(scope="session")
+def rows():
+  """(8, 17) token ids in which each token tells its successor."""
+  start = jax.random.randint(jax.random.key(1), (8, 1), 0, 50)
+  return (start + jax.numpy.arange(17)) % 50
+
+
+@dataclasses.dataclass
+class Trainer:
+  """A tiny model on a mesh, with its compiled steps."""
+
+  mesh: jax.sharding.Mesh
+  placed: step.Placed
+  tx: Any
+  train_step: Any
+  eval_step: Any
+
+  def init(self, seed: int = 0) -> step.TrainState:
+    with jax.set_mesh(self.mesh):
+      return step.init_state(TINY, self.tx, self.placed, seed)
+
+  def put(self, array) -> jax.Array:
+    return mesh.put_batch(jax.device_get(array), mesh.batch_sharding(self.mesh))
+
+  def losses(self, rows, count: int) -> list[float]:
+    state, found = self.init(), []
+    with jax.set_mesh(self.mesh):
+      for _ in range(count):
+        state, metrics = self.train_step(state, self.put(rows))
+        found.append(float(metrics["loss"]))
+    return found
+
+
+def make_trainer(
+  name: Any, devices: int, fsdp: int = 1, tensor: int = 1, **fields
+) -> Trainer:
+  grid = mesh.make_mesh(
+    config.MeshConfig(fsdp=fsdp, tensor=tensor), 8, jax.devices()[:devices]
+  )
+  settings: Any = {"learning_rate": 1e-2, "rank": 4, "update_proj_gap": 3}
+  chosen = config.OptimizerConfig(name=name, **(settings | fields))
+  tx = optimizer.make_optimizer(chosen, steps=20)
+  with jax.set_mesh(grid):
+    placed = step.place(TINY, tx, grid)
+  return Trainer(
+    grid,
+    placed,
+    tx,
+    step.make_train_step(tx, placed),
+    step.make_eval_step(placed),
+  )
+
+
+@pytest.fixture(scope="session")
+def trainer():
+  """GaLore on one device."""
+  return make_trainer("galore", devices=1)

@@ -1,0 +1,5 @@
+"""Pre-training a LLaMA with GaLore: run `python -m train.pretrain`.
+
+Not installed with the package: the scripts run from a checkout, use only the
+public names of `galore_optax`, and are meant to be copied and changed.
+"""

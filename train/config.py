@@ -1,0 +1,300 @@
+"""What a run is made of: frozen dataclasses and `--set a.b=c` overrides.
+
+Every field has a default, a comment that says its unit, and a check in
+`__post_init__`, so that a wrong value is reported before anything starts.
+`train/presets.py` fills them in.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from train.errors import UserError
+
+OptimizerName = Literal[
+  "adamw",
+  "adafactor",
+  "lion",
+  "sgd",
+  "muon",
+  "contrib_galore",
+  "galore",
+  "galore_faithful",
+  "galore_adafactor",
+  "galore_lion",
+  "galore_sgd",
+]
+OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
+Dtype = Literal["float32", "bfloat16"]
+
+
+def _check(group: str, config: Any, names: Iterable[str], low: float = 0):
+  """Raises unless every named field of `config` is above `low`."""
+  for name in names:
+    value = getattr(config, name)
+    if not value > low:
+      raise UserError(f"{group}.{name} must be above {low}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A LLaMA decoder."""
+
+  vocab_size: int = 4096
+  d_model: int = 256
+  d_ff: int = 688  # SwiGLU: three matrices of d_model x d_ff
+  n_layers: int = 4
+  n_heads: int = 4
+  n_kv_heads: int = 0  # 0: as many as n_heads; fewer: grouped queries
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-6
+  init_std: float = 0.02
+  tie_embeddings: bool = False  # the head is the transposed embedding
+  dtype: Dtype = "float32"  # of the computation
+  param_dtype: Dtype = "float32"  # of the stored weights
+  unroll: int = 1  # layers a scan step runs: more compiles longer, runs faster
+  remat: bool = False  # recompute activations in the backward pass
+
+  @property
+  def kv_heads(self) -> int:
+    """Number of key/value heads."""
+    return self.n_kv_heads or self.n_heads
+
+  @property
+  def head_width(self) -> int:
+    """Features of one head."""
+    return self.d_model // self.n_heads
+
+  def __post_init__(self):
+    sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "unroll")
+    _check("model", self, (*sizes, "rope_theta", "norm_eps", "init_std"))
+    if self.d_model % (2 * self.n_heads):
+      raise UserError(
+        f"model.d_model is {self.d_model}, which does not split into"
+        f" model.n_heads={self.n_heads} heads of even width; use a multiple"
+        f" of {2 * self.n_heads}"
+      )
+    if self.n_kv_heads < 0 or self.n_heads % self.kv_heads:
+      raise UserError(
+        f"model.n_kv_heads is {self.n_kv_heads}, which does not divide"
+        f" model.n_heads={self.n_heads}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text, and how it is cut into batches."""
+
+  path: str = ""  # "": the bundled corpus; else a .txt or .jsonl(.gz/.xz) file
+  length: int = 128  # tokens a row that the model predicts
+  batch: int = 16  # rows in a global batch
+  holdout_every: int = 20  # one document in so many is held out
+  eval_rows: int = 512  # held-out rows an evaluation reads, at most
+  cache: str = ""  # tokenizer and tokenised text; "": ~/.cache/galore_optax
+
+  def __post_init__(self):
+    _check("data", self, ("length", "batch", "eval_rows"))
+    _check("data", self, ("holdout_every",), low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The optimizer, its schedule and GaLore's options.
+
+  The projected matrices are the kernels of the blocks (attention and
+  feed-forward). Two factors multiply the learning rate for them alone:
+  `matrix_lr` for every optimizer, and GaLore's own `scale` (the papers'
+  alpha), which is nothing else. Both are kept because a comparison is fair
+  only when the full-rank optimizers have the factor as well.
+  """
+
+  name: OptimizerName = "galore"
+  learning_rate: float = 8e-3  # at its peak
+  matrix_lr: float = 1.0  # factor for the block matrices, any optimizer
+  warmup: float = 0.1  # fraction of the steps
+  final: float = 0.1  # learning rate at the end, fraction of the peak
+  clip: float = 1.0  # global norm of the gradient; 0: no clipping
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0  # decoupled; not on norms
+  rank: int = 64
+  update_proj_gap: int = 50  # steps between two bases of a matrix
+  scale: float = 0.25  # GaLore's alpha
+  proj_type: Literal["std", "reverse_std", "left", "right", "full", "auto"] = (
+    "std"
+  )
+  projector: Literal["subspace", "svd"] = "subspace"
+  refresh: Literal["staggered", "synchronous"] = "staggered"
+  moments: Literal["rotate", "keep", "reset"] = "rotate"
+
+  def __post_init__(self):
+    positive = ("learning_rate", "matrix_lr", "eps", "scale")
+    _check("optimizer", self, (*positive, "rank", "update_proj_gap"))
+    for name in ("warmup", "final", "b1", "b2"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise UserError(
+          f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}"
+        )
+    _check("optimizer", self, ("clip", "weight_decay"), low=-1e-30)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How long to train."""
+
+  steps: int = 400
+  seed: int = 0  # weights and order of the data
+
+  def __post_init__(self):
+    _check("train", self, ("steps",))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis of the mesh."""
+
+  data: int = 0  # 0: all devices that the other axes leave
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    _check("mesh", self, ("data",), low=-1)
+    _check("mesh", self, ("fsdp", "tensor"))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """What is reported and saved; a resumed run may change these."""
+
+  eval_every: int = 100  # steps
+  log_every: int = 10  # steps between two lines of metrics.jsonl
+  checkpoint_every: int = 100  # steps; the last step is always saved
+  keep: int = 2  # checkpoints
+  prompt: str = "The people of the United States"
+  sample_tokens: int = 64
+  temperature: float = 0.7
+
+  def __post_init__(self):
+    _check("run", self, ("eval_every", "log_every", "checkpoint_every"))
+    _check("run", self, ("keep", "temperature"))
+    _check("run", self, ("sample_tokens",), low=-1)
+    if not self.prompt:
+      raise UserError("run.prompt is empty; give it a few words")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run."""
+
+  preset: str
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
+  run: RunConfig = RunConfig()
+
+
+# What a resumed run may change: it changes no number of the training.
+FREE_GROUPS = ("preset", "mesh", "run")
+FREE_FIELDS = ("data.cache", "data.eval_rows")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+  """The fields as `{"model.d_model": 256, ...}`."""
+  flat: dict[str, Any] = {}
+  for group, value in dataclasses.asdict(config).items():
+    if isinstance(value, dict):
+      flat |= {f"{group}.{name}": v for name, v in value.items()}
+    else:
+      flat[group] = value
+  return flat
+
+
+def fixed_fields(flat: dict[str, Any]) -> dict[str, Any]:
+  """The fields that a resumed run must share with the run it continues."""
+  return {
+    name: value
+    for name, value in flat.items()
+    if name.partition(".")[0] not in FREE_GROUPS and name not in FREE_FIELDS
+  }
+
+
+def override(config: Config, settings: Sequence[str]) -> Config:
+  """Applies `group.field=value` settings, in order.
+
+  Args:
+    config: where to start.
+    settings: texts such as `optimizer.rank=32`.
+
+  Returns:
+    The changed config, all checks run again.
+
+  Raises:
+    UserError: no `=`, no such field, or a value of another type.
+  """
+  changes: dict[str, dict[str, Any]] = {}
+  for setting in settings:
+    name, equals, text = setting.partition("=")
+    if not equals:
+      raise UserError(
+        f"--set {setting!r} has no '='; write --set group.field=value"
+      )
+    group, field, kind = _find(config, name.strip())
+    changes.setdefault(group, {})[field] = parse(name, text.strip(), kind)
+  # One replace a group: checks that span fields see all changes together.
+  for group, fields in changes.items():
+    new = dataclasses.replace(getattr(config, group), **fields)
+    config = dataclasses.replace(config, **{group: new})
+  return config
+
+
+def _find(config: Config, name: str) -> tuple[str, str, Any]:
+  """Group, field and type that `name` means."""
+  group, _, field = name.partition(".")
+  groups = [n for n, v in vars(config).items() if dataclasses.is_dataclass(v)]
+  if group not in groups:
+    raise UserError(
+      f"--set {name}: there is no group {group!r}; the groups are"
+      f" {', '.join(groups)}"
+    )
+  kinds = typing.get_type_hints(type(getattr(config, group)))
+  if field not in kinds:
+    raise UserError(
+      f"--set {name}: {group} has no field {field!r}; its fields are"
+      f" {', '.join(kinds)}"
+    )
+  return group, field, kinds[field]
+
+
+def parse(name: str, text: str, kind: Any) -> Any:
+  """Reads `text` as a value of type `kind`: bool, int, float, str, Literal."""
+  if typing.get_origin(kind) is Literal:
+    choices = typing.get_args(kind)
+    if text not in choices:
+      raise UserError(
+        f"--set {name}={text}: must be one of {', '.join(choices)}"
+      )
+    return text
+  readers: dict[type, Any] = {
+    bool: {"true": True, "false": False}.__getitem__,
+    int: lambda t: int(t.replace("_", "")),
+    float: float,
+    str: str,
+  }
+  try:
+    return readers[kind](text.lower() if kind is bool else text)
+  except (ValueError, KeyError):
+    expected = "true or false" if kind is bool else f"of type {kind.__name__}"
+    raise UserError(f"--set {name}={text}: must be {expected}") from None
+
+
+def summary(config: Config) -> str:
+  """The fields that `--set` takes, with their values in `config`."""
+  return "\n".join(
+    f"  {name}={value}"
+    for name, value in flatten(config).items()
+    if "." in name
+  )

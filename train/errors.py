@@ -1,0 +1,13 @@
+"""The errors that the scripts report in one sentence, without a traceback."""
+
+
+class UserError(Exception):
+  """Something the user can put right: a flag, a path, a file, a mesh.
+
+  Its text names the field or path, says what was found and what would work.
+  The command prints it and exits with status 2.
+  """
+
+
+class TrainingError(Exception):
+  """Training cannot go on (the loss is not finite); exit status 1."""

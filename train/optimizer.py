@@ -1,0 +1,259 @@
+"""From the config to an Optax transformation, for GaLore and its peers.
+
+All share clipping, schedule, decay mask and the factor on the matrices, so
+two runs that differ in `optimizer.name` differ in the method only.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import galore_optax
+from train.config import OptimizerConfig
+from train.errors import UserError
+
+
+def path_of(path: tuple) -> str:
+  """A key path as `layers/attn/q/kernel`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_matrix(path: tuple, leaf: Any) -> bool:
+  """Whether a leaf is a kernel of the blocks: attention or feed-forward."""
+  del leaf
+  name = path_of(path)
+  return name.startswith("layers/") and name.endswith("/kernel")
+
+
+def matrices(params: Any) -> Any:
+  """True for the block matrices: the leaves that GaLore projects."""
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def decayed(params: Any) -> Any:
+  """True for every leaf but the norms: by path, as stacked norms are 2-D."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "norm" not in path_of(path), params
+  )
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Linear warm-up to the peak, then a cosine to `final` of it."""
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=max(1, round(config.warmup * steps)),
+    decay_steps=max(2, steps),
+    end_value=config.final * config.learning_rate,
+  )
+
+
+def make_optimizer(
+  config: OptimizerConfig, steps: int
+) -> optax.GradientTransformationExtraArgs:
+  """Clipping, the method, and the factor on the matrices' updates.
+
+  The factor comes last, where every method has made its update: before Adam
+  it would cancel out. It scales decoupled decay too, as a learning rate does.
+
+  Raises:
+    UserError: the options exclude one another.
+  """
+  try:
+    parts = [METHODS[config.name](config, make_schedule(config, steps))]
+  except (TypeError, ValueError) as error:
+    raise UserError(f"optimizer.name={config.name}: {error}") from None
+  if config.clip:
+    parts.insert(0, optax.clip_by_global_norm(config.clip))
+  if config.matrix_lr != 1:
+    parts.append(optax.masked(optax.scale(config.matrix_lr), matrices))
+  return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def unstacked(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Runs `tx` on the layers as separate leaves, for methods that need 2-D.
+
+  A stacked kernel (L, m, n) becomes a list of L matrices on the way in and
+  one array again on the way out; the state belongs to the matrices.
+  """
+
+  def cut(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: list(x) if is_matrix(path, x) else x, tree
+    )
+
+  def init(params: Any) -> Any:
+    return tx.init(cut(params))
+
+  def update(updates: Any, state: Any, params: Any = None):
+    small = None if params is None else cut(params)
+    new, state = tx.update(cut(updates), state, small)
+    stacked = jax.tree.map(
+      lambda _, u: jnp.stack(u) if isinstance(u, list) else u, updates, new
+    )
+    return stacked, state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _adamw(c: OptimizerConfig, lr: optax.Schedule):
+  return optax.adamw(
+    lr, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decayed
+  )
+
+
+def _adafactor(c: OptimizerConfig, lr: optax.Schedule):
+  # As the papers run it: no parameter scale, and a first moment, without
+  # which there is hardly any state to save.
+  return optax.adafactor(
+    lr,
+    multiply_by_parameter_scale=False,
+    momentum=c.b1,
+    weight_decay_rate=c.weight_decay or None,
+    weight_decay_mask=decayed,
+  )
+
+
+def _lion(c: OptimizerConfig, lr: optax.Schedule):
+  # Lion's second decay is its momentum's, 0.99; Adam's 0.999 is another thing.
+  return optax.lion(lr, c.b1, 0.99, weight_decay=c.weight_decay, mask=decayed)
+
+
+def _sgd(c: OptimizerConfig, lr: optax.Schedule):
+  # Like the others' the decay comes after the momentum: it is decoupled.
+  return optax.chain(
+    optax.trace(c.b1),
+    optax.add_decayed_weights(c.weight_decay, decayed),
+    optax.scale_by_learning_rate(lr),
+  )
+
+
+def _muon(c: OptimizerConfig, lr: optax.Schedule):
+  def dimensions(params: Any) -> Any:
+    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
+    return jax.tree.map(lambda hit: axes if hit else None, matrices(params))
+
+  return optax.contrib.muon(
+    lr,
+    weight_decay=c.weight_decay,
+    adam_b1=c.b1,
+    adam_b2=c.b2,
+    adam_weight_decay=c.weight_decay,
+    weight_decay_mask=decayed,
+    muon_weight_dimension_numbers=dimensions,
+  )
+
+
+def _contrib_galore(c: OptimizerConfig, lr: optax.Schedule):
+  """`optax.contrib.galore` on the block matrices, each layer by itself."""
+  projected = optax.contrib.galore(
+    lr,
+    rank=c.rank,
+    update_proj_gap=c.update_proj_gap,
+    scale=c.scale,
+    base_optimizer=optax.scale_by_adam(c.b1, c.b2, c.eps),
+    weight_decay=c.weight_decay,
+  )
+
+  def methods(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: "galore" if "/kernel/" in path_of(path) else "adamw",
+      params,
+    )
+
+  # Told to leave a leaf alone it would keep arrays of size zero for it, which
+  # Orbax does not save: so it is given its own leaves only.
+  return unstacked(
+    optax.partition({"galore": projected, "adamw": _adamw(c, lr)}, methods)
+  )
+
+
+def _options(c: OptimizerConfig) -> dict[str, Any]:
+  """The keyword arguments that every recipe of galore_optax takes."""
+  return {
+    "rank": c.rank,
+    "update_proj_gap": c.update_proj_gap,
+    "scale": c.scale,
+    "proj_type": c.proj_type,
+    "projector": c.projector,
+    "refresh": c.refresh,
+    "moments": c.moments,
+  }
+
+
+def _galore(c: OptimizerConfig, lr: optax.Schedule, **options: Any):
+  return galore_optax.galore_adamw(
+    lr,
+    c.b1,
+    c.b2,
+    c.eps,
+    weight_decay=c.weight_decay,
+    mask=decayed,
+    **_options(c),
+    **options,
+  )
+
+
+def _galore_faithful(c: OptimizerConfig, lr: optax.Schedule):
+  return _galore(c, lr, faithful=True)
+
+
+def _galore_adafactor(c: OptimizerConfig, lr: optax.Schedule):
+  return galore_optax.galore_adafactor(
+    lr,
+    momentum=c.b1,
+    weight_decay=c.weight_decay or None,
+    mask=decayed,
+    **_options(c),
+  )
+
+
+def _galore_lion(c: OptimizerConfig, lr: optax.Schedule):
+  return galore_optax.galore_lion(
+    lr, c.b1, weight_decay=c.weight_decay, mask=decayed, **_options(c)
+  )
+
+
+def _galore_sgd(c: OptimizerConfig, lr: optax.Schedule):
+  return galore_optax.galore(_sgd(c, lr), **_options(c))
+
+
+METHODS = {
+  "adamw": _adamw,
+  "adafactor": _adafactor,
+  "lion": _lion,
+  "sgd": _sgd,
+  "muon": _muon,
+  "contrib_galore": _contrib_galore,
+  "galore": _galore,
+  "galore_faithful": _galore_faithful,
+  "galore_adafactor": _galore_adafactor,
+  "galore_lion": _galore_lion,
+  "galore_sgd": _galore_sgd,
+}
+
+
+def accounting(config: OptimizerConfig, params: Any) -> dict[str, int]:
+  """Bytes of optimizer state, by method, without allocating any.
+
+  Args:
+    config: the run's optimizer, whose rank the GaLore methods share.
+    params: parameters or their ShapeDtypeStructs.
+
+  Returns:
+    `{"adamw": ..., "optax.contrib.galore": ..., config.name: ...}`; the
+    projected leaves are the same block matrices in all of them.
+  """
+
+  def state_bytes(name: Any) -> int:
+    tx = make_optimizer(dataclasses.replace(config, name=name), steps=100)
+    return galore_optax.state_bytes(jax.eval_shape(tx.init, params))
+
+  rows = {"adamw": "adamw", "optax.contrib.galore": "contrib_galore"}
+  rows[f"this run ({config.name})"] = config.name
+  return {label: state_bytes(name) for label, name in rows.items()}
