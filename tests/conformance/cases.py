@@ -152,6 +152,7 @@ OPTAX_FAILS = {
   ("annotated bias", "galore_adafactor"): (
     "flax copies a bias's axes on Adafactor's placeholders of shape (1,)"
   ),
+  ("boxed bias", "galore_adafactor"): "the same",
   ("stacked", "galore_adafactor"): (
     "Adafactor factors the two longest axes, be they layers"
   ),
