@@ -56,7 +56,7 @@ def with_auto_axes(update: Callable) -> Callable:
       return update(updates, state, params, **extra_args)
     arrays = {k: v for k, v in extra_args.items() if _is_arrays(v)}
     others = {k: v for k, v in extra_args.items() if k not in arrays}
-    run = jax.sharding.auto_axes(
+    run: Callable = jax.sharding.auto_axes(
       lambda g, s, p, kwargs: update(g, s, p, **kwargs, **others),
       out_sharding=jax.tree.map(
         lambda x: jax.typeof(x).sharding, (updates, state)

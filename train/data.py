@@ -9,7 +9,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -104,16 +104,17 @@ def _texts(documents: datasets.Dataset, path: pathlib.Path) -> datasets.Dataset:
   kind = documents.features["text"].dtype
   if kind not in ("string", "large_string"):
     raise UserError(f"data.path {path}: 'text' holds {kind}, not strings")
-  documents = documents.select_columns(["text"])
+  # The methods of `datasets` are annotated for a whole DatasetDict, too.
+  documents = cast(datasets.Dataset, documents.select_columns(["text"]))
   with _quiet():
-    documents = documents.filter(
+    kept = documents.filter(
       lambda texts: [bool(text and text.strip()) for text in texts],
       batched=True,
       input_columns="text",
     )
-  if not len(documents):
+  if not len(kept):
     raise UserError(f"data.path {path} holds no text, only blank documents")
-  return documents
+  return cast(datasets.Dataset, kept)
 
 
 @contextlib.contextmanager
@@ -153,7 +154,10 @@ def split(
       f" none would be held out; use {2 * count - 1} or less"
     )
   rest = [i for i in range(count) if i % every != every // 2]
-  return documents.select(rest), documents.select(held_out)
+  return (
+    cast(datasets.Dataset, documents.select(rest)),
+    cast(datasets.Dataset, documents.select(held_out)),
+  )
 
 
 def encode(
@@ -170,7 +174,8 @@ def encode(
     tokens = documents.map(
       batch, batched=True, input_columns="text", remove_columns=["text"]
     )
-  columns = tokens.with_format("numpy", dtype=np.int32).iter(batch_size=1000)
+  tokens = cast(datasets.Dataset, tokens)
+  columns: Any = tokens.with_format("numpy", dtype=np.int32).iter(1000)
   return np.concatenate([ids for batch in columns for ids in batch["ids"]])
 
 
