@@ -128,7 +128,9 @@ OPTIMIZERS = {
   "chain(galore)": Case(_chain, _clipped),
   "optax.chain(galore)": Case(_optax_chain, _parts),
   "faithful": _alias(galore_adamw, _adamw, weight_decay=DECAY, faithful=True),
-  "two-sided": _alias(galore_adamw, _adamw, weight_decay=DECAY, proj_type="full"),
+  "two-sided": _alias(
+    galore_adamw, _adamw, weight_decay=DECAY, proj_type="full"
+  ),
   CONTROL: Case(_adamw, _adamw),
 }
 GALORE = [name for name in OPTIMIZERS if name != CONTROL]
@@ -216,7 +218,9 @@ def reference(name: str):
   return run(tx, *problem(), update)
 
 
-def assert_close(found: Any, wanted: Any, rtol: float = 1e-5, atol: float = 1e-6):
+def assert_close(
+  found: Any, wanted: Any, rtol: float = 1e-5, atol: float = 1e-6
+):
   """Asserts equal structures and nearly equal values."""
   assert jax.tree.structure(found) == jax.tree.structure(wanted)
   jax.tree.map(

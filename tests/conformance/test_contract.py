@@ -169,7 +169,9 @@ def _slope(tx, g):
   @jax.grad
   def slope(g):
     updates, _ = tx.update(g, state, params)
-    return sum(jnp.sum(u * x) for u, x in zip(updates.values(), g.values()))
+    return sum(
+      jnp.sum(u * x) for u, x in zip(updates.values(), g.values(), strict=True)
+    )
 
   return slope(g)
 
@@ -209,9 +211,19 @@ def test_schedules_and_traced_learning_rates(name):
   cases.assert_close(params, expected)
 
 
-_FIELDS = (
-  "count mu nu trace ema v_row v_col v learning_rate projector step".split()
-)
+_FIELDS = [
+  "count",
+  "mu",
+  "nu",
+  "trace",
+  "ema",
+  "v_row",
+  "v_col",
+  "v",
+  "learning_rate",
+  "projector",
+  "step",
+]
 
 
 def _found(state, field):
@@ -253,8 +265,10 @@ def test_bad_gradients_are_survived(name, step, bad):
 
   def check(make):
     tx = make()
-    update = cases.built(name)[1] if make is cases.OPTIMIZERS[name].make else (
-      jax.jit(tx.update)
+    update = (
+      cases.built(name)[1]
+      if make is cases.OPTIMIZERS[name].make
+      else (jax.jit(tx.update))
     )
     params, grads = cases.problem()
     poison = jax.tree.map(lambda x: x.at[0].set(bad), grads[0])

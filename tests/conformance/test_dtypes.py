@@ -6,7 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import Projection, galore, galore_adamw, galore_lion, galore_sgd
+from galore_optax import (
+  Projection,
+  galore,
+  galore_adamw,
+  galore_lion,
+  galore_sgd,
+)
 from tests.conformance import cases
 from tests.conformance.cases import every, every_galore
 
@@ -167,5 +173,5 @@ def _parts(tree):
 def test_a_rule_that_projects_complex_leaves_is_refused(name):
   make = cases.OPTIMIZERS[name].make
   tx = make(rules=[("kernel", Projection(rank=2))])
-  with pytest.raises(TypeError, match="'kernel' is complex64.*real leaves"):
+  with pytest.raises(TypeError, match=r"'kernel' is complex64.*real leaves"):
     tx.init(_complex(cases.problem()[0]))

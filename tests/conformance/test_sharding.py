@@ -228,7 +228,7 @@ def test_traced_rank_is_refused_with_what_works_instead():
   """`inject_hyperparams` traces what is not static when `init` is traced."""
   tx = _inject()(cases.RATE, rank=cases.RANK)
   named = _shardings(_mesh(_AUTO))
-  with pytest.raises(ValueError, match="`rank`.*static_args"):
+  with pytest.raises(ValueError, match=r"`rank`.*static_args"):
     state_shardings(tx, _problem()[0], named)
 
 
