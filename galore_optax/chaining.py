@@ -67,7 +67,8 @@ def chain(
       :func:`galore_optax.galore` without an inner optimizer.
 
   Returns:
-    The chained transformation.
+    The chained transformation. Where nothing comes after the marker, for
+    instance in a chain within a chain, it only filters, and warns at `init`.
 
   Raises:
     ValueError: If there is more than one marker.
@@ -94,6 +95,8 @@ def chain(
       f"{len(places)}, at the positions {places}."
     )
   before, after = transforms[: places[0]], transforms[places[0] + 1 :]
-  after = after or (optax.identity(),)
+  if not after:
+    # Nothing to run in the subspace: the marker is a filter, and says so.
+    return optax.chain(*transforms)
   inner = after[0] if len(after) == 1 else optax.chain(*after)
   return optax.chain(*before, markers[places[0]].wrap(inner))

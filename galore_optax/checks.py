@@ -65,3 +65,18 @@ def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
     f"`{name}` must be one of {', '.join(map(repr, choices))}, got "
     f"{value!r}.{hint}"
   )
+
+
+def check_float_dtype(name: str, value: Any) -> None:
+  """Raises unless a value is None or names a real floating-point dtype."""
+  if value is None:
+    return
+  try:
+    dtype = jnp.dtype(value)
+  except TypeError:
+    dtype = None
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f"`{name}` must be a floating-point dtype such as 'float32' or "
+      f"'bfloat16', got {value!r}."
+    )

@@ -73,13 +73,10 @@ class _GaLore:
         params,
       )
     )
+    kept = layout.stow(self.inner, inner_state, sites)
     if self.params_mode == "split":
       self._check_separable(params, inner_state, sites)
-    return GaLoreState(
-      step=jnp.zeros([], jnp.int32),
-      projector=bases,
-      inner_state=layout.stow(self.inner, inner_state, sites),
-    )
+    return GaLoreState(jnp.zeros([], jnp.int32), bases, kept)
 
   def update(
     self,
@@ -319,7 +316,8 @@ def galore(
       shorter side (a float).
     update_proj_gap: Steps T between two refreshes of a basis.
     scale: The papers' α, a factor on the lifted updates. With Adam it acts as
-      a learning rate of the projected matrices alone.
+      a learning rate of the projected matrices alone. What `inner` adds for
+      the weights, such as decoupled decay, is not multiplied.
     proj_type: Which side is projected. `std`, the paper's rule: the shorter
       one. `reverse_std`: the longer one, whose state is smaller. `left`: rows.
       `right`: columns. `full`: both. `auto`: the one-sided projection with the
@@ -329,8 +327,8 @@ def galore(
       how the leaf is projected; None leaves it at full rank. Leaves without a
       rule are projected if they have two axes or more (the last two are the
       matrix, the others stack matrices) and the projection makes the state
-      smaller, unless their path names an embedding, an output head, a norm, a
-      bias or a scale.
+      smaller (counted with two moments, as Adam has), unless their path names
+      an embedding, an output head, a norm, a bias or a scale.
     projector: How a basis is found. `subspace`: subspace iteration that starts
       from the last basis. `svd`: exactly.
     refresh: When. `synchronous`: all matrices at the steps 0, T, 2T, ...
@@ -388,6 +386,8 @@ def galore(
   checks.check_choice("moments", moments, refresh_lib.MOMENTS)
   checks.check_choice("params_mode", params_mode, PARAMS_MODES)
   checks.check_positive("iterations", iterations)
+  checks.check_float_dtype("basis_dtype", basis_dtype)
+  checks.check_float_dtype("state_dtype", state_dtype)
   if faithful:
     _check_faithful(chosen)
     chosen, null_tolerance = _PAPER, 0.0

@@ -30,6 +30,8 @@ PARAMS = {"w": jnp.ones((16, 24)), "bias": jnp.ones(24)}
     ({"update_proj_gap": "200"}, TypeError, r"must be a number, got '200'"),
     ({"scale": "1"}, TypeError, r"`scale` must be a number"),
     ({"scale": lambda t: t}, TypeError, r"inject_hyperparams"),
+    ({"basis_dtype": "int32"}, TypeError, r"`basis_dtype`.*got 'int32'"),
+    ({"state_dtype": "bf16"}, TypeError, r"`state_dtype`.*got 'bf16'"),
     ({"iterations": 0}, ValueError, r"`iterations` must be positive, got 0"),
     ({"proj_type": "sdt"}, ValueError, r"one of 'std'.*Did you mean 'std'"),
     ({"projector": "eigh"}, ValueError, r"`projector` must be one of"),
@@ -112,6 +114,11 @@ def test_coupled_optimizers_are_refused_with_the_working_spelling(inner):
   assert "'w'" in str(error.value)
   assert 'params_mode="project"' in str(error.value)
   galore(inner, rank=4, params_mode="project").init(PARAMS)
+
+
+def test_inner_whose_moments_cannot_be_found():
+  with pytest.raises(ValueError, match="cannot be wrapped"):
+    galore(optax.lbfgs(), rank=4).init(PARAMS)
 
 
 def test_the_working_spelling_works():

@@ -114,7 +114,8 @@ def test_chain_without_a_marker_is_optax_chain():
 
 def test_marker_with_nothing_after_it_filters():
   params = normal({"w": (16, 24)}, 0)
-  _, updates, state = run(chain(galore(rank=4, scale=1.0)), params, 1)
+  with pytest.warns(UserWarning, match="only filters gradients"):
+    _, updates, state = run(chain(galore(rank=4, scale=1.0)), params, 1)
   basis = state[0].projector["w"]["left"]
   grad = normal({"w": (16, 24)}, 1)["w"]
   np.testing.assert_allclose(updates["w"], basis @ (basis.T @ grad), atol=1e-5)
