@@ -9,7 +9,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from train import metrics, pretrain, step
+from train import loop, metrics, pretrain, step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -75,19 +75,19 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
 ):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   assert pretrain.main(["--out", str(whole), *flags]) == 0
-  record = pretrain.record
+  record = loop.record
 
   def interrupt(job, progress, speed, index, values):
     record(job, progress, speed, index, values)
     if index == 5:
       signal.raise_signal(signal.SIGINT)
 
-  monkeypatch.setattr(pretrain, "record", interrupt)
+  monkeypatch.setattr(loop, "record", interrupt)
   capsys.readouterr()
   assert pretrain.main(["--out", str(cut), *flags]) == 130
   assert "the same command continues" in capsys.readouterr().out
   assert len(losses(cut)) < 12
-  monkeypatch.setattr(pretrain, "record", record)
+  monkeypatch.setattr(loop, "record", record)
   assert pretrain.main(["--out", str(cut), *flags]) == 0
   assert "continuing from the checkpoint" in capsys.readouterr().out
   assert losses(cut) == losses(whole)
