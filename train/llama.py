@@ -11,6 +11,8 @@ weight's gradient is then one plain matrix product, which the CPU compiler
 runs two to three times faster than one that contracts two axes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -165,15 +167,18 @@ class Llama(nnx.Module):
 
   def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
     """Logits (B, T, V) float32 of token ids (B, T)."""
+    rows, length = tokens_BxT.shape
     x_MxD = self.embed(tokens_BxT.reshape(-1))
-    x_MxD = self._scan_layers(x_MxD, tokens_BxT.shape[1])
-    x_MxD = constrain_batch(self.norm(x_MxD), len(tokens_BxT))
+    return self.head(self._scan_layers(x_MxD, length), rows)
+
+  def head(self, x_MxD: jax.Array, rows: int) -> jax.Array:
+    """Logits (B, T, V) float32 of what the last layer gives, (B * T, D)."""
+    x_MxD = constrain_batch(self.norm(x_MxD), rows)
     if self.config.tie_embeddings:
       logits_MxV = self.embed.attend(x_MxD)
     else:
       logits_MxV = self.lm_head(x_MxD)
-    logits_MxV = logits_MxV.astype(jnp.float32)
-    return logits_MxV.reshape(*tokens_BxT.shape, -1)
+    return logits_MxV.astype(jnp.float32).reshape(rows, len(x_MxD) // rows, -1)
 
   def _scan_layers(self, x_MxD: jax.Array, length: int) -> jax.Array:
     def body(x: jax.Array, layer: Block) -> jax.Array:
@@ -198,12 +203,15 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     The graph definition, and the parameters as `nnx.Param` boxes that hold
     `jax.ShapeDtypeStruct`s and the logical names of their axes.
   """
+  return nnx.split(_abstract_model(config), nnx.Param)
+
+
+def _abstract_model(config: ModelConfig) -> Llama:
   # Eagerly sharded variables would ask for a mesh here, where none is needed:
   # `train.mesh.param_shardings` reads the names. The rules are for eval_shape,
   # which translates the names if there is a mesh.
   with nnx.use_eager_sharding(False), nnx.logical_axis_rules(RULES):
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-  return nnx.split(model, nnx.Param)
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
 
 
 def init(config: ModelConfig, seed: int | jax.Array) -> dict:
@@ -216,3 +224,63 @@ def init(config: ModelConfig, seed: int | jax.Array) -> dict:
 def apply(graphdef: nnx.GraphDef, params: dict, tokens: jax.Array) -> jax.Array:
   """Logits (B, T, V) of token ids (B, T) under `params`."""
   return nnx.merge(graphdef, params)(tokens)
+
+
+# The model in three pieces, for those who walk the layers themselves:
+#   x = embed(config, params, tokens)
+#   for layer in the slices of params["layers"]: x = block(config, layer, x, T)
+#   logits = head(config, params, x, B)
+
+
+def embed(config: ModelConfig, params: dict, tokens: jax.Array) -> jax.Array:
+  """Rows of the embedding: ids (B, T) to (B * T, D).
+
+  Args:
+    config: the model's.
+    params: all parameters, or those outside `layers`.
+    tokens: token ids (B, T).
+  """
+  return _outer(config, params).embed(tokens.reshape(-1))
+
+
+def block(
+  config: ModelConfig, layer: dict, x: jax.Array, length: int
+) -> jax.Array:
+  """One layer: (B * T, D) to (B * T, D).
+
+  Args:
+    config: the model's.
+    layer: one layer's parameters, a slice of `params["layers"]`.
+    x: activations, rows of `length` positions one after the other.
+    length: T.
+  """
+  return nnx.merge(_structures(config)[1], layer)(x, length)
+
+
+def head(
+  config: ModelConfig, params: dict, x: jax.Array, rows: int
+) -> jax.Array:
+  """The last norm and the head: (B * T, D) to logits (B, T, V) float32.
+
+  Args:
+    config: the model's.
+    params: all parameters, or those outside `layers`.
+    x: what the last layer gives.
+    rows: B.
+  """
+  return _outer(config, params).head(x, rows)
+
+
+def _outer(config: ModelConfig, params: dict) -> Llama:
+  """The model without its layers."""
+  rest = {name: part for name, part in params.items() if name != "layers"}
+  return nnx.merge(_structures(config)[0], rest)
+
+
+@functools.cache
+def _structures(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
+  """Graph definitions of the model without its layers, and of one layer."""
+  model = _abstract_model(config)
+  layer, _ = nnx.split(model.layers, nnx.Param)
+  del model.layers
+  return nnx.split(model, nnx.Param)[0], layer

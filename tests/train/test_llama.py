@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.train.conftest import TINY
 from train import llama, sample
@@ -79,16 +78,23 @@ def test_grouped_queries_equal_full_heads_with_repeated_keys():
   assert not np.allclose(logits(TOKENS, swapped), grouped, atol=1e-3)
 
 
-def test_the_scan_equals_a_loop_over_layers():
-  graphdef, params = build()
-  model = nnx.merge(graphdef, params)
-  x = model.embed(TOKENS.reshape(-1))
-  for i in range(TINY.n_layers):
-    layer = jax.tree.map(lambda leaf, i=i: leaf[i], nnx.state(model.layers))
-    block, _ = nnx.split(model.layers)
-    x = nnx.merge(block, layer)(x, TOKENS.shape[1])
-  looped = model.lm_head(model.norm(x)).reshape(*TOKENS.shape, -1)
-  np.testing.assert_allclose(logits(TOKENS), looped, atol=1e-6)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_scan_equals_the_pieces_one_layer_after_the_other(tied):
+  config = dataclasses.replace(TINY, tie_embeddings=tied)
+  _, params = build(tie_embeddings=tied)
+  rows, length = TOKENS.shape
+
+  @jax.jit
+  def walk(params):
+    outside = {k: v for k, v in params.items() if k != "layers"}
+    x = llama.embed(config, outside, TOKENS)
+    for i in range(TINY.n_layers):
+      layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+      x = llama.block(config, layer, x, length)
+    return llama.head(config, outside, x, rows)
+
+  together = logits(TOKENS, params, tie_embeddings=tied)
+  np.testing.assert_allclose(walk(params), together, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"remat": True}, {"unroll": 2}])
