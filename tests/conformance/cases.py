@@ -28,6 +28,7 @@ from galore_optax import (
 
 RANK, GAP, RATE, DECAY = 2, 2, 1e-2, 0.1
 SHAPES = {"bias": (16,), "kernel": (8, 16)}
+KERNEL_ONLY = {"bias": False, "kernel": True}
 
 Make = Callable[..., optax.GradientTransformation]
 

@@ -10,7 +10,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from galore_optax import galore, state_shardings
-from tests.conformance import cases, test_wrappers
+from tests.conformance import cases, inner_optimizers
 from tests.conformance.cases import every
 
 
@@ -108,7 +108,7 @@ def test_training_goes_on_after_a_restore(name, tmp_path):
 @pytest.mark.parametrize("form", [x for x in _FORMATS if x != "msgpack"])
 def test_leaves_of_unusual_kinds(form, tmp_path):
   """int8 and int4 codes and typed keys of an inner optimizer."""
-  tx = galore(test_wrappers.momentum_in_codes(), rank=2)
+  tx = galore(inner_optimizers.momentum_in_codes(), rank=2)
   state = _state(tx)
   restored = _FORMATS[form](tmp_path, state, _target(tx))
   cases.assert_equal(restored, state)

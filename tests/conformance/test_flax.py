@@ -1,5 +1,7 @@
 """Flax: NNX and Linen, sharding metadata, and scanned layers."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,15 +58,11 @@ def _pure(model):
   return jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
-_WANTED = {}
-
-
+@functools.cache
 def _wanted(name):
-  if name not in _WANTED:
-    params, state = _plain_run(cases.make(name))
-    cases.assert_projects(name, state)
-    _WANTED[name] = jax.device_get(params)
-  return _WANTED[name]
+  params, state = _plain_run(cases.make(name))
+  cases.assert_projects(name, state)
+  return jax.device_get(params)
 
 
 @every

@@ -18,15 +18,13 @@ from tests.conformance import cases
 from tests.conformance.cases import every
 
 _EXPLICIT, _AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
-# Matrices and stacks of them, sharded along rows, columns, both, and layers.
+# Matrices sharded along rows, columns and both, and a stack along its layers.
 _SPECS = {
   "bias": jax.P("y"),
   "both": jax.P("x", "y"),
   "cols": jax.P(None, "y"),
-  "kernel": jax.P("y", "x"),
   "rows": jax.P("x", None),
   "stack": jax.P("y", "x", None),
-  "stack_cols": jax.P(None, None, "y"),
 }
 _SHAPES = {
   name: {1: (16,), 2: (8, 16), 3: (4, 8, 16)}[len(spec)]

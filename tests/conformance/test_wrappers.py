@@ -1,7 +1,6 @@
 """Inside Optax's wrappers, and with any optimizer inside."""
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,8 @@ import optax
 import pytest
 
 from galore_optax import Projection, galore
-from tests.conformance import cases
+from tests.conformance import cases, inner_optimizers
 from tests.conformance.cases import every, every_galore
-
-_KERNEL_ONLY = {"bias": False, "kernel": True}
 
 
 def _mean_step(update, g, state, params, parts):
@@ -39,7 +36,7 @@ _kernel = functools.cache(_run_on_kernel)
 @every
 def test_masked(name):
   """What the mask leaves out passes through unchanged."""
-  tx = optax.masked(cases.make(name), _KERNEL_ONLY)
+  tx = optax.masked(cases.make(name), cases.KERNEL_ONLY)
   params, grads = cases.problem()
   found, state = cases.run(tx, params, grads)
   cases.assert_projects(name, state)
@@ -196,76 +193,10 @@ def test_lookahead(name):
   cases.assert_close(state.fast_state, inner, 1e-4, 1e-5)
 
 
-class _CodesState(NamedTuple):
-  codes: Any
-  half_codes: Any
-  scale: jax.Array
-  key: jax.Array
-
-
-def momentum_in_codes():
-  """Momentum in stochastically rounded int8: leaves of unusual kinds."""
-
-  def init(params):
-    zeros = lambda dtype: jax.tree.map(
-      lambda x: jnp.zeros(jnp.shape(x), dtype), params
-    )
-    return _CodesState(
-      zeros(jnp.int8), zeros(jnp.int4), jnp.float32(0.01), jax.random.key(0)
-    )
-
-  def update(updates, state, params=None):
-    del params
-    key, now = jax.random.split(state.key)
-    mean = jax.tree.map(
-      lambda c, g: 0.9 * state.scale * c.astype(g.dtype) + 0.1 * g,
-      state.codes,
-      updates,
-    )
-    noise = lambda x: jax.random.uniform(now, x.shape) - 0.5
-    code = lambda x: jnp.round(x / state.scale + noise(x))
-    codes = jax.tree.map(
-      lambda x: jnp.clip(code(x), -127, 127).astype(jnp.int8), mean
-    )
-    half = jax.tree.map(lambda c: (c // 16).astype(jnp.int4), codes)
-    updates = jax.tree.map(lambda x: -0.1 * x, mean)
-    return updates, _CodesState(codes, half, state.scale, key)
-
-  return optax.GradientTransformation(init, update)
-
-
-def _masked_adam():
-  return optax.masked(optax.adam(cases.RATE), _KERNEL_ONLY)
-
-
-_DECAY = ("partition", "nadamw", "lion", "inject_hyperparams")
-INNER = {
-  "adam": lambda: optax.adam(cases.RATE),
-  "adam, masked": _masked_adam,
-  "partition": lambda: optax.partition(
-    {"a": optax.adamw(cases.RATE), "b": optax.sgd(cases.RATE, 0.9)},
-    {"bias": "b", "kernel": "a"},
-  ),
-  "nadamw": lambda: optax.nadamw(cases.RATE, mask=_KERNEL_ONLY),
-  "lion": lambda: optax.lion(cases.RATE),
-  "sgd": lambda: optax.sgd(cases.RATE),
-  "rmsprop": lambda: optax.rmsprop(cases.RATE, momentum=0.9),
-  "adafactor": lambda: cases.OPTIMIZERS["galore_adafactor"].plain(),
-  "factored_rms": lambda: optax.scale_by_factored_rms(min_dim_size_to_factor=2),
-  "MultiSteps": lambda: optax.MultiSteps(
-    optax.adam(cases.RATE), 2
-  ).gradient_transformation(),
-  "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(
-    optax.linear_schedule(1e-2, 0.0, 9)
-  ),
-  "codes": momentum_in_codes,
-}
-
-
-@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("inner", inner_optimizers.INNER)
 def test_any_optimizer_inside(inner):
   """Full-rank leaves are its own; the kernel moves within its subspace."""
-  plain = INNER[inner]()
+  plain = inner_optimizers.INNER[inner]()
   tx = galore(plain, rank=cases.RANK, update_proj_gap=9)
   params, grads = cases.problem()
   state = tx.init(params)
@@ -279,5 +210,5 @@ def test_any_optimizer_inside(inner):
     cases.assert_close(found["bias"], wanted["bias"], 1e-4)
   moved = found["kernel"] - params["kernel"]
   assert jnp.any(moved != 0)
-  if inner not in _DECAY:
+  if inner not in inner_optimizers.DECAYING:
     assert np.linalg.matrix_rank(moved, tol=1e-5) <= cases.RANK
