@@ -27,6 +27,7 @@ OptimizerName = Literal[
 ]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 Dtype = Literal["float32", "bfloat16"]
+AttentionName = Literal["auto", "xla", "cudnn", "splash"]
 
 
 def _check(group: str, config: Any, names: Iterable[str], low: float = 0):
@@ -54,7 +55,10 @@ class ModelConfig:
   dtype: Dtype = "float32"  # of the computation
   param_dtype: Dtype = "float32"  # of the stored weights
   unroll: int = 1  # layers a scan step runs: more compiles longer, runs faster
-  remat: bool = False  # recompute activations in the backward pass
+  # What the backward pass computes anew rather than reads from memory: none,
+  # a whole layer (full), or a layer but for its matrix products (dots).
+  remat: Literal["none", "full", "dots"] = "none"
+  attention: AttentionName = "auto"  # its forms are in train/attention.py
 
   @property
   def kv_heads(self) -> int:

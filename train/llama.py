@@ -17,11 +17,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from train import attention
 from train.config import ModelConfig
 from train.mesh import RULES, constrain_batch
 
+# What a layer keeps for its backward pass beside its input. `full`: nothing,
+# a third more compute for L times fewer activations. `dots`: the outputs of
+# the projections, so that only the attention and what is elementwise is
+# computed twice.
+REMAT = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
-def rotary(x_BxTxNxH: jax.Array, theta: float) -> jax.Array:
+
+def rotary(
+  x_BxTxNxH: jax.Array, theta: float, positions_BxT: jax.Array | None = None
+) -> jax.Array:
   """Rotates each head by its position: the rotary embedding.
 
   Feature i is paired with feature i + H/2 and the pair is turned by
@@ -29,17 +41,20 @@ def rotary(x_BxTxNxH: jax.Array, theta: float) -> jax.Array:
   their positions only through the difference.
 
   Args:
-    x_BxTxNxH: queries or keys; position is the second axis.
+    x_BxTxNxH: queries or keys.
     theta: base of the geometric series of wavelengths.
+    positions_BxT: their places; 0, 1, ... by default. (1, T) serves all rows.
 
   Returns:
     The rotated array, in the dtype it came in.
   """
   length, width = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
+  if positions_BxT is None:
+    positions_BxT = jnp.arange(length)[None]
   # Angles stay in float32: bfloat16 cannot tell position 256 from 257.
   frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  angle_TxH = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
-  cos, sin = jnp.cos(angle_TxH)[:, None], jnp.sin(angle_TxH)[:, None]
+  angle_BxTx1xH = positions_BxT[..., None, None].astype(jnp.float32) * frequency
+  cos, sin = jnp.cos(angle_BxTx1xH), jnp.sin(angle_BxTx1xH)
   left, right = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
   turned = (left * cos - right * sin, right * cos + left * sin)
   return jnp.concatenate(turned, axis=-1).astype(x_BxTxNxH.dtype)
@@ -86,17 +101,22 @@ class Attention(nnx.Module):
 
   def __call__(self, x_MxD: jax.Array, length: int) -> jax.Array:
     """Attends within rows of `length`; (M, D) to (M, D)."""
-    config = self.config
-    heads = (-1, length, config.n_heads, config.head_width)
-    kv_heads = (-1, length, config.kv_heads, config.head_width)
-    q_BxTxNxH = rotary(self.q(x_MxD).reshape(heads), config.rope_theta)
-    k_BxTxKxH = rotary(self.k(x_MxD).reshape(kv_heads), config.rope_theta)
-    v_BxTxKxH = self.v(x_MxD).reshape(kv_heads)
-    # Handles N = g * K itself: query head i reads key head i // g.
-    out = jax.nn.dot_product_attention(
-      q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, is_causal=True
-    )
+    out = attention.attend(self.config.attention, *self._heads(x_MxD, length))
     return self.o(out.reshape(len(x_MxD), -1))
+
+  def _heads(
+    self, x_MxD: jax.Array, length: int, positions_BxT: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries (B, T, N, H), keys and values (B, T, K, H)."""
+    config, width = self.config, self.config.head_width
+    heads = (-1, length, config.n_heads, width)
+    kv_heads = (-1, length, config.kv_heads, width)
+    q, k, v = self.q(x_MxD), self.k(x_MxD), self.v(x_MxD)
+    return (
+      rotary(q.reshape(heads), config.rope_theta, positions_BxT),
+      rotary(k.reshape(kv_heads), config.rope_theta, positions_BxT),
+      v.reshape(kv_heads),
+    )
 
 
 class Mlp(nnx.Module):
@@ -184,9 +204,8 @@ class Llama(nnx.Module):
     def body(x: jax.Array, layer: Block) -> jax.Array:
       return layer(x, length)
 
-    # Rematerialisation keeps a layer's input only and recomputes the rest in
-    # the backward pass: a third more compute for L times fewer activations.
-    body = nnx.remat(body) if self.config.remat else body
+    if self.config.remat != "none":
+      body = nnx.remat(body, policy=REMAT[self.config.remat])
     scan = nnx.scan(
       body,
       in_axes=(nnx.Carry, 0),

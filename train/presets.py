@@ -233,7 +233,7 @@ def llama_1b(optimizer: OptimizerName) -> Config:
     d_model=2048,
     d_ff=5461,
     n_heads=32,
-    remat=True,
+    remat="full",
   )
 
 

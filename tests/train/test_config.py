@@ -15,7 +15,7 @@ def test_overrides_of_every_type_in_one_go():
     [
       "optimizer.rank=32",
       "optimizer.learning_rate=2e-3",
-      "model.remat=true",
+      "model.tie_embeddings=true",
       "model.dtype=bfloat16",
       "data.path=/a=b.txt",
       "train.steps=1_000",
@@ -23,7 +23,7 @@ def test_overrides_of_every_type_in_one_go():
   )
   assert changed.optimizer.rank == 32
   assert changed.optimizer.learning_rate == 2e-3
-  assert changed.model.remat is True
+  assert changed.model.tie_embeddings is True
   assert changed.model.dtype == "bfloat16"
   assert changed.data.path == "/a=b.txt"
   assert changed.train.steps == 1000
@@ -46,7 +46,7 @@ def test_fields_that_are_checked_together_change_together():
     ("optimizer.rank=four", ["optimizer.rank=four", "int"]),
     ("optimizer.rank=2.5", ["optimizer.rank=2.5", "int"]),
     ("optimizer.scale=x", ["optimizer.scale=x", "float"]),
-    ("model.remat=yes", ["model.remat=yes", "true or false"]),
+    ("model.tie_embeddings=yes", ["tie_embeddings=yes", "true or false"]),
     ("model.dtype=float8", ["float32", "bfloat16"]),
     ("optimizer.rank=0", ["optimizer.rank", "above 0", "got 0"]),
     ("optimizer.learning_rate=nan", ["optimizer.learning_rate", "nan"]),

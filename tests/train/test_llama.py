@@ -97,7 +97,9 @@ def test_the_scan_equals_the_pieces_one_layer_after_the_other(tied):
   np.testing.assert_allclose(walk(params), together, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{"remat": True}, {"unroll": 2}])
+@pytest.mark.parametrize(
+  "changes", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}]
+)
 def test_how_layers_are_run_changes_no_gradient(changes):
   _, params = build()
 
