@@ -1,0 +1,289 @@
+"""What a run would take, counted before anything is allocated or read.
+
+`python -m train.pretrain --preset llama_7b --dry-run` prints it; with `--json`
+as one object. Parameters, optimizer state and programs are traced as shapes,
+so a 7B model takes seconds on a laptop and needs neither data nor a hub.
+"""
+
+import collections
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import galore_optax
+from train import config as configs
+from train import flops, jaxprs, optimizer
+from train import mesh as meshes
+from train import step as steps
+from train.errors import UserError
+
+# Group of a parameter, by the first part of its path that is a key here.
+GROUPS = {
+  "embed": "embedding",
+  "attn": "attention",
+  "mlp": "feed-forward",
+  "attn_norm": "norms",
+  "mlp_norm": "norms",
+  "norm": "norms",
+  "lm_head": "head",
+}
+
+
+def estimate(config: configs.Config) -> dict[str, Any]:
+  """Counts parameters, bytes and FLOPs of a run.
+
+  Args:
+    config: the run. `mesh.data = 0`, which takes the devices that are left,
+      counts as 1: this machine need not have the devices of the run.
+
+  Returns:
+    What `--json` prints: nested dicts of numbers, bytes and FLOPs as such.
+
+  Raises:
+    UserError: the optimizer's options exclude one another, or the mesh does
+      not divide the batch.
+  """
+  mesh = abstract_mesh(config.mesh)
+  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+  placed = steps.place(config.model, tx, mesh)
+  plan = galore_optax.describe(tx, placed.state.params)
+  return {
+    "preset": config.preset,
+    "optimizer": config.optimizer.name,
+    "mesh": dict(mesh.shape),
+    "parameters": parameters(placed.state.params),
+    "plan": [plan_row(row, config.optimizer) for row in plan.rows],
+    "bytes": memory(config, placed, mesh),
+    "optimizer_state": optimizer.accounting(
+      config.optimizer, placed.state.params
+    ),
+    "flops": work(config, tx, placed.state.params, plan.rows),
+  }
+
+
+def abstract_mesh(config: configs.MeshConfig) -> jax.sharding.AbstractMesh:
+  """The mesh of a run without its devices."""
+  sizes = (config.data or 1, config.fsdp, config.tensor)
+  auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+  return jax.sharding.AbstractMesh(sizes, meshes.AXES, axis_types=auto)
+
+
+def parameters(params: Any) -> dict[str, int]:
+  """Number of parameters: `total`, and by group."""
+  counts: dict[str, int] = collections.defaultdict(int)
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    parts = optimizer.path_of(path).split("/")
+    counts[next((GROUPS[p] for p in parts if p in GROUPS), "other")] += x.size
+  return {"total": sum(counts.values()), **counts}
+
+
+def plan_row(row: Any, config: configs.OptimizerConfig) -> dict[str, Any]:
+  """A row of `galore_optax.describe` as JSON takes it."""
+  side, rank = row.side or "full rank", row.rank
+  if config.name == "contrib_galore" and row.path.endswith("/kernel"):
+    if row.path.startswith("layers/"):  # as `train.optimizer` tells it
+      side, rank = "long side", config.rank
+  return {
+    "path": row.path,
+    "shape": list(row.shape),
+    "side": side,
+    "rank": rank,
+    "state_bytes": row.state_bytes,
+  }
+
+
+def memory(
+  config: configs.Config, placed: steps.Placed, mesh: jax.sharding.AbstractMesh
+) -> dict[str, dict[str, int]]:
+  """Bytes of what lives on the devices: `whole`, and on one `device`.
+
+  Activations are the most that a microbatch's loss and gradient keep at once,
+  on a device whose tensor axis has size 1: with more it is an upper bound.
+  Gradient accumulation keeps a float32 sum beside a microbatch's gradient.
+  """
+  state, where = placed.state, placed.shardings
+  groups = {
+    "weights": (state.params, where.params),
+    "gradients": (state.params, where.params),
+    "optimizer_state": (state.opt_state, where.opt_state),
+  }
+  if config.train.accumulate > 1:
+    cast = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    sums = jax.tree.map(cast, state.params)
+    groups["gradient_sums"] = (sums, where.params)
+  whole = {name: galore_optax.state_bytes(x) for name, (x, _) in groups.items()}
+  device = {name: shard_bytes(*pair) for name, pair in groups.items()}
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  device["activations"] = activation_bytes(config, shards)
+  whole["activations"] = shards * device["activations"]
+  for part in (whole, device):
+    part["together"] = sum(part.values())
+  return {"whole": whole, "device": device}
+
+
+def shard_bytes(tree: Any, shardings: Any) -> int:
+  """Bytes of a tree on one device."""
+  return sum(
+    galore_optax.state_bytes(
+      jax.ShapeDtypeStruct(where.shard_shape(x.shape), x.dtype)
+    )
+    for x, where in zip(
+      jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True
+    )
+  )
+
+
+def activation_bytes(config: configs.Config, shards: int) -> int:
+  """Bytes that one microbatch's loss and gradient keep at most."""
+  parts = shards * config.train.accumulate
+  rows, rest = divmod(config.data.batch, parts)
+  if rest:
+    raise UserError(
+      f"data.batch is {config.data.batch}, which mesh.data * mesh.fsdp *"
+      f" train.accumulate = {parts} does not divide; use a multiple of {parts}"
+    )
+  program = flops.trace_loss(config.model, rows, config.data.length, True)
+  return jaxprs.peak_bytes(program)
+
+
+def work(
+  config: configs.Config, tx: Any, params: Any, rows: tuple
+) -> dict[str, float]:
+  """FLOPs of matrix products: a token's, a step's, and the run's."""
+  length = config.data.length
+  forward = flops.forward_per_token(config.model, length)
+  again = flops.recompute_per_token(config.model, length)
+  update = flops.update_every_step(tx, params)
+  refresh = flops.refresh(rows, config.optimizer)
+  gap = config.optimizer.update_proj_gap
+  tokens = config.data.batch * length
+  per_step = tokens * (3 * forward + again) + update + refresh / gap
+  return {
+    "forward_per_token": forward,
+    "backward_per_token": 2 * forward,
+    "recomputed_per_token": again,
+    "optimizer_per_step": update,
+    "refresh": refresh,
+    "refresh_every": gap,
+    "tokens_per_step": tokens,
+    "steps": config.train.steps,
+    "tokens": tokens * config.train.steps,
+    "per_step": per_step,
+    "run": per_step * config.train.steps,
+  }
+
+
+def render(found: dict[str, Any]) -> str:
+  """The estimate as text of at most 80 columns."""
+  parts = (
+    [f"dry run of {found['preset']} with {found['optimizer']}"],
+    _parameters(found["parameters"]),
+    _plan(found["plan"]),
+    _memory(found["bytes"], found["mesh"]),
+    _states(found["optimizer_state"]),
+    _work(found["flops"]),
+    _time(found["flops"], math.prod(found["mesh"].values())),
+  )
+  return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _parameters(counts: dict[str, int]) -> list[str]:
+  total = counts["total"]
+  return [f"parameters        {total:>16,}"] + [
+    f"  {name:<15} {n:>16,}  {n / total:6.1%}"
+    for name, n in counts.items()
+    if name != "total"
+  ]
+
+
+def _plan(rows: list[dict]) -> list[str]:
+  width = max(len(row["path"]) for row in rows)
+  lines = [f"{'leaf':<{width}}  {'shape':<18} {'side':<9} rank optimizer state"]
+  for row in rows:
+    shape = " x ".join(map(str, row["shape"]))
+    lines.append(
+      f"{row['path']:<{width}}  {shape:<18} {row['side']:<9}"
+      f" {row['rank'] or '-':>4} {size(row['state_bytes']):>15}"
+    )
+  return lines
+
+
+def _memory(parts: dict[str, dict], mesh: dict[str, int]) -> list[str]:
+  axes = " x ".join(f"{n} {axis}" for axis, n in mesh.items())
+  lines = [f"{'bytes':<20}{'in all':>12}{'a device':>14}, mesh {axes}"]
+  for name, n in parts["whole"].items():
+    label, here = name.replace("_", " "), size(parts["device"][name])
+    lines.append(f"  {label:<18}{size(n):>12}{here:>14}")
+  return lines
+
+
+def _states(states: dict[str, int]) -> list[str]:
+  width = max(map(len, states))
+  return ["optimizer state of this model, same projected matrices"] + [
+    f"  {name:<{width}}{size(n):>12}  {n / states['adamw']:6.1%} of AdamW's"
+    for name, n in states.items()
+  ]
+
+
+def _work(found: dict[str, float]) -> list[str]:
+  token = lambda name: f"{amount(found[name + '_per_token'])}FLOPs a token"
+  lines = [
+    f"forward     {token('forward')}",
+    f"backward    {token('backward')}",
+  ]
+  if found["recomputed_per_token"]:
+    lines.append(f"recomputed  {token('recomputed')}")
+  update = found["optimizer_per_step"]
+  share = f"{update / found['per_step']:.2%} of a step"
+  lines.append(f"optimizer   {amount(update)}FLOPs a step, {share}")
+  if found["refresh"]:
+    mean = found["refresh"] / found["refresh_every"] / found["per_step"]
+    lines.append(
+      f"refreshes   {amount(found['refresh'])}FLOPs every"
+      f" {found['refresh_every']} steps, {mean:.2%} of them"
+    )
+  return [
+    "matrix products",
+    *(f"  {line}" for line in lines),
+    "",
+    f"the run     {found['steps']:,} steps of {found['tokens_per_step']:,}"
+    f" tokens: {amount(found['tokens'])}tokens, {amount(found['run'])}FLOPs",
+  ]
+
+
+def _time(found: dict[str, float], devices: int) -> list[str]:
+  model = 3 * found["forward_per_token"] * found["tokens"]
+  count = f"{devices} devices" if devices > 1 else "one device"
+  times = (
+    f"{kind} {duration(model / (0.4 * devices * flops.peak(kind)))}"
+    for kind in ("TPU v5e", "TPU v6e", "A100", "H100", "RTX 4090")
+  )
+  return [f"at 40% MFU, {count}:", f"  {', '.join(times)}"]
+
+
+def size(count: float) -> str:
+  """Bytes as `12.5 GiB`."""
+  for unit in ("B", "KiB", "MiB", "GiB"):
+    if count < 1000 or unit == "GiB":
+      return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
+    count /= 1024
+  raise AssertionError("unreachable")
+
+
+def amount(count: float) -> str:
+  """A large number as `12.5 T`, the unit's name to follow."""
+  for prefix in ("", "k", "M", "G", "T", "P"):
+    if count < 1000:
+      return f"{count:.3g} {prefix}"
+    count /= 1000
+  return f"{count:,.3g} E"
+
+
+def duration(seconds: float) -> str:
+  """Seconds as days, hours or minutes."""
+  for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+    if seconds >= length or unit == "min":
+      return f"{seconds / length:,.1f} {unit}"
+  raise AssertionError("unreachable")

@@ -1,0 +1,182 @@
+"""What a traced program costs, read off its jaxpr: FLOPs and bytes alive.
+
+Tracing needs shapes only, so a 7B model is counted in a second on a laptop.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+# Views of their operand, or so cheap that the compiler makes them anew inside
+# whatever reads them.
+_VIEWS = frozenset(
+  (
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "optimization_barrier",
+    "reshape",
+    "sharding_constraint",
+    "slice",
+    "squeeze",
+    "stop_gradient",
+    "transpose",
+  )
+)
+_MADE_ON_THE_FLY = frozenset(("broadcast_in_dim", "iota"))
+# These read all of their operands while they write: unlike an elementwise
+# operation's, their result cannot lie where an operand lay.
+_APART = frozenset(
+  ("concatenate", "conv_general_dilated", "dot_general", "gather", "sort")
+)
+_CALLS = frozenset(
+  (
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "jit",
+    "pjit",
+  )
+)
+
+
+def sub_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+  """The jaxprs that an equation runs: bodies, branches, callees."""
+  found = []
+  for value in eqn.params.values():
+    for part in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(part, core.ClosedJaxpr):
+        found.append(part.jaxpr)
+      elif isinstance(part, core.Jaxpr):
+        found.append(part)
+  return found
+
+
+def count_flops(
+  jaxpr: core.Jaxpr, branch: Callable[[list[int]], int] = max
+) -> int:
+  """FLOPs of the matrix products: 2 for a multiplication and an addition.
+
+  A scan's body counts as often as it runs, a loop of unknown length as one
+  turn. Elementwise work is left out, as is usual: it is some percent of a
+  large model's.
+
+  Args:
+    jaxpr: the program.
+    branch: which of a conditional's branches counts: the dearest, or `min`.
+  """
+  total = 0
+  for eqn in jaxpr.eqns:
+    inner = [count_flops(part, branch) for part in sub_jaxprs(eqn)]
+    if eqn.primitive.name == "dot_general":
+      total += _product_flops(eqn)
+    elif eqn.primitive.name == "scan":
+      total += eqn.params["length"] * sum(inner)
+    elif eqn.primitive.name == "cond":
+      total += branch(inner)
+    else:
+      total += sum(inner)
+  return total
+
+
+def _product_flops(eqn: core.JaxprEqn) -> int:
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  shape = eqn.invars[0].aval.shape
+  depth = math.prod(shape[axis] for axis in contracted)
+  return 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Value:
+  """An array of a program without calls; identity is its name."""
+
+  size: int  # bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Operation:
+  name: str
+  reads: list[_Value]
+  writes: list[_Value]
+  inner: int  # bytes alive inside its own programs
+
+
+def peak_bytes(jaxpr: core.Jaxpr) -> int:
+  """Most bytes alive at once of what a program makes on its way.
+
+  Its arguments and results are not counted: they have places of their own.
+  Operations run in the order of the trace. Views and broadcasts are free, and
+  an elementwise operation writes over an operand that nobody reads later.
+  That is close to what the compiler's buffers come to for a transformer's
+  loss and gradient: `tests/train/test_jaxprs.py` holds it to XLA's figure.
+  """
+  operations, results = _inline(jaxpr, [_Value(0) for _ in jaxpr.invars])
+  owners: dict[_Value, _Value] = {}
+  for op in operations:
+    if op.name in _VIEWS and op.reads:
+      owners[op.writes[0]] = owners.get(op.reads[0], op.reads[0])
+  own = lambda value: owners.get(value, value)
+  last = {own(v): i for i, op in enumerate(operations) for v in op.reads}
+  free = {own(v) for v in results}
+  sizes: dict[_Value, int] = {}
+  alive = most = 0
+  for i, op in enumerate(operations):
+    for value in op.writes:
+      known = value in last and value not in free
+      made = known and op.name not in _MADE_ON_THE_FLY
+      sizes[value] = value.size if made else 0
+    new = sum(sizes[v] for v in op.writes)
+    ended = sum(sizes.get(v, 0) for v in {*map(own, op.reads)} if last[v] == i)
+    apart = op.inner or op.name in _APART
+    most = max(most, alive + _working(op, new) - (0 if apart else ended))
+    alive += new - ended
+  return most
+
+
+def _working(op: _Operation, new: int) -> int:
+  """Bytes that an operation adds while it runs."""
+  # A rematerialised block's results are among those its own count has seen.
+  if op.name in ("checkpoint", "remat", "remat2"):
+    return max(op.inner, new)
+  return new + op.inner
+
+
+def _inline(
+  jaxpr: core.Jaxpr, arguments: list[_Value]
+) -> tuple[list[_Operation], list[_Value]]:
+  """The operations of a program with its calls written out, and its results."""
+  known: dict[Any, _Value] = dict(zip(jaxpr.invars, arguments, strict=True))
+
+  def look_up(variables: list) -> Iterator[_Value]:
+    for v in variables:
+      if isinstance(v, core.Literal):
+        yield _Value(0)
+      else:
+        yield known.setdefault(v, _Value(_nbytes(v.aval)))
+
+  operations = []
+  for eqn in jaxpr.eqns:
+    reads = list(look_up(eqn.invars))
+    parts = sub_jaxprs(eqn)
+    if eqn.primitive.name in _CALLS and parts:
+      inlined, results = _inline(parts[0], reads)
+      operations += inlined
+      known |= dict(zip(eqn.outvars, results, strict=True))
+      continue
+    inner = max(map(peak_bytes, parts), default=0)
+    writes = list(look_up(eqn.outvars))
+    operations.append(_Operation(eqn.primitive.name, reads, writes, inner))
+  return operations, list(look_up(jaxpr.outvars))
+
+
+def _nbytes(aval: Any) -> int:
+  dtype = getattr(aval, "dtype", None)
+  if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    return 0  # random keys and tokens: a few bytes
+  return math.prod(aval.shape) * dtype.itemsize
