@@ -82,9 +82,9 @@ def parameters(params: Any) -> dict[str, int]:
 def plan_row(row: Any, config: configs.OptimizerConfig) -> dict[str, Any]:
   """A row of `galore_optax.describe` as JSON takes it."""
   side, rank = row.side or "full rank", row.rank
-  if config.name == "contrib_galore" and row.path.endswith("/kernel"):
-    if row.path.startswith("layers/"):  # as `train.optimizer` tells it
-      side, rank = "long side", config.rank
+  block = row.path.startswith("layers/") and row.path.endswith("/kernel")
+  if config.name == "contrib_galore" and block:  # which `describe` cannot know
+    side, rank = "long side", config.rank
   return {
     "path": row.path,
     "shape": list(row.shape),

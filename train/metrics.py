@@ -1,14 +1,16 @@
-"""What a run tells: a JSON line every few steps, a progress bar, a table."""
+"""A run's numbers: a JSON line every few steps, how fast it goes, a table."""
 
 import collections
 import json
 import math
 import pathlib
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import tqdm
+from train import files
+from train.progress import Progress as Progress  # where the loop looks for it
+from train.sinks import Sink
 
 FILE = "metrics.jsonl"
 
@@ -37,31 +39,44 @@ class Log:
   """Appends records to `metrics.jsonl`, one JSON object a line.
 
   A record of a training step holds step, loss, lr, grad_norm and
-  tokens_per_second; one of an evaluation step, held_out_loss (nats a token)
-  and held_out_perplexity.
+  tokens_per_second; one of an evaluation what `held_out` gives; one of a look
+  at a subspace `subspace/MATRIX/NUMBER`, as `train.subspace` explains.
   """
 
-  def __init__(self, out: pathlib.Path, resumed_at: int):
-    self._path = out / FILE
+  def __init__(
+    self, out: pathlib.Path, resumed_at: int, sinks: Sequence[Sink] = ()
+  ):
+    """Opens the file.
+
+    Args:
+      out: the run's folder.
+      resumed_at: step of the checkpoint from which the run goes on, or 0.
+      sinks: take the same numbers.
+    """
+    self._sinks = sinks
     # What a killed run wrote after its last checkpoint happens again.
-    kept = [r for r in read(self._path) if r["step"] <= resumed_at]
-    self._path.write_text("".join(_line(r) for r in kept), encoding="utf-8")
-    self._file = self._path.open("a", encoding="utf-8")
+    kept = [r for r in read(out / FILE) if r["step"] <= resumed_at]
+    files.write_text(out / FILE, "".join(_line(r) for r in kept))
+    self._file = (out / FILE).open("a", encoding="utf-8")
 
   def write(self, step: int, **values: Any) -> None:
     """Writes one record and hands it to the operating system at once."""
-    self._file.write(_line({"step": step, **values}))
+    # JSON has no nan: a rate that is not known yet is left out.
+    known = {k: v for k, v in values.items() if v == v}
+    self._file.write(_line({"step": step, **known}))
     self._file.flush()
+    for sink in self._sinks:
+      sink.write(step, known)
 
   def close(self) -> None:
-    """Closes the file."""
+    """Closes the file and the sinks."""
     self._file.close()
+    for sink in self._sinks:
+      sink.close()
 
 
 def _line(record: dict[str, Any]) -> str:
-  # JSON has no nan: a rate that is not known yet is left out.
-  known = {k: v for k, v in record.items() if v == v}
-  return json.dumps(known) + "\n"
+  return json.dumps(record) + "\n"
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -72,53 +87,35 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in lines[:-1]]
 
 
-class Progress:
-  """A bar on a terminal; plain lines where the output is a file."""
+def held_out(
+  losses: Sequence[float], counts: Sequence[int], bytes_per_token: float
+) -> dict[str, float]:
+  """The figures of an evaluation.
 
-  def __init__(self, start: int, steps: int, line_every: int):
-    self._bar = tqdm.tqdm(
-      initial=start,
-      total=steps,
-      unit="step",
-      dynamic_ncols=True,
-      disable=not sys.stderr.isatty(),
-      bar_format="{percentage:3.0f}% |{bar}| {n}/{total}  {desc}",
-    )
-    self._start, self._steps, self._every = start, steps, line_every
+  `held_out_perplexity` is exp of the mean loss a token. The GaLore paper's
+  script, and those of Q-GaLore, Fira, APOLLO and LDAdam, print another one on
+  the same rows: they average over batches and count one batch too many, so
+  that with n batches the loss is n / (n + 1) of what it is. That figure is
+  `held_out_perplexity_papers`, to be compared with theirs and nothing else.
 
-  def update(
-    self, step: int, loss: float, lr: float, rate: float, tokens: int
-  ) -> None:
-    """Shows step `step`; `tokens` is a batch's, for the time that is left."""
-    left = (self._steps - step) * tokens / rate
-    speed = f"{rate:,.0f}" if math.isfinite(rate) else "-"
-    text = (
-      f"loss {loss:.3f}  lr {lr:.1e}  {speed} tokens/s  left {duration(left)}"
-    )
-    self._bar.set_description_str(text, refresh=False)
-    self._bar.update(step - self._bar.n)
-    if self._bar.disable and (step % self._every == 0 or step == self._steps):
-      print(f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}")
-
-  def say(self, text: str) -> None:
-    """Prints a line without breaking the bar."""
-    self._bar.write(text)
-    sys.stdout.flush()
-
-  def close(self) -> None:
-    """Leaves the bar on the screen as it stands."""
-    self._bar.close()
+  Args:
+    losses: summed loss of each batch, in nats.
+    counts: predicted tokens of each batch.
+    bytes_per_token: of the held-out text; nan where it is not known.
+  """
+  loss = sum(losses) / sum(counts)
+  means = [total / n for total, n in zip(losses, counts, strict=True)]
+  papers = sum(means) / (len(means) + 1)
+  return {
+    "held_out_loss": loss,
+    "held_out_perplexity": _exp(loss),
+    "held_out_perplexity_papers": _exp(papers),
+    "held_out_bits_per_byte": loss / math.log(2) / bytes_per_token,
+  }
 
 
-def duration(seconds: float) -> str:
-  """Seconds as 1:02:03 or 2:03; `-` where they are not known."""
-  if not math.isfinite(seconds):
-    return "-"
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f"{hours}:{minutes:02}:{rest:02}"
-  return f"{minutes}:{rest:02}"
+def _exp(loss: float) -> float:
+  return math.exp(min(loss, 700))  # the largest is 709
 
 
 def memory_table(parameters: int, matrices: int, states: dict[str, int]) -> str:

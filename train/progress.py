@@ -1,0 +1,121 @@
+"""The progress of a run: a bar on a terminal, plain lines in a file."""
+
+import math
+import os
+import sys
+
+import tqdm
+
+
+class Progress:
+  """A bar on a terminal; plain lines where the output is a file."""
+
+  def __init__(self, start: int, steps: int, line_every: int):
+    self._bar = tqdm.tqdm(
+      initial=start,
+      total=steps,
+      unit="step",
+      dynamic_ncols=True,
+      disable=not sys.stderr.isatty(),
+      bar_format="{percentage:3.0f}% |{bar}| {n}/{total} {desc}",
+    )
+    self._steps, self._every = steps, line_every
+
+  def update(
+    self,
+    step: int,
+    loss: float,
+    lr: float,
+    rate: float,
+    tokens: int,
+    norm: float = math.nan,
+    mfu: float = math.nan,
+  ) -> None:
+    """Shows step `step`.
+
+    Args:
+      step: steps made.
+      loss: of the training batch, nats a token.
+      lr: learning rate.
+      rate: tokens a second; nan where it is not known yet.
+      tokens: of a batch, for the time that is left.
+      norm: of the gradient.
+      mfu: model FLOPs utilisation, 0 to 1; nan where it is not known.
+    """
+    left = duration((self._steps - step) * tokens / rate)
+    shown = {
+      "loss": f"{loss:.3f}",
+      "lr": f"{lr:.1e}",
+      "norm": f"{norm:.2f}" if math.isfinite(norm) else "",
+      "tokens/s": thousands(rate),
+      "MFU": f"{mfu:.0%}" if math.isfinite(mfu) else "",
+      "left": left,
+    }
+    if not self._bar.disable:
+      room = _columns() - len(f"100% || {self._steps}/{self._steps} ")
+      self._bar.set_description_str(fit(shown, room), refresh=False)
+      self._bar.update(step - self._bar.n)
+    elif step % self._every == 0 or step == self._steps:
+      width = len(str(self._steps))
+      text = fit(shown, 200)
+      print(f"step {step:>{width}}/{self._steps}  {text}", flush=True)
+
+  def say(self, text: str) -> None:
+    """Prints a line without breaking the bar."""
+    self._bar.write(text)
+    sys.stdout.flush()
+
+  def close(self) -> None:
+    """Leaves the bar on the screen as it stands."""
+    self._bar.close()
+
+
+BAR = 6  # columns of the bar itself, at least
+# What a narrow terminal does without, first to go first.
+DISPENSABLE = ("norm", "lr", "MFU", "tokens/s", "left")
+
+
+def fit(shown: dict[str, str], room: int) -> str:
+  """Names and values in at most `room` columns, the least needed left out.
+
+  Args:
+    shown: name to value; an empty value is left out.
+    room: columns, the bar's among them.
+  """
+  known = {name: value for name, value in shown.items() if value}
+  for name in (None, *DISPENSABLE):
+    known.pop(name, None)
+    text = " ".join(f"{name} {value}" for name, value in known.items())
+    if len(text) + BAR <= room:
+      break
+  return text
+
+
+def _columns() -> int:
+  try:
+    return os.get_terminal_size(sys.stderr.fileno()).columns
+  except (OSError, ValueError):
+    return 80
+
+
+def thousands(rate: float) -> str:
+  """A rate as 950, 12.3k or 1.25M; `-` where it is not known."""
+  if not math.isfinite(rate):
+    return "-"
+  for limit, unit in ((1e6, "M"), (1e4, "k")):
+    if rate >= limit:
+      return f"{rate / (1e6 if unit == 'M' else 1e3):.3g}{unit}"
+  return f"{rate:.0f}"
+
+
+def duration(seconds: float) -> str:
+  """Seconds as 3d 04h, 1:02:03 or 2:03; `-` where they are not known."""
+  if not math.isfinite(seconds):
+    return "-"
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours >= 48:
+    return f"{hours // 24}d{hours % 24:02}h"
+  if hours:
+    return f"{hours}:{minutes:02}:{rest:02}"
+  return f"{minutes}:{rest:02}"
