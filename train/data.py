@@ -1,37 +1,97 @@
-"""From text to batches: load, split, tokenize, pack, shuffle.
+"""From text to batches: load, hold out, tokenize, cut, share out.
 
-The order of the training rows is a pure function of the seed and the step, so
-a resumed run reads on exactly where it stopped without any saved position.
+A text in memory is tokenised as a whole, a stream as it is read. Either way a
+run evaluates on rows that are prepared here, once, and trains on batches that
+a `Loader` makes ahead of the step.
 """
 
-import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import datasets
 import numpy as np
 import tokenizers
 
-from train import files
-from train import tokenizer as bpe
+from train import files, holdout, sources, stream
+from train import rows as cut
+from train import tokenizer as vocabularies
 from train.config import DataConfig
 from train.errors import UserError
+from train.loader import Loader, State
+from train.tokenizer import Encoder
 
-CORPUS = pathlib.Path(__file__).parent / "corpus" / "sotu.jsonl.xz"
-JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".txt.gz", ".txt.xz")
+SAMPLE = 2000  # documents of a stream in which token frequencies are counted
+# Characters of a stream that a tokenizer is trained on.
+TEXT_SAMPLE = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Packed rows of token ids, training and held-out, and their tokenizer."""
+  """A text that is ready to train on: batches, held-out rows, tokenizer."""
 
-  tokenizer: tokenizers.Tokenizer
-  train: np.ndarray  # (rows, length + 1) int32
-  held_out: np.ndarray  # (rows, length + 1) int32
+  config: DataConfig
+  encoder: Encoder
+  feed: cut.Rows | stream.Stream
+  held_out: np.ndarray  # (rows, length + 1) int32: what an evaluation reads
+  held_out_bytes: (
+    int  # UTF-8 bytes that the predicted held-out tokens stand for
+  )
+  counts: np.ndarray  # (vocabulary,) of each id in (a sample of) the training
+
+  @property
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """Turns text into ids and back."""
+    return self.encoder.tokenizer
+
+  @property
+  def train_tokens(self) -> int | None:
+    """Tokens in the training rows; None for a stream, which is not counted."""
+    if isinstance(self.feed, stream.Stream):
+      return None
+    return int((self.feed.rows != cut.PAD).sum())
+
+  def describe(self) -> str:
+    """What is trained on and evaluated, in half a line."""
+    known = self.train_tokens
+    size = "streamed" if known is None else f"{known:,} training tokens"
+    held_out = int((self.held_out != cut.PAD).sum())
+    return (
+      f"{size}, {held_out:,} evaluated; a step reads {self.config.batch} x"
+      f" {self.config.length}, {self.config.rows}"
+    )
+
+  def loader(
+    self,
+    seed: int,
+    part: int = 0,
+    parts: int = 1,
+    state: State | None = None,
+  ) -> Loader:
+    """The batches of one process; close it in the end.
+
+    Args:
+      seed: decides the order of the rows.
+      part: which part of each global batch: from 0, in the order of the rows.
+      parts: into how many the batch is cut. Processes that hold the same rows
+        (a mesh whose tensor axis spans them) have the same part.
+      state: a position that `Loader.state` gave; None: the beginning.
+
+    Raises:
+      UserError: the batch does not divide into `parts`, or the position is
+        not one of this text.
+    """
+    if self.config.batch % parts:
+      raise UserError(
+        f"data.batch is {self.config.batch}, which {parts} processes do not"
+        f" divide; use a multiple of {parts}"
+      )
+    state = self.feed.start(part, parts) if state is None else state
+    batches = self.feed.batches(state, seed, part, parts)
+    return Loader(batches, state, self.config.prefetch)
 
 
 def cache_folder(config: DataConfig) -> pathlib.Path:
@@ -41,259 +101,212 @@ def cache_folder(config: DataConfig) -> pathlib.Path:
   return files.make_folder(pathlib.Path(folder), "data.cache")
 
 
-def load_documents(config: DataConfig, cache: pathlib.Path) -> datasets.Dataset:
-  """Reads the documents, one a row, in the order of the file.
+def prepare(config: DataConfig, vocab_size: int) -> Corpus:
+  """Loads the text of a run and holds out, tokenizes and cuts it.
 
-  A JSON-lines file needs a `text` field; a plain text is cut into paragraphs
-  at its blank lines.
-
-  Args:
-    config: its `path`, or the bundled corpus where that is empty.
-    cache: folder for the files that `datasets` maps into memory.
-
-  Returns:
-    A dataset with the one column `text`.
+  Of a stream no more is read than the held-out rows, a sample for the
+  frequencies of its tokens and, where one is trained, for the tokenizer.
 
   Raises:
-    UserError: the file is missing, empty, not readable, or has no texts.
+    UserError: the text or its tokenizer cannot be read, or it is too short
+      for one batch.
   """
-  path = pathlib.Path(config.path or CORPUS).expanduser()
-  _check_file(path)
-  name = path.name.lower()
-  options: Any = {
-    "data_files": str(path),
-    "split": "train",
-    "cache_dir": str(cache),
-  }
-  if name.endswith(TEXT_SUFFIXES):
-    options |= {"path": "text", "sample_by": "paragraph"}
-  elif name.endswith(JSON_SUFFIXES):
-    options |= {"path": "json"}
-  else:
-    raise UserError(
-      f"data.path {path} ends in none of"
-      f" {', '.join(TEXT_SUFFIXES + JSON_SUFFIXES)}"
-    )
-  try:
-    with _quiet():
-      documents = datasets.load_dataset(**options)
-  except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-    reason = str(error.__cause__ or error).splitlines()[0]
-    raise UserError(f"data.path {path} cannot be read: {reason}") from None
-  return _texts(documents, path)
+  cache = cache_folder(config)
+  source = sources.load(config, cache)
+  if source.streamed:
+    return _prepare_stream(source, config, vocab_size, cache)
+  return _prepare_whole(source, config, vocab_size, cache)
 
 
-def _check_file(path: pathlib.Path) -> None:
-  if not path.is_file():
-    found = "is a folder" if path.is_dir() else "does not exist"
-    raise UserError(f"data.path {path} {found}; name a .txt or .jsonl file")
-  if not os.access(path, os.R_OK):
-    raise UserError(f"data.path {path} may not be read by this user")
-  if path.stat().st_size == 0:
-    raise UserError(f"data.path {path} is empty; it needs text to train on")
-
-
-def _texts(documents: datasets.Dataset, path: pathlib.Path) -> datasets.Dataset:
-  """Keeps the `text` column and the rows in which it says something."""
-  columns = documents.column_names
-  if "text" not in columns:
-    raise UserError(
-      f"data.path {path} has no field 'text'; its fields are"
-      f" {', '.join(columns)}"
-    )
-  kind = documents.features["text"].dtype
-  if kind not in ("string", "large_string"):
-    raise UserError(f"data.path {path}: 'text' holds {kind}, not strings")
-  # The methods of `datasets` are annotated for a whole DatasetDict, too.
-  documents = cast(datasets.Dataset, documents.select_columns(["text"]))
-  with _quiet():
-    kept = documents.filter(
-      lambda texts: [bool(text and text.strip()) for text in texts],
-      batched=True,
-      input_columns="text",
-    )
-  if not len(kept):
-    raise UserError(f"data.path {path} holds no text, only blank documents")
-  return cast(datasets.Dataset, kept)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """No bars from `datasets`: the run has one progress bar of its own."""
-  was_on = datasets.is_progress_bar_enabled()
-  datasets.disable_progress_bars()
-  try:
-    yield
-  finally:
-    if was_on:
-      datasets.enable_progress_bars()
-
-
-def split(
-  documents: datasets.Dataset, every: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-  """Training and held-out documents: one in `every` is held out.
-
-  They lie evenly over the file (over the years, in the bundled corpus) and
-  start in the middle of the first group, so that neither end of the file is
-  favoured.
-
-  Raises:
-    UserError: fewer documents than it takes to hold one out.
-  """
-  count = len(documents)
-  held_out = range(every // 2, count, every)
-  if count < 2:
-    raise UserError(
-      "the data is a single document: nothing can be held out from it; give"
-      " more documents (a .txt file is cut at its blank lines)"
-    )
-  if not held_out:
-    raise UserError(
-      f"data.holdout_every is {every}, but there are only {count} documents:"
-      f" none would be held out; use {2 * count - 1} or less"
-    )
-  rest = [i for i in range(count) if i % every != every // 2]
-  return (
-    cast(datasets.Dataset, documents.select(rest)),
-    cast(datasets.Dataset, documents.select(held_out)),
+def _prepare_whole(
+  source: sources.Source,
+  config: DataConfig,
+  vocab_size: int,
+  cache: pathlib.Path,
+) -> Corpus:
+  train, held_out = cast(datasets.Dataset, source.train), source.held_out
+  if held_out is None:
+    train, held_out = holdout.split(train, config.holdout_every)
+  texts: list[str] = list(cast(Any, held_out)["text"])
+  train = holdout.without(train, texts, source.name)
+  encoder = vocabularies.find(config, vocab_size, train["text"], cache)
+  evaluated, widths, _ = _held_out_rows(texts, encoder, config)
+  chosen = cut.spread(len(evaluated), config.eval_rows)
+  feed = cut.Rows(_training_rows(train, encoder, config), config.batch)
+  _check_size(source.name, config, feed.rows, evaluated)
+  return Corpus(
+    config,
+    encoder,
+    feed,
+    evaluated[chosen],
+    int(widths[chosen, 1:].sum()),
+    _count(feed.rows, vocab_size),
   )
 
 
-def encode(
-  documents: datasets.Dataset, tokenizer: tokenizers.Tokenizer
+def _prepare_stream(
+  source: sources.Source,
+  config: DataConfig,
+  vocab_size: int,
+  cache: pathlib.Path,
+) -> Corpus:
+  def is_held_out(text: str) -> bool:
+    by_text = source.held_out is None
+    return by_text and holdout.chosen(text, config.holdout_every)
+
+  def keep(text: str) -> bool:
+    return not is_held_out(text) and holdout.digest(text) not in taken
+
+  shards = stream.Shards(source.train, source.field, source.name)
+  train = itertools.filterfalse(is_held_out, shards.documents())
+  sample = _first(train, TEXT_SAMPLE)
+  encoder = vocabularies.find(config, vocab_size, sample, cache)
+  if source.held_out is None:
+    held_out = filter(is_held_out, shards.documents())
+  else:
+    held_out = stream.Shards(
+      source.held_out, source.field, source.name
+    ).documents()
+  rows, widths, taken = _held_out_rows(
+    held_out, encoder, config, config.eval_rows
+  )
+  if not len(rows):
+    raise UserError(_no_held_out(source.name, config))
+  seen = itertools.islice(filter(keep, shards.documents()), SAMPLE)
+  feed = stream.Stream(
+    shards,
+    keep,
+    encoder,
+    config.rows == "packed",
+    config.length,
+    config.batch,
+    config.shuffle_buffer,
+  )
+  return Corpus(
+    config,
+    encoder,
+    feed,
+    rows,
+    int(widths[:, 1:].sum()),
+    _count(np.concatenate(encoder.encode(list(seen))), vocab_size),
+  )
+
+
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+  """Texts up to about so many characters in all."""
+  for text in texts:
+    yield text
+    characters -= len(text)
+    if characters <= 0:
+      return
+
+
+def _held_out_rows(
+  texts: Iterable[str],
+  encoder: Encoder,
+  config: DataConfig,
+  limit: int | None = None,
+) -> tuple[np.ndarray, np.ndarray, set[int]]:
+  """Rows of held-out documents, the first `limit` or all.
+
+  Returns:
+    (rows, length + 1) ids and the bytes that each stands for, and digests of
+    the documents that were read for them.
+  """
+  documents, taken, tokens = [], set(), 0
+  texts = iter(texts)
+  while chunk := list(itertools.islice(texts, stream.CHUNK)):
+    documents += encoder.measure(chunk)
+    taken |= {holdout.digest(text) for text in chunk}
+    tokens += sum(len(ids) for ids, _ in documents[-len(chunk) :])
+    filled = tokens // (config.length + 1)
+    if config.rows == "padded":
+      filled = len(documents)
+    if limit is not None and filled >= limit:
+      break
+  if not documents:
+    empty = np.zeros((0, config.length + 1), np.int32)
+    return empty, empty, taken
+  ids, widths = zip(*documents, strict=True)
+  if config.rows == "padded":
+    rows = cut.pad(ids, config.length)
+    sizes = cut.pad(widths, config.length, filler=0)
+  else:
+    rows = cut.pack(np.concatenate(ids), config.length)
+    sizes = cut.pack(np.concatenate(widths), config.length)
+  return rows[:limit], sizes[:limit], taken
+
+
+def _training_rows(
+  documents: datasets.Dataset, encoder: Encoder, config: DataConfig
 ) -> np.ndarray:
-  """All documents as one stream of ids (n,) int32, each closed by END."""
-  end = tokenizer.token_to_id(bpe.END)
-
-  def batch(texts: list[str]) -> dict[str, list]:
-    encoded = tokenizer.encode_batch_fast(texts)
-    return {"ids": [[*e.ids, end] for e in encoded]}
-
-  with _quiet():
+  """All documents as rows (n, length + 1) int32."""
+  with sources.quiet():
     tokens = documents.map(
-      batch, batched=True, input_columns="text", remove_columns=["text"]
+      lambda texts: {"ids": encoder.encode(texts)},
+      batched=True,
+      input_columns="text",
+      remove_columns=["text"],
     )
   tokens = cast(datasets.Dataset, tokens)
   columns: Any = tokens.with_format("numpy", dtype=np.int32).iter(1000)
-  return np.concatenate([ids for batch in columns for ids in batch["ids"]])
+  ids = [ids for batch in columns for ids in batch["ids"]]
+  if config.rows == "padded":
+    return cut.pad(ids, config.length)
+  return cut.pack(np.concatenate(ids), config.length)
 
 
-def pack(tokens: np.ndarray, length: int) -> np.ndarray:
-  """Cuts the stream into rows of `length + 1`: inputs and their successors.
-
-  No token is lost or used twice but the tail that fills no row.
-
-  Args:
-    tokens: (n,) ids.
-    length: positions the model predicts in a row.
-
-  Returns:
-    (n // (length + 1), length + 1) ids.
-  """
-  rows = len(tokens) // (length + 1)
-  return tokens[: rows * (length + 1)].reshape(rows, length + 1)
+def _count(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+  """How often each id of the vocabulary occurs."""
+  return np.bincount(ids[ids != cut.PAD], minlength=vocab_size)
 
 
-def prepare(config: DataConfig, vocab_size: int) -> Corpus:
-  """Loads, splits, tokenizes and packs the text of a run.
-
-  Raises:
-    UserError: the text cannot be read, or is too short for one batch.
-  """
-  if vocab_size < bpe.MINIMUM:
+def _check_size(
+  name: str, config: DataConfig, train: np.ndarray, held_out: np.ndarray
+) -> None:
+  if len(train) < config.batch:
     raise UserError(
-      f"model.vocab_size is {vocab_size}; the byte-level tokenizer needs"
-      f" {bpe.MINIMUM} or more"
+      f"{name} gives {len(train)} rows of {config.length + 1} tokens, fewer"
+      f" than one batch of data.batch={config.batch}; lower data.batch or"
+      f" data.length, or give more text than {train.size} tokens"
     )
-  cache = cache_folder(config)
-  train, held_out = split(load_documents(config, cache), config.holdout_every)
-  tokenizer, path, found = bpe.cached(list(train["text"]), vocab_size, cache)
-  print(f"tokenizer  {'read from' if found else 'trained:'} {path}")
-  corpus = Corpus(
-    tokenizer,
-    pack(encode(train, tokenizer), config.length),
-    pack(encode(held_out, tokenizer), config.length),
+  if not len(held_out):
+    raise UserError(_no_held_out(name, config))
+
+
+def _no_held_out(name: str, config: DataConfig) -> str:
+  return (
+    f"{name}: the held-out documents do not fill one row of data.length + 1 ="
+    f" {config.length + 1} tokens; lower data.length or data.holdout_every, or"
+    " give more text"
   )
-  _check_size(config, corpus)
-  return corpus
-
-
-def _check_size(config: DataConfig, corpus: Corpus) -> None:
-  name = config.path or CORPUS
-  tokens = corpus.train.size
-  if len(corpus.train) < config.batch:
-    raise UserError(
-      f"data.path {name} gives {len(corpus.train)} rows of"
-      f" {config.length + 1} tokens, fewer than one batch of"
-      f" data.batch={config.batch}; lower data.batch or data.length, or give"
-      f" more text than {tokens} tokens"
-    )
-  if not len(corpus.held_out):
-    raise UserError(
-      f"data.path {name}: the held-out documents do not fill one row of"
-      f" data.length + 1 = {config.length + 1} tokens; lower data.length or"
-      f" data.holdout_every, or give more text"
-    )
-
-
-def batch_at(rows: np.ndarray, batch: int, seed: int, step: int) -> np.ndarray:
-  """The batch of a step, a pure function of its arguments.
-
-  Every epoch goes through the rows once in an order of its own; the rows
-  that fill no batch at its end wait for another epoch's order.
-
-  Args:
-    rows: (n, length + 1) packed rows.
-    batch: rows to take.
-    seed: with the epoch, decides the order.
-    step: number of batches taken before, from 0.
-
-  Returns:
-    (batch, length + 1) rows.
-  """
-  epoch, index = divmod(step, len(rows) // batch)
-  order = np.random.default_rng([seed, epoch]).permutation(len(rows))
-  return rows[order[index * batch : (index + 1) * batch]]
 
 
 def evaluation_batches(
-  rows: np.ndarray, batch: int, limit: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Batches that cover the held-out rows, or `limit` of them, evenly spread.
+  rows: np.ndarray, batch: int, part: int = 0, parts: int = 1
+) -> Iterator[np.ndarray]:
+  """Batches that cover the held-out rows, or one part of each batch.
 
   Yields:
-    Rows (batch, length + 1) and weights (batch,) float32: the last batch is
-    filled up with rows of weight 0, so that all batches have one shape.
+    Rows (batch / parts, length + 1): the last batch is filled up with rows
+    of padding, so that all have one shape.
   """
-  rows = evaluation_rows(rows, limit)
-  for start in range(0, len(rows), batch):
-    part = rows[start : start + batch]
-    weights = np.zeros(batch, np.float32)
-    weights[: len(part)] = 1.0
-    yield np.resize(part, (batch, rows.shape[1])), weights
+  size = batch // parts
+  for start in range(part * size, len(rows) + part * size, batch):
+    found = rows[start : start + size]
+    full = np.full((size, rows.shape[1]), cut.PAD, np.int32)
+    full[: len(found)] = found
+    yield full
 
 
-def evaluation_rows(rows: np.ndarray, limit: int) -> np.ndarray:
-  """At most `limit` of the held-out rows, evenly spread."""
-  if len(rows) <= limit:
-    return rows
-  return rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
-
-
-def unigram_perplexity(
-  train: np.ndarray, targets: np.ndarray, vocab_size: int
-) -> float:
+def unigram_perplexity(counts: np.ndarray, targets: np.ndarray) -> float:
   """Perplexity of a model that knows only how often each token occurs.
 
-  Frequencies are counted on the training rows, one added to each count so
-  that no token is impossible.
-
   Args:
-    train: training ids, any shape.
-    targets: held-out ids to predict, any shape.
-    vocab_size: number of possible ids.
+    counts: (vocabulary,) occurrences in the training text. One is added to
+      each, so that no token is impossible.
+    targets: held-out ids to predict, any shape; padding is left out.
   """
-  counts = np.bincount(train.reshape(-1), minlength=vocab_size) + 1.0
-  nll = np.log(counts.sum()) - np.log(counts)[targets]
+  counts = counts + 1.0
+  nll = np.log(counts.sum()) - np.log(counts)[targets[targets != cut.PAD]]
   return float(np.exp(nll.mean()))
