@@ -6,6 +6,7 @@ Every field has a default, a comment that says its unit, and a check in
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -27,6 +28,7 @@ OptimizerName = Literal[
 ]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 Dtype = Literal["float32", "bfloat16"]
+HUB = "hub:"  # what the name of a set or a tokenizer on the hub starts with
 AttentionName = Literal["auto", "xla", "cudnn", "splash"]
 
 
@@ -90,16 +92,41 @@ class ModelConfig:
 class DataConfig:
   """Text, and how it is cut into batches."""
 
-  path: str = ""  # "": the bundled corpus; else a .txt or .jsonl(.gz/.xz) file
+  # "": the bundled corpus; a file, folder or glob; hub:NAME or hub:NAME:SUBSET
+  path: str = ""
+  split: str = "train"  # of a hub set
+  # What is evaluated: a split of the hub set, or local files. "": the split
+  # `validation` where there is one; none: documents taken out of the training.
+  validation: str = ""
+  revision: str = ""  # branch, tag or commit of a hub set
+  text_field: str = "text"
+  documents: Literal["paragraph", "line", "file"] = "paragraph"  # of .txt files
+  # Read and tokenise on demand instead of as a whole; auto: hub sets are.
+  stream: Literal["auto", "true", "false"] = "auto"
+  # "": trained on the text; a tokenizer.json or .model file; hub:NAME
+  tokenizer: str = ""
+  end_token: str = ""  # closes every document; "": the tokenizer's own
+  # packed: documents end to end; padded: one a row, cut off, as the papers do
+  rows: Literal["packed", "padded"] = "packed"
   length: int = 128  # tokens a row that the model predicts
   batch: int = 16  # rows in a global batch
+  shuffle_buffer: int = 10_000  # documents of a stream shuffled together
   holdout_every: int = 20  # one document in so many is held out
   eval_rows: int = 512  # held-out rows an evaluation reads, at most
+  prefetch: int = 4  # batches prepared ahead of the step; 0: none
   cache: str = ""  # tokenizer and tokenised text; "": ~/.cache/galore_optax
 
   def __post_init__(self):
-    _check("data", self, ("length", "batch", "eval_rows"))
+    _check("data", self, ("length", "batch", "eval_rows", "shuffle_buffer"))
     _check("data", self, ("holdout_every",), low=1)
+    _check("data", self, ("prefetch",), low=-1)
+    for name in ("path", "tokenizer"):
+      value = getattr(self, name)
+      if value.startswith(HUB) and not value.removeprefix(HUB).strip(":"):
+        raise UserError(f"data.{name} is {value!r}; write {HUB}NAME")
+    for name in ("split", "text_field"):
+      if not getattr(self, name):
+        raise UserError(f"data.{name} is empty; give its name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,26 +173,45 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """How long to train."""
+  """How long to train, and what a step is."""
 
-  steps: int = 400
+  steps: int = 400  # batches read; those of skipped steps count
   seed: int = 0  # weights and order of the data
+  accumulate: int = 1  # parts of a batch that go through the model in turn
+  z_loss: float = 0.0  # weight of the squared log-normaliser; 0: none
+  max_skips: int = 10  # steps in a row without a finite gradient: the run stops
 
   def __post_init__(self):
-    _check("train", self, ("steps",))
+    _check("train", self, ("steps", "accumulate", "max_skips"))
+    if not 0 <= self.z_loss < math.inf:
+      raise UserError(f"train.z_loss must be 0 or above, got {self.z_loss}")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each axis of the mesh."""
+  """Devices along each axis of the mesh, and the processes that own them."""
 
-  data: int = 0  # 0: all devices that the other axes leave
-  fsdp: int = 1
-  tensor: int = 1
+  data: int = 0  # copies of the model; 0: all devices the other axes leave
+  fsdp: int = 1  # devices over which batch and weights are split
+  tensor: int = 1  # devices over which heads and feed-forward are split
+  coordinator: str = ""  # host:port of process 0; auto: found; "": one process
+  processes: int = 0  # in all; 0: from the cluster's environment
+  process: int = -1  # this one, from 0; -1: from the cluster's environment
 
   def __post_init__(self):
-    _check("mesh", self, ("data",), low=-1)
+    _check("mesh", self, ("data", "processes"), low=-1)
+    _check("mesh", self, ("process",), low=-2)
     _check("mesh", self, ("fsdp", "tensor"))
+    if self.coordinator not in ("", "auto") and ":" not in self.coordinator:
+      raise UserError(
+        f"mesh.coordinator is {self.coordinator!r}; give host:port of process"
+        " 0, or auto"
+      )
+    if self.processes and self.process >= self.processes:
+      raise UserError(
+        f"mesh.process is {self.process}; of mesh.processes={self.processes}"
+        f" it must be one of 0 to {self.processes - 1}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +221,8 @@ class RunConfig:
   eval_every: int = 100  # steps
   log_every: int = 10  # steps between two lines of metrics.jsonl
   checkpoint_every: int = 100  # steps; the last step is always saved
-  keep: int = 2  # checkpoints
+  keep: int = 2  # newest checkpoints that stay
+  keep_best: int = 1  # best ones that stay too, by held-out loss; 0: none
   prompt: str = "The people of the United States"
   sample_tokens: int = 64
   temperature: float = 0.7
@@ -183,7 +230,7 @@ class RunConfig:
   def __post_init__(self):
     _check("run", self, ("eval_every", "log_every", "checkpoint_every"))
     _check("run", self, ("keep", "temperature"))
-    _check("run", self, ("sample_tokens",), low=-1)
+    _check("run", self, ("sample_tokens", "keep_best"), low=-1)
     if not self.prompt:
       raise UserError("run.prompt is empty; give it a few words")
 
@@ -203,7 +250,12 @@ class Config:
 
 # What a resumed run may change: it changes no number of the training.
 FREE_GROUPS = ("preset", "mesh", "run")
-FREE_FIELDS = ("data.cache", "data.eval_rows")
+FREE_FIELDS = (
+  "data.cache",
+  "data.prefetch",
+  "train.accumulate",
+  "train.max_skips",
+)
 
 
 def flatten(config: Config) -> dict[str, Any]:
