@@ -1,14 +1,15 @@
-"""What a state costs, and what an optimizer projects."""
+"""What a state costs, what an optimizer projects, how good its bases are."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import paths
+from galore_optax import paths, projector
 from galore_optax.galore import GaLoreState
 
 
@@ -38,6 +39,110 @@ def _leaf_bytes(x: Any) -> int:
     else 8 * dtype.itemsize
   )
   return math.ceil(math.prod(jnp.shape(x)) * bits / 8)
+
+
+def stable_rank(g: jax.Array) -> jax.Array:
+  r"""How many directions carry a matrix, :math:`\|G\|_F^2 / \|G\|_2^2`.
+
+  Between 1, for rank one, and the shorter side, for equal singular values. The
+  spectral norm is found by power iteration, which needs no factorisation.
+
+  Args:
+    g: Matrices (..., m, n).
+
+  Returns:
+    float32 of shape (...), 0 where the matrix is zero.
+
+  Example:
+    >>> print(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0]))))
+    1.5
+  """
+  g = _normalized(g)
+  start = jax.random.normal(jax.random.key(0), (g.shape[-1],))
+  vector = jnp.broadcast_to(start, (*g.shape[:-2], g.shape[-1]))
+
+  def iterate(_, vector):
+    image = _matmul("...mn,...n->...m", g, vector)
+    vector = _matmul("...mn,...m->...n", g, image)
+    norm = jnp.linalg.norm(vector, axis=-1, keepdims=True)
+    return vector / jnp.where(norm > 0, norm, 1)
+
+  vector = jax.lax.fori_loop(0, _POWER_ITERATIONS, iterate, vector)
+  image = _matmul("...mn,...n->...m", g, vector)
+  return _ratio(_energy(g), jnp.sum(image * image, axis=-1))
+
+
+def captured_energy(g: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
+  r"""The share of a gradient that its bases keep.
+
+  :math:`\|P^\top G\|_F^2 / \|G\|_F^2`, and with :math:`P^\top G Q` for a
+  two-sided projection.
+
+  Args:
+    g: Gradients (..., m, n).
+    bases: `left` (..., m, r), `right` (..., n, r), or both, as a
+      :class:`galore_optax.GaLoreState` holds them for a path.
+
+  Returns:
+    float32 of shape (...), from 0 to 1; 0 where the gradient is zero.
+
+  Example:
+    >>> bases = {"left": jnp.eye(3)[:, :1]}
+    >>> print(captured_energy(jnp.diag(jnp.array([2.0, 1.0, 1.0])), bases))
+    0.6666667
+  """
+  g = _normalized(g)
+  return _ratio(_energy(projector.project(g, bases)), _energy(g))
+
+
+def basis_overlap(
+  new: Mapping[str, jax.Array], old: Mapping[str, jax.Array]
+) -> jax.Array:
+  r"""How much of a subspace is left in another one.
+
+  :math:`\|P_{new}^\top P_{old}\|_F^2 / r`, the mean squared cosine of the
+  angles between them: 1 for one subspace, r / m for two random ones. Of two
+  sides the one that has turned more counts.
+
+  Args:
+    new: Bases, as a :class:`galore_optax.GaLoreState` holds them for a path.
+    old: Others of the same shapes.
+
+  Returns:
+    float32 of the shape of the stack axes.
+
+  Example:
+    >>> old, new = jnp.eye(4)[:, :2], jnp.eye(4)[:, 1:3]
+    >>> print(basis_overlap({"left": new}, {"left": old}))
+    0.5
+  """
+  shares = [
+    _energy(turn) / turn.shape[-1]
+    for turn in projector.overlap(new, old).values()
+  ]
+  return jnp.min(jnp.stack(shares), axis=0)
+
+
+_POWER_ITERATIONS = 64
+
+
+def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _normalized(g: jax.Array) -> jax.Array:
+  """Matrices in float32 with entries up to 1, whose squares stay in range."""
+  g = g.astype(jnp.float32)
+  largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
+  return g / jnp.where(largest == 0, 1, largest)
+
+
+def _energy(x: jax.Array) -> jax.Array:
+  return jnp.sum(x * x, axis=(-2, -1))
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
 @dataclasses.dataclass(frozen=True)
