@@ -1,157 +1,283 @@
-"""Checkpoints with Orbax, and the config they belong to.
+"""Checkpoints with Orbax: written in the background, restored on any mesh.
 
-A run lives in one folder: `config.json` says what it is, `checkpoints/` holds
-its newest states, `metrics.jsonl` its history. A checkpoint is written beside
-its final name and renamed, so a run that is killed keeps the one before.
+A checkpoint is written beside its final name and renamed when it is whole,
+and older ones are deleted after that: a run that is killed at any moment
+keeps its last complete one.
 """
 
-import json
+import concurrent.futures
+import contextlib
+import math
 import pathlib
 import shutil
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from train import config as configs
-from train import files
+from train import hosts
+from train.checksums import check_sums
 from train.errors import UserError
+from train.folder import FOLDER
 from train.step import Placed, TrainState
 
-CONFIG = "config.json"
-FOLDER = "checkpoints"
+PROGRESS = "progress"  # name of the JSON that lies beside the state
+LOSS = "held_out_loss"
 
 
-def check_run(
-  out: pathlib.Path, config: configs.Config, overwrite: bool
-) -> None:
-  """Refuses a folder that holds something else, before anything is written.
+class Progress(NamedTuple):
+  """What a resumed run needs beside the arrays; JSON-able."""
+
+  seconds: float  # of training so far
+  data: Any  # position of this process in the data
+
+
+class Damaged(Exception):
+  """A checkpoint that cannot be what was saved; its text says why."""
+
+
+def steps_in(out: pathlib.Path) -> list[int]:
+  """Steps of the checkpoints of a run, oldest first."""
+  folder = out / FOLDER
+  if not folder.is_dir():
+    return []
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def restore(
+  out: pathlib.Path, placed: Placed, say: Callable[[str], None] = print
+) -> tuple[TrainState, Progress] | None:
+  """Reads the newest good checkpoint onto the devices of `placed`.
+
+  A damaged one is named, set aside, and the one before it is tried.
 
   Args:
-    out: the folder: new, empty, or of an earlier run with the same config.
-    config: the run's config.
-    overwrite: an earlier run there may differ, it will be deleted.
+    out: the run's folder.
+    placed: what was saved, and where it shall live now.
+    say: told about damaged checkpoints.
+
+  Returns:
+    The state and what was saved with it; None where there is no checkpoint.
 
   Raises:
-    UserError: the folder holds something else, or a run that differs.
+    UserError: there are checkpoints, and none can be restored.
   """
-  saved = out / CONFIG
-  if out.exists() and not out.is_dir():
-    raise UserError(f"--out {out} is a file; name a folder")
-  if saved.exists():
-    if not overwrite:
-      _compare(out, _read(saved), config)
-  elif out.exists() and any(out.iterdir()):
-    raise UserError(
-      f"--out {out} is not empty and holds no {CONFIG} of a run; name an"
-      " empty or new folder"
+  reasons: dict[int, str] = {}
+  for step in reversed(steps_in(out)):
+    found, reason = None, None
+    try:
+      found = _load(out / FOLDER / str(step), placed)
+    # Orbax and its storage raise whatever a broken file makes them meet.
+    except Exception as error:
+      reason = _first_line(error)
+    reason = next(filter(None, hosts.gather(reason)), None)
+    if reason is None and found is not None:
+      _set_aside(out, reasons, f"step {step} is used instead", say)
+      return found
+    reasons[step] = reason or "unknown"
+  if not reasons:
+    return None
+  listed = "; ".join(f"step {n}: {reason}" for n, reason in reasons.items())
+  raise UserError(
+    f"no checkpoint in {out / FOLDER} can be restored ({listed}). Pass"
+    " --overwrite to start anew, or name another --out"
+  )
+
+
+def _load(path: pathlib.Path, placed: Placed) -> tuple[TrainState, Progress]:
+  """Reads one checkpoint and compares it with its check sums."""
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    placed.state,
+    placed.shardings,
+  )
+  with _context():
+    loaded = ocp.load_checkpointables(
+      str(path.resolve()), {"state": abstract, PROGRESS: None}
     )
+  state, progress = loaded["state"], loaded[PROGRESS]
+  if check_sums(state, placed.shardings.step.mesh) != progress["check_sums"]:
+    raise Damaged("its arrays are not those that were saved")
+  return state, Progress(progress["seconds"], _own(progress["data"]))
 
 
-def claim_run(
-  out: pathlib.Path, config: configs.Config, overwrite: bool
+def _own(positions: list[Any]) -> Any:
+  """This process's of the positions in the data that were saved."""
+  count = jax.process_count()
+  if len(positions) == count:
+    return positions[jax.process_index()]
+  if all(position == positions[0] for position in positions):
+    return positions[0]  # they count the batches of all processes
+  raise Damaged(
+    f"{len(positions)} processes read the data, each a part of its own, and"
+    f" now there are {count}: go on with {len(positions)}"
+  )
+
+
+def _set_aside(
+  out: pathlib.Path,
+  reasons: dict[int, str],
+  instead: str,
+  say: Callable[[str], None],
 ) -> None:
-  """Writes the config into the run's folder, which `check_run` let pass."""
-  files.make_folder(out, "--out")
-  if overwrite:
-    _delete_run(out)
-  text = json.dumps(configs.flatten(config), indent=2)
-  files.write_text(out / CONFIG, text + "\n")
+  """Renames damaged checkpoints, so that their steps can be saved again."""
+
+  def rename() -> None:
+    for step, reason in reasons.items():
+      path = out / FOLDER / str(step)
+      aside = path.with_name(f"{step}.damaged")
+      shutil.rmtree(aside, ignore_errors=True)
+      path.rename(aside)
+      say(
+        f"checkpoint {path} is damaged ({reason}); it is kept as"
+        f" {aside.name} and that of {instead}"
+      )
+
+  hosts.first_alone(rename)
 
 
-def _delete_run(out: pathlib.Path) -> None:
-  """Removes what a run writes, and nothing else that may lie there."""
-  shutil.rmtree(out / FOLDER, ignore_errors=True)
-  for name in OWN_FILES:
-    (out / name).unlink(missing_ok=True)
+def _first_line(error: BaseException) -> str:
+  """What an error says, in one line; its type where it says nothing."""
+  lines = str(error).strip().splitlines()
+  return lines[0][:200] if lines else type(error).__name__
 
 
-# Everything that a run leaves in its folder, beside the checkpoints.
-OWN_FILES = (
-  CONFIG,
-  "metrics.jsonl",
-  "tokenizer.json",
-  "run.png",
-  "sample.txt",
-)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    saved = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f"{path} cannot be read ({error}); --overwrite starts the run anew"
-    ) from None
-  return saved
-
-
-def _compare(
-  out: pathlib.Path, saved: dict[str, Any], config: configs.Config
-) -> None:
-  old = configs.fixed_fields(saved)
-  new = configs.fixed_fields(configs.flatten(config))
-  names = [n for n in {**old, **new} if old.get(n) != new.get(n)]
-  if names:
-    changes = "; ".join(
-      f"{n}: {old.get(n, 'absent')} there, {new.get(n, 'absent')} now"
-      for n in names
-    )
-    raise UserError(
-      f"--out {out} belongs to another run. {changes}. Use another --out to"
-      " keep both, or --overwrite to delete it"
-    )
+def _context() -> ocp.Context:
+  """Says that the progress is JSON, which Orbax would take for a tree."""
+  registry = ocp.handlers.local_registry(include_global_registry=True)
+  registry.add(ocp.handlers.JsonHandler, checkpointable_name=PROGRESS)
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  return context
 
 
 class Checkpoints:
-  """Saves and restores training states in a run's folder."""
+  """Saves training states in a run's folder, in the background."""
 
-  def __init__(self, out: pathlib.Path, keep: int):
+  def __init__(self, out: pathlib.Path, keep: int, keep_best: int = 0):
+    """Opens the folder, and clears away what a killed save left there.
+
+    Args:
+      out: the run's folder.
+      keep: newest checkpoints that stay.
+      keep_best: of those with a held-out loss, best ones that stay too.
+    """
     self._folder = out.resolve() / FOLDER
-    newest: Any = ocp.training.preservation_policies.LatestN(keep)
-    self._orbax = ocp.training.Checkpointer(
+    self._policy = _preservation(keep, keep_best)
+    self._waiter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._writing: tuple[int, concurrent.futures.Future] | None = None
+    self._orbax = self._open()
+    self.latest = self._newest()  # step of the newest complete checkpoint
+    self.failure = ""  # why the last save failed; "": it did not
+
+  def _open(self) -> Any:
+    return ocp.training.Checkpointer(
       str(self._folder),
-      preservation_policy=newest,
+      context=_context(),
+      preservation_policy=self._policy,
       cleanup_tmp_directories=True,
     )
 
-  @property
-  def latest(self) -> int | None:
-    """Step of the newest whole checkpoint."""
+  def _newest(self) -> int | None:
     newest = self._orbax.latest
     return None if newest is None else newest.step
 
-  def save(self, state: TrainState) -> None:
-    """Copies the state and writes it in the background."""
+  def best(self) -> float:
+    """The lowest held-out loss of the checkpoints; infinite without any."""
+    losses = [
+      c.metrics[LOSS] for c in self._orbax.checkpoints if c.metrics is not None
+    ]
+    return min(losses, default=math.inf)
+
+  def save(
+    self,
+    state: TrainState,
+    progress: Progress,
+    loss: float | None = None,
+    say: Callable[[str], None] = print,
+  ) -> None:
+    """Copies the state and writes it in the background.
+
+    A save that fails does not end the training: the failure is said, the
+    checkpoints before it stay, and the next save tries again.
+
+    Args:
+      state: what to save; may be donated as soon as this returns.
+      progress: what goes with it.
+      loss: the held-out loss of this state, where it is known.
+      say: told about failures.
+    """
+    self.settle(say)
     step = int(jax.device_get(state.step))
     if self.latest == step:
       return
-    self._orbax.save_checkpointables_async(step, {"state": state}, force=True)
-
-  def restore(self, placed: Placed) -> TrainState:
-    """Reads the newest checkpoint onto the devices of `placed`.
-
-    Raises:
-      UserError: the checkpoint cannot be read as this state.
-    """
-    abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      placed.state,
-      placed.shardings,
-    )
+    saved = {
+      "check_sums": check_sums(state, state.step.sharding.mesh),
+      "seconds": progress.seconds,
+      "data": hosts.gather(progress.data),
+    }
+    metrics = None if loss is None else {LOSS: loss}
     try:
-      loaded = self._orbax.load_checkpointables(
-        self.latest, {"state": abstract}
+      response = self._orbax.save_checkpointables_async(
+        step, {"state": state, PROGRESS: saved}, force=True, metrics=metrics
       )
+      self._writing = (step, self._waiter.submit(response.result))
+    # A full disk or a lost mount comes in the dress of many libraries.
     except Exception as error:
-      reason = str(error).splitlines()[0]
-      raise UserError(
-        f"{self._folder / str(self.latest)} cannot be restored ({reason});"
-        " delete that folder to fall back to the one before, or pass"
-        " --overwrite to start anew"
-      ) from error
-    return loaded["state"]
+      self._give_up(step, _first_line(error), say)
 
-  def close(self) -> None:
-    """Waits for the writes under way."""
+  def poll(self, say: Callable[[str], None] = print) -> None:
+    """Tells about a save in the background that has ended with an error."""
+    # Several processes look at it together, before the next save.
+    if self._writing and self._writing[1].done() and jax.process_count() == 1:
+      self.settle(say)
+
+  def settle(self, say: Callable[[str], None] = print) -> None:
+    """Waits for the write under way."""
+    if self._writing is None:
+      return
+    (step, future), self._writing = self._writing, None
+    error = future.exception()
+    reasons = hosts.gather(error and _first_line(error))
+    reason = next(filter(None, reasons), None)
+    if reason is None:
+      self.latest, self.failure = step, ""
+    else:
+      self._give_up(step, reason, say)
+
+  def _give_up(
+    self, step: int, reason: str, say: Callable[[str], None]
+  ) -> None:
+    """Says why a save failed and clears away what it left on the disk."""
+    self.failure = reason
+    with contextlib.suppress(Exception):
+      self._orbax.close()
+    self._orbax = self._open()
+    self.latest = self._newest()
+    kept = "there is none yet" if self.latest is None else f"{self.latest}"
+    say(
+      f"the checkpoint of step {step} could not be written ({reason}); the"
+      f" newest complete one: {kept}. Training goes on and the next save"
+      f" tries again: make room in {self._folder}"
+    )
+
+  def close(self, say: Callable[[str], None] = print) -> None:
+    """Waits for the write under way and ends the background work."""
+    self.settle(say)
     self._orbax.close()
+    self._waiter.shutdown()
+
+
+def _preservation(keep: int, keep_best: int) -> Any:
+  policies = ocp.training.preservation_policies
+  newest = policies.LatestN(keep)
+  if not keep_best:
+    return newest
+  best = policies.BestN(
+    get_metric_fn=lambda metrics: metrics[LOSS],
+    reverse=True,
+    n=keep_best,
+    keep_checkpoints_without_metrics=False,
+  )
+  return policies.AnyPreservationPolicy([newest, best])

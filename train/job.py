@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from train import checkpoint, data, metrics, optimizer
+from train import checkpoint, data, hosts, loader, metrics, optimizer
 from train import config as configs
 from train import mesh as meshes
 from train import step as steps
@@ -23,14 +22,40 @@ class Job:
   config: configs.Config
   out: pathlib.Path
   corpus: data.Corpus
-  sharding: jax.sharding.NamedSharding  # of a batch
+  mesh: jax.sharding.Mesh
+  part: tuple[int, int]  # of each batch: which this process feeds, of how many
   placed: steps.Placed
   tx: optax.GradientTransformationExtraArgs
-  rates: np.ndarray  # (steps,) learning rate of each step
+  rates: np.ndarray  # (steps,) learning rate of each update
   train_step: Any  # jitted
   eval_step: Callable
+  feed: loader.Loader  # this process's part of the batches to come
   checkpoints: checkpoint.Checkpoints
   log: metrics.Log
+  seconds: float  # of training before this start
+
+  def put(self, rows: np.ndarray) -> jax.Array:
+    """Moves this process's rows of a batch to its devices."""
+    return meshes.put_batch(rows, meshes.batch_sharding(self.mesh))
+
+  def close(self) -> None:
+    """Ends the background work: the data's, then the checkpoints'."""
+    self.feed.close()
+    self.checkpoints.close()
+    self.log.close()
+
+
+class Silent(metrics.Log):
+  """The log of the processes that write no files."""
+
+  def __init__(self):
+    pass
+
+  def write(self, step: int, **values: Any) -> None:
+    """Writes nothing."""
+
+  def close(self) -> None:
+    """Closes nothing."""
 
 
 def prepare(
@@ -39,27 +64,52 @@ def prepare(
   corpus: data.Corpus,
   mesh: jax.sharding.Mesh,
 ) -> tuple[Job, steps.TrainState]:
-  """Lays the model out, makes or restores its state, compiles the steps."""
+  """Lays the model out, makes or restores its state, opens its files."""
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
   placed = steps.place(config.model, tx, mesh)
-  checkpoints = checkpoint.Checkpoints(out, config.run.keep)
-  if checkpoints.latest is None:
+  restored = checkpoint.restore(out, placed)
+  if restored is None:
     state = steps.init_state(config.model, tx, placed, config.train.seed)
+    progress = checkpoint.Progress(0.0, None)
   else:
-    state = checkpoints.restore(placed)
-    print(f"continuing from the checkpoint of step {checkpoints.latest}")
-  schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
+    state, progress = restored
+    print(f"continuing from the checkpoint of step {int(state.step)}")
+  part = meshes.part_of_batch(mesh)
+  done = int(state.step)
   job = Job(
     config=config,
     out=out,
     corpus=corpus,
-    sharding=meshes.batch_sharding(mesh),
+    mesh=mesh,
+    part=part,
     placed=placed,
     tx=tx,
-    rates=np.asarray(jax.vmap(schedule)(jnp.arange(config.train.steps))),
-    train_step=steps.make_train_step(tx, placed),
+    rates=rates_of(config),
+    train_step=steps.make_train_step(tx, placed, config.train),
     eval_step=steps.make_eval_step(placed),
-    checkpoints=checkpoints,
-    log=metrics.Log(out, checkpoints.latest or 0),
+    feed=make_feed(corpus, config, part, progress.data),
+    checkpoints=checkpoint.Checkpoints(
+      out, config.run.keep, config.run.keep_best
+    ),
+    log=metrics.Log(out, done) if hosts.is_first() else Silent(),
+    seconds=progress.seconds,
   )
   return job, state
+
+
+def rates_of(config: configs.Config) -> np.ndarray:
+  """The learning rate of each update, as the schedule will give it."""
+  count = config.train.steps
+  schedule = optimizer.make_schedule(config.optimizer, count)
+  with jax.default_device(jax.local_devices()[0]):
+    return np.asarray(jax.vmap(schedule)(np.arange(count)))
+
+
+def make_feed(
+  corpus: data.Corpus,
+  config: configs.Config,
+  part: tuple[int, int],
+  position: dict[str, int] | None,
+) -> loader.Loader:
+  """The batches of this process, from a saved position or the beginning."""
+  return corpus.loader(config.train.seed, *part, state=position)

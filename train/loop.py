@@ -4,11 +4,12 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
+from train import checkpoint, metrics
 from train import config as configs
-from train import data, metrics
 from train import mesh as meshes
 from train import step as steps
 from train.errors import TrainingError
@@ -16,44 +17,137 @@ from train.evaluate import evaluate
 from train.job import Job
 
 
+class Outcome(NamedTuple):
+  """How the loop ended."""
+
+  state: steps.TrainState
+  stopped: bool  # by a signal, before the last step
+
+
+class Watch:
+  """What the loop tells while it runs: numbers, speed, the time so far."""
+
+  def __init__(self, job: Job, start: int):
+    config = job.config
+    self._job, self._begin = job, time.perf_counter()
+    self._mark = (self._begin, job.feed.waited)
+    self.progress = metrics.Progress(
+      start, config.train.steps, config.run.log_every
+    )
+    self.speed = metrics.Throughput()
+    self.say = self.progress.say
+
+  def seconds(self) -> float:
+    """Of training so far, those before an interruption included."""
+    return self._job.seconds + time.perf_counter() - self._begin
+
+  def wait_share(self) -> float:
+    """Share of the time since the last call that went into waiting for data."""
+    now = (time.perf_counter(), self._job.feed.waited)
+    (then, before), self._mark = self._mark, now
+    return (now[1] - before) / (now[0] - then)
+
+  def record(self, step: int, values: dict[str, jax.Array]) -> bool:
+    """Fetches the numbers of a step, shows them, and logs some.
+
+    Returns:
+      Whether too many steps in a row were skipped, this one the last.
+    """
+    fetched = {name: x.item() for name, x in jax.device_get(values).items()}
+    in_row, skipped = fetched.pop("skips_in_row"), fetched.pop("skipped")
+    tokens, config = fetched.pop("tokens"), self._job.config
+    self.speed.update(tokens)
+    if in_row:
+      self._tell_skip(step, fetched, in_row, skipped)
+      return in_row >= config.train.max_skips
+    # A skipped step leaves the optimizer's schedule where it was.
+    lr = float(self._job.rates[step - 1 - skipped])
+    self.progress.update(step, fetched["loss"], lr, self.speed.rate, tokens)
+    if step % config.run.log_every == 0 or step == config.train.steps:
+      self._job.log.write(
+        step,
+        **fetched,
+        lr=lr,
+        tokens_per_second=round(self.speed.rate, 1),
+        skipped=skipped,
+        seconds=round(self.seconds(), 3),
+        wait_share=round(self.wait_share(), 4),
+      )
+    return False
+
+  def _tell_skip(
+    self, step: int, fetched: dict[str, float], in_row: int, skipped: int
+  ) -> None:
+    self.say(
+      f"step {step:>5}  skipped: loss {fetched['loss']}, gradient norm"
+      f" {fetched['grad_norm']} ({in_row} in a row, {skipped} in all)"
+    )
+    known = {k: v for k, v in fetched.items() if math.isfinite(v)}
+    self._job.log.write(step, **known, skipped=skipped)
+
+
 def train(
   job: Job, state: steps.TrainState, stopped: Callable[[], bool]
-) -> steps.TrainState:
-  """The training loop, from the state's step to the last or to a stop."""
+) -> Outcome:
+  """The training loop, from the state's step to the last or to a stop.
+
+  Args:
+    job: the run's parts.
+    state: where to start; it is consumed.
+    stopped: whether a stop was asked for, the same in every process.
+
+  Raises:
+    TrainingError: too many steps in a row had no finite gradient.
+  """
   config, start = job.config, int(state.step)
   if start == 0:
     evaluate(job, state, print)
-  if start == config.train.steps:
-    return state
+  if start >= config.train.steps:
+    return Outcome(state, stopped=False)
   compiled = compile_step(job, state)
-  progress = metrics.Progress(start, config.train.steps, config.run.log_every)
-  speed = metrics.Throughput()
+  watch = Watch(job, start)
   pending = None  # the step whose metrics are not fetched yet
+  stopping = diverged = False
 
-  with contextlib.closing(progress), jax.transfer_guard("disallow"):
-    for index in range(start, config.train.steps):
-      state, values = compiled(state, next_batch(job, index))
+  with contextlib.closing(watch.progress), jax.transfer_guard("disallow"):
+    for step in range(start + 1, config.train.steps + 1):
+      state, values = compiled(state, job.put(next(job.feed)))
+      stopping = stopped()
       # Step t runs while the numbers of step t - 1 are fetched and shown.
       if pending is not None:
-        record(job, progress, speed, *pending)
-      pending = (index + 1, values)
-      due = actions(config, index + 1, stopped())
+        diverged = watch.record(*pending)
+      pending = (step, values)
+      job.checkpoints.poll(watch.say)
+      due = actions(config, step, stopping or diverged)
       if not due:
         continue
-      record(job, progress, speed, *pending)
+      diverged |= watch.record(*pending)
       pending = None
-      if "evaluate" in due:
-        evaluate(job, state, progress.say)
-      if "save" in due:
-        job.checkpoints.save(state)
-      speed.pause()
-      if stopped():
+      settle(job, state, watch, due)
+      if diverged:
+        raise TrainingError(_divergence(job, step))
+      if stopping:
         break
-  return state
+  return Outcome(state, stopping and step < config.train.steps)
+
+
+def settle(
+  job: Job, state: steps.TrainState, watch: Watch, due: set[str]
+) -> None:
+  """Evaluates and saves, whatever of it is due."""
+  loss = None
+  if "evaluate" in due:
+    loss = evaluate(job, state, watch.say)
+    if job.config.run.keep_best and loss < job.checkpoints.best():
+      due.add("save")
+  if "save" in due and steps.all_finite(state.params):
+    progress = checkpoint.Progress(watch.seconds(), job.feed.state())
+    job.checkpoints.save(state, progress, loss, watch.say)
+  watch.speed.pause()
 
 
 def actions(config: configs.Config, step: int, stopping: bool) -> set[str]:
-  """What is due after `step` updates: `evaluate` and `save`."""
+  """What is due after `step` steps: `evaluate` and `save`."""
   last = step == config.train.steps
   due = set()
   if last or step % config.run.eval_every == 0:
@@ -63,50 +157,27 @@ def actions(config: configs.Config, step: int, stopping: bool) -> set[str]:
   return due
 
 
-def next_batch(job: Job, index: int) -> jax.Array:
-  """The rows of step `index` on the devices."""
+def _divergence(job: Job, step: int) -> str:
+  job.checkpoints.settle()
   config = job.config
-  rows = data.batch_at(
-    job.corpus.train, config.data.batch, config.train.seed, index
+  return (
+    f"step {step}: no finite gradient in {config.train.max_skips} steps in a"
+    f" row (train.max_skips). The weights from before them are saved as step"
+    f" {job.checkpoints.latest}. Try a smaller optimizer.learning_rate (now"
+    f" {config.optimizer.learning_rate}), a longer optimizer.warmup or"
+    " optimizer.clip, in another --out"
   )
-  return meshes.put_batch(rows, job.sharding)
 
 
 def compile_step(job: Job, state: steps.TrainState) -> Callable:
   """Compiles the training step for exactly these shapes and shardings."""
   begin = time.perf_counter()
-  rows = next_batch(job, 0)
+  config = job.config.data
+  rows = jax.ShapeDtypeStruct(
+    (config.batch, config.length + 1),
+    "int32",
+    sharding=meshes.batch_sharding(job.mesh),
+  )
   compiled = job.train_step.lower(state, rows).compile()
   print(f"compiled   in {time.perf_counter() - begin:.1f} s", flush=True)
   return compiled
-
-
-def record(
-  job: Job,
-  progress: metrics.Progress,
-  speed: metrics.Throughput,
-  step: int,
-  values: dict[str, jax.Array],
-) -> None:
-  """Fetches the numbers of a step, shows them, and logs some.
-
-  Raises:
-    TrainingError: the loss or the gradient is not finite.
-  """
-  fetched = {name: float(x) for name, x in jax.device_get(values).items()}
-  config = job.config
-  if not all(map(math.isfinite, fetched.values())):
-    raise TrainingError(
-      f"step {step}: loss {fetched['loss']}, gradient norm"
-      f" {fetched['grad_norm']}; the newest checkpoint is of step"
-      f" {job.checkpoints.latest or 0}. Try a smaller"
-      f" optimizer.learning_rate (now {config.optimizer.learning_rate}), a"
-      " longer optimizer.warmup or optimizer.clip"
-    )
-  tokens = config.data.batch * config.data.length
-  speed.update(tokens)
-  lr = float(job.rates[step - 1])
-  progress.update(step, fetched["loss"], lr, speed.rate, tokens)
-  if step % config.run.log_every == 0 or step == config.train.steps:
-    rate = round(speed.rate, 1)
-    job.log.write(step, **fetched, lr=lr, tokens_per_second=rate)

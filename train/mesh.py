@@ -37,7 +37,10 @@ RULES = (
 
 
 def make_mesh(
-  config: MeshConfig, batch: int, devices: Sequence[jax.Device] | None = None
+  config: MeshConfig,
+  batch: int,
+  devices: Sequence[jax.Device] | None = None,
+  accumulate: int = 1,
 ) -> jax.sharding.Mesh:
   """Arranges devices as (data, fsdp, tensor).
 
@@ -45,6 +48,7 @@ def make_mesh(
     config: sizes of the axes; `data = 0` takes the devices that are left.
     batch: rows in a global batch, which data * fsdp must divide.
     devices: those to use; all by default.
+    accumulate: parts that each device cuts its rows into.
 
   Returns:
     A mesh whose axes are of type Auto: the compiler derives the collectives.
@@ -67,11 +71,13 @@ def make_mesh(
       f"mesh.data * mesh.fsdp * mesh.tensor is {data * rest}, but {count}"
       " devices were found; with mesh.data=0 the data axis takes what is left"
     )
-  if batch % (data * config.fsdp):
+  shards = data * config.fsdp
+  if batch % (shards * accumulate):
+    parts = f" in train.accumulate={accumulate} parts" * (accumulate > 1)
     raise UserError(
-      f"data.batch is {batch}, which the {data * config.fsdp} batch shards"
-      f" (mesh.data={data} * mesh.fsdp={config.fsdp}) do not divide; use a"
-      f" multiple of {data * config.fsdp}"
+      f"data.batch is {batch}, which the {shards} batch shards"
+      f" (mesh.data={data} * mesh.fsdp={config.fsdp}){parts} do not divide;"
+      f" use a multiple of {shards * accumulate}"
     )
   return jax.make_mesh(
     (data, config.fsdp, config.tensor),
@@ -91,9 +97,50 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def part_of_batch(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """Which part of a batch this process feeds to its devices, of how many.
+
+  Processes whose devices hold the same rows (the tensor axis runs across
+  them) feed the same part.
+
+  Returns:
+    The index of the part, from 0, and the number of parts.
+
+  Raises:
+    UserError: processes share some of their rows and not others.
+  """
+  rows: dict[int, set[int]] = {}
+  for place, device in np.ndenumerate(mesh.devices):
+    shard = place[0] * mesh.shape["fsdp"] + place[1]
+    rows.setdefault(device.process_index, set()).add(shard)
+  parts = sorted({tuple(sorted(shards)) for shards in rows.values()})
+  if len({len(part) for part in parts}) > 1 or len(sum(parts, ())) > len(
+    set().union(*parts)
+  ):
+    raise UserError(
+      f"mesh.tensor={mesh.shape['tensor']} cuts through the"
+      f" {len(rows)} processes; let it divide the"
+      f" {mesh.size // len(rows)} devices of a process, or be a multiple"
+    )
+  return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
 def put_batch(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """Moves this process's rows of a batch to its devices."""
   return jax.make_array_from_process_local_data(sharding, rows)
+
+
+def microbatches(rows: jax.Array, count: int) -> jax.Array:
+  """Cuts a batch (B, ...) into (count, B / count, ...), inside a jit.
+
+  Each device's rows are dealt out in turn, so that every part has rows of
+  every device and none moves between them.
+  """
+  parts = rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1)
+  if jax.sharding.get_abstract_mesh().empty:
+    return parts
+  spec = PartitionSpec(None, BATCH_AXES)
+  return jax.lax.with_sharding_constraint(parts, spec)
 
 
 def constrain_batch(x: jax.Array, rows: int) -> jax.Array:

@@ -14,9 +14,10 @@ import jax
 import galore_optax
 from train import (
   arguments,
-  checkpoint,
   data,
   files,
+  folder,
+  hosts,
   loop,
   metrics,
   optimizer,
@@ -35,26 +36,49 @@ from train.job import Job
 
 def run(config: configs.Config, out: pathlib.Path, overwrite: bool) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
-  checkpoint.check_run(out, config, overwrite)
-  mesh = meshes.make_mesh(config.mesh, config.data.batch)
-  corpus = data.prepare(config.data, config.model.vocab_size)
-  checkpoint.claim_run(out, config, overwrite)
-  files.write_text(out / "tokenizer.json", corpus.tokenizer.to_str())
+  hosts.first_alone(lambda: folder.check_run(out, config, overwrite))
+  mesh = meshes.make_mesh(
+    config.mesh, config.data.batch, accumulate=config.train.accumulate
+  )
+  corpus = hosts.first_then_others(
+    lambda: data.prepare(config.data, config.model.vocab_size)
+  )
+
+  def claim() -> None:
+    folder.claim_run(out, config, overwrite)
+    files.write_text(out / "tokenizer.json", corpus.tokenizer.to_str())
+
+  hosts.first_alone(claim)
   with jax.set_mesh(mesh), stopping.stop_requests() as stopped:
     job, state = jobs.prepare(config, out, corpus, mesh)
     introduce(job, mesh)
+    start = int(state.step)
     try:
-      state = loop.train(job, state, stopped)
+      outcome = loop.train(job, state, stopping.agreed(stopped, mesh))
     finally:
-      job.checkpoints.close()
-      job.log.close()
-    if stopped():
-      print(
-        f"stopped after step {int(state.step)}, which is saved; the same"
-        " command continues from there"
-      )
-      return 130
-    report(job, state)
+      job.close()
+    return conclude(job, outcome, start)
+
+
+def conclude(job: Job, outcome: loop.Outcome, start: int) -> int:
+  """Says how the run ended; returns the exit status."""
+  step = int(outcome.state.step)
+  saved = job.checkpoints.latest
+  if saved != step:
+    raise TrainingError(
+      f"step {step} is done, but its state could not be saved"
+      f" ({job.checkpoints.failure}); the newest complete checkpoint is of"
+      f" step {saved}. Make room and run the same command: it continues there"
+    )
+  if outcome.stopped:
+    print(
+      f"stopped after step {step}, which is saved; the same command continues"
+      " from there"
+    )
+    return 130
+  if start == step:
+    print(f"the run is complete: all {step} steps were trained before")
+  report(job, outcome.state)
   return 0
 
 
@@ -66,9 +90,7 @@ def introduce(job: Job, mesh: jax.sharding.Mesh) -> None:
   print(
     f"model      {count:,} parameters, {config.model.n_layers} layers,"
     f" d_model {config.model.d_model}, {config.model.dtype}\n"
-    f"data       {corpus.train.size:,} training tokens,"
-    f" {corpus.held_out.size:,} held out; a step reads"
-    f" {config.data.batch} x {config.data.length}\n"
+    f"data       {corpus.describe()}\n"
     f"optimizer  {config.optimizer.name}\n"
     f"devices    {mesh.size} {jax.devices()[0].device_kind}: {shape}\n"
     f"folder     {job.out}"
@@ -93,20 +115,31 @@ def report(job: Job, state: steps.TrainState) -> None:
     sum(size for size, hit in sizes if hit),
     optimizer.accounting(config.optimizer, params),
   )
+  print(f"\n{table}\n")
+  if jax.process_count() == 1:
+    text = sample(job, state)
+    print(f"sample: {text}\n")
+  if not hosts.is_first():
+    return
+  picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
+  print(f"checkpoint {job.out / folder.FOLDER}/{job.checkpoints.latest}")
+  print(f"picture    {picture}")
+
+
+def sample(job: Job, state: steps.TrainState) -> str:
+  """A text by the trained model, also written to sample.txt."""
+  run = job.config.run
   text = samples.sample_text(
     job.placed.graphdef,
     state.params,
     job.corpus.tokenizer,
-    config.run.prompt,
-    config.run.sample_tokens,
-    config.run.temperature,
-    config.train.seed,
+    run.prompt,
+    run.sample_tokens,
+    run.temperature,
+    job.config.train.seed,
   )
   files.write_text(job.out / "sample.txt", text + "\n")
-  picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
-  print(f"\n{table}\n\nsample: {text}\n")
-  print(f"checkpoint {job.out / checkpoint.FOLDER}/{job.checkpoints.latest}")
-  print(f"picture    {picture}")
+  return text
 
 
 def main(words: list[str] | None = None) -> int:
@@ -116,9 +149,10 @@ def main(words: list[str] | None = None) -> int:
     config = presets.make(flags.preset, flags.optimizer)
     config = configs.override(config, flags.settings)
     default = f"{flags.preset}-{config.optimizer.name}"
-    return run(
-      config, flags.out or pathlib.Path("runs") / default, flags.overwrite
-    )
+    out = flags.out or pathlib.Path("runs") / default
+    hosts.connect(config.mesh)
+    with hosts.only_first_speaks():
+      return run(config, out, flags.overwrite)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

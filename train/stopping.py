@@ -4,6 +4,11 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
@@ -29,3 +34,32 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+def agreed(
+  stopped: Callable[[], bool], mesh: jax.sharding.Mesh
+) -> Callable[[], bool]:
+  """Makes all processes stop after the same step, whichever was asked to.
+
+  Args:
+    stopped: says whether this process was asked to.
+    mesh: the devices of the run.
+
+  Returns:
+    A function to call once a step, in every process. With several of them
+    its answer is a step old: it was under way while the device worked.
+  """
+  if jax.process_count() == 1:
+    return stopped
+  sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  whole = NamedSharding(mesh, PartitionSpec())
+  anyone = jax.jit(jnp.max, out_shardings=whole)
+  waiting: list[jax.Array] = []
+
+  def ask() -> bool:
+    own = np.full(mesh.local_mesh.size, stopped(), np.int32)
+    flags = jax.make_array_from_process_local_data(sharding, own, (mesh.size,))
+    waiting.append(anyone(flags))
+    return len(waiting) > 1 and bool(jax.device_get(waiting.pop(0)))
+
+  return ask

@@ -60,10 +60,11 @@ class Trainer:
   tx: Any
   train_step: Any
   eval_step: Any
+  model: config.ModelConfig = TINY
 
   def init(self, seed: int = 0) -> step.TrainState:
     with jax.set_mesh(self.mesh):
-      return step.init_state(TINY, self.tx, self.placed, seed)
+      return step.init_state(self.model, self.tx, self.placed, seed)
 
   def put(self, array) -> jax.Array:
     return mesh.put_batch(jax.device_get(array), mesh.batch_sharding(self.mesh))
@@ -78,7 +79,13 @@ class Trainer:
 
 
 def make_trainer(
-  name: Any, devices: int, fsdp: int = 1, tensor: int = 1, **fields
+  name: Any,
+  devices: int,
+  fsdp: int = 1,
+  tensor: int = 1,
+  train: config.TrainConfig | None = None,
+  model: config.ModelConfig = TINY,
+  **fields,
 ) -> Trainer:
   grid = mesh.make_mesh(
     config.MeshConfig(fsdp=fsdp, tensor=tensor), 8, jax.devices()[:devices]
@@ -87,13 +94,14 @@ def make_trainer(
   chosen = config.OptimizerConfig(name=name, **(settings | fields))
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    placed = step.place(TINY, tx, grid)
+    placed = step.place(model, tx, grid)
   return Trainer(
     grid,
     placed,
     tx,
-    step.make_train_step(tx, placed),
+    step.make_train_step(tx, placed, train or config.TrainConfig()),
     step.make_eval_step(placed),
+    model,
   )
 
 

@@ -1,0 +1,69 @@
+import dataclasses
+import json
+
+import pytest
+
+from train import config, folder, presets
+from train.errors import UserError
+
+BASE = presets.make("sotu_small", "galore")
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+  out = tmp_path / "run"
+  folder.check_run(out, BASE, overwrite=False)
+  assert not out.exists()
+  folder.claim_run(out, BASE, overwrite=False)
+  folder.check_run(out, BASE, overwrite=False)
+  other = config.override(BASE, ["optimizer.rank=8", "train.seed=5"])
+  with pytest.raises(UserError) as raised:
+    folder.check_run(out, other, overwrite=False)
+  for word in (str(out), "optimizer.rank: 48 there, 8 now", "train.seed: 0",
+               "--overwrite", "--out"):  # fmt: skip
+    assert word in str(raised.value)
+  folder.check_run(out, other, overwrite=True)
+
+
+def test_what_changes_no_number_may_change(tmp_path):
+  folder.claim_run(tmp_path, BASE, overwrite=False)
+  free = config.override(BASE, ["run.keep=7", "mesh.fsdp=2"])
+  folder.check_run(tmp_path, free, overwrite=False)
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
+  folder.claim_run(tmp_path, BASE, overwrite=False)
+  (tmp_path / "metrics.jsonl").write_text("{}\n")
+  (tmp_path / folder.FOLDER / "9").mkdir(parents=True)
+  (tmp_path / "notes.md").write_text("mine")
+  other = dataclasses.replace(BASE, train=config.TrainConfig(steps=5))
+  folder.claim_run(tmp_path, other, overwrite=True)
+  assert {p.name for p in tmp_path.iterdir()} == {"config.json", "notes.md"}
+  saved = json.loads((tmp_path / "config.json").read_text())
+  assert saved["train.steps"] == 5
+
+
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
+  (tmp_path / "thesis.tex").write_text("words")
+  for overwrite in (False, True):
+    with pytest.raises(UserError, match="not empty"):
+      folder.check_run(tmp_path, BASE, overwrite)
+  with pytest.raises(UserError, match="is a file"):
+    folder.check_run(tmp_path / "thesis.tex", BASE, False)
+
+
+def test_a_broken_config_is_named(tmp_path):
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(UserError, match=r"config.json cannot be read"):
+    folder.check_run(tmp_path, BASE, overwrite=False)
+
+
+def test_a_field_that_a_run_does_not_know_had_its_default(tmp_path):
+  folder.claim_run(tmp_path, BASE, overwrite=False)
+  path = tmp_path / "config.json"
+  saved = json.loads(path.read_text())
+  del saved["train.z_loss"]
+  path.write_text(json.dumps(saved))
+  folder.check_run(tmp_path, BASE, overwrite=False)
+  changed = config.override(BASE, ["train.z_loss=0.1"])
+  with pytest.raises(UserError, match=r"train.z_loss: 0.0 there, 0.1 now"):
+    folder.check_run(tmp_path, changed, overwrite=False)

@@ -1,0 +1,100 @@
+"""The folder of a run: whose it is, and what a run leaves in it.
+
+`config.json` says what the run is, `checkpoints/` holds its newest and best
+states, `metrics.jsonl` its history.
+"""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from train import config as configs
+from train import files
+from train.errors import UserError
+
+CONFIG = "config.json"
+FOLDER = "checkpoints"
+
+
+def check_run(
+  out: pathlib.Path, config: configs.Config, overwrite: bool
+) -> None:
+  """Refuses a folder that holds something else, before anything is written.
+
+  Args:
+    out: the folder: new, empty, or of an earlier run with the same config.
+    config: the run's config.
+    overwrite: an earlier run there may differ, it will be deleted.
+
+  Raises:
+    UserError: the folder holds something else, or a run that differs.
+  """
+  saved = out / CONFIG
+  if out.exists() and not out.is_dir():
+    raise UserError(f"--out {out} is a file; name a folder")
+  if saved.exists():
+    if not overwrite:
+      _compare(out, _read(saved), config)
+  elif out.exists() and any(out.iterdir()):
+    raise UserError(
+      f"--out {out} is not empty and holds no {CONFIG} of a run; name an"
+      " empty or new folder"
+    )
+
+
+def claim_run(
+  out: pathlib.Path, config: configs.Config, overwrite: bool
+) -> None:
+  """Writes the config into the run's folder, which `check_run` let pass."""
+  files.make_folder(out, "--out")
+  if overwrite:
+    _delete_run(out)
+  text = json.dumps(configs.flatten(config), indent=2)
+  files.write_text(out / CONFIG, text + "\n")
+
+
+def _delete_run(out: pathlib.Path) -> None:
+  """Removes what a run writes, and nothing else that may lie there."""
+  shutil.rmtree(out / FOLDER, ignore_errors=True)
+  for name in OWN_FILES:
+    (out / name).unlink(missing_ok=True)
+
+
+# Everything that a run leaves in its folder, beside the checkpoints.
+OWN_FILES = (
+  CONFIG,
+  "metrics.jsonl",
+  "tokenizer.json",
+  "run.png",
+  "sample.txt",
+)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f"{path} cannot be read ({error}); --overwrite starts the run anew"
+    ) from None
+  return saved
+
+
+def _compare(
+  out: pathlib.Path, saved: dict[str, Any], config: configs.Config
+) -> None:
+  # A run from before a field existed had what is now its default.
+  defaults = configs.flatten(configs.Config(preset=""))
+  old = configs.fixed_fields(defaults | saved)
+  new = configs.fixed_fields(configs.flatten(config))
+  names = [n for n in {**old, **new} if old.get(n) != new.get(n)]
+  if names:
+    changes = "; ".join(
+      f"{n}: {old.get(n, 'absent')} there, {new.get(n, 'absent')} now"
+      for n in names
+    )
+    raise UserError(
+      f"--out {out} belongs to another run. {changes}. Use another --out to"
+      " keep both, or --overwrite to delete it"
+    )

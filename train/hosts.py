@@ -1,0 +1,125 @@
+"""Several processes as one run: joining them, and what only the first does.
+
+Every process runs the same program on its own devices. The first one alone
+prints and writes the run's files; checkpoints are written by all.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from train.config import MeshConfig
+from train.errors import UserError
+
+# What launchers set when they start more than one process.
+COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+
+
+def several(environment: dict[str, str]) -> bool:
+  """Whether the environment says that this is one process of several."""
+  counts = (environment.get(name, "") for name in COUNTS)
+  lists = (environment.get(name, "") for name in LISTS)
+  return (
+    any(count.isdigit() and int(count) > 1 for count in counts)
+    or any("," in names for names in lists)
+    or COORDINATOR in environment
+  )
+
+
+def connect(config: MeshConfig) -> None:
+  """Joins the processes of the run; does nothing where there is only one.
+
+  Must come before the first use of a device.
+
+  Raises:
+    UserError: the processes do not find each other.
+  """
+  if not config.coordinator and not several(dict(os.environ)):
+    return
+  if config.processes == 1:
+    return
+  if (jax.config.jax_platforms or "").startswith("cpu"):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  address = config.coordinator if config.coordinator != "auto" else ""
+  try:
+    jax.distributed.initialize(
+      coordinator_address=address or None,
+      num_processes=config.processes or None,
+      process_id=None if config.process < 0 else config.process,
+    )
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).splitlines()[0]
+    raise UserError(
+      f"the processes of the run could not be joined ({reason}). Set"
+      " mesh.coordinator=host:port of process 0, mesh.processes, and"
+      " mesh.process from 0 on each; or mesh.coordinator=auto under SLURM,"
+      " MPI or on a TPU pod"
+    ) from error
+
+
+def is_first() -> bool:
+  """Whether this process is the one that prints and writes."""
+  return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+  """The JSON-able `value` of each process, in their order, on all of them."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([text.size], np.int32))
+  padded = np.pad(text, (0, int(sizes.max()) - text.size))
+  texts = multihost_utils.process_allgather(padded)
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(texts, sizes.reshape(-1), strict=True)
+  ]
+
+
+def first_alone(action: Callable[[], None]) -> None:
+  """Runs `action` in the first process while the others wait.
+
+  Raises:
+    UserError: what `action` raised, in every process.
+  """
+  error = None
+  if is_first():
+    try:
+      action()
+    except UserError as raised:
+      error = str(raised)
+  found = gather(error)[0]
+  if found is not None:
+    raise UserError(found)
+
+
+def first_then_others(action: Callable[[], Any]) -> Any:
+  """Runs `action` in the first process, then in the others.
+
+  What the first one leaves in a cache, the others then find there.
+  """
+  found = action() if is_first() else None
+  gather(None)
+  return found if is_first() else action()
+
+
+@contextlib.contextmanager
+def only_first_speaks() -> Iterator[None]:
+  """Sends what the other processes print to nowhere."""
+  if is_first():
+    yield
+    return
+  with (
+    open(os.devnull, "w") as nowhere,
+    contextlib.redirect_stdout(nowhere),
+    contextlib.redirect_stderr(nowhere),
+  ):
+    yield
