@@ -1,0 +1,128 @@
+"""Looks at the subspaces of a tiny model while it trains."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import galore_optax
+from tests.train.conftest import TINY
+from train import config, step, subspace
+from train.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def whole(trainer):
+  settings = config.OptimizerConfig(rank=4, update_proj_gap=3)
+  return config.Config(
+    preset="",
+    model=TINY,
+    optimizer=settings,
+    run=config.RunConfig(watch="attn.q.0,mlp.up.1", watch_every=3),
+  )
+
+
+def make_watcher(trainer, whole, **changes):
+  run = dataclasses.replace(whole.run, **changes)
+  plan = galore_optax.describe(trainer.tx, trainer.placed.state.params)
+  changed = dataclasses.replace(whole, run=run)
+  return subspace.Watcher(changed, trainer.placed, plan)
+
+
+@pytest.fixture(scope="module")
+def looks(trainer, whole, rows):
+  """Numbers of seven steps, a look at each, with the gradients they saw."""
+  watcher = make_watcher(trainer, whole)
+  state, found = trainer.init(), []
+  with jax.set_mesh(trainer.mesh):
+    batch = trainer.put(rows)
+    for index in range(7):
+      exact = jax.grad(
+        lambda p: step.token_losses(trainer.placed.graphdef, p, batch).sum()
+      )(state.params)
+      exact = jax.device_get(exact)
+      look = watcher.before(state, batch)
+      state, _ = trainer.train_step(state, batch)
+      values = watcher.values(jax.device_get(watcher.after(look, state)))
+      found.append((index, exact, jax.device_get(look), values))
+  return watcher, found
+
+
+def test_the_gradients_are_those_of_the_step(looks):
+  watcher, found = looks
+  for _, exact, look, _ in found[:2]:
+    for m in watcher.matrices:
+      whole = exact
+      for key in m.path.split("/"):
+        whole = whole[key]
+      np.testing.assert_allclose(
+        look.gradients[m.name], whole[m.layer], rtol=1e-4, atol=1e-5
+      )
+
+
+def test_looks_that_are_due_are_those_at_refreshes(looks):
+  watcher, found = looks
+  refreshed = [
+    index
+    for index, *_, values in found
+    if any(name.endswith("/overlap") for name in values)
+  ]
+  due = [index for index, *_ in found if watcher.is_due(index)]
+  # Two of the three steps of the gap are those of one of the two.
+  assert refreshed == due == [0, 2, 3, 5, 6]
+
+
+def test_numbers_are_those_of_numpy(looks):
+  watcher, found = looks
+  for _, _, look, values in found:
+    for m in watcher.matrices:
+      at, g = f"subspace/{m.name}/", look.gradients[m.name].astype(np.float64)
+      squares = np.linalg.svd(g, compute_uv=False) ** 2
+      rank = squares.sum() / squares[0]
+      np.testing.assert_allclose(values[at + "stable_rank"], rank, rtol=1e-3)
+      best = squares[:4].sum() / squares.sum()
+      assert 0 < values[at + "energy"] <= best + 1e-5
+  at = "subspace/mlp.up.1/"
+  first, second = found[0][3], found[1][3]
+  # At step 0 the new basis is far better than the start; then it is kept.
+  assert first[at + "energy"] > 2 * first[at + "energy_before"]
+  assert first[at + "overlap"] < 0.9
+  assert at + "overlap" not in second and at + "energy" in second
+
+
+def test_looks_are_rare_by_default(trainer, whole):
+  watcher = make_watcher(trainer, whole, watch_every=0)
+  due = [t for t in range(1000) if watcher.is_due(t)]
+  assert due[0] == 0 and 10 < len(due) <= 1000 / subspace.RARE + 1
+
+
+def test_names_choose_matrices(trainer, whole):
+  names = lambda watch: [
+    m.name for m in make_watcher(trainer, whole, watch=watch).matrices
+  ]
+  assert names("auto") == ["attn.q.0", "mlp.up.1", "mlp.down.1"]
+  assert names("none") == []
+  assert names("attn.[qk].1, mlp.gate.0") == [
+    "attn.k.1", "attn.q.1", "mlp.gate.0",
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "watch, words",
+  [
+    ("attn.q.9", ["'attn.q.9'", "names like", "attn.k.0"]),
+    ("attn.(q", ["no regular expression"]),
+    (".*", ["14 matrices", "at most 12"]),
+  ],
+)
+def test_wrong_names_are_told(watch, words, trainer, whole):
+  with pytest.raises(UserError) as raised:
+    make_watcher(trainer, whole, watch=watch)
+  assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_without_projection_there_is_nothing_to_watch():
+  assert subspace.choose("auto", []) == []
+  with pytest.raises(UserError, match="projects no matrix"):
+    subspace.choose("attn.q.0", [])
