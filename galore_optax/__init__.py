@@ -1,10 +1,17 @@
 """GaLore for JAX as a composable Optax gradient transformation."""
 
+from galore_optax.adam8bit import (
+  ScaleByAdam8bitState,
+  adamw_8bit,
+  scale_by_adam_8bit,
+)
 from galore_optax.alias import (
   galore_adafactor,
   galore_adamw,
+  galore_adamw_8bit,
   galore_lion,
   galore_sgd,
+  q_galore_adamw_8bit,
 )
 from galore_optax.chaining import chain
 from galore_optax.diagnostics import (
@@ -15,24 +22,57 @@ from galore_optax.diagnostics import (
   state_bytes,
 )
 from galore_optax.galore import GaLoreState, galore
+from galore_optax.layerwise import (
+  Layered,
+  Layerwise,
+  LayerwiseState,
+  layerwise,
+  stack,
+  unstack,
+)
 from galore_optax.plan import Projection
+from galore_optax.qarray import QArray, dequantize, quantize
+from galore_optax.schedule import Adaptive
 from galore_optax.sharding import state_shardings
+from galore_optax.weights import (
+  apply_updates,
+  dequantize_params,
+  quantize_params,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+  "Adaptive",
   "GaLoreState",
+  "Layered",
+  "Layerwise",
+  "LayerwiseState",
   "Projection",
+  "QArray",
+  "ScaleByAdam8bitState",
+  "adamw_8bit",
+  "apply_updates",
   "basis_overlap",
   "captured_energy",
   "chain",
+  "dequantize",
+  "dequantize_params",
   "describe",
   "galore",
   "galore_adafactor",
   "galore_adamw",
+  "galore_adamw_8bit",
   "galore_lion",
   "galore_sgd",
+  "layerwise",
+  "q_galore_adamw_8bit",
+  "quantize",
+  "quantize_params",
+  "scale_by_adam_8bit",
   "stable_rank",
+  "stack",
   "state_bytes",
   "state_shardings",
+  "unstack",
 ]

@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from galore_optax import plan
+from galore_optax import plan, schedule
+from galore_optax.adam8bit import adamw_8bit
 from galore_optax.galore import galore
 
 
@@ -379,4 +380,172 @@ def galore_lion(
     moments=moments,
     state_dtype=state_dtype,
     faithful=faithful,
+  )
+
+
+def galore_adamw_8bit(
+  learning_rate: Any,
+  b1: Any = 0.9,
+  b2: Any = 0.999,
+  eps: Any = 1e-8,
+  weight_decay: Any = 1e-4,
+  mask: Any = None,
+  *,
+  min_size: int = 4096,
+  rank: Any = 128,
+  update_proj_gap: Any = 200,
+  scale: Any = 0.25,
+  proj_type: str = "std",
+  rules: plan.Rules = (),
+  projector: str = "subspace",
+  refresh: str = "staggered",
+  moments: str = "rotate",
+  basis_dtype: Any = "float32",
+  accumulation_steps: int = 1,
+  faithful: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  r"""8-bit GaLore: GaLore around AdamW with moments in eight bits.
+
+  The update is that of :func:`galore_adamw`. Between steps the moments of the
+  projected gradients, and those of the leaves at full rank, are kept in eight
+  bits, see :func:`galore_optax.scale_by_adam_8bit`.
+
+  Args:
+    learning_rate: Learning rate η, a float or a schedule of the step.
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
+    eps: Term ε outside of the root.
+    weight_decay: Decoupled weight decay λ, of the full weights.
+    mask: Which leaves are decayed, see :func:`galore_adamw`.
+    min_size: Moments with fewer elements stay in float32.
+    rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
+    update_proj_gap: Steps T between two refreshes of a basis.
+    scale: The papers' α.
+    proj_type: Which side is projected.
+    rules: Ordered rules for single leaves.
+    projector: How a basis is found.
+    refresh: When.
+    moments: What becomes of the moments then.
+    basis_dtype: Dtype of the bases, or `int4` or `int8`.
+    accumulation_steps: Gradients that make one step.
+    faithful: The paper's algorithm exactly.
+
+  Returns:
+    The optimizer.
+
+  Raises:
+    ValueError: See :func:`galore_optax.galore`.
+    TypeError: See :func:`galore_optax.galore`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from galore_optax import galore_adamw_8bit, state_bytes
+    >>> params = {"w": jnp.zeros((512, 1376))}
+    >>> state = galore_adamw_8bit(1e-2).init(params)
+    >>> moments = 2 * 128 * 1376  # one byte each, and a scale for 256 of them
+    >>> state_bytes(state) < 4 * 512 * 128 + 1.02 * moments
+    True
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section
+    4.3; Dettmers et al., `8-bit Optimizers
+    <https://arxiv.org/abs/2110.02861>`_, 2022.
+  """
+  return galore(
+    adamw_8bit(
+      learning_rate, b1, b2, eps, weight_decay, mask, min_size=min_size
+    ),
+    rank=rank,
+    update_proj_gap=update_proj_gap,
+    scale=scale,
+    proj_type=proj_type,
+    rules=rules,
+    projector=projector,
+    refresh=refresh,
+    moments=moments,
+    basis_dtype=basis_dtype,
+    accumulation_steps=accumulation_steps,
+    faithful=faithful,
+  )
+
+
+def q_galore_adamw_8bit(
+  learning_rate: Any,
+  b1: Any = 0.9,
+  b2: Any = 0.95,
+  eps: Any = 1e-8,
+  weight_decay: Any = 0.0,
+  mask: Any = None,
+  *,
+  min_size: int = 4096,
+  rank: Any = 128,
+  update_proj_gap: Any = 200,
+  scale: Any = 0.25,
+  proj_type: str = "std",
+  rules: plan.Rules = (),
+  projector: str = "subspace",
+  adaptive: schedule.Adaptive | None = None,
+  moments: str = "rotate",
+  accumulation_steps: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Q-GaLore's optimizer: 4-bit bases, 8-bit moments, adaptive refreshes.
+
+  :func:`galore_adamw_8bit` whose bases are kept in four bits and refreshed
+  less and less often where the subspace has settled. The other half of
+  Q-GaLore is the weights: keep them in eight bits by
+  :func:`galore_optax.quantize_params` and update them with
+  :func:`galore_optax.apply_updates`, or both at once by
+  :func:`galore_optax.layerwise`. The defaults are those of the paper and its
+  scripts.
+
+  Args:
+    learning_rate: Learning rate η, a float or a schedule of the step.
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
+    eps: Term ε outside of the root.
+    weight_decay: Decoupled weight decay λ, of the full weights.
+    mask: Which leaves are decayed, see :func:`galore_adamw`.
+    min_size: Moments with fewer elements stay in float32.
+    rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
+    update_proj_gap: Steps T between the first refreshes of a basis.
+    scale: The papers' α.
+    proj_type: Which side is projected.
+    rules: Ordered rules for single leaves.
+    projector: How a basis is found.
+    adaptive: When a subspace counts as settled.
+    moments: What becomes of the moments at a refresh.
+    accumulation_steps: Gradients that make one step.
+
+  Returns:
+    The optimizer.
+
+  Raises:
+    ValueError: See :func:`galore_optax.galore`.
+    TypeError: See :func:`galore_optax.galore`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from galore_optax import q_galore_adamw_8bit
+    >>> state = q_galore_adamw_8bit(1e-2).init({"w": jnp.zeros((512, 1376))})
+    >>> state.projector["w"]["left"].codes.dtype.name
+    'int4'
+
+  References:
+    Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024.
+  """
+  return galore(
+    adamw_8bit(
+      learning_rate, b1, b2, eps, weight_decay, mask, min_size=min_size
+    ),
+    rank=rank,
+    update_proj_gap=update_proj_gap,
+    scale=scale,
+    proj_type=proj_type,
+    rules=rules,
+    projector=projector,
+    refresh="adaptive",
+    adaptive=adaptive,
+    moments=moments,
+    basis_dtype="int4",
+    accumulation_steps=accumulation_steps,
   )

@@ -67,7 +67,9 @@ def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
   )
 
 
-def check_float_dtype(name: str, value: Any) -> None:
+def check_float_dtype(
+  name: str, value: Any, others: Sequence[str] = ()
+) -> None:
   """Raises unless a value is None or names a real floating-point dtype."""
   if value is None:
     return
@@ -78,5 +80,5 @@ def check_float_dtype(name: str, value: Any) -> None:
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(
       f"`{name}` must be a floating-point dtype such as 'float32' or "
-      f"'bfloat16', got {value!r}."
+      f"'bfloat16'{''.join(f', or {x!r}' for x in others)}, got {value!r}."
     )

@@ -156,9 +156,10 @@ def _check_state(
       raise CoupledError(f"the state kept for {name} depends on the parameters")
 
   def check_tree(tree: Any) -> Any:
-    for path, part in paths.leaves_by_path(tree).items():
+    for path, parts in paths.leaves_by_path(tree).items():
       if path in low:
-        check(repr(path), part)
+        for part in jax.tree.leaves(parts):
+          check(repr(path), part)
     return tree
 
   optax.tree.map_params(

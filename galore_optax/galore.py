@@ -10,11 +10,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import chaining, checks, decay, layout, paths, plan, sharding
+from galore_optax import (
+  chaining,
+  checks,
+  decay,
+  layout,
+  paths,
+  plan,
+  qarray,
+  schedule,
+  sharding,
+)
 from galore_optax import projector as projector_lib
 from galore_optax import refresh as refresh_lib
 
 PARAMS_MODES = ("split", "project")
+BASIS_CODES = ("int4", "int8")
+
+# Extra argument of `update` with the number of the layer whose slices are
+# updated, and that of all layers: decides whose turn it is to be refreshed.
+LAYER_ARG = "galore_layer"
 
 # What the paper and its code do, where our defaults differ.
 _PAPER = {"projector": "svd", "refresh": "synchronous", "moments": "keep"}
@@ -35,11 +50,19 @@ class GaLoreState(NamedTuple):
     inner_state: The inner optimizer's state. In place of each tree in the
       parameters' structure, such as Adam's `mu`, it holds the tree's
       :class:`galore_optax.layout.Split`.
+    schedule: Path of a projected leaf to its :class:`galore_optax.schedule
+      .State`; None unless `refresh="adaptive"`.
+    accumulator: Mean of the projected gradients since the last update, a
+      :class:`galore_optax.layout.Split`; None unless `accumulation_steps` > 1.
+    micro_step: Gradients in it; None likewise.
   """
 
   step: Any  # shape=(), dtype=jnp.int32
   projector: Any  # (..., m, r) or (..., n, r), dtype=basis_dtype
   inner_state: optax.OptState
+  schedule: Any = None
+  accumulator: Any = None
+  micro_step: Any = None  # shape=(), dtype=jnp.int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,29 +77,43 @@ class _GaLore:
   basis_dtype: Any
   state_dtype: Any
   seed: Any
+  accumulation_steps: int
 
   def init(self, params: optax.Params) -> GaLoreState:
     """State for parameters: start bases, and the inner state at rank r."""
     if layout.is_placeholder(params):
       return GaLoreState(0, 0, layout.skeleton(self.inner, params))
     leaves = paths.leaves_by_path(params)
-    sites = self.plan.sites(leaves)
+    sites = self.plan.sites(leaves, layout.masked_paths(params))
     bases = {
       path: {side: self._start(site, side, leaves[path]) for side in site.sides}
       for path, site in sites.items()
     }
-    inner_state = self.inner.init(
-      paths.map_with_path(
-        lambda path, x: (
-          self._low_zeros(sites[path], x) if path in sites else self._cast(x)
-        ),
-        params,
-      )
+    low = paths.map_with_path(
+      lambda path, x: (
+        self._low_zeros(sites[path], x) if path in sites else self._cast(x)
+      ),
+      params,
     )
+    inner_state = self.inner.init(low)
     kept = layout.stow(self.inner, inner_state, sites)
     if self.params_mode == "split":
       self._check_separable(params, inner_state, sites)
-    return GaLoreState(jnp.zeros([], jnp.int32), bases, kept)
+    state = GaLoreState(jnp.zeros([], jnp.int32), bases, kept)
+    if self.refresh.policy == "adaptive":
+      state = state._replace(
+        schedule={
+          path: schedule.start(site.view.stack, self.refresh.adaptive)
+          for path, site in sites.items()
+        }
+      )
+    if self.accumulation_steps == 1:
+      return state
+    empty = jax.tree.map(lambda x: _zeros_like(x), low)
+    return state._replace(
+      accumulator=layout.split(empty, sites),
+      micro_step=jnp.zeros([], jnp.int32),
+    )
 
   def update(
     self,
@@ -85,24 +122,57 @@ class _GaLore:
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, GaLoreState]:
-    """Project, run the inner optimizer, lift."""
+    """Refresh what is due, project, run the inner optimizer, lift."""
+    layer, layers = extra_args.pop(LAYER_ARG, (0, 1))
     leaves = paths.leaves_by_path(updates)
     _check_like(leaves, params)
     sites = self.plan.bound(leaves, state.projector)
     grads = {
       path: site.view.as_matrix(leaves[path]) for path, site in sites.items()
     }
-    bases, inner_state = refresh_lib.refresh(
-      self.refresh, sites, state.step, grads, state.projector, state.inner_state
+    active = True if state.micro_step is None else state.micro_step == 0
+    kept, schedules, inner_state = refresh_lib.refresh(
+      self.refresh,
+      sites,
+      refresh_lib.Moment(state.step, layer, layers, active),
+      grads,
+      state.projector,
+      state.schedule or {},
+      state.inner_state,
     )
-    inner_state = layout.unstow(self.inner, inner_state)
+    state = state._replace(
+      projector=kept,
+      inner_state=inner_state,
+      schedule=state.schedule and schedules,
+    )
+    bases = {path: projector_lib.read(kept[path]) for path in sites}
     low = {path: self._project(grads[path], bases[path]) for path in sites}
+    low_updates = paths.map_with_path(
+      lambda path, g: low[path] if path in low else _finite(self._cast(g)),
+      updates,
+    )
+    step = functools.partial(self._step, sites, bases, updates, params)
+    if self.accumulation_steps == 1:
+      return step(low_updates, state, extra_args)
+    return self._accumulate(
+      step, sites, updates, low_updates, state, extra_args
+    )
+
+  def _step(
+    self,
+    sites: Mapping[str, plan.Site],
+    bases: Mapping[str, projector_lib.Bases],
+    like: optax.Updates,
+    params: optax.Params | None,
+    low_updates: optax.Updates,
+    state: GaLoreState,
+    extra_args: Mapping[str, Any],
+  ) -> tuple[optax.Updates, GaLoreState]:
+    """The inner optimizer's step on projected gradients, lifted."""
+    inner_state = layout.unstow(self.inner, state.inner_state)
     owed = self._owed_to_params(sites, inner_state, params, extra_args)
     inner_updates, inner_state = self.inner.update(
-      paths.map_with_path(
-        lambda path, g: low[path] if path in low else _finite(self._cast(g)),
-        updates,
-      ),
+      low_updates,
       inner_state,
       self._inner_params(sites, bases, params),
       **extra_args,
@@ -114,14 +184,48 @@ class _GaLore:
     new |= {path: new[path] + h for path, h in owed.items()}
     return (
       paths.map_with_path(
-        lambda path, g: new[path].astype(jnp.result_type(g)), updates
+        lambda path, g: new[path].astype(jnp.result_type(g)), like
       ),
-      GaLoreState(
+      state._replace(
         step=optax.safe_increment(state.step),
-        projector=bases,
         inner_state=layout.stow(self.inner, inner_state, sites),
       ),
     )
+
+  def _accumulate(
+    self,
+    step: Any,
+    sites: Mapping[str, plan.Site],
+    like: optax.Updates,
+    low_updates: optax.Updates,
+    state: GaLoreState,
+    extra_args: Mapping[str, Any],
+  ) -> tuple[optax.Updates, GaLoreState]:
+    """Adds projected gradients up; every k-th time makes a step of their mean.
+
+    Projection is linear, so that is the projection of the mean gradient. All
+    gradients of a step are projected on the same bases.
+    """
+    mean = jax.tree.map(
+      lambda total, x: total + x / self.accumulation_steps,
+      layout.merge(state.accumulator),
+      low_updates,
+    )
+    last = state.micro_step == self.accumulation_steps - 1
+
+    def finish(mean: Any) -> tuple[optax.Updates, GaLoreState]:
+      new, after = step(mean, state, extra_args)
+      empty = layout.split(jax.tree.map(jnp.zeros_like, mean), sites)
+      return new, after._replace(
+        accumulator=empty, micro_step=jnp.zeros_like(state.micro_step)
+      )
+
+    def wait(mean: Any) -> tuple[optax.Updates, GaLoreState]:
+      return jax.tree.map(jnp.zeros_like, like), state._replace(
+        accumulator=layout.split(mean, sites), micro_step=state.micro_step + 1
+      )
+
+    return jax.lax.cond(last, finish, wait, mean)
 
   def _project(self, g: jax.Array, bases: projector_lib.Bases) -> jax.Array:
     """R, without directions of noise, 0 where the gradient is not finite."""
@@ -186,19 +290,22 @@ class _GaLore:
       # Its update needs extra arguments: not known before the first one.
       return
 
-  def _start(self, site: plan.Site, side: str, like: Any) -> jax.Array:
+  def _start(self, site: plan.Site, side: str, like: Any) -> Any:
     """The basis that a matrix has before its first refresh."""
     key = jax.random.fold_in(
       jax.random.key(self.seed), zlib.crc32(f"{site.path}/{side}".encode())
     )
     shape = site.basis_shape(side)
-    basis = _start_basis(key, shape, jnp.dtype(self.basis_dtype))
     axis = -2 if side == "left" else -1
-    return sharding.place(
-      basis,
-      like,
-      lambda spec: (*(parts := site.view.spec(spec))[:-2], parts[axis], None),
-    )
+
+    def spec(spec: tuple) -> tuple:
+      return (*(parts := site.view.spec(spec))[:-2], parts[axis], None)
+
+    if self.basis_dtype not in BASIS_CODES:
+      basis = _start_basis(key, shape, jnp.dtype(self.basis_dtype))
+      return sharding.place(basis, like, spec)
+    basis = _start_codes(key, shape, self.basis_dtype)
+    return sharding.place_quantized(basis, like, spec)
 
   def _low_zeros(self, site: plan.Site, like: Any) -> jax.Array:
     """Zeros in the shape of the projected gradient."""
@@ -226,6 +333,11 @@ class _GaLore:
     return jnp.asarray(x, dtype)
 
 
+def _zeros_like(x: Any) -> jax.Array:
+  zeros = jnp.zeros(jnp.shape(x), jnp.result_type(x))
+  return sharding.place(zeros, x, lambda spec: spec)
+
+
 def _finite(x: jax.Array) -> jax.Array:
   """0 in place of what would stay in the moments for ever."""
   return jnp.where(jnp.isfinite(x), x, 0)
@@ -243,6 +355,13 @@ def _start_basis(
 ) -> jax.Array:
   basis = projector_lib.start_basis(key, *shape[-2:])
   return jnp.broadcast_to(basis, shape).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _start_codes(
+  key: jax.Array, shape: tuple[int, ...], kind: str
+) -> qarray.QArray:
+  return qarray.quantize(_start_basis(key, shape, jnp.float32), kind)
 
 
 def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:
@@ -291,6 +410,8 @@ def galore(
   basis_dtype: Any = "float32",
   state_dtype: Any = None,
   seed: Any = 0,
+  adaptive: schedule.Adaptive | None = None,
+  accumulation_steps: int = 1,
   faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore: runs an optimizer in the gradients' dominant subspaces.
@@ -334,6 +455,8 @@ def galore(
     refresh: When. `synchronous`: all matrices at the steps 0, T, 2T, ...
       `staggered`: all at step 0, from then on one matrix after the other,
       spread evenly over the gap, so that no step takes longer than others.
+      `adaptive`: likewise, but matrices whose subspace has settled wait longer
+      and longer (Q-GaLore).
     moments: What becomes of the moments at a refresh. `rotate`: they are
       carried over into the new basis by :math:`C = P_{new}^\top P_{old}`,
       :math:`\mu \leftarrow C \mu` and :math:`\nu \leftarrow (C \circ C) \nu`.
@@ -346,11 +469,19 @@ def galore(
       what it adds for the parameters alone, such as decoupled weight decay, is
       computed at full size, exactly; an `inner` for which that is impossible
       is refused. `project`: the projected weights :math:`P^\top W`.
-    basis_dtype: Dtype of the bases.
+    basis_dtype: Dtype of the bases: a float dtype, or `int4` or `int8` for
+      block-wise codes, see :class:`galore_optax.QArray`.
     state_dtype: Dtype in which `inner` sees gradients and parameters, and so of
       its moments. By default that of the parameters but at least float32,
       because a bfloat16 second moment does not decay at b2 = 0.999.
     seed: Seed of the bases before their first refresh.
+    adaptive: When a subspace counts as settled, for `refresh="adaptive"`; by
+      default as in Q-GaLore.
+    accumulation_steps: Number k of calls of `update` that make one step: k - 1
+      of them return zeros and only add the projected gradient to a low-rank
+      accumulator, the k-th makes a step of the mean. Bases that are due are
+      found from the first of the k gradients. (`optax.MultiSteps` around
+      GaLore accumulates at full size.)
     faithful: The paper's algorithm exactly: `projector="svd"`,
       `refresh="synchronous"`, `moments="keep"`, `null_tolerance=0`, and every
       matrix is projected, also if that saves nothing.
@@ -386,7 +517,10 @@ def galore(
   checks.check_choice("moments", moments, refresh_lib.MOMENTS)
   checks.check_choice("params_mode", params_mode, PARAMS_MODES)
   checks.check_positive("iterations", iterations)
-  checks.check_float_dtype("basis_dtype", basis_dtype)
+  if basis_dtype not in BASIS_CODES:
+    checks.check_float_dtype("basis_dtype", basis_dtype, BASIS_CODES)
+  _check_adaptive(adaptive, refresh, projector)
+  _check_accumulation(accumulation_steps)
   checks.check_float_dtype("state_dtype", state_dtype)
   if faithful:
     _check_faithful(chosen)
@@ -402,6 +536,7 @@ def galore(
     method=chosen["projector"],
     moments=chosen["moments"],
     iterations=iterations,
+    adaptive=adaptive or schedule.Adaptive(),
   )
 
   def wrap(
@@ -421,12 +556,45 @@ def galore(
       basis_dtype=basis_dtype,
       state_dtype=state_dtype,
       seed=seed,
+      accumulation_steps=accumulation_steps,
     )
     return optax.GradientTransformationExtraArgs(
       settings.init, sharding.with_auto_axes(settings.update)
     )
 
   return chaining.marker(wrap) if inner is None else wrap(inner)
+
+
+def _check_adaptive(
+  adaptive: schedule.Adaptive | None, refresh: str, projector: str
+) -> None:
+  if adaptive is None:
+    return
+  if not isinstance(adaptive, schedule.Adaptive):
+    raise TypeError(
+      f"`adaptive` must be a galore_optax.Adaptive, got {adaptive!r}."
+    )
+  if refresh != "adaptive":
+    raise ValueError(
+      f'`adaptive` is for refresh="adaptive", got refresh={refresh!r}. Leave '
+      "one of the two out."
+    )
+  if adaptive.measure == "cosine" and projector != "svd":
+    raise ValueError(
+      'measure="cosine" compares leading singular vectors, which only '
+      f'projector="svd" tells apart, got projector={projector!r}. Use '
+      'measure="overlap".'
+    )
+
+
+def _check_accumulation(steps: Any) -> None:
+  if isinstance(steps, bool) or not isinstance(steps, int):
+    raise TypeError(
+      f"`accumulation_steps` must be an int, got {steps!r}: it decides the "
+      "structure of the state."
+    )
+  if steps < 1:
+    raise ValueError(f"`accumulation_steps` must be positive, got {steps}.")
 
 
 def _check_faithful(chosen: Mapping[str, str]) -> None:

@@ -44,7 +44,7 @@ def split(tree: Any, low: Mapping[str, Any]) -> Split:
   Returns:
     The split tree.
   """
-  flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  flat, treedef = paths.flatten(tree)
   names = paths.paths([keys for keys, _ in flat])
   leaves = [leaf for _, leaf in flat]
   low_leaves = {
@@ -66,9 +66,7 @@ def merge(tree: Split) -> Any:
   Returns:
     The tree in the parameters' structure, low-rank leaves in their places.
   """
-  flat, treedef = jax.tree_util.tree_flatten_with_path(
-    tree.full, is_leaf=is_masked
-  )
+  flat, treedef = paths.flatten(tree.full, is_masked)
   names = paths.paths([keys for keys, _ in flat])
   leaves = [leaf for _, leaf in flat]
   return treedef.unflatten(
@@ -82,6 +80,15 @@ def merge(tree: Split) -> Any:
 def is_masked(x: Any) -> bool:
   """Whether a node is `optax.MaskedNode`."""
   return isinstance(x, optax.MaskedNode)
+
+
+def masked_paths(tree: Any) -> list[str]:
+  """Paths of the masked leaves of a tree."""
+  flat, _ = paths.flatten(tree, is_masked)
+  names = paths.paths([keys for keys, _ in flat])
+  return [
+    name for name, (_, x) in zip(names, flat, strict=False) if is_masked(x)
+  ]
 
 
 def stow(

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from galore_optax import qarray
+
 # A leaf of a tree that is a bare array has no path of its own.
 _ROOT = "param"
 
@@ -25,15 +27,22 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     >>> leaves_by_path({"attn": {"q": 1.0, "k": 2.0}, "mlp": [3.0]})
     {'attn/k': 2.0, 'attn/q': 1.0, 'mlp/0': 3.0}
   """
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  flat = flatten(tree)[0]
   return dict(
     zip(paths([keys for keys, _ in flat]), (x for _, x in flat), strict=False)
   )
 
 
+def flatten(tree: Any, is_leaf: Callable = lambda _: False) -> tuple:
+  """Flattens with key paths; a quantised array is one leaf."""
+  return jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=lambda x: qarray.is_quantized(x) or is_leaf(x)
+  )
+
+
 def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
   """Maps a function of path and leaf over a tree, see `leaves_by_path`."""
-  flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  flat, treedef = flatten(tree)
   names = paths([keys for keys, _ in flat])
   return treedef.unflatten(
     [f(p, x) for p, (_, x) in zip(names, flat, strict=False)]

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,11 +126,14 @@ class Plan:
   defaults: Projection
   always: bool = False
 
-  def sites(self, leaves: Mapping[str, Any]) -> dict[str, Site]:
+  def sites(
+    self, leaves: Mapping[str, Any], masked: Sequence[str] = ()
+  ) -> dict[str, Site]:
     """The projected leaves of a parameter tree.
 
     Args:
       leaves: Path to leaf, see :func:`galore_optax.paths.leaves_by_path`.
+      masked: Paths of leaves that are someone else's; rules may match them.
 
     Returns:
       Path to site, in the order of the leaves.
@@ -140,7 +143,7 @@ class Plan:
       TypeError: If a leaf is neither real nor complex floating point, or a rule
         asks for the projection of a complex one.
     """
-    self._check_rules(leaves)
+    self._check_rules([*leaves, *masked])
     sites = {path: self._site(path, leaf) for path, leaf in leaves.items()}
     return {path: site for path, site in sites.items() if site is not None}
 
@@ -191,7 +194,7 @@ class Plan:
       "of the parameters that `init` was called with, to the same optimizer."
     )
 
-  def _check_rules(self, leaves: Mapping[str, Any]) -> None:
+  def _check_rules(self, leaves: Sequence[str]) -> None:
     for pattern, _ in self.rules:
       if not any(re.search(pattern, path) for path in leaves):
         near = difflib.get_close_matches(pattern, list(leaves), n=1, cutoff=0.4)
@@ -337,7 +340,7 @@ def resolve_rank(rank: Any, m: int, n: int) -> int:
   return min(int(rank), short)
 
 
-def _some(leaves: Mapping[str, Any], limit: int = 8) -> str:
+def _some(leaves: Iterable[str], limit: int = 8) -> str:
   names = [repr(path) for path in leaves]
   more = f" and {len(names) - limit} more" if len(names) > limit else ""
   return (", ".join(names[:limit]) + more) or "none"

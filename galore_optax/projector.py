@@ -6,9 +6,12 @@ has one of them, a two-sided site both.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from galore_optax import qarray
 
 Bases = Mapping[str, jax.Array]
 
@@ -26,6 +29,42 @@ _GRAM_SHIFT = 1e-6
 _BLOCK = 64
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def read(kept: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Bases as arrays, from how the state keeps them.
+
+  Args:
+    kept: Side to basis, an array or a :class:`galore_optax.QArray`.
+
+  Returns:
+    Side to basis (..., m, r) or (..., n, r).
+  """
+  return {
+    side: qarray.dequantize(x) if qarray.is_quantized(x) else x
+    for side, x in kept.items()
+  }
+
+
+def write(bases: Bases, kept: Mapping[str, Any]) -> dict[str, Any]:
+  """Bases as the state keeps them.
+
+  A quantised basis is rounded to the nearest and not made orthonormal again:
+  the gradient is projected and lifted with the same, slightly skew basis.
+
+  Args:
+    bases: Side to basis.
+    kept: Gives the formats.
+
+  Returns:
+    The bases, each in the format of its counterpart.
+  """
+  return {
+    side: qarray.requantize(kept[side], x)
+    if qarray.is_quantized(kept[side])
+    else x.astype(kept[side].dtype)
+    for side, x in bases.items()
+  }
 
 
 def project(g: jax.Array, bases: Bases) -> jax.Array:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import layout, plan, projector
+from galore_optax import layout, plan, projector, qarray, schedule
 
-POLICIES = ("staggered", "synchronous")
+POLICIES = ("staggered", "synchronous", "adaptive")
 MOMENTS = ("rotate", "keep", "reset")
 
 
@@ -23,7 +23,8 @@ class Refresh:
   Attributes:
     policy: `synchronous` refreshes all matrices at the steps 0, T, 2T, ...;
       `staggered` does so at step 0 only, and from then on takes one matrix
-      after the other, spread evenly over the gap.
+      after the other, spread evenly over the gap; `adaptive` starts like
+      that and doubles the gap of matrices whose subspace stays.
     method: How a basis is found, see :func:`galore_optax.projector.find_basis`.
     moments: What becomes of the moments, see :func:`galore_optax.galore`.
     iterations: Iterations of a refresh, possibly traced.
@@ -33,6 +34,24 @@ class Refresh:
   method: str
   moments: str
   iterations: Any
+  adaptive: schedule.Adaptive
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """Where in the life of a state an update takes place.
+
+  Attributes:
+    step: Updates so far, int32 scalar.
+    layer: Number of the layer of which a single one is updated, 0 otherwise.
+    layers: Number of all layers then, 1 otherwise.
+    active: Whether bases may be refreshed at all; a traced bool or True.
+  """
+
+  step: Any
+  layer: Any = 0
+  layers: Any = 1
+  active: Any = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,52 +79,48 @@ class _Group:
     return members.astype(np.int32), numbers.astype(np.int32)
 
 
-# What a refresh changes of a leaf: its bases by side, its moments by place.
-_Slot = tuple[projector.Bases, Mapping[str, jax.Array]]
+# What a refresh changes of a leaf: its bases by side, its moments by place,
+# and its schedule where that adapts.
+_Slot = tuple[Mapping[str, Any], Mapping[str, Any], schedule.State | None]
 
 
 def refresh(
   how: Refresh,
   sites: Mapping[str, plan.Site],
-  step: jax.Array,
+  now: Moment,
   grads: Mapping[str, jax.Array],
-  bases: Mapping[str, projector.Bases],
+  bases: Mapping[str, Mapping[str, Any]],
+  schedules: Mapping[str, schedule.State],
   inner_state: Any,
-) -> tuple[dict[str, projector.Bases], Any]:
+) -> tuple[dict, dict, Any]:
   """Finds the bases that are due anew, and carries their moments over.
 
   Args:
     how: What to do, and when.
     sites: Path to site.
-    step: Steps so far, int32 scalar.
+    now: The step, and which layer this is.
     grads: Path to gradients (..., m, n).
-    bases: Path to side to basis.
+    bases: Path to side to basis as it is kept.
+    schedules: Path to schedule, empty unless the policy is `adaptive`.
     inner_state: The inner optimizer's state as it is kept.
 
   Returns:
-    The new bases and inner state.
+    The new bases, schedules and inner state.
   """
   found = {} if how.moments == "keep" else layout.moments(inner_state)
   orders = {place: order for place, (order, _) in found.items()}
   slots = {
-    path: (bases[path], _moments_of(site, found))
+    path: (bases[path], _moments_of(site, found), schedules.get(path))
     for path, site in sites.items()
   }
   new: dict[str, _Slot] = {}
   units = sum(site.view.count for site in sites.values())
   for group in _groups(sites, slots, grads):
     names = [site.path for site in group.members]
-    when = due(
-      how.policy,
-      step,
-      group.members[0].gap,
-      group.first,
-      sum(group.counts),
-      units,
-    )
     changed = _refresh_group(
       how,
-      when,
+      now,
+      units,
       group,
       orders,
       [grads[path] for path in names],
@@ -118,13 +133,14 @@ def refresh(
   }
   return (
     {path: dict(new[path][0]) for path in bases},
+    {path: new[path][2] for path in schedules},
     layout.update_low(inner_state, moments),
   )
 
 
 def _moments_of(
   site: plan.Site, found: Mapping[str, tuple[int, layout.Split]]
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
   """The moments of a leaf that have its projected gradient's shape."""
   return {
     place: tree.low[site.path]
@@ -142,11 +158,11 @@ def _groups(
   members: dict[Any, list[plan.Site]] = {}
   for path, site in sites.items():
     gap = site.gap if isinstance(site.gap, int | float) else id(site.gap)
-    dtypes = {place: x.dtype.name for place, x in slots[path][1].items()}
+    dtypes = [x.dtype.name for x in jax.tree.leaves(slots[path])]
     key = (
       re.sub(r"\d+", "#", path),
       (site.view.m, site.view.n, site.rank, site.sides, gap),
-      (grads[path].dtype.name, tuple(dtypes.items())),
+      (grads[path].dtype.name, *slots[path][1], *dtypes),
     )
     members.setdefault(key, []).append(site)
   groups, first = [], 0
@@ -202,7 +218,8 @@ def _ceil_div(a: Any, b: Any) -> Any:
 
 def _refresh_group(
   how: Refresh,
-  when: tuple[jax.Array, jax.Array],
+  now: Moment,
+  units: int,
   group: _Group,
   orders: Mapping[str, int],
   grads: list[jax.Array],
@@ -213,33 +230,72 @@ def _refresh_group(
   Matrices are walked by a loop, whatever their number: batched factorisations
   hang on CPU, and whole stacks go through the branches to be updated in place.
   """
-  low, high = when
-  iterations = jnp.asarray(how.iterations).astype(jnp.int32)
   # A basis is a constant of differentiation, as it is between refreshes.
   grads = [_flat(jax.lax.stop_gradient(g)) for g in grads]
-  slots = [(jax.lax.stop_gradient(bases), moments) for bases, moments in slots]
+  flat = [_flat_slot(slot) for slot in slots]
+  low, high, order = _due(how, now, units, group, flat)
+  first = group.first * now.layers + now.layer
 
-  def one(unit: jax.Array, flat: list[_Slot]) -> list[_Slot]:
+  def one(k: jax.Array, flat: list[_Slot]) -> list[_Slot]:
+    unit = k if order is None else _take(order, k)
     member, i = (_take(jnp.asarray(x), unit) for x in group.places)
-    g, (old, moments) = _read(grads, flat, member, i)
-    new = {
-      side: _FIND[how.method, side](g, basis, iterations)
-      for side, basis in old.items()
-    }
-    turn = projector.overlap(new, old)
-    turned = {
-      place: _carry_over(how, moment, turn, orders[place])
-      for place, moment in moments.items()
-    }
-    return _write(flat, member, i, (new, turned))
+    g, slot = _read(grads, flat, member, i)
+    gap = group.members[0].gap
+    number = schedule.Number(first + unit, units * now.layers)
+    new = _refresh_one(how, now.step, number, gap, g, slot, orders)
+    return _write(flat, member, i, new)
 
   flat = jax.lax.cond(
     low < high,
     lambda flat: jax.lax.fori_loop(low, high, one, flat),
     lambda flat: flat,
-    jax.tree.map(_flat, slots),
+    flat,
   )
   return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, slots)
+
+
+def _due(
+  how: Refresh, now: Moment, units: int, group: _Group, slots: list[_Slot]
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Which matrices of a group are due: from, to, and in which order."""
+  count, first = sum(group.counts), group.first * now.layers + now.layer
+  if how.policy != "adaptive":
+    gap = group.members[0].gap
+    low, high = due(how.policy, now.step, gap, first, count, units * now.layers)
+    return low, jnp.where(now.active, high, low), None
+  schedules = [when for _, _, when in slots if when is not None]
+  hit = jnp.concatenate([when.due(now.step) for when in schedules])
+  order = jnp.argsort(~hit, stable=True)
+  return jnp.int32(0), jnp.where(now.active, hit.sum(), 0), order
+
+
+def _refresh_one(
+  how: Refresh,
+  step: jax.Array,
+  number: schedule.Number,
+  gap: Any,
+  g: jax.Array,
+  slot: _Slot,
+  orders: Mapping[str, int],
+) -> _Slot:
+  """The slot of one matrix, refreshed."""
+  kept, moments, when = slot
+  iterations = jnp.asarray(how.iterations).astype(jnp.int32)
+  old = jax.lax.stop_gradient(projector.read(kept))
+  new = {
+    side: _FIND[how.method, side](g, basis, iterations)
+    for side, basis in old.items()
+  }
+  written = projector.write(new, kept)
+  turn = projector.overlap(projector.read(written), old)
+  turned = {
+    place: _carry_over(how, moment, turn, orders[place])
+    for place, moment in moments.items()
+  }
+  if when is not None:
+    similarity = schedule.similarity(how.adaptive.measure, new, old, turn)
+    when = when.refreshed(how.adaptive, step, number, gap, similarity)
+  return written, turned, when
 
 
 def _read(
@@ -288,16 +344,25 @@ def _put(stack: jax.Array, x: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def _carry_over(
-  how: Refresh, moment: jax.Array, turn: projector.Bases, order: int
-) -> jax.Array:
+  how: Refresh, moment: Any, turn: projector.Bases, order: int
+) -> Any:
   if how.moments == "reset":
-    return jnp.zeros_like(moment)
-  return projector.rotate(moment, turn, order)
+    return jax.tree.map(jnp.zeros_like, moment)
+  if not qarray.is_quantized(moment):
+    return projector.rotate(moment, turn, order)
+  turned = projector.rotate(qarray.dequantize(moment), turn, order)
+  return qarray.requantize(moment, turned)
 
 
 def _flat(stack: jax.Array) -> jax.Array:
   """A stack of matrices with one stack axis."""
   return stack.reshape(-1, *stack.shape[-2:])
+
+
+def _flat_slot(slot: _Slot) -> _Slot:
+  bases, moments, when = slot
+  bases, moments = jax.tree.map(_flat, (bases, moments))
+  return bases, moments, None if when is None else when.flat()
 
 
 def _finder(method: str, side: str) -> Any:

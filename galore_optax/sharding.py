@@ -1,10 +1,14 @@
 """Where the state lives on a mesh."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+
+from galore_optax import qarray
 
 
 def place(x: jax.Array, like: Any, spec: Callable[[tuple], tuple]) -> jax.Array:
@@ -25,6 +29,54 @@ def place(x: jax.Array, like: Any, spec: Callable[[tuple], tuple]) -> jax.Array:
   if isinstance(like, jax.core.Tracer):
     return jax.sharding.reshard(x, target)
   return jax.device_put(x, target)
+
+
+def place_quantized(
+  q: qarray.QArray, like: Any, spec: Callable[[tuple], tuple]
+) -> qarray.QArray:
+  """As :func:`place`, for codes and their scales.
+
+  Args:
+    q: The new quantised array.
+    like: The parameter.
+    spec: From the parameter's partition to the array's.
+
+  Returns:
+    The quantised array, sharded if the parameter's sharding is known here.
+  """
+
+  def scales(parts: tuple) -> tuple:
+    return qarray.scale_spec(spec(parts), q.shape)
+
+  return dataclasses.replace(
+    q,
+    codes=place(q.codes, like, spec),
+    scale=_place_divisible(q.scale, like, scales),
+    zero=None if q.zero is None else _place_divisible(q.zero, like, scales),
+  )
+
+
+def _place_divisible(
+  x: jax.Array, like: Any, spec: Callable[[tuple], tuple]
+) -> jax.Array:
+  """As :func:`place`, but axes that the mesh does not divide stay whole."""
+  sharding = _known_sharding(like)
+  if sharding is None:
+    return x
+  mesh = sharding.mesh
+  sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+
+  def shards(names: Any) -> int:
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(sizes[name] for name in names)
+
+  def fitting(parts: tuple) -> tuple:
+    return tuple(
+      axis if size % shards(axis) == 0 else None
+      for axis, size in zip(spec(parts), x.shape, strict=False)
+    )
+
+  return place(x, like, fitting)
 
 
 def _known_sharding(like: Any) -> jax.NamedSharding | None:

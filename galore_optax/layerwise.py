@@ -1,0 +1,462 @@
+"""Weights updated layer by layer, inside the backward pass.
+
+A usual step holds the gradients of all layers before the first weight moves.
+Here the backward pass walks the layers from the last to the first; each one's
+weights and optimizer state are replaced as soon as its gradient is known, and
+no two layers' gradients are ever alive together.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax import checks, paths, weights
+from galore_optax.galore import LAYER_ARG
+
+
+class Layered(NamedTuple):
+  """A model as a stack of equal layers between two ends: pure functions.
+
+  Attributes:
+    first: `(params, batch) -> x`, what goes into the first layer; any pytree.
+    layer: `(layer_params, x) -> x`, one layer.
+    last: `(params, x, batch) -> loss`, a scalar.
+    key: Where the layers' parameters are in the parameters, a dict: stacked,
+      with a leading layer axis on every leaf. `first` and `last` get the
+      parameters without them.
+    first_keys: The entries of the parameters that `first` is given. The others
+      are updated before the layers, which frees their gradients early. None:
+      all.
+
+  Example:
+    >>> toy = Layered(
+    ...   first=lambda params, batch: batch @ params["inner"],
+    ...   layer=lambda w, x: x + jnp.tanh(x @ w),
+    ...   last=lambda params, x, batch: jnp.mean((x @ params["outer"]) ** 2),
+    ... )
+    >>> toy.key
+    'layers'
+  """
+
+  first: Callable
+  layer: Callable
+  last: Callable
+  key: str = "layers"
+  first_keys: tuple[str, ...] | None = None
+
+  def loss(self, params: Any, batch: Any, dtype: Any = None) -> Any:
+    """The loss as one differentiable function, for a usual step.
+
+    Args:
+      params: Parameters, layers stacked, or a list of single layers: then the
+        gradients are single layers too, and a compiler is free to update each
+        as soon as it is there.
+      batch: What `first` and `last` take.
+      dtype: Dtype in which quantised weights are read.
+
+    Returns:
+      The scalar loss.
+    """
+    read: Any = functools.partial(weights.dequantize_params, dtype=dtype)
+    ends, layers = self.ends(params), params[self.key]
+    x = self.first(self.lower(read(ends)), batch)
+    if isinstance(layers, list | tuple):
+      for layer in layers:
+        x = self.layer(read(layer), x)
+    else:
+      x, _ = jax.lax.scan(
+        lambda x, layer: (self.layer(read(layer), x), None), x, layers
+      )
+    return self.last(read(ends), x, batch)
+
+  def ends(self, params: Any) -> dict:
+    """The parameters that are in no layer."""
+    return {k: v for k, v in params.items() if k != self.key}
+
+  def lower(self, ends: Mapping[str, Any]) -> dict:
+    """Those of them that `first` is given."""
+    keys = ends if self.first_keys is None else self.first_keys
+    return {k: ends[k] for k in keys}
+
+
+class LayerwiseState(NamedTuple):
+  """State of :func:`layerwise`.
+
+  Attributes:
+    count: Steps so far, which also seeds the rounding.
+    first: The optimizer's state for the parameters that `first` reads.
+    layers: Its state for the layers; every leaf has a leading layer axis.
+    last: Its state for the parameters that `last` alone reads.
+  """
+
+  count: Any  # shape=(), dtype=jnp.int32
+  first: optax.OptState
+  layers: optax.OptState
+  last: optax.OptState
+
+
+class Layerwise(NamedTuple):
+  """A pair of pure functions, see :func:`layerwise`.
+
+  Attributes:
+    init: `params -> state`.
+    step: `(params, state, batch) -> (params, state, metrics)`.
+  """
+
+  init: Callable
+  step: Callable
+
+
+def layerwise(
+  tx: optax.GradientTransformation,
+  model: Layered,
+  *,
+  dtype: Any = None,
+  clip_norm: float | None = None,
+  stochastic_rounding: bool = True,
+  seed: int = 0,
+) -> Layerwise:
+  r"""A training step that updates each layer inside the backward pass.
+
+  The forward pass keeps the input of each layer. The backward pass recomputes
+  one layer after the other from it, and updates the layer's weights and state
+  in place before it goes on. It computes what the usual step computes, with
+  the memory of one layer's gradients and activations. `tx` may be any
+  optimizer that treats every leaf by itself, such as
+  :func:`galore_optax.galore`, whose bases are refreshed in there, too.
+
+  What depends on several leaves is confined to a layer (and to either end of
+  the model): `optax.clip_by_global_norm` in `tx` clips each layer's gradient,
+  `optax.clip_by_block_rms` each matrix's. `clip_norm` clips by the global norm
+  of the whole gradient, exactly, with a second backward pass.
+
+  For gradient accumulation give GaLore its `accumulation_steps`, and call
+  `step` with one micro-batch after the other. Masks in `tx` may be functions
+  or trees in the parameters' structure.
+
+  Args:
+    tx: The optimizer.
+    model: The model in three parts. Its layers must be stacked.
+    dtype: Dtype in which quantised weights are read, None for float32.
+    clip_norm: Largest global norm of the gradient; None for no clipping.
+    stochastic_rounding: Whether quantised weights are rounded at random.
+    seed: Seed of that.
+
+  Returns:
+    `init` and `step`, to be jitted; give `step` `donate_argnums=(0, 1)`. Its
+    metrics are `loss` and `grad_norm`, before clipping, float32 scalars.
+
+  Raises:
+    TypeError: If `tx` is no gradient transformation.
+    ValueError: If `clip_norm` is not positive, or `init` finds no layers.
+
+  Example:
+    >>> from galore_optax import galore
+    >>> toy = Layered(
+    ...   first=lambda params, batch: batch @ params["inner"],
+    ...   layer=lambda w, x: x + jnp.tanh(x @ w),
+    ...   last=lambda params, x, batch: jnp.mean((x @ params["outer"]) ** 2),
+    ... )
+    >>> params = {
+    ...   "inner": jnp.ones((8, 16)),
+    ...   "layers": jnp.ones((3, 16, 16)) / 64,
+    ...   "outer": jnp.ones((16, 1)),
+    ... }
+    >>> init, step = layerwise(galore(optax.adam(0.1), rank=4), toy)
+    >>> state = init(params)
+    >>> new, state, metrics = jax.jit(step)(params, state, jnp.ones((2, 8)))
+    >>> new["layers"].shape, int(state.count)
+    ((3, 16, 16), 1)
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section
+    4.3; Lv et al., `Full Parameter Fine-tuning for Large Language Models with
+    Limited Resources <https://arxiv.org/abs/2306.09782>`_, 2023.
+  """
+  if not isinstance(tx, optax.GradientTransformation):
+    raise TypeError(f"`tx` must be a gradient transformation, got {tx!r}.")
+  checks.check_positive("clip_norm", clip_norm)
+  run = _Run(
+    optax.with_extra_args_support(tx),
+    model,
+    functools.partial(weights.dequantize_params, dtype=dtype),
+    clip_norm,
+    seed if stochastic_rounding else None,
+  )
+  return Layerwise(run.init, run.step)
+
+
+def unstack(params: Any, key: str = "layers") -> Any:
+  """Parameters with a list of single layers in place of the stack.
+
+  Args:
+    params: A dict whose entry `key` has a leading layer axis on every leaf.
+    key: The entry.
+
+  Returns:
+    The dict with a list of trees there.
+
+  Example:
+    >>> len(unstack({"layers": {"w": jnp.ones((3, 4, 4))}})["layers"])
+    3
+  """
+  layers = params[key]
+  count = _count(layers)
+  return {**params, key: [_take(layers, i) for i in range(count)]}
+
+
+def stack(params: Any, key: str = "layers") -> Any:
+  """Undoes :func:`unstack`.
+
+  Args:
+    params: A dict whose entry `key` is a list of equal trees.
+    key: The entry.
+
+  Returns:
+    The dict with one tree there, with a leading axis on every leaf.
+  """
+  layers = jax.tree.map(lambda *x: jnp.stack(x), *params[key])
+  return {**params, key: layers}
+
+
+class _Run(NamedTuple):
+  """The settings, and the two functions."""
+
+  tx: optax.GradientTransformationExtraArgs
+  model: Layered
+  read: Callable
+  clip_norm: float | None
+  seed: int | None
+
+  def init(self, params: Any) -> LayerwiseState:
+    """State for parameters; jit it to keep full-size copies out of memory."""
+    _check_layers(self.model, params)
+    whole = self.read(params)
+    start = lambda part: self.tx.init(_only(whole, part))
+    lower, upper = self._end_leaves(whole)
+    return LayerwiseState(
+      count=jnp.zeros([], jnp.int32),
+      first=start(lower),
+      layers=jax.vmap(lambda layer: start(self._named(layer)))(
+        whole[self.model.key]
+      ),
+      last=start(upper),
+    )
+
+  def step(
+    self, params: Any, state: LayerwiseState, batch: Any
+  ) -> tuple[Any, LayerwiseState, dict[str, jax.Array]]:
+    """One training step."""
+    _check_layers(self.model, params)
+    forward = self._forward(params, batch)
+    scale = self._clip_scale(params, forward)
+    return self._backward(params, state, forward, scale)
+
+  def _forward(self, params: Any, batch: Any) -> "_Forward":
+    """The forward pass, and how the ends are differentiated."""
+    model = self.model
+    ends = self.read(model.ends(params))
+    x, first_vjp = jax.vjp(
+      lambda lower: model.first(lower, batch), model.lower(ends)
+    )
+    x, inputs = jax.lax.scan(
+      lambda x, layer: (model.layer(self.read(layer), x), x),
+      x,
+      params[model.key],
+    )
+    loss, last_vjp = jax.vjp(
+      lambda ends, x: model.last(ends, x, batch), ends, x
+    )
+    return _Forward(loss, inputs, first_vjp, last_vjp)
+
+  def _layer_gradient(
+    self, layer: Any, x: Any, dx: Any
+  ) -> tuple[dict[str, jax.Array], Any]:
+    """A layer's gradient by full path, and that of its input."""
+    _, vjp = jax.vjp(self.model.layer, self.read(layer), x)
+    grads, dx = vjp(dx)
+    return self._named(grads), dx
+
+  def _clip_scale(self, params: Any, forward: "_Forward") -> Any:
+    """The factor that global-norm clipping puts on all gradients."""
+    if self.clip_norm is None:
+      return None
+    ends, dx = forward.last_gradient()
+    layers = params[self.model.key]
+    count = _count(layers)
+
+    def body(j: jax.Array, carry: tuple) -> tuple:
+      dx, total = carry
+      i = count - 1 - j
+      x = _take(forward.inputs, i)
+      grads, dx = self._layer_gradient(_take(layers, i), x, dx)
+      return dx, total + _squares(grads)
+
+    dx, total = jax.lax.fori_loop(0, count, body, (dx, jnp.float32(0)))
+    norm = jnp.sqrt(total + _squares(forward.whole_gradient(ends, dx)))
+    return jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
+
+  def _backward(
+    self,
+    params: Any,
+    state: LayerwiseState,
+    forward: "_Forward",
+    scale: Any,
+  ) -> tuple[Any, LayerwiseState, dict[str, jax.Array]]:
+    """The backward pass with the updates in it."""
+    key, layers = self.model.key, params[self.model.key]
+    count, keys = _count(layers), self._keys(state.count)
+    ends, dx = forward.last_gradient()
+    _, upper = self._end_leaves({**ends, key: {}})
+    params, last = self._update(params, upper, state.last, scale, keys[0])
+
+    def body(j: jax.Array, carry: tuple) -> tuple:
+      dx, total, stack, states = carry
+      i = count - 1 - j
+      layer, opt = _read_barrier((_take(stack, i), _take(states, i)))
+      grads, dx = self._layer_gradient(layer, _take(forward.inputs, i), dx)
+      new, opt = self._update(
+        {**params, key: layer}, grads, opt, scale, keys[1], (i, count)
+      )
+      stack, states = _put(stack, new[key], i), _put(states, opt, i)
+      return dx, total + _squares(grads), stack, states
+
+    dx, total, stack, states = jax.lax.fori_loop(
+      0, count, body, (dx, _squares(upper), layers, state.layers)
+    )
+    grads = forward.whole_gradient(ends, dx)
+    lower, _ = self._end_leaves({**grads, key: {}})
+    params, first = self._update(params, lower, state.first, scale, keys[2])
+    norm = jnp.sqrt(total + _squares(lower))
+    return (
+      {**params, key: stack},
+      LayerwiseState(optax.safe_increment(state.count), first, states, last),
+      {"loss": forward.loss, "grad_norm": norm},
+    )
+
+  def _update(
+    self,
+    params: Any,
+    grads: Mapping[str, jax.Array],
+    state: optax.OptState,
+    scale: Any,
+    key: jax.Array | None,
+    layer: tuple[Any, Any] = (0, 1),
+  ) -> tuple[Any, optax.OptState]:
+    """The parameters after an update of one part of them, and its state."""
+    if scale is not None:
+      grads = {p: (g * scale).astype(g.dtype) for p, g in grads.items()}
+    layer = (jnp.int32(layer[0]), jnp.int32(layer[1]))
+    leaves = paths.leaves_by_path(params)
+    part = {p: leaves[p] for p in grads}
+    updates, state = self.tx.update(
+      _only(params, grads),
+      state,
+      _only(params, self.read(part)),
+      **{LAYER_ARG: layer},
+    )
+    found = paths.leaves_by_path(updates)
+    key = None if key is None else jax.random.fold_in(key, layer[0])
+    new: Any = weights.apply_updates(part, {p: found[p] for p in part}, key)
+    return paths.map_with_path(lambda p, x: new.get(p, x), params), state
+
+  def _named(self, layer: Any) -> dict[str, Any]:
+    """A layer's leaves by their paths in all the parameters."""
+    return paths.leaves_by_path({self.model.key: layer})
+
+  def _end_leaves(self, tree: Mapping[str, Any]) -> tuple[dict, dict]:
+    """Leaves by path: those that `first` is given, and the other ends."""
+    ends = self.model.ends(tree)
+    lower = self.model.lower(ends)
+    upper = {k: v for k, v in ends.items() if k not in lower}
+    return paths.leaves_by_path(lower), paths.leaves_by_path(upper)
+
+  def _keys(self, count: jax.Array) -> Any:
+    """Random keys of a step, for head, layers and embedding."""
+    if self.seed is None:
+      return (None, None, None)
+    step = jax.random.fold_in(jax.random.key(self.seed), count)
+    return jax.random.split(step, 3)
+
+
+class _Forward(NamedTuple):
+  """What the backward pass needs of the forward pass."""
+
+  loss: jax.Array
+  inputs: Any  # of each layer, with a leading layer axis
+  first_vjp: Callable
+  last_vjp: Callable
+
+  def last_gradient(self) -> tuple[dict, Any]:
+    """Gradients of the ends so far and of the last layer's output."""
+    return self.last_vjp(jnp.ones_like(self.loss))
+
+  def whole_gradient(self, ends: dict, dx: Any) -> dict:
+    """The ends' gradient, with what comes through the first layer's input."""
+    (lower,) = self.first_vjp(dx)
+    add = functools.partial(jax.tree.map, jnp.add)
+    return {k: add(g, lower[k]) if k in lower else g for k, g in ends.items()}
+
+
+def _only(tree: Any, part: Mapping[str, Any]) -> Any:
+  """A tree of which only the leaves of a part are there, masked elsewhere."""
+  return paths.map_with_path(
+    lambda path, _: part.get(path, optax.MaskedNode()), tree
+  )
+
+
+def _count(layers: Any) -> int:
+  return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _take(tree: Any, i: Any) -> Any:
+  """Layer i of a stack."""
+  take = jax.lax.dynamic_index_in_dim
+  return jax.tree.map(lambda x: take(x, i, keepdims=False), tree)
+
+
+def _put(tree: Any, new: Any, i: jax.Array) -> Any:
+  """A stack with layer i replaced, in place."""
+  put = jax.lax.dynamic_update_index_in_dim
+  return jax.tree.map(lambda x, y: put(x, y, i, 0), tree, new)
+
+
+def _read_barrier(tree: Any) -> Any:
+  """Keeps the TPU compiler from copying whole stacks that it reads a slice of.
+
+  It would otherwise move reads across the writes of the same stack, and pay
+  for that with a copy.
+  """
+  return jax.lax.platform_dependent(
+    tree, tpu=jax.lax.optimization_barrier, default=lambda tree: tree
+  )
+
+
+def _squares(tree: Any) -> jax.Array:
+  """Sum of the squares of all entries, float32."""
+  return sum(
+    (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)),
+    start=jnp.float32(0),
+  )
+
+
+def _check_layers(model: Layered, params: Any) -> None:
+  """Raises unless the parameters hold a stack of layers."""
+  if not isinstance(params, Mapping) or model.key not in params:
+    raise ValueError(
+      f"`params` must be a dict with the stacked layers at {model.key!r}, got "
+      f"{list(params) if isinstance(params, Mapping) else type(params)}."
+    )
+  leaves = paths.leaves_by_path(params[model.key])
+  if not leaves:
+    raise ValueError(f"`params[{model.key!r}]` has no leaves.")
+  counts = {path: jnp.shape(x)[:1] for path, x in leaves.items()}
+  if len(set(counts.values())) != 1 or () in counts.values():
+    raise ValueError(
+      f"All leaves of `params[{model.key!r}]` must have the same leading layer "
+      f"axis, got {counts}."
+    )

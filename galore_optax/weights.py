@@ -1,0 +1,135 @@
+"""Weights that are trained in eight bits, with no copy in more bits."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax import checks, paths, qarray
+
+
+def quantize_params(
+  params: optax.Params, rules: Any = ("kernel$",), kind: str = "int8"
+) -> optax.Params:
+  r"""Quantises the weights whose paths match.
+
+  Args:
+    params: Parameters; leaves that are quantised already stay as they are.
+    rules: Regular expressions; leaves of two axes or more in whose path one of
+      them is found (`re.search` in `layers/attn/q/kernel`) are quantised.
+    kind: `int8`, `int4` or `float8`, see :func:`galore_optax.quantize`.
+
+  Returns:
+    The parameters, with a :class:`galore_optax.QArray` in place of these.
+
+  Raises:
+    ValueError: If `kind` is unknown or a rule matches no leaf.
+
+  Example:
+    >>> params = {"kernel": jnp.ones((512, 256)), "bias": jnp.ones(256)}
+    >>> small = quantize_params(params)
+    >>> small["kernel"].codes.dtype.name, small["bias"].dtype.name
+    ('int8', 'float32')
+  """
+  checks.check_choice("kind", kind, qarray.KINDS)
+  names = list(paths.leaves_by_path(params))
+  for rule in rules:
+    if not any(re.search(rule, name) for name in names):
+      raise ValueError(
+        f"The rule {rule!r} in `rules` matches no leaf; the leaves are "
+        f"{', '.join(names[:8])}."
+      )
+
+  def one(path: str, x: Any) -> Any:
+    hit = any(re.search(rule, path) for rule in rules)
+    if qarray.is_quantized(x) or not hit or jnp.ndim(x) < 2:
+      return x
+    return qarray.quantize(x, kind)
+
+  return paths.map_with_path(one, params)
+
+
+def dequantize_params(params: optax.Params, dtype: Any = None) -> optax.Params:
+  """The weights as arrays, for a model to compute with.
+
+  Args:
+    params: Parameters, some of them quantised.
+    dtype: Dtype of the weights that were quantised; None for float32.
+
+  Returns:
+    Parameters without quantised leaves; all others are as they were.
+
+  Example:
+    >>> params = quantize_params({"kernel": jnp.ones((512, 256))})
+    >>> dequantize_params(params, jnp.bfloat16)["kernel"].dtype.name
+    'bfloat16'
+  """
+  return jax.tree.map(
+    lambda x: (
+      qarray.dequantize(x, dtype or jnp.float32)
+      if qarray.is_quantized(x)
+      else x
+    ),
+    params,
+    is_leaf=qarray.is_quantized,
+  )
+
+
+def apply_updates(
+  params: optax.Params, updates: optax.Updates, key: jax.Array | None
+) -> optax.Params:
+  r"""Adds updates to parameters of which some are quantised.
+
+  A quantised weight is read, updated and rounded again with fresh scales,
+
+  .. math::
+
+    W \leftarrow Q(D(W) + U)
+
+  up or down at random, so that updates smaller than a step are not lost but
+  arrive in the mean. A block whose update is zero is left as it is. All other
+  parameters are added to as by `optax.apply_updates`.
+
+  Args:
+    params: Parameters, some of them quantised.
+    updates: Updates in the shapes of the weights; None leaves are skipped.
+    key: Random key of this step. None rounds to the nearest, which loses small
+      updates: for comparison only.
+
+  Returns:
+    The new parameters, in the formats of the old ones.
+
+  Example:
+    >>> params = quantize_params({"kernel": jnp.ones((512, 256))})
+    >>> updates = {"kernel": jnp.full((512, 256), 1e-4)}
+    >>> new = apply_updates(params, updates, jax.random.key(0))
+    >>> mean = jnp.mean(dequantize_params(new)["kernel"])
+    >>> bool(jnp.abs(mean - 1.0001) < 2e-5)
+    True
+
+  References:
+    Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section
+    3.4.
+  """
+  flat, treedef = jax.tree.flatten(params, is_leaf=qarray.is_quantized)
+  changes = treedef.flatten_up_to(updates)
+
+  def one(i: int, x: Any, u: Any) -> Any:
+    if u is None:
+      return x
+    if not qarray.is_quantized(x):
+      return optax.apply_updates(x, u)
+    return _add(x, u, None if key is None else jax.random.fold_in(key, i))
+
+  return treedef.unflatten(
+    [one(i, x, u) for i, (x, u) in enumerate(zip(flat, changes, strict=True))]
+  )
+
+
+def _add(
+  x: qarray.QArray, u: jax.Array, key: jax.Array | None
+) -> qarray.QArray:
+  new = qarray.requantize(x, qarray.dequantize(x) + u.astype(jnp.float32), key)
+  return qarray.where_blocks(qarray.any_in_block(x, u != 0), new, x)
