@@ -226,11 +226,15 @@ class RunConfig:
   prompt: str = "The people of the United States"
   sample_tokens: int = 64
   temperature: float = 0.7
+  sinks: str = ""  # where numbers go, too: tensorboard,wandb
+  watch: str = "auto"  # matrices whose subspace is looked at: attn.q.0,mlp.*.3
+  watch_every: int = 0  # steps between two looks; 0: rarely, at refreshes
 
   def __post_init__(self):
     _check("run", self, ("eval_every", "log_every", "checkpoint_every"))
     _check("run", self, ("keep", "temperature"))
-    _check("run", self, ("sample_tokens", "keep_best"), low=-1)
+    free = ("sample_tokens", "keep_best", "watch_every")
+    _check("run", self, free, low=-1)
     if not self.prompt:
       raise UserError("run.prompt is empty; give it a few words")
 
