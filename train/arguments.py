@@ -26,6 +26,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     help=", ".join(configs.OPTIMIZERS),
   )
   parser.add_argument(
+    "--from",
+    type=pathlib.Path,
+    dest="source",
+    metavar="FOLDER",
+    help="go on from these weights: LLaMA safetensors, or another run",
+  )
+  parser.add_argument(
     "--set",
     action="append",
     default=[],
@@ -39,4 +46,15 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--overwrite", action="store_true", help="delete an earlier run in --out"
   )
-  return parser.parse_args(words)
+  parser.add_argument(
+    "--dry-run",
+    action="store_true",
+    help="only count what the run would take: bytes, FLOPs",
+  )
+  parser.add_argument(
+    "--json", action="store_true", help="with --dry-run: one JSON object"
+  )
+  flags = parser.parse_args(words)
+  if flags.json and not flags.dry_run:
+    parser.error("--json goes with --dry-run")
+  return flags

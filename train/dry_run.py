@@ -6,6 +6,7 @@ so a 7B model takes seconds on a laptop and needs neither data nor a hub.
 """
 
 import collections
+import json
 import math
 from typing import Any
 
@@ -29,6 +30,15 @@ GROUPS = {
   "norm": "norms",
   "lm_head": "head",
 }
+
+
+def main(config: configs.Config, as_json: bool) -> int:
+  """Prints what the run would take; returns the exit status."""
+  # Devices are not touched: another run may be at work on them.
+  jax.config.update("jax_platforms", "cpu")
+  found = estimate(config)
+  print(json.dumps(found) if as_json else render(found))
+  return 0
 
 
 def estimate(config: configs.Config) -> dict[str, Any]:

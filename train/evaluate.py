@@ -1,13 +1,12 @@
 """The held-out loss of a run, beside that of a model of frequencies."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from train import data
+from train import data, metrics
 from train import step as steps
 from train.job import Job
 
@@ -24,21 +23,13 @@ def evaluate(
   sums = []
   for rows in data.evaluation_batches(held_out, config.batch, *job.part):
     sums.append(job.eval_step(state.params, job.put(rows)))
-  total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-  loss, step = total / count, int(jax.device_get(state.step))
-  perplexity = math.exp(min(loss, 700))
-  known = unigram(job)
-  say(
-    f"step {step:>5}  held-out loss {loss:.4f}, perplexity {perplexity:,.2f}"
-    f"  (unigram model {known:,.2f})"
-  )
-  job.log.write(
-    step,
-    held_out_loss=loss,
-    held_out_perplexity=perplexity,
-    unigram_perplexity=known,
-  )
-  return loss
+  totals, counts = np.asarray(jax.device_get(sums), np.float64).T.tolist()
+  found = metrics.held_out(totals, counts, job.corpus.held_out_bytes)
+  found["unigram_perplexity"] = unigram(job)
+  step = int(jax.device_get(state.step))
+  say(f"step {step:>5}  {metrics.held_out_text(found)}")
+  job.log.write(step, **found)
+  return found["held_out_loss"]
 
 
 @functools.cache

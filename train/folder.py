@@ -56,7 +56,8 @@ def claim_run(
 
 def _delete_run(out: pathlib.Path) -> None:
   """Removes what a run writes, and nothing else that may lie there."""
-  shutil.rmtree(out / FOLDER, ignore_errors=True)
+  for name in (FOLDER, *OWN_FOLDERS):
+    shutil.rmtree(out / name, ignore_errors=True)
   for name in OWN_FILES:
     (out / name).unlink(missing_ok=True)
 
@@ -69,6 +70,7 @@ OWN_FILES = (
   "run.png",
   "sample.txt",
 )
+OWN_FOLDERS = ("tensorboard", "wandb")
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

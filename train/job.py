@@ -9,7 +9,18 @@ import jax
 import numpy as np
 import optax
 
-from train import checkpoint, data, hosts, loader, metrics, optimizer
+import galore_optax
+from train import (
+  checkpoint,
+  data,
+  hf,
+  hosts,
+  loader,
+  metrics,
+  optimizer,
+  sinks,
+  subspace,
+)
 from train import config as configs
 from train import mesh as meshes
 from train import step as steps
@@ -32,6 +43,7 @@ class Job:
   feed: loader.Loader  # this process's part of the batches to come
   checkpoints: checkpoint.Checkpoints
   log: metrics.Log
+  watcher: subspace.Watcher
   seconds: float  # of training before this start
 
   def put(self, rows: np.ndarray) -> jax.Array:
@@ -69,7 +81,10 @@ def prepare(
   placed = steps.place(config.model, tx, mesh)
   restored = checkpoint.restore(out, placed)
   if restored is None:
-    state = steps.init_state(config.model, tx, placed, config.train.seed)
+    given = hf.initial_params(config)
+    state = steps.init_state(
+      config.model, tx, placed, config.train.seed, given
+    )
     progress = checkpoint.Progress(0.0, None)
   else:
     state, progress = restored
@@ -91,10 +106,23 @@ def prepare(
     checkpoints=checkpoint.Checkpoints(
       out, config.run.keep, config.run.keep_best
     ),
-    log=metrics.Log(out, done) if hosts.is_first() else Silent(),
+    log=open_log(config, out, done) if hosts.is_first() else Silent(),
+    watcher=subspace.Watcher(
+      config, placed, galore_optax.describe(tx, placed.state.params)
+    ),
     seconds=progress.seconds,
   )
   return job, state
+
+
+def open_log(
+  config: configs.Config, out: pathlib.Path, done: int
+) -> metrics.Log:
+  """The log, from step `done` on, and where else its numbers go."""
+  others = sinks.open_sinks(
+    config.run.sinks, out, configs.flatten(config), done
+  )
+  return metrics.Log(out, done, others)
 
 
 def rates_of(config: configs.Config) -> np.ndarray:

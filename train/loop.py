@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from train import checkpoint, metrics
+from train import checkpoint, flops, metrics
 from train import config as configs
 from train import mesh as meshes
 from train import step as steps
@@ -36,6 +36,25 @@ class Watch:
     )
     self.speed = metrics.Throughput()
     self.say = self.progress.say
+    self._skipped = 0  # steps so far that left the optimizer as it was
+    self._forward = flops.forward_per_token(config.model, config.data.length)
+
+  def step(
+    self, compiled: Callable, step: int, state: steps.TrainState
+  ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
+    """Runs a step; now and then with a look at the subspaces."""
+    rows, watcher = self._job.put(next(self._job.feed)), self._job.watcher
+    if not watcher.is_due(step - 1 - self._skipped):
+      return compiled(state, rows)
+    look = watcher.before(state, rows)
+    state, values = compiled(state, rows)
+    return state, values | watcher.after(look, state)
+    self.resume()
+
+  def resume(self) -> None:
+    """Measures the speed from now on: what came before were no steps."""
+    self.speed.pause()
+    self.speed.update(0)
 
   def seconds(self) -> float:
     """Of training so far, those before an interruption included."""
@@ -56,19 +75,27 @@ class Watch:
     fetched = {name: x.item() for name, x in jax.device_get(values).items()}
     in_row, skipped = fetched.pop("skips_in_row"), fetched.pop("skipped")
     tokens, config = fetched.pop("tokens"), self._job.config
+    seen = {k: fetched.pop(k) for k in values if k.startswith("subspace/")}
     self.speed.update(tokens)
+    self._skipped = skipped
     if in_row:
       self._tell_skip(step, fetched, in_row, skipped)
       return in_row >= config.train.max_skips
     # A skipped step leaves the optimizer's schedule where it was.
     lr = float(self._job.rates[step - 1 - skipped])
-    self.progress.update(step, fetched["loss"], lr, self.speed.rate, tokens)
+    rate = self.speed.rate
+    mfu = flops.utilisation(rate, self._forward)
+    norm = fetched["grad_norm"]
+    self.progress.update(step, fetched["loss"], lr, rate, tokens, norm, mfu)
+    if seen:
+      self._job.log.write(step, **self._job.watcher.values(seen))
     if step % config.run.log_every == 0 or step == config.train.steps:
       self._job.log.write(
         step,
         **fetched,
         lr=lr,
-        tokens_per_second=round(self.speed.rate, 1),
+        tokens_per_second=round(rate, 1),
+        mfu=mfu,
         skipped=skipped,
         seconds=round(self.seconds(), 3),
         wait_share=round(self.wait_share(), 4),
@@ -111,7 +138,7 @@ def train(
 
   with contextlib.closing(watch.progress), jax.transfer_guard("disallow"):
     for step in range(start + 1, config.train.steps + 1):
-      state, values = compiled(state, job.put(next(job.feed)))
+      state, values = watch.step(compiled, step, state)
       stopping = stopped()
       # Step t runs while the numbers of step t - 1 are fetched and shown.
       if pending is not None:
@@ -143,7 +170,7 @@ def settle(
   if "save" in due and steps.all_finite(state.params):
     progress = checkpoint.Progress(watch.seconds(), job.feed.state())
     job.checkpoints.save(state, progress, loss, watch.say)
-  watch.speed.pause()
+  watch.resume()
 
 
 def actions(config: configs.Config, step: int, stopping: bool) -> set[str]:

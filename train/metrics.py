@@ -88,7 +88,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def held_out(
-  losses: Sequence[float], counts: Sequence[int], bytes_per_token: float
+  losses: Sequence[float], counts: Sequence[float], text_bytes: int
 ) -> dict[str, float]:
   """The figures of an evaluation.
 
@@ -101,17 +101,28 @@ def held_out(
   Args:
     losses: summed loss of each batch, in nats.
     counts: predicted tokens of each batch.
-    bytes_per_token: of the held-out text; nan where it is not known.
+    text_bytes: UTF-8 bytes of the text that those tokens stand for.
   """
   loss = sum(losses) / sum(counts)
-  means = [total / n for total, n in zip(losses, counts, strict=True)]
+  means = [total / n for total, n in zip(losses, counts, strict=True) if n]
   papers = sum(means) / (len(means) + 1)
   return {
     "held_out_loss": loss,
     "held_out_perplexity": _exp(loss),
     "held_out_perplexity_papers": _exp(papers),
-    "held_out_bits_per_byte": loss / math.log(2) / bytes_per_token,
+    "held_out_bits_per_byte": sum(losses) / math.log(2) / text_bytes,
   }
+
+
+def held_out_text(found: dict[str, float]) -> str:
+  """The figures of an evaluation in a line."""
+  return (
+    f"held-out loss {found['held_out_loss']:.4f},"
+    f" perplexity {found['held_out_perplexity']:,.2f}"
+    f" (papers' count {found['held_out_perplexity_papers']:,.2f}, unigram"
+    f" model {found['unigram_perplexity']:,.0f}),"
+    f" {found['held_out_bits_per_byte']:.3f} bits/byte"
+  )
 
 
 def _exp(loss: float) -> float:

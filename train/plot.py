@@ -1,26 +1,35 @@
-"""The picture of a run from its metrics: `python -m train.plot DIR`."""
+"""Pictures of runs: `python -m train.plot RUN...`.
 
-import json
+One figure for any number of runs: loss, held-out perplexity, learning rate,
+gradient norm, speed, and the subspaces of the watched matrices.
+"""
+
+import argparse
 import pathlib
 import sys
+from collections.abc import Callable
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed, and none touched
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
-from train import metrics
+from train import runs as runs_lib
 from train.errors import UserError
+from train.runs import Run
 
 FILE = "run.png"
+SMOOTH = 1 / 40  # of the points: width of the running mean of a loss
+STYLES = ("-", "--", ":", "-.")
 
 
 def draw(out: pathlib.Path, title: str) -> pathlib.Path:
-  """Draws loss, held-out perplexity, learning rate and speed of a run.
+  """Draws one run into its own folder.
 
   Args:
-    out: the run's folder, with a metrics.jsonl.
+    out: the run's folder, with config.json and metrics.jsonl.
     title: the figure's title.
 
   Returns:
@@ -29,75 +38,254 @@ def draw(out: pathlib.Path, title: str) -> pathlib.Path:
   Raises:
     UserError: there is nothing to draw.
   """
-  records = metrics.read(out / metrics.FILE)
-  if not any("loss" in r for r in records):
-    raise UserError(f"{out / metrics.FILE} holds no training step to draw")
-  figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-  figure.suptitle(title)
-  _loss(axes[0, 0], records)
-  _perplexity(axes[0, 1], records)
-  _line(axes[1, 0], records, "lr", "learning rate")
-  _line(axes[1, 1], records, "tokens_per_second", "tokens/s")
-  axes[1, 1].set_ylim(bottom=0)
-  for axis in axes.flat:
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("step")
-  path = out / FILE
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  return overlay([runs_lib.load(out)], out / FILE, "steps", title)
+
+
+def overlay(
+  runs: list[Run], path: pathlib.Path, axis: str, title: str = ""
+) -> pathlib.Path:
+  """Draws runs on top of each other.
+
+  Args:
+    runs: those to draw, in the order of the legend.
+    path: the picture; its suffix says which kind.
+    axis: `steps`, `tokens` or `hours`.
+    title: the figure's title, if any.
+
+  Returns:
+    `path`.
+
+  Raises:
+    UserError: the picture cannot be written, or the axis is not known.
+  """
+  panels = _panels(runs)
+  columns = 3
+  rows = -(-len(panels) // columns)
+  figure, axes = plt.subplots(
+    rows, columns, figsize=(12.6, 3.3 * rows), layout="constrained"
+  )
+  for panel, place in zip(panels, axes.flat, strict=False):
+    panel(place, runs, axis)
+    place.grid(alpha=0.25)
+    place.spines[["top", "right"]].set_visible(False)
+    place.set_xlabel(runs_lib.AXES[axis])
+    if axis == "tokens":
+      place.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+  for place in axes.flat[len(panels) :]:
+    place.set_visible(False)
+  _entitle(figure, runs, title)
+  try:
+    figure.savefig(path, dpi=120)
+  except (OSError, ValueError) as error:
+    raise UserError(f"--out {path} cannot be written: {error}") from None
+  finally:
+    plt.close(figure)
   return path
 
 
-def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-  found = [(r["step"], r[name]) for r in records if name in r]
-  steps, values = zip(*found, strict=True) if found else ((), ())
-  return np.array(steps), np.array(values)
+Panel = Callable[[plt.Axes, list[Run], str], None]
 
 
-def _line(axis: plt.Axes, records: list[dict], name: str, label: str) -> None:
-  axis.plot(*_series(records, name), color="C0")
-  axis.set_ylabel(label)
+def _panels(runs: list[Run]) -> list[Panel]:
+  """What there is to draw."""
+  panels: list[Panel] = [_loss, _perplexity, _plain("lr", "learning rate")]
+  panels += [_norm, _plain("tokens_per_second", "tokens/s", bottom=0)]
+  panels += [_bits] if _has(runs, "held_out_bits_per_byte") else []
+  if any(run.watched() for run in runs):
+    panels += [_energy, _overlap, _rank]
+  return panels
 
 
-def _loss(axis: plt.Axes, records: list[dict]) -> None:
-  axis.plot(*_series(records, "loss"), color="C0", lw=1, label="training")
-  steps, values = _series(records, "held_out_loss")
-  axis.plot(steps, values, color="C1", marker="o", label="held-out")
-  axis.set_ylabel("loss (nats a token)")
-  axis.legend(frameon=False)
+def _has(runs: list[Run], name: str) -> bool:
+  return any(name in record for run in runs for record in run.records)
 
 
-def _perplexity(axis: plt.Axes, records: list[dict]) -> None:
-  steps, values = _series(records, "held_out_perplexity")
-  axis.plot(steps, values, color="C1", marker="o", label="held-out")
-  _, unigram = _series(records, "unigram_perplexity")
-  if len(unigram):
-    label = f"unigram model, {unigram[-1]:,.0f}"
-    axis.axhline(unigram[-1], color="0.4", ls="--", label=label)
-  axis.set_yscale("log")
-  axis.set_ylabel("perplexity (log)")
-  if len(values):
-    axis.annotate(
-      f"{values[-1]:.1f}",
-      (steps[-1], values[-1]),
-      textcoords="offset points",
-      xytext=(0, 8),
-      ha="center",
-    )
-  axis.legend(frameon=False)
+def _color(runs: list[Run], index: int) -> str | tuple:
+  if len(runs) <= 10:
+    return f"C{index}"
+  return plt.get_cmap("viridis")(index / (len(runs) - 1))
 
 
-def main() -> int:
-  """Draws the run in the folder that the command line names."""
-  if len(sys.argv) != 2:
-    print("usage: python -m train.plot DIR", file=sys.stderr)
-    return 2
-  out = pathlib.Path(sys.argv[1])
+def _entitle(figure: plt.Figure, runs: list[Run], title: str) -> None:
+  """The title, and the legend of several runs under the panels."""
+  if title:
+    figure.suptitle(title)
+  if len(runs) == 1:
+    return
+  handles = [
+    plt.Line2D([], [], color=_color(runs, i), lw=2) for i in range(len(runs))
+  ]
+  texts = runs_lib.labels(runs)
+  longest = max(map(len, texts))
+  figure.legend(
+    handles,
+    texts,
+    loc="outside lower center",
+    ncols=max(1, min(len(runs), 150 // (longest + 8))),
+    frameon=False,
+  )
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+  """An exponential running mean whose width grows with the run."""
+  keep = 1 - 1 / max(1.0, SMOOTH * len(values))
+  total = weight = 0.0
+  means = []
+  for value in values:
+    total, weight = keep * total + value, keep * weight + 1
+    means.append(total / weight)
+  return np.array(means)
+
+
+def _loss(place: plt.Axes, runs: list[Run], axis: str) -> None:
+  """Training loss, smoothed over the raw one, and the held-out loss."""
+  for i, run in enumerate(runs):
+    color = _color(runs, i)
+    at, values = run.series("loss", axis)
+    place.plot(at, values, color=color, lw=0.8, alpha=0.25)
+    place.plot(at, smooth(values), color=color, lw=1.5)
+    at, values = run.series("held_out_loss", axis)
+    place.plot(at, values, color=color, ls="", marker="o", ms=3)
+  place.set_ylabel("loss (nats a token)")
+  kinds = [
+    plt.Line2D([], [], color="0.3", lw=1.5),
+    plt.Line2D([], [], color="0.3", ls="", marker="o", ms=3),
+  ]
+  place.legend(kinds, ["training, smoothed", "held-out"], frameon=False)
+
+
+def _perplexity(place: plt.Axes, runs: list[Run], axis: str) -> None:
+  lines, texts = [], []
+  for i, run in enumerate(runs):
+    at, values = run.series("held_out_perplexity", axis)
+    if len(values):
+      lines += place.plot(at, values, color=_color(runs, i), marker="o", ms=3)
+      texts.append(f"{values[-1]:,.2f}")
+  known = {
+    record["unigram_perplexity"]
+    for run in runs
+    for record in run.records
+    if "unigram_perplexity" in record
+  }
+  if len(known) == 1:
+    level = known.pop()
+    lines.append(place.axhline(level, color="0.4", ls="--", lw=1))
+    texts.append(f"unigram model {level:,.0f}")
+  place.set_yscale("log")
+  _label_decades(place)
+  place.set_ylabel("held-out perplexity (log)")
+  if lines:
+    place.legend(lines, texts, title="at the end", frameon=False)
+
+
+def _label_decades(place: plt.Axes) -> None:
+  """Ticks at 1, 2 and 5 of each decade of a log axis, as plain numbers."""
+  place.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  place.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+  place.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _plain(name: str, label: str, bottom: float | None = None) -> Panel:
+  """A panel of one line a run."""
+
+  def panel(place: plt.Axes, runs: list[Run], axis: str) -> None:
+    for i, run in enumerate(runs):
+      place.plot(*run.series(name, axis), color=_color(runs, i), lw=1.2)
+    place.set_ylabel(label)
+    if bottom is not None:
+      place.set_ylim(bottom=bottom)
+
+  return panel
+
+
+def _norm(place: plt.Axes, runs: list[Run], axis: str) -> None:
+  for i, run in enumerate(runs):
+    at, values = run.series("grad_norm", axis)
+    place.plot(at, values, color=_color(runs, i), lw=0.8, alpha=0.3)
+    place.plot(at, smooth(values), color=_color(runs, i), lw=1.2)
+  place.set_yscale("log")
+  _label_decades(place)
+  place.set_ylabel("gradient norm (log)")
+
+
+def _bits(place: plt.Axes, runs: list[Run], axis: str) -> None:
+  for i, run in enumerate(runs):
+    at, values = run.series("held_out_bits_per_byte", axis)
+    place.plot(at, values, color=_color(runs, i), marker="o", ms=3)
+  place.set_ylabel("held-out bits a byte")
+
+
+def _energy(place: plt.Axes, runs: list[Run], axis: str) -> None:
+  _subspace(place, runs, axis, "energy")
+  place.set_ylabel("gradient energy in the subspace")
+  place.set_ylim(0, 1.02)
+  _legend(place)
+
+
+def _overlap(place: plt.Axes, runs: list[Run], axis: str) -> None:
+  _subspace(place, runs, axis, "overlap")
+  place.set_ylabel("overlap of new and old subspace")
+  place.set_ylim(0, 1.02)
+
+
+def _rank(place: plt.Axes, runs: list[Run], axis: str) -> None:
+  _subspace(place, runs, axis, "stable_rank")
+  place.set_ylabel("stable rank of the gradient")
+  place.set_ylim(bottom=0)
+
+
+def _subspace(place: plt.Axes, runs: list[Run], axis: str, name: str) -> None:
+  """A line a watched matrix: by colour in one run, by dashes in several."""
+  alone = len(runs) == 1
+  names = sorted({matrix for run in runs for matrix in run.watched()})
+  for i, run in enumerate(runs):
+    for k, matrix in enumerate(names):
+      at, values = run.series(f"subspace/{matrix}/{name}", axis)
+      if not len(values):
+        continue
+      place.plot(
+        at,
+        values,
+        color=f"C{k % 10}" if alone else _color(runs, i),
+        ls="-" if alone else STYLES[k % len(STYLES)],
+        marker=".",
+        lw=1.2,
+        label=matrix if i == 0 else None,
+      )
+
+
+def _legend(place: plt.Axes) -> None:
+  handles, texts = place.get_legend_handles_labels()
+  if len(texts) <= 6:
+    place.legend(handles, texts, frameon=False)
+
+
+def main(words: list[str] | None = None) -> int:
+  """The command: 0 done, 2 wrong input."""
+  parser = argparse.ArgumentParser(
+    prog="python -m train.plot",
+    description="Draws runs on top of each other. The legend tells in which"
+    " fields of their configs they differ.",
+  )
+  parser.add_argument(
+    "runs", nargs="+", type=pathlib.Path, metavar="RUN", help="a run's folder"
+  )
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    help="the picture; by default RUN/run.png for one run, runs.png for more",
+  )
+  parser.add_argument("--x", choices=runs_lib.AXES, default="steps")
+  flags = parser.parse_args(words)
   try:
-    saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    print(draw(out, f"{saved['preset']}, {saved['optimizer.name']}"))
-  except (OSError, ValueError, UserError) as error:
+    found = [runs_lib.load(out) for out in flags.runs]
+    one = len(found) == 1
+    path = flags.out or (
+      flags.runs[0] / FILE if one else pathlib.Path("runs.png")
+    )
+    title = runs_lib.labels(found)[0] if one else ""
+    print(overlay(found, path, flags.x, title))
+  except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   return 0

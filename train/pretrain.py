@@ -15,15 +15,19 @@ import galore_optax
 from train import (
   arguments,
   data,
+  dry_run,
   files,
   folder,
+  hf,
   hosts,
   loop,
   metrics,
   optimizer,
   plot,
   presets,
+  sinks,
   stopping,
+  subspace,
 )
 from train import config as configs
 from train import job as jobs
@@ -36,6 +40,8 @@ from train.job import Job
 
 def run(config: configs.Config, out: pathlib.Path, overwrite: bool) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
+  sinks.names(config.run.sinks)
+  subspace.check(config)
   hosts.first_alone(lambda: folder.check_run(out, config, overwrite))
   mesh = meshes.make_mesh(
     config.mesh, config.data.batch, accumulate=config.train.accumulate
@@ -130,12 +136,12 @@ def sample(job: Job, state: steps.TrainState) -> str:
   """A text by the trained model, also written to sample.txt."""
   run = job.config.run
   text = samples.sample_text(
-    job.placed.graphdef,
+    job.config.model,
     state.params,
     job.corpus.tokenizer,
     run.prompt,
     run.sample_tokens,
-    run.temperature,
+    samples.Sampling(run.temperature),
     job.config.train.seed,
   )
   files.write_text(job.out / "sample.txt", text + "\n")
@@ -147,8 +153,12 @@ def main(words: list[str] | None = None) -> int:
   flags = arguments.parse(words)
   try:
     config = presets.make(flags.preset, flags.optimizer)
+    if flags.source:
+      config = hf.adopt(config, flags.source)
     config = configs.override(config, flags.settings)
     default = f"{flags.preset}-{config.optimizer.name}"
+    if flags.dry_run:
+      return dry_run.main(config, flags.json)
     out = flags.out or pathlib.Path("runs") / default
     hosts.connect(config.mesh)
     with hosts.only_first_speaks():

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import galore_optax
 from train import config as configs
-from train import llama
+from train import llama, optimizer
 from train import mesh as meshes
 from train import step as steps
 from train.errors import UserError
@@ -113,6 +114,15 @@ def _matching(pattern: str, names: Mapping[str, Matrix]) -> dict[str, Matrix]:
       f" like {some}"
     )
   return hits
+
+
+def check(config: configs.Config) -> None:
+  """Raises a UserError unless `run.watch` fits the model, before it is made."""
+  if config.run.watch in ("auto", "none"):
+    return
+  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+  params = nnx.to_pure_dict(llama.abstract(config.model)[1])
+  choose(config.run.watch, matrices(galore_optax.describe(tx, params)))
 
 
 class Look(NamedTuple):

@@ -1,0 +1,118 @@
+"""Runs as they lie in their folders, to be compared: numbers and labels."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from train import metrics
+from train.errors import UserError
+
+AXES = {"steps": "step", "tokens": "tokens", "hours": "hours"}
+
+# Fields that make no difference to what is drawn, unless nothing else does.
+QUIET = ("run.", "mesh.", "data.cache", "data.eval_rows")
+MOST = 5  # fields in a label
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run's folder, read."""
+
+  out: pathlib.Path
+  config: dict[str, Any]  # flat: {"optimizer.rank": 48, ...}
+  records: list[dict[str, Any]]
+
+  def series(self, name: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """Places on the axis and values, of the records that have `name`."""
+    found = [(r["step"], r[name]) for r in self.records if name in r]
+    steps, values = np.array(found, float).reshape(-1, 2).T
+    return self._places(steps, axis), values
+
+  def _places(self, steps: np.ndarray, axis: str) -> np.ndarray:
+    if axis == "steps":
+      return steps
+    if axis == "tokens":
+      return steps * self.config["data.batch"] * self.config["data.length"]
+    known = [(r["step"], r["seconds"]) for r in self.records if "seconds" in r]
+    if not known:
+      raise UserError(
+        f"--x hours: {self.out / metrics.FILE} does not tell the time; use"
+        " --x steps or --x tokens"
+      )
+    at, seconds = np.array([(0, 0.0), *known], float).T
+    return np.interp(steps, at, seconds) / 3600
+
+  def watched(self) -> list[str]:
+    """Names of the matrices whose subspace was looked at."""
+    names = {
+      key.split("/")[1]
+      for record in self.records
+      for key in record
+      if key.startswith("subspace/")
+    }
+    return sorted(names)
+
+
+def load(out: pathlib.Path) -> Run:
+  """Reads a run's folder.
+
+  Raises:
+    UserError: it is no run's, or holds nothing to draw.
+  """
+  try:
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{out} is no folder of a run: no config.json") from None
+  except (OSError, ValueError) as error:
+    raise UserError(f"{out / 'config.json'} cannot be read: {error}") from None
+  try:
+    records = metrics.read(out / metrics.FILE)
+  except (OSError, ValueError) as error:
+    raise UserError(f"{out / metrics.FILE} cannot be read: {error}") from None
+  if not any("loss" in record for record in records):
+    raise UserError(f"{out / metrics.FILE} holds no training step to draw")
+  return Run(out, config, records)
+
+
+def labels(runs: list[Run]) -> list[str]:
+  """A label for each run: the fields in which they differ.
+
+  The name of the folder comes in where they differ in nothing or too much.
+  """
+  if len(runs) == 1:
+    config = runs[0].config
+    return [f"{config['preset']}, {config['optimizer.name']}"]
+  fields = _differing(runs)
+  texts = [
+    ", ".join(_field(name, run.config.get(name)) for name in fields)
+    for run in runs
+  ]
+  if not fields or len(fields) > MOST:
+    return [str(run.out) for run in runs]
+  return [
+    f"{text} ({run.out.name})" if texts.count(text) > 1 else text
+    for text, run in zip(texts, runs, strict=True)
+  ]
+
+
+def _differing(runs: list[Run]) -> list[str]:
+  names = dict.fromkeys(name for run in runs for name in run.config)
+  fields = [
+    name
+    for name in names
+    if len({repr(run.config.get(name)) for run in runs}) > 1
+  ]
+  telling = [name for name in fields if not name.startswith(QUIET)]
+  return telling or fields
+
+
+def _field(name: str, value: Any) -> str:
+  if name in ("preset", "optimizer.name"):
+    return str(value)
+  short = name.rpartition(".")[2]
+  return (
+    f"{short} {value:g}" if isinstance(value, float) else f"{short} {value}"
+  )
