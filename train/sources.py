@@ -181,7 +181,7 @@ def _load_hub(config: DataConfig, cache: pathlib.Path) -> Source:
     "cache_dir": str(cache),
   }
   said = f"data.path {config.path}"
-  with reading(said, hub=True), quiet():
+  with reading(said), quiet():
     splits = datasets.load_dataset(**options)
   train = _split(splits, config.split, said, "data.split")
   wanted = config.validation
@@ -257,12 +257,14 @@ def check_field(types: dict[str, Any], name: str, field: str) -> None:
 
 
 @contextlib.contextmanager
-def reading(name: str, hub: bool = False) -> Iterator[None]:
-  """Turns the errors of `datasets` into one sentence that names the source."""
+def reading(name: str) -> Iterator[None]:
+  """Turns the errors of `datasets` into one sentence that names the source.
+
+  Only its calls belong inside: its readers are many, and so are the kinds of
+  errors that they raise.
+  """
   try:
     yield
-  except UserError:
-    raise
   except datasets.exceptions.DatasetNotFoundError as error:
     if "gated" in str(error):
       advice = "is gated: accept its terms on its page, then `hf auth login`"
@@ -271,9 +273,12 @@ def reading(name: str, hub: bool = False) -> Iterator[None]:
     raise UserError(f"{name} {advice}") from error
   except (ConnectionError, TimeoutError) as error:
     raise UserError(unreachable(name, error)) from error
-  except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-    if hub and "BuilderConfig" in str(error):
-      raise UserError(f"{name}: {first_line(error)}") from error
+  except Exception as error:
+    if "BuilderConfig" in str(error) or "Config name" in str(error):
+      known = " ".join(str(error).splitlines()[:2])
+      raise UserError(
+        f"{name}: {known} A subset is written {HUB}NAME:SUBSET"
+      ) from error
     reason = first_line(error.__cause__ or error)
     raise UserError(f"{name} cannot be read: {reason}") from error
 

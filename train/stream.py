@@ -57,7 +57,7 @@ class Shards:
     where = f"{self.name}, shard {shard + 1} of {self.count}"
     tables: Iterator[pa.Table] = part.with_format("arrow").iter(TABLE)
     while True:
-      with sources.reading(where, hub=sources.HUB in self.name):
+      with sources.reading(where):
         table = next(tables, None)
       if table is None:
         return

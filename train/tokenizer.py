@@ -83,11 +83,19 @@ class Encoder:
 
   tokenizer: tokenizers.Tokenizer
   end: int
+  unknown: int | None = None  # stands for text that no token stands for
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    """Each text's ids (n,) int32, with the end token last."""
+    """Each text's ids (n,) int32, with the end token last and only there."""
     found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.asarray([*e.ids, self.end], np.int32) for e in found]
+    return [self._close(encoding.ids) for encoding in found]
+
+  def _close(self, ids: list[int]) -> np.ndarray:
+    closed = np.asarray([*ids, self.end], np.int32)
+    if self.unknown is not None:
+      # A unigram model finds its end token where a text spells it.
+      closed[:-1][closed[:-1] == self.end] = self.unknown
+    return closed
 
   def measure(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each text's ids, and how many of its UTF-8 bytes each token stands for.
@@ -99,10 +107,7 @@ class Encoder:
     """
     found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
     return [
-      (
-        np.asarray([*e.ids, self.end], np.int32),
-        self._bytes(e, text),
-      )
+      (self._close(e.ids), self._bytes(e, text))
       for e, text in zip(found, texts, strict=True)
     ]
 
@@ -146,7 +151,7 @@ def find(
       )
     tokenizer, path, found = cached(list(texts), vocab_size, cache)
     print(f"tokenizer  {'read from' if found else 'trained:'} {path}")
-    return Encoder(tokenizer, tokenizer.token_to_id(config.end_token or END))
+    return Encoder(tokenizer, tokenizer.token_to_id(END))
   name = f"data.tokenizer {config.tokenizer}"
   tokenizer, settings = _read(config.tokenizer, name)
   end = _end_token(tokenizer, config.end_token, settings, name)
@@ -154,7 +159,18 @@ def find(
   print(
     f"tokenizer  {config.tokenizer}, {tokenizer.get_vocab_size():,} entries"
   )
-  return Encoder(_plain(tokenizer), tokenizer.token_to_id(end))
+  return Encoder(
+    _plain(tokenizer), tokenizer.token_to_id(end), _unknown(tokenizer)
+  )
+
+
+def _unknown(tokenizer: tokenizers.Tokenizer) -> int | None:
+  """The id of what the tokenizer does not know; bytes leave nothing unknown."""
+  model = tokenizer.model
+  if isinstance(model, tokenizers.models.Unigram):
+    return json.loads(tokenizer.to_str())["model"]["unk_id"]
+  token = getattr(model, "unk_token", None)
+  return None if token is None else tokenizer.token_to_id(token)
 
 
 def _read(path: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:

@@ -1,0 +1,128 @@
+import json
+
+import hypothesis
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from tests.train.conftest import speech
+from train import tokenizer as bpe
+from train.config import DataConfig
+from train.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def trained():
+  return bpe.train([speech(20)], 300)
+
+
+@hypothesis.given(st.text())
+@hypothesis.settings(
+  max_examples=200,
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.example(bpe.END)
+@hypothesis.example("naïve \u0000\r\n\t 🙂 e\u0301 \u202e")
+def test_any_text_survives_the_tokenizer(trained, text):
+  encoder = bpe.Encoder(trained, trained.token_to_id(bpe.END))
+  (ids,) = encoder.encode([text])
+  assert ids[-1] == encoder.end and encoder.end not in ids[:-1]
+  assert trained.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
+  ((same, widths),) = encoder.measure([text])
+  np.testing.assert_array_equal(same, ids)
+  assert len(widths) == len(ids) and widths.sum() == len(text.encode())
+
+
+def test_the_tokenizer_is_trained_once(tmp_path):
+  first, path, found = bpe.cached(["union and peace"] * 9, 280, tmp_path)
+  again, same, found_again = bpe.cached(["union and peace"] * 9, 280, tmp_path)
+  _, other, _ = bpe.cached(["union and war"] * 9, 280, tmp_path)
+  assert (found, found_again) == (False, True)
+  assert path == same != other
+  assert first.to_str() == again.to_str()
+  assert again.encode_special_tokens
+
+
+def t5_like(size=40, sentinels=10):
+  """A unigram tokenizer with T5's special entries, its sentinels last."""
+  pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+  pieces += [(c, -5.0) for c in "abcdefghijklmnopqrstuvwxyz<>_0123456789"]
+  pieces = [*pieces[:size], ("▁the", -1.0)]
+  names = [f"<extra_id_{i}>" for i in reversed(range(sentinels))]
+  found = tokenizers.Tokenizer(
+    models.Unigram([*pieces, *((n, 0.0) for n in names)], 2, False)
+  )
+  found.normalizer = normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
+  found.pre_tokenizer = pre_tokenizers.Metaspace()
+  found.decoder = decoders.Metaspace()
+  found.add_special_tokens(["<pad>", "</s>", "<unk>", *names])
+  found.enable_padding(length=64)
+  found.enable_truncation(4)
+  return found, len(pieces)
+
+
+@pytest.fixture
+def file(tmp_path):
+  path = tmp_path / "tokenizer.json"
+  path.write_text(t5_like()[0].to_str())
+  return path
+
+
+def find(path, vocab_size, folder, **fields):
+  config = DataConfig(tokenizer=str(path), **fields)
+  return bpe.find(config, vocab_size, [], folder)
+
+
+def test_a_tokenizer_from_a_file_closes_documents_with_its_own_end(
+  file, tmp_path
+):
+  encoder = find(file, 64, tmp_path)
+  (ids,) = encoder.encode(["the  cab </s>"])
+  tokens = [encoder.tokenizer.id_to_token(int(i)) for i in ids]
+  assert tokens[:5] == ["▁the", "▁", "c", "a", "b"]
+  assert tokens[-1] == "</s>" and tokens.count("</s>") == 1
+  # Neither padded to 64 nor cut at 4, as the file says; a folder works, too.
+  assert 5 < len(ids) < 20
+  assert find(tmp_path, 64, tmp_path).end == encoder.end
+
+
+def test_sentinels_beyond_the_model_are_left_out(file, tmp_path):
+  _, pieces = t5_like()
+  encoder = find(file, pieces + 3, tmp_path)
+  assert encoder.tokenizer.get_vocab_size() == pieces + 3
+  (ids,) = encoder.encode(["<extra_id_0> <extra_id_9>"])
+  assert ids.max() < pieces + 3
+  assert find(file, pieces + 10, tmp_path).tokenizer.get_vocab_size() > pieces
+  with pytest.raises(UserError, match=r"model.vocab_size is 40; set model.voc"):
+    find(file, 40, tmp_path)
+
+
+def test_bytes_of_a_tokenizer_that_changes_the_text(file, tmp_path):
+  encoder = find(file, 64, tmp_path)
+  texts = ["the  cab", "añb🙂", " the ", "é", ""]
+  for text, (ids, widths) in zip(texts, encoder.measure(texts), strict=True):
+    assert len(ids) == len(widths)
+    assert widths.sum() == len(text.encode()) and (widths >= 0).all()
+
+
+def test_the_end_token_is_asked_for_read_or_known(file, tmp_path):
+  encoder = find(file, 64, tmp_path, end_token="<pad>")
+  assert encoder.end == 0
+  settings = tmp_path / "tokenizer_config.json"
+  for own in ("<unk>", {"content": "<unk>"}):
+    settings.write_text(json.dumps({"eos_token": own}))
+    assert find(file, 64, tmp_path).end == 2
+  with pytest.raises(UserError, match=r"no token '<eot>'.*data.end_token"):
+    find(file, 64, tmp_path, end_token="<eot>")
+
+
+def test_files_that_are_no_tokenizers(tmp_path):
+  path = tmp_path / "tokenizer.json"
+  with pytest.raises(UserError, match="does not exist"):
+    find(path, 64, tmp_path)
+  path.write_text("{}")
+  with pytest.raises(UserError, match=r"no tokenizer\.json that"):
+    find(path, 64, tmp_path)
