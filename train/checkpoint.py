@@ -7,7 +7,10 @@ keeps its last complete one.
 
 import concurrent.futures
 import contextlib
+import errno
+import logging
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -24,6 +27,7 @@ from train.step import Placed, TrainState
 
 PROGRESS = "progress"  # name of the JSON that lies beside the state
 LOSS = "held_out_loss"
+FULL = os.strerror(errno.ENOSPC)
 
 
 class Progress(NamedTuple):
@@ -70,7 +74,7 @@ def restore(
       found = _load(out / FOLDER / str(step), placed)
     # Orbax and its storage raise whatever a broken file makes them meet.
     except Exception as error:
-      reason = _first_line(error)
+      reason = _reason(error)
     reason = next(filter(None, hosts.gather(reason)), None)
     if reason is None and found is not None:
       _set_aside(out, reasons, f"step {step} is used instead", say)
@@ -137,10 +141,26 @@ def _set_aside(
   hosts.first_alone(rename)
 
 
-def _first_line(error: BaseException) -> str:
-  """What an error says, in one line; its type where it says nothing."""
-  lines = str(error).strip().splitlines()
-  return lines[0][:200] if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+  """What an error says in one line; its type where it says nothing."""
+  causes = [error]
+  while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+    causes.append(cause)
+  texts = [str(cause).strip() for cause in causes]
+  if any(FULL in text for text in texts):
+    return FULL
+  said = [text for text in reversed(texts) if text]
+  line = said[0].splitlines()[0] if said else type(error).__name__
+  return line if len(line) <= 160 else f"{line[:160]}..."
+
+
+def quiet() -> None:
+  """Turns off what Orbax logs: each failure several times, at length.
+
+  What matters to the run is said by `restore` and by `Checkpoints`.
+  """
+  for name in ("absl", "concurrent.futures", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _context() -> ocp.Context:
@@ -225,7 +245,7 @@ class Checkpoints:
       self._writing = (step, self._waiter.submit(response.result))
     # A full disk or a lost mount comes in the dress of many libraries.
     except Exception as error:
-      self._give_up(step, _first_line(error), say)
+      self._give_up(step, _reason(error), say)
 
   def poll(self, say: Callable[[str], None] = print) -> None:
     """Tells about a save in the background that has ended with an error."""
@@ -239,7 +259,7 @@ class Checkpoints:
       return
     (step, future), self._writing = self._writing, None
     error = future.exception()
-    reasons = hosts.gather(error and _first_line(error))
+    reasons = hosts.gather(error and _reason(error))
     reason = next(filter(None, reasons), None)
     if reason is None:
       self.latest, self.failure = step, ""
@@ -255,16 +275,16 @@ class Checkpoints:
       self._orbax.close()
     self._orbax = self._open()
     self.latest = self._newest()
-    kept = "there is none yet" if self.latest is None else f"{self.latest}"
+    kept = "none is" if self.latest is None else f"that of {self.latest} is"
     say(
-      f"the checkpoint of step {step} could not be written ({reason}); the"
-      f" newest complete one: {kept}. Training goes on and the next save"
-      f" tries again: make room in {self._folder}"
+      f"the checkpoint of step {step} could not be written ({reason});"
+      f" {kept} complete. The next save tries again: make room for it in"
+      f" {self._folder}"
     )
 
-  def close(self, say: Callable[[str], None] = print) -> None:
+  def close(self) -> None:
     """Waits for the write under way and ends the background work."""
-    self.settle(say)
+    self.settle(say=lambda text: None)  # `failure` says it
     self._orbax.close()
     self._waiter.shutdown()
 

@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
 class Watch:
   """What the loop tells while it runs: numbers, speed, the time so far."""
 
-  def __init__(self, job: Job, start: int):
+  def __init__(self, job: Job, start: int, skipped: int):
     config = job.config
     self._job, self._begin = job, time.perf_counter()
     self._mark = (self._begin, job.feed.waited)
@@ -36,8 +36,9 @@ class Watch:
     )
     self.speed = metrics.Throughput()
     self.say = self.progress.say
-    self._skipped = 0  # steps so far that left the optimizer as it was
+    self._skipped = skipped  # steps so far that left the optimizer as it was
     self._forward = flops.forward_per_token(config.model, config.data.length)
+    self.resume()
 
   def step(
     self, compiled: Callable, step: int, state: steps.TrainState
@@ -49,7 +50,6 @@ class Watch:
     look = watcher.before(state, rows)
     state, values = compiled(state, rows)
     return state, values | watcher.after(look, state)
-    self.resume()
 
   def resume(self) -> None:
     """Measures the speed from now on: what came before were no steps."""
@@ -132,7 +132,7 @@ def train(
   if start >= config.train.steps:
     return Outcome(state, stopped=False)
   compiled = compile_step(job, state)
-  watch = Watch(job, start)
+  watch = Watch(job, start, int(state.skipped))
   pending = None  # the step whose metrics are not fetched yet
   stopping = diverged = False
 

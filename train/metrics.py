@@ -1,6 +1,7 @@
 """A run's numbers: a JSON line every few steps, how fast it goes, a table."""
 
 import collections
+import contextlib
 import json
 import math
 import pathlib
@@ -57,19 +58,31 @@ class Log:
     # What a killed run wrote after its last checkpoint happens again.
     kept = [r for r in read(out / FILE) if r["step"] <= resumed_at]
     files.write_text(out / FILE, "".join(_line(r) for r in kept))
-    self._file = (out / FILE).open("a", encoding="utf-8")
+    self._file = (out / FILE).open("ab", buffering=0)
+    self._unwritten = b""  # what a full disk did not take
 
   def write(self, step: int, **values: Any) -> None:
     """Writes one record and hands it to the operating system at once."""
     # JSON has no nan: a rate that is not known yet is left out.
     known = {k: v for k, v in values.items() if v == v}
-    self._file.write(_line({"step": step, **known}))
-    self._file.flush()
+    self._unwritten += _line({"step": step, **known}).encode()
+    self._flush()
     for sink in self._sinks:
       sink.write(step, known)
 
+  def _flush(self) -> None:
+    """Writes what there is room for; the rest waits for the next record."""
+    with contextlib.suppress(OSError):
+      while self._unwritten:
+        written = self._file.write(self._unwritten) or 0
+        self._unwritten = self._unwritten[written:]
+
   def close(self) -> None:
     """Closes the file and the sinks."""
+    self._flush()
+    if self._unwritten:
+      lost = self._unwritten.count(b"\n")
+      print(f"{lost} records could not be written to {self._file.name}")
     self._file.close()
     for sink in self._sinks:
       sink.close()

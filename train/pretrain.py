@@ -6,6 +6,7 @@ the run gets config.json, metrics.jsonl, tokenizer.json, checkpoints/, run.png
 and sample.txt; the same command continues a run that was stopped.
 """
 
+import errno
 import pathlib
 import sys
 
@@ -14,6 +15,7 @@ import jax
 import galore_optax
 from train import (
   arguments,
+  checkpoint,
   data,
   dry_run,
   files,
@@ -151,6 +153,7 @@ def sample(job: Job, state: steps.TrainState) -> str:
 def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
   flags = arguments.parse(words)
+  checkpoint.quiet()
   try:
     config = presets.make(flags.preset, flags.optimizer)
     if flags.source:
@@ -168,6 +171,15 @@ def main(words: list[str] | None = None) -> int:
     return 2
   except TrainingError as error:
     print(f"stopped: {error}", file=sys.stderr)
+    return 1
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    print(
+      f"stopped: {error.filename}: {error.strerror}; make room and run the same"
+      " command, it continues from the newest checkpoint",
+      file=sys.stderr,
+    )
     return 1
   except KeyboardInterrupt:
     print("interrupted before there was anything to save", file=sys.stderr)

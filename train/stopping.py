@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from train import mesh as meshes
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
@@ -58,8 +60,7 @@ def agreed(
 
   def ask() -> bool:
     own = np.full(mesh.local_mesh.size, stopped(), np.int32)
-    flags = jax.make_array_from_process_local_data(sharding, own, (mesh.size,))
-    waiting.append(anyone(flags))
+    waiting.append(anyone(meshes.put_batch(own, sharding)))
     return len(waiting) > 1 and bool(jax.device_get(waiting.pop(0)))
 
   return ask
