@@ -124,6 +124,11 @@ class DataConfig:
       value = getattr(self, name)
       if value.startswith(HUB) and not value.removeprefix(HUB).strip(":"):
         raise UserError(f"data.{name} is {value!r}; write {HUB}NAME")
+    if self.end_token and not self.tokenizer:
+      raise UserError(
+        f"data.end_token is {self.end_token!r}, but the tokenizer that is"
+        " trained here has its own; name another with data.tokenizer"
+      )
     for name in ("split", "text_field"):
       if not getattr(self, name):
         raise UserError(f"data.{name} is empty; give its name")
@@ -176,6 +181,7 @@ class TrainConfig:
   """How long to train, and what a step is."""
 
   steps: int = 400  # batches read; those of skipped steps count
+  init: str = ""  # folder of weights to start from, or a run; "": fresh ones
   seed: int = 0  # weights and order of the data
   accumulate: int = 1  # parts of a batch that go through the model in turn
   z_loss: float = 0.0  # weight of the squared log-normaliser; 0: none
