@@ -30,6 +30,8 @@ REMAT = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+Cache = tuple[jax.Array, jax.Array]  # keys and values of earlier positions
+
 
 def rotary(
   x_BxTxNxH: jax.Array, theta: float, positions_BxT: jax.Array | None = None
@@ -104,6 +106,32 @@ class Attention(nnx.Module):
     out = attention.attend(self.config.attention, *self._heads(x_MxD, length))
     return self.o(out.reshape(len(x_MxD), -1))
 
+  def extend(
+    self, x_MxD: jax.Array, positions_BxT: jax.Array, cache: Cache
+  ) -> tuple[jax.Array, Cache]:
+    """Attends to what the cache holds and to `x_MxD`, which it takes in.
+
+    Args:
+      x_MxD: T new positions a row.
+      positions_BxT: their places in the cache, ascending within a row.
+      cache: keys and values (B, S, K, H); what lies behind a position is
+        not read, so it need not be cleared.
+
+    Returns:
+      (M, D), and the cache with the new keys and values.
+    """
+    q, *new = self._heads(x_MxD, positions_BxT.shape[1], positions_BxT)
+    row_Bx1 = jnp.arange(len(positions_BxT))[:, None]
+    keys, values = (
+      old.at[row_Bx1, positions_BxT].set(x)
+      for old, x in zip(cache, new, strict=True)
+    )
+    past_BxTxS = jnp.arange(keys.shape[1]) <= positions_BxT[..., None]
+    out = jax.nn.dot_product_attention(
+      q, keys, values, mask=past_BxTxS[:, None]
+    )
+    return self.o(out.reshape(len(x_MxD), -1)), (keys, values)
+
   def _heads(
     self, x_MxD: jax.Array, length: int, positions_BxT: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -147,6 +175,14 @@ class Block(nnx.Module):
     x_MxD = constrain_batch(x_MxD, len(x_MxD) // length)
     x_MxD = x_MxD + self.attn(self.attn_norm(x_MxD), length)
     return x_MxD + self.mlp(self.mlp_norm(x_MxD))
+
+  def extend(
+    self, x_MxD: jax.Array, positions_BxT: jax.Array, cache: Cache
+  ) -> tuple[jax.Array, Cache]:
+    """The same for positions that follow those in the cache."""
+    mixed, cache = self.attn.extend(self.attn_norm(x_MxD), positions_BxT, cache)
+    x_MxD = x_MxD + mixed
+    return x_MxD + self.mlp(self.mlp_norm(x_MxD)), cache
 
 
 def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -288,6 +324,41 @@ def head(
     rows: B.
   """
   return _outer(config, params).head(x, rows)
+
+
+def empty_cache(config: ModelConfig, rows: int, length: int) -> Cache:
+  """Room for the keys and values of all layers, each (L, B, S, K, H)."""
+  shape = (config.n_layers, rows, length, config.kv_heads, config.head_width)
+  return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+
+def extend(
+  config: ModelConfig,
+  params: dict,
+  tokens: jax.Array,
+  positions: jax.Array,
+  cache: Cache,
+) -> tuple[jax.Array, Cache]:
+  """All layers on tokens that follow those in the cache.
+
+  Args:
+    config: the model's.
+    params: all parameters.
+    tokens: token ids (B, T).
+    positions: (B, T), their places in the cache, ascending within a row.
+    cache: from `empty_cache` or an earlier call.
+
+  Returns:
+    What `head` takes, (B * T, D), and the cache with the tokens in it.
+  """
+  structure = _structures(config)[1]
+
+  def body(x: jax.Array, slices: tuple) -> tuple[jax.Array, Cache]:
+    layer, kept = slices
+    return nnx.merge(structure, layer).extend(x, positions, kept)
+
+  x = embed(config, params, tokens)
+  return jax.lax.scan(body, x, (params["layers"], cache))
 
 
 def _outer(config: ModelConfig, params: dict) -> Llama:

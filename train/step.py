@@ -97,15 +97,32 @@ def init_state(
   tx: optax.GradientTransformation,
   placed: Placed,
   seed: int,
+  params: dict | None = None,
 ) -> TrainState:
-  """A fresh state, built shard by shard where it will live."""
+  """A fresh state, built shard by shard where it will live.
 
-  def init() -> TrainState:
-    params = llama.init(config, seed)
+  Args:
+    config: the model's.
+    tx: the optimizer.
+    placed: where the state lives.
+    seed: of fresh parameters.
+    params: those to start from instead, arrays on the host.
+  """
+
+  def init(params: dict | None) -> TrainState:
+    params = llama.init(config, seed) if params is None else params
     zeros = (jnp.zeros((), jnp.int32),) * 3
     return TrainState(*zeros, params, tx.init(params))
 
-  return jax.jit(init, out_shardings=placed.shardings)()
+  if params is not None:
+    params = jax.tree.map(
+      lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__),
+      params,
+      placed.shardings.params,
+    )
+  # What is given is handed over: a model is never in memory twice.
+  run = jax.jit(init, out_shardings=placed.shardings, donate_argnums=0)
+  return run(params)
 
 
 def make_train_step(

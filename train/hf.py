@@ -1,0 +1,340 @@
+"""Weights in and out: `python -m train.hf import SRC --out DIR` and `export`.
+
+`import` reads LLaMA safetensors (one file or shards) or a GGUF file; `export`
+reads a run. Both write a folder in Hugging Face's layout: model.safetensors,
+config.json, generation_config.json, tokenizer.json, tokenizer_config.json.
+`transformers` loads it, and so do `train.pretrain --from` and `train.sample`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from train import config as configs
+from train import files, folder, llama, tokenizer
+from train import weights as names
+from train.errors import UserError
+from train.weights import Weights
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+# Files beside the weights that go along unread.
+SIDECARS = ("generation_config.json", "tokenizer_config.json")
+
+
+# Of the model's config, what is not the weights' but says how to compute.
+OURS = ("dtype", "param_dtype", "unroll", "remat", "attention")
+
+
+def load(path: pathlib.Path, step: int = 0) -> Weights:
+  """Opens weights, whatever they are, without reading the tensors.
+
+  Args:
+    path: a folder of safetensors, a .gguf file, or a run's folder.
+    step: the checkpoint of a run; 0: its newest.
+
+  Raises:
+    UserError: it is none of them, or another architecture.
+  """
+  if path.suffix == ".gguf":
+    from train import gguf_file  # its package is an extra of its own
+
+    return gguf_file.load(path)
+  if not path.is_dir():
+    raise UserError(
+      f"{path} is no folder and no .gguf file; name a folder with {CONFIG}"
+      " and safetensors, a .gguf file, or a run"
+    )
+  config = _json(path / CONFIG)
+  if "model.d_model" in config:
+    return _load_run(path, config, step)
+  return _load_folder(path, config)
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error})") from None
+  if not isinstance(found, dict):
+    raise UserError(f"{path} holds no JSON object")
+  return found
+
+
+def _load_folder(path: pathlib.Path, config: dict[str, Any]) -> Weights:
+  """Hugging Face's layout: one safetensors file, or shards and their index."""
+  model = names.model_from_hf(config, str(path / CONFIG))
+  places = _places(path)
+  handles = {file: _open(file) for file in set(places.values())}
+  try:
+    shapes = {
+      name: tuple(handles[file].get_slice(name).get_shape())
+      for name, file in places.items()
+    }
+  except safetensors.SafetensorError as error:
+    raise UserError(
+      f"{path / INDEX} does not fit its shards: {error}"
+    ) from None
+  return Weights(
+    source=str(path),
+    model=model,
+    shapes=shapes,
+    read=lambda name: handles[places[name]].get_tensor(name),
+    tokenizer=_text(path / TOKENIZER),
+    extra={
+      name: _json(path / name)
+      for name in (CONFIG, *SIDECARS)
+      if (path / name).exists()
+    },
+  )
+
+
+def _text(path: pathlib.Path) -> str:
+  return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _open(file: pathlib.Path) -> Any:
+  try:
+    return safetensors.safe_open(file, "np")
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(f"{file} cannot be read ({error})") from None
+
+
+def _places(path: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The file of each tensor."""
+  if (path / INDEX).exists():
+    index = _json(path / INDEX).get("weight_map", {})
+    return {name: path / file for name, file in index.items()}
+  if (path / ONE).exists():
+    return dict.fromkeys(_open(path / ONE).keys(), path / ONE)
+  raise UserError(
+    f"{path} has neither {ONE} nor {INDEX}; weights in PyTorch's own files"
+    " (.bin, .pth) must be saved as safetensors first"
+  )
+
+
+def _load_run(path: pathlib.Path, config: dict[str, Any], step: int) -> Weights:
+  """A run's checkpoint, whose parameters are read when they are asked for."""
+  fields = {
+    name.removeprefix("model."): value
+    for name, value in config.items()
+    if name.startswith("model.")
+  }
+  try:
+    model = configs.ModelConfig(**fields)
+  except TypeError as error:
+    raise UserError(
+      f"{path / CONFIG} is of another version ({error})"
+    ) from None
+  place = path / folder.FOLDER
+  place /= str(step or _newest(place))
+  text = _text(path / TOKENIZER)
+  return names.from_params(
+    str(path),
+    model,
+    functools.cache(lambda: _restore(place, model)),
+    tokenizer=text,
+    extra=_extra_of_run(text, config),
+  )
+
+
+def _extra_of_run(text: str, config: dict[str, Any]) -> dict[str, dict]:
+  """The token that ends a text, and the length that was trained on."""
+  added = json.loads(text).get("added_tokens", []) if text else []
+  ids = {token["content"]: token["id"] for token in added}
+  asked = config.get("data.end_token")
+  ends = [e for e in ([asked] if asked else tokenizer.ENDS) if e in ids]
+  length = config["data.length"]
+  end_id = {"eos_token_id": ids[ends[0]]} if ends else {}
+  return {
+    CONFIG: {"max_position_embeddings": length, **end_id},
+    "generation_config.json": end_id,
+    "tokenizer_config.json": {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      "model_max_length": length,
+      "clean_up_tokenization_spaces": False,
+      **({"eos_token": ends[0]} if ends else {}),
+    },
+  }
+
+
+def _restore(place: pathlib.Path, model: configs.ModelConfig) -> dict:
+  """Parameters alone, not the optimizer's state, as arrays on the host."""
+  # In the host's memory: an accelerator may not hold them beside its work.
+  host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
+    nnx.to_pure_dict(llama.abstract(model)[1]),
+  )
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  try:
+    with context:
+      loaded = ocp.load_checkpointables(
+        str(place.resolve()), {"state": {"params": params}}
+      )
+  # Orbax and its storage raise whatever a broken file makes them meet.
+  except Exception as error:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise UserError(f"{place} cannot be read ({reason})") from None
+  return loaded["state"]["params"]
+
+
+def _newest(place: pathlib.Path) -> int:
+  """The last complete checkpoint."""
+  found = [int(p.name) for p in place.glob("*") if p.name.isdigit()]
+  if not found:
+    raise UserError(f"{place} holds no checkpoint; train the run first")
+  return max(found)
+
+
+def adopt(config: configs.Config, path: pathlib.Path) -> configs.Config:
+  """The config of a run that goes on from given weights.
+
+  Shape and tokenizer are theirs; how the model is computed and trained stays
+  as in `config`.
+
+  Raises:
+    UserError: they cannot be read, do not fit their own config, or have no
+      tokenizer.
+  """
+  if path.suffix == ".gguf":
+    raise UserError(
+      f"--from {path}: import it first, python -m train.hf import {path}"
+      " --out FOLDER, and go on from the folder"
+    )
+  found = load(path)
+  names.check(found)
+  if not found.tokenizer:
+    raise UserError(f"--from {path} has no {TOKENIZER}; put it there")
+  kept = {name: getattr(config.model, name) for name in OURS}
+  end = found.extra.get("tokenizer_config.json", {}).get("eos_token", "")
+  data = dataclasses.replace(
+    config.data,
+    tokenizer=str(path / TOKENIZER),
+    end_token=end["content"] if isinstance(end, dict) else end or "",
+  )
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(found.model, **kept),
+    data=data,
+    train=dataclasses.replace(config.train, init=str(path)),
+  )
+
+
+def initial_params(config: configs.Config) -> dict | None:
+  """The weights that a run starts from, on the host; None: fresh ones.
+
+  Raises:
+    UserError: they are not of the shape that the run's model has.
+  """
+  if not config.train.init:
+    return None
+  found = load(pathlib.Path(config.train.init))
+  return names.to_params(dataclasses.replace(found, model=config.model))
+
+
+def save(weights: Weights, out: pathlib.Path, dtype: str = "") -> None:
+  """Writes a folder in Hugging Face's layout.
+
+  Args:
+    weights: the model.
+    out: a new or empty folder.
+    dtype: of the tensors; "": each as it is.
+
+  Raises:
+    UserError: the folder is not empty or cannot be written, or the weights
+      do not fit their config.
+  """
+  names.check(weights)
+  if out.is_dir() and any(out.iterdir()):
+    raise UserError(f"--out {out} is not empty; name a new folder")
+  files.make_folder(out, "--out")
+  tensors = {}
+  for name in names.their_shapes(weights.model):
+    tensor = weights.read(name)
+    tensors[name] = tensor.astype(names.DTYPES[dtype]) if dtype else tensor
+  stored = {str(x.dtype) for x in tensors.values()}
+  try:
+    # "pt" is what transformers wants to be told, whoever wrote the file.
+    safetensors.numpy.save_file(tensors, out / ONE, {"format": "pt"})
+    for name, text in _texts(weights, stored.pop()).items():
+      files.write_text(out / name, text)
+  except OSError as error:
+    raise UserError(f"--out {out} cannot be written ({error})") from None
+
+
+def _texts(weights: Weights, dtype: str) -> dict[str, str]:
+  """The files beside the tensors."""
+  extra = weights.extra
+  parts = {name: extra[name] for name in SIDECARS if extra.get(name)}
+  kept = {
+    name: value
+    for name, value in extra.get(CONFIG, {}).items()
+    if name.endswith("_token_id") or name == "max_position_embeddings"
+  }
+  parts[CONFIG] = names.model_to_hf(weights.model, dtype, kept)
+  texts = {
+    name: json.dumps(part, indent=2) + "\n" for name, part in parts.items()
+  }
+  if weights.tokenizer:
+    texts[TOKENIZER] = weights.tokenizer
+  return texts
+
+
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m train.hf",
+    description="Reads and writes LLaMA weights in Hugging Face's layout.",
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  reader = commands.add_parser(
+    "import", help="a folder of safetensors or a .gguf file"
+  )
+  reader.add_argument("source", type=pathlib.Path, metavar="SRC")
+  writer = commands.add_parser("export", help="a run of train.pretrain")
+  writer.add_argument("source", type=pathlib.Path, metavar="RUN")
+  writer.add_argument(
+    "--step", type=int, default=0, help="checkpoint; default: the newest"
+  )
+  for command in (reader, writer):
+    command.add_argument(
+      "--out", type=pathlib.Path, required=True, metavar="DIR"
+    )
+    command.add_argument(
+      "--dtype",
+      choices=("float32", "bfloat16"),
+      default="",
+      help="of the tensors; default: as they are",
+    )
+  return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+  """The command: 0 done, 2 wrong input."""
+  flags = parse_arguments(words)
+  try:
+    weights = load(flags.source, getattr(flags, "step", 0))
+    save(weights, flags.out, flags.dtype)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  count = sum(int(np.prod(shape)) for shape in weights.shapes.values())
+  print(f"{flags.out}: {count:,} parameters from {weights.source}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
