@@ -157,16 +157,14 @@ def _prepare_stream(
   def keep(text: str) -> bool:
     return not is_held_out(text) and holdout.digest(text) not in taken
 
-  shards = stream.Shards(source.train, source.field, source.name)
+  shards = _shards(source, source.train)
   train = itertools.filterfalse(is_held_out, shards.documents())
   sample = _first(train, TEXT_SAMPLE)
   encoder = vocabularies.find(config, vocab_size, sample, cache)
   if source.held_out is None:
     held_out = filter(is_held_out, shards.documents())
   else:
-    held_out = stream.Shards(
-      source.held_out, source.field, source.name
-    ).documents()
+    held_out = _shards(source, source.held_out).documents()
   rows, widths, taken = _held_out_rows(
     held_out, encoder, config, config.eval_rows
   )
@@ -190,6 +188,10 @@ def _prepare_stream(
     int(widths[:, 1:].sum()),
     _count(np.concatenate(encoder.encode(list(seen))), vocab_size),
   )
+
+
+def _shards(source: sources.Source, documents: Any) -> stream.Shards:
+  return stream.Shards(documents, source.field, source.name)
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:

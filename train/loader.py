@@ -8,7 +8,7 @@ that of the thread, so that a resumed run reads on exactly there.
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -89,7 +89,7 @@ class Loader(Iterator[np.ndarray]):
 
   def __init__(
     self,
-    batches: Iterator[tuple[np.ndarray, State]],
+    batches: Generator[tuple[np.ndarray, State], None, None],
     state: State,
     ahead: int,
   ):
@@ -100,7 +100,9 @@ class Loader(Iterator[np.ndarray]):
       state: the position before the first.
       ahead: batches to hold ready; 0: each is made when it is asked for.
     """
-    self._batches = Prefetch(batches, ahead) if ahead else batches
+    self._batches: Generator | Prefetch = (
+      Prefetch(batches, ahead) if ahead else batches
+    )
     self._state = state
     self.waited = 0.0  # seconds that `next` has taken, all calls together
 
@@ -125,7 +127,7 @@ class Loader(Iterator[np.ndarray]):
 
   def close(self) -> None:
     """Ends the background work; `next` may not be called after it."""
-    self._batches.close()  # a generator or a Prefetch: both have it
+    self._batches.close()
 
   def __enter__(self) -> "Loader":
     return self

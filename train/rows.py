@@ -7,7 +7,7 @@ document, cut off or filled up with PAD.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class Rows:
 
   def batches(
     self, state: State, seed: int, part: int, parts: int
-  ) -> Iterator[tuple[np.ndarray, State]]:
+  ) -> Generator[tuple[np.ndarray, State], None, None]:
     """One part of each batch from a position on, with the position after.
 
     Every epoch goes through the rows once; those that fill no batch at its
@@ -97,7 +97,7 @@ class Rows:
 
   def _batches(
     self, step: int, seed: int, part: int, size: int
-  ) -> Iterator[tuple[np.ndarray, State]]:
+  ) -> Generator[tuple[np.ndarray, State], None, None]:
     first, index = divmod(step, len(self.rows) // self.batch)
     for epoch in itertools.count(first):
       order = np.random.default_rng([seed, epoch]).permutation(len(self.rows))

@@ -4,6 +4,7 @@ The two kinds that language models use: unigram (T5) and byte-pair encoding
 with byte fallback (LLaMA, Mistral).
 """
 
+import importlib
 import pathlib
 import re
 from typing import Any
@@ -52,13 +53,13 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 def _parse(path: pathlib.Path) -> Any:
   try:
-    from sentencepiece import sentencepiece_model_pb2 as spm
+    pb2 = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
   except ImportError as error:
     raise UserError(
       f"data.tokenizer {path} needs the package that describes such files:"
       " pip install sentencepiece"
     ) from error
-  proto = spm.ModelProto()
+  proto = pb2.ModelProto()
   try:
     proto.ParseFromString(path.read_bytes())
   except Exception as error:
@@ -84,8 +85,11 @@ def _unigram(proto: Any) -> models.Unigram:
 def _bpe(proto: Any) -> models.BPE:
   """Merges are not in the file: a pair merges where its union is a piece."""
   ids = {piece: i for i, (piece, _) in enumerate(_pieces(proto))}
+  special = {p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN)}
   merges = []
   for piece, score in _pieces(proto):
+    if piece in special:  # no text spells a control piece
+      continue
     halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
     known = [pair for pair in halves if pair[0] in ids and pair[1] in ids]
     known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))

@@ -11,7 +11,7 @@ state leaves out what the buffer held.)
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import datasets
 import numpy as np
@@ -99,7 +99,7 @@ class Stream:
 
   def batches(
     self, state: State, seed: int, part: int, parts: int
-  ) -> Iterator[tuple[np.ndarray, State]]:
+  ) -> Generator[tuple[np.ndarray, State], None, None]:
     """One part of each batch from a position on, with the position after.
 
     Raises:
@@ -127,7 +127,7 @@ class Stream:
 
   def _batches(
     self, at: Position, seed: int, part: int, parts: int
-  ) -> Iterator[tuple[np.ndarray, State]]:
+  ) -> Generator[tuple[np.ndarray, State], None, None]:
     # Reading the next block goes on while this one is tokenised.
     blocks = Prefetch(self._blocks(at, seed, part, parts), 1)
     with contextlib.closing(blocks):

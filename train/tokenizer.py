@@ -151,7 +151,7 @@ def find(
       )
     tokenizer, path, found = cached(list(texts), vocab_size, cache)
     print(f"tokenizer  {'read from' if found else 'trained:'} {path}")
-    return Encoder(tokenizer, tokenizer.token_to_id(END))
+    return make_encoder(tokenizer, END)
   name = f"data.tokenizer {config.tokenizer}"
   tokenizer, settings = _read(config.tokenizer, name)
   end = _end_token(tokenizer, config.end_token, settings, name)
@@ -159,9 +159,14 @@ def find(
   print(
     f"tokenizer  {config.tokenizer}, {tokenizer.get_vocab_size():,} entries"
   )
-  return Encoder(
-    _plain(tokenizer), tokenizer.token_to_id(end), _unknown(tokenizer)
-  )
+  return make_encoder(_plain(tokenizer), end)
+
+
+def make_encoder(tokenizer: tokenizers.Tokenizer, end: str) -> Encoder:
+  """An encoder that closes documents with `end`, one of the vocabulary."""
+  number = tokenizer.token_to_id(end)
+  assert number is not None, end
+  return Encoder(tokenizer, number, _unknown(tokenizer))
 
 
 def _unknown(tokenizer: tokenizers.Tokenizer) -> int | None:

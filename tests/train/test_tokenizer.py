@@ -126,3 +126,54 @@ def test_files_that_are_no_tokenizers(tmp_path):
   path.write_text("{}")
   with pytest.raises(UserError, match=r"no tokenizer\.json that"):
     find(path, 64, tmp_path)
+
+
+SPM = {
+  "unigram": {},
+  "bpe": {},
+  "bpe as LLaMA's": {
+    "model_type": "bpe", "byte_fallback": True, "split_digits": True,
+    "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+  },
+  "unigram of bytes": {"model_type": "unigram", "byte_fallback": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPM)
+def test_a_sentencepiece_file_gives_sentencepiece_s_ids(name, tmp_path):
+  sentencepiece = pytest.importorskip("sentencepiece")
+  text = tmp_path / "text"
+  text.write_text(f"{speech(40)}\n" + "    return x\n" * 20)
+  options = {"model_type": name} | SPM[name]
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(text), model_prefix=str(tmp_path / "x"), vocab_size=330,
+    hard_vocab_limit=False, minloglevel=2, **options,
+  )  # fmt: skip
+  path = tmp_path / "x.model"
+  theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  ours = find(path, theirs.vocab_size(), tmp_path)
+  texts = [speech(3, 7), "  two  spaces\n\tand a 🙂 naïve zebra", "    x", "",
+           "1234 peace", "ﬁne"]  # fmt: skip
+  for text, ids in zip(texts, ours.encode(texts), strict=True):
+    assert ids.tolist() == [*theirs.encode(text), theirs.eos_id()], text
+  if "byte_fallback" in options:
+    for text in texts:
+      ids = theirs.encode(text)
+      assert ours.tokenizer.decode(ids) == theirs.decode(ids)
+
+
+def test_files_that_are_not_sentencepiece_s(tmp_path):
+  sentencepiece = pytest.importorskip("sentencepiece")
+  path = tmp_path / "x.model"
+  path.write_bytes(b"words")
+  with pytest.raises(UserError, match="is no SentencePiece model"):
+    find(path, 330, tmp_path)
+  text = tmp_path / "text"
+  text.write_text(speech(9))
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(text), model_prefix=str(tmp_path / "x"), model_type="char",
+    vocab_size=30, hard_vocab_limit=False, minloglevel=2,
+  )  # fmt: skip
+  with pytest.raises(UserError, match="unigram and bpe models are supported"):
+    find(path, 330, tmp_path)
