@@ -160,12 +160,17 @@ def _extra_of_run(text: str, config: dict[str, Any]) -> dict[str, dict]:
   return {
     CONFIG: {"max_position_embeddings": length, **end_id},
     "generation_config.json": end_id,
-    "tokenizer_config.json": {
-      "tokenizer_class": "PreTrainedTokenizerFast",
-      "model_max_length": length,
-      "clean_up_tokenization_spaces": False,
-      **({"eos_token": ends[0]} if ends else {}),
-    },
+    "tokenizer_config.json": describe_tokenizer(next(iter(ends), ""), length),
+  }
+
+
+def describe_tokenizer(end: str, length: int) -> dict[str, Any]:
+  """The tokenizer_config.json of a tokenizer.json; `end` may be ""."""
+  return {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": length,
+    "clean_up_tokenization_spaces": False,
+    **({"eos_token": end} if end else {}),
   }
 
 
