@@ -47,10 +47,7 @@ def attend(
   Raises:
     UserError: the form cannot run on this device, or not on these shapes.
   """
-  if form == "auto":
-    form = _best(q_BxTxNxH)
-  else:
-    _check(form, q_BxTxNxH)
+  form = choose(form, q_BxTxNxH)
   if form == "splash":
     return splash(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH)
   return jax.nn.dot_product_attention(
@@ -58,7 +55,7 @@ def attend(
   )
 
 
-def _target() -> tuple[str, str]:
+def target() -> tuple[str, str]:
   """Platform and kind of the devices that are traced for.
 
   Those of the mesh in use, which may be another machine's when a program is
@@ -74,10 +71,22 @@ def _is_nvidia(kind: str) -> bool:
   return "NVIDIA" in kind  # AMD's are the platform "gpu" as well
 
 
+def choose(form: AttentionName, q_BxTxNxH: jax.Array) -> AttentionName:
+  """The form that is meant on these devices: never `auto`.
+
+  Raises:
+    UserError: it was asked for by name and cannot run.
+  """
+  if form == "auto":
+    return _best(q_BxTxNxH)
+  _check(form, q_BxTxNxH)
+  return form
+
+
 def _best(q_BxTxNxH: jax.Array) -> AttentionName:
   """The fused form that takes these shapes on these devices, else `xla`."""
   length, width = q_BxTxNxH.shape[1], q_BxTxNxH.shape[3]
-  platform, kind = _target()
+  platform, kind = target()
   if platform == "tpu" and length % LANES == 0:
     return "splash"
   half = q_BxTxNxH.dtype in HALF
@@ -88,7 +97,7 @@ def _best(q_BxTxNxH: jax.Array) -> AttentionName:
 
 def _check(form: AttentionName, q_BxTxNxH: jax.Array) -> None:
   """Refuses a form that was asked for by name where it cannot run."""
-  platform, kind = _target()
+  platform, kind = target()
   if form == "splash" and platform != "tpu":
     raise UserError(
       f"model.attention=splash runs on TPUs, the device is {kind}; use auto"

@@ -1,0 +1,100 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import attention
+from train.config import MeshConfig
+from train.errors import UserError
+from train.mesh import make_mesh
+
+
+def arrays(length, heads=2, kv_heads=1, rows=1, width=8):
+  keys = jax.random.split(jax.random.key(0), 4)
+  shapes = (heads, kv_heads, kv_heads, heads)
+  return [
+    jax.random.normal(key, (rows, length, n, width))
+    for key, n in zip(keys, shapes, strict=True)
+  ]
+
+
+def value_and_grads(form, q, k, v, weight):
+  def weighted(q, k, v):
+    out = form(q, k, v)
+    return (out * weight).sum(), out
+
+  run = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))
+  grads, out = run(q, k, v)
+  return [out, *grads]
+
+
+plain = functools.partial(attention.attend, "xla")
+splash = functools.partial(attention.splash, interpret=True)
+
+
+def compare(found, expected):
+  for a, b in zip(found, expected, strict=True):
+    assert np.abs(b).max() > 0.1
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [100, 128])
+def test_splash_is_the_plain_form_to_rounding(length):
+  given = arrays(length)
+  compare(value_and_grads(splash, *given), value_and_grads(plain, *given))
+
+
+def test_splash_on_a_mesh_keeps_rows_and_heads_apart():
+  given = arrays(128, heads=4, kv_heads=2, rows=2)
+  mesh = make_mesh(MeshConfig(tensor=2), 2, jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    found = value_and_grads(splash, *given)
+  assert "tensor" in str(found[0].sharding.spec)
+  compare(found, value_and_grads(plain, *given))
+
+
+CPU, TPU, GPU = ("cpu", "cpu"), ("tpu", "TPU v5 lite"), ("gpu", "NVIDIA H100")
+AMD = ("gpu", "AMD Instinct MI300X")
+
+
+@pytest.mark.parametrize(
+  "device, shape, dtype, form",
+  [
+    (CPU, (1, 256, 2, 64), "bfloat16", "xla"),
+    (AMD, (1, 256, 2, 64), "bfloat16", "xla"),
+    (TPU, (1, 256, 2, 80), "float32", "splash"),
+    (TPU, (1, 200, 2, 64), "bfloat16", "xla"),
+    (GPU, (1, 200, 2, 64), "bfloat16", "cudnn"),
+    (GPU, (1, 256, 2, 64), "float32", "xla"),
+    (GPU, (1, 256, 2, 12), "bfloat16", "xla"),
+    (GPU, (1, 256, 2, 256), "bfloat16", "xla"),
+  ],
+)
+def test_auto_takes_what_runs(monkeypatch, device, shape, dtype, form):
+  monkeypatch.setattr(attention, "target", lambda: device)
+  assert attention.choose("auto", jnp.zeros(shape, dtype)) == form
+
+
+@pytest.mark.parametrize(
+  "form, device, dtype, said",
+  [
+    ("splash", CPU, "float32", "runs on TPUs, the device is cpu"),
+    ("cudnn", TPU, "bfloat16", "runs on NVIDIA GPUs, the device is TPU"),
+    ("cudnn", AMD, "bfloat16", "runs on NVIDIA GPUs, the device is AMD"),
+    ("cudnn", GPU, "float32", "float32 heads of 64.*model.dtype=bfloat16"),
+  ],
+)
+def test_a_named_form_that_cannot_run_is_refused(
+  monkeypatch, form, device, dtype, said
+):
+  monkeypatch.setattr(attention, "target", lambda: device)
+  with pytest.raises(UserError, match=said):
+    attention.choose(form, jnp.zeros((1, 256, 2, 64), dtype))
+
+
+def test_the_device_is_the_mesh_s():
+  with jax.set_mesh(make_mesh(MeshConfig(), 8)):
+    assert attention.target() == CPU
+  assert attention.target() == CPU
