@@ -64,7 +64,7 @@ def estimate(config: configs.Config) -> dict[str, Any]:
     "optimizer": config.optimizer.name,
     "mesh": dict(mesh.shape),
     "parameters": parameters(placed.state.params),
-    "plan": [plan_row(row, config.optimizer) for row in plan.rows],
+    "plan": plan_rows(plan, config.optimizer),
     "bytes": memory(config, placed, mesh),
     "optimizer_state": optimizer.accounting(
       config.optimizer, placed.state.params
@@ -89,8 +89,14 @@ def parameters(params: Any) -> dict[str, int]:
   return {"total": sum(counts.values()), **counts}
 
 
-def plan_row(row: Any, config: configs.OptimizerConfig) -> dict[str, Any]:
-  """A row of `galore_optax.describe` as JSON takes it."""
+def plan_rows(
+  plan: galore_optax.diagnostics.Description, config: configs.OptimizerConfig
+) -> list[dict[str, Any]]:
+  """The rows of `galore_optax.describe` as JSON takes them."""
+  return [_plan_row(row, config) for row in plan.rows]
+
+
+def _plan_row(row: Any, config: configs.OptimizerConfig) -> dict[str, Any]:
   side, rank = row.side or "full rank", row.rank
   block = row.path.startswith("layers/") and row.path.endswith("/kernel")
   if config.name == "contrib_galore" and block:  # which `describe` cannot know
@@ -190,7 +196,7 @@ def render(found: dict[str, Any]) -> str:
   parts = (
     [f"dry run of {found['preset']} with {found['optimizer']}"],
     _parameters(found["parameters"]),
-    _plan(found["plan"]),
+    plan_table(found["plan"]),
     _memory(found["bytes"], found["mesh"]),
     _states(found["optimizer_state"]),
     _work(found["flops"]),
@@ -208,7 +214,8 @@ def _parameters(counts: dict[str, int]) -> list[str]:
   ]
 
 
-def _plan(rows: list[dict]) -> list[str]:
+def plan_table(rows: list[dict[str, Any]]) -> list[str]:
+  """The lines of a table of `plan_rows`."""
   width = max(len(row["path"]) for row in rows)
   lines = [f"{'leaf':<{width}}  {'shape':<18} {'side':<9} rank optimizer state"]
   for row in rows:

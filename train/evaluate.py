@@ -28,6 +28,9 @@ def evaluate(
   found["unigram_perplexity"] = unigram(job)
   step = int(jax.device_get(state.step))
   say(f"step {step:>5}  {metrics.held_out_text(found)}")
+  if step == 0:
+    known = found["unigram_perplexity"]
+    say(f"            perplexity of token frequencies (unigram): {known:,.0f}")
   job.log.write(step, **found)
   return found["held_out_loss"]
 

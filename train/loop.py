@@ -206,5 +206,6 @@ def compile_step(job: Job, state: steps.TrainState) -> Callable:
     sharding=meshes.batch_sharding(job.mesh),
   )
   compiled = job.train_step.lower(state, rows).compile()
+  job.watcher.compile(state, rows)
   print(f"compiled   in {time.perf_counter() - begin:.1f} s", flush=True)
   return compiled

@@ -130,10 +130,8 @@ def held_out(
 def held_out_text(found: dict[str, float]) -> str:
   """The figures of an evaluation in a line."""
   return (
-    f"held-out loss {found['held_out_loss']:.4f},"
-    f" perplexity {found['held_out_perplexity']:,.2f}"
-    f" (papers' count {found['held_out_perplexity_papers']:,.2f}, unigram"
-    f" model {found['unigram_perplexity']:,.0f}),"
+    f"held-out perplexity {found['held_out_perplexity']:,.2f},"
+    f" papers' count {found['held_out_perplexity_papers']:,.2f},"
     f" {found['held_out_bits_per_byte']:.3f} bits/byte"
   )
 
@@ -156,7 +154,7 @@ def memory_table(parameters: int, matrices: int, states: dict[str, int]) -> str:
   ]
   head = (
     f"{parameters:,} parameters, {matrices:,} of them in the block matrices,"
-    " which are the projected ones"
+    "\nwhich are the projected ones"
   )
   foot = (
     "optax.contrib.galore projects 2-D leaves only: counted (and run) on the"

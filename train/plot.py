@@ -62,13 +62,19 @@ def overlay(
   columns = 3
   rows = -(-len(panels) // columns)
   figure, axes = plt.subplots(
-    rows, columns, figsize=(12.6, 3.3 * rows), layout="constrained"
+    rows,
+    columns,
+    figsize=(12.6, 3.3 * rows),
+    layout="constrained",
+    sharex=True,
   )
   for panel, place in zip(panels, axes.flat, strict=False):
     panel(place, runs, axis)
     place.grid(alpha=0.25)
     place.spines[["top", "right"]].set_visible(False)
     place.set_xlabel(runs_lib.AXES[axis])
+    place.tick_params(labelbottom=True)
+    place.xaxis.set_major_locator(ticker.MaxNLocator(6))
     if axis == "tokens":
       place.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
   for place in axes.flat[len(panels) :]:
@@ -127,14 +133,12 @@ def _entitle(figure: plt.Figure, runs: list[Run], title: str) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-  """An exponential running mean whose width grows with the run."""
-  keep = 1 - 1 / max(1.0, SMOOTH * len(values))
-  total = weight = 0.0
-  means = []
-  for value in values:
-    total, weight = keep * total + value, keep * weight + 1
-    means.append(total / weight)
-  return np.array(means)
+  """A centred running mean whose width grows with the run: it has no lag."""
+  half = round(SMOOTH * len(values) / 2)
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  at = np.arange(len(values))
+  reach = np.minimum(half, np.minimum(at, at[::-1]))  # shorter at the ends
+  return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
 
 
 def _loss(place: plt.Axes, runs: list[Run], axis: str) -> None:
@@ -175,7 +179,7 @@ def _perplexity(place: plt.Axes, runs: list[Run], axis: str) -> None:
   _label_decades(place)
   place.set_ylabel("held-out perplexity (log)")
   if lines:
-    place.legend(lines, texts, title="at the end", frameon=False)
+    place.legend(lines, texts, title="at the end", edgecolor="none")
 
 
 def _label_decades(place: plt.Axes) -> None:
@@ -203,9 +207,11 @@ def _norm(place: plt.Axes, runs: list[Run], axis: str) -> None:
     at, values = run.series("grad_norm", axis)
     place.plot(at, values, color=_color(runs, i), lw=0.8, alpha=0.3)
     place.plot(at, smooth(values), color=_color(runs, i), lw=1.2)
-  place.set_yscale("log")
-  _label_decades(place)
-  place.set_ylabel("gradient norm (log)")
+  place.set_ylabel("gradient norm")
+  low, high = place.get_ylim()
+  if low > 0 and high > 20 * low:
+    place.set_yscale("log")
+    _label_decades(place)
 
 
 def _bits(place: plt.Axes, runs: list[Run], axis: str) -> None:
@@ -216,10 +222,16 @@ def _bits(place: plt.Axes, runs: list[Run], axis: str) -> None:
 
 
 def _energy(place: plt.Axes, runs: list[Run], axis: str) -> None:
-  _subspace(place, runs, axis, "energy")
+  """At refreshes: with the new basis, and in one run with the old one too."""
+  alone = len(runs) == 1
+  _subspace(place, runs, axis, "energy", refreshed=True)
+  _legend(place)
+  if alone:
+    _subspace(place, runs, axis, "energy_before", ls=":")
   place.set_ylabel("gradient energy in the subspace")
   place.set_ylim(0, 1.02)
-  _legend(place)
+  old = ", old one dotted" if alone else ""
+  place.set_title(f"new basis{old}", fontsize="medium")
 
 
 def _overlap(place: plt.Axes, runs: list[Run], axis: str) -> None:
@@ -234,20 +246,29 @@ def _rank(place: plt.Axes, runs: list[Run], axis: str) -> None:
   place.set_ylim(bottom=0)
 
 
-def _subspace(place: plt.Axes, runs: list[Run], axis: str, name: str) -> None:
+def _subspace(
+  place: plt.Axes,
+  runs: list[Run],
+  axis: str,
+  name: str,
+  refreshed: bool = False,
+  ls: str = "-",
+) -> None:
   """A line a watched matrix: by colour in one run, by dashes in several."""
   alone = len(runs) == 1
   names = sorted({matrix for run in runs for matrix in run.watched()})
   for i, run in enumerate(runs):
     for k, matrix in enumerate(names):
-      at, values = run.series(f"subspace/{matrix}/{name}", axis)
+      key = f"subspace/{matrix}/"
+      needed = key + "overlap" if refreshed else ""
+      at, values = run.series(key + name, axis, needed)
       if not len(values):
         continue
       place.plot(
         at,
         values,
         color=f"C{k % 10}" if alone else _color(runs, i),
-        ls="-" if alone else STYLES[k % len(STYLES)],
+        ls=ls if alone else STYLES[k % len(STYLES)],
         marker=".",
         lw=1.2,
         label=matrix if i == 0 else None,

@@ -104,7 +104,9 @@ def introduce(job: Job, mesh: jax.sharding.Mesh) -> None:
     f"folder     {job.out}"
   )
   if config.optimizer.name.startswith("galore"):
-    print(f"\n{galore_optax.describe(job.tx, job.placed.state.params)}\n")
+    plan = galore_optax.describe(job.tx, job.placed.state.params)
+    rows = dry_run.plan_rows(plan, config.optimizer)
+    print("", *dry_run.plan_table(rows), "", sep="\n")
 
 
 def report(job: Job, state: steps.TrainState) -> None:

@@ -14,6 +14,16 @@ AXES = {"steps": "step", "tokens": "tokens", "hours": "hours"}
 
 # Fields that make no difference to what is drawn, unless nothing else does.
 QUIET = ("run.", "mesh.", "data.cache", "data.eval_rows")
+# Fields of the optimizer's group that say nothing about one without GaLore.
+OF_GALORE = (
+  "rank",
+  "update_proj_gap",
+  "scale",
+  "proj_type",
+  "projector",
+  "refresh",
+  "moments",
+)
 MOST = 5  # fields in a label
 
 
@@ -25,9 +35,21 @@ class Run:
   config: dict[str, Any]  # flat: {"optimizer.rank": 48, ...}
   records: list[dict[str, Any]]
 
-  def series(self, name: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """Places on the axis and values, of the records that have `name`."""
-    found = [(r["step"], r[name]) for r in self.records if name in r]
+  def series(
+    self, name: str, axis: str, needed: str = ""
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Places on the axis and values, of the records that have `name`.
+
+    Args:
+      name: of the number.
+      axis: `steps`, `tokens` or `hours`.
+      needed: a number without which a record does not count.
+    """
+    found = [
+      (r["step"], r[name])
+      for r in self.records
+      if name in r and (needed or name) in r
+    ]
     steps, values = np.array(found, float).reshape(-1, 2).T
     return self._places(steps, axis), values
 
@@ -87,7 +109,7 @@ def labels(runs: list[Run]) -> list[str]:
     return [f"{config['preset']}, {config['optimizer.name']}"]
   fields = _differing(runs)
   texts = [
-    ", ".join(_field(name, run.config.get(name)) for name in fields)
+    ", ".join(filter(None, (_field(name, run.config) for name in fields)))
     for run in runs
   ]
   if not fields or len(fields) > MOST:
@@ -109,10 +131,13 @@ def _differing(runs: list[Run]) -> list[str]:
   return telling or fields
 
 
-def _field(name: str, value: Any) -> str:
+def _field(name: str, config: dict[str, Any]) -> str:
+  group, _, short = name.partition(".")
+  value = config.get(name)
   if name in ("preset", "optimizer.name"):
     return str(value)
-  short = name.rpartition(".")[2]
-  return (
-    f"{short} {value:g}" if isinstance(value, float) else f"{short} {value}"
-  )
+  plain = "galore" not in config["optimizer.name"]
+  if group == "optimizer" and plain and short in OF_GALORE:
+    return ""
+  text = f"{value:g}" if isinstance(value, float) else str(value)
+  return f"{short} {text}"

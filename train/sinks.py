@@ -76,8 +76,8 @@ class Wandb:
       )
     except wandb.Error as error:
       raise UserError(
-        f"run.sinks=wandb: {error}; log in with `wandb login`, or set"
-        " WANDB_MODE=offline"
+        f"run.sinks=wandb: {error} Or set WANDB_MODE=offline: the run then"
+        " stays in its folder until `wandb sync`"
       ) from None
 
   def write(self, step: int, values: dict[str, float]) -> None:

@@ -141,7 +141,7 @@ class Watcher:
     placed: steps.Placed,
     description: galore_optax.diagnostics.Description,
   ):
-    """Chooses the matrices; compiles nothing before the first look.
+    """Chooses the matrices.
 
     Raises:
       UserError: `run.watch` fits no matrix.
@@ -149,9 +149,9 @@ class Watcher:
     self.matrices = choose(config.run.watch, matrices(description))
     self._config = config
     self._every = self._period()
-    self._first = jax.jit(self._before)
     where = meshes.replicated(placed.shardings.step.mesh)
-    self._second = jax.jit(self._after, out_shardings=where)
+    self._first: Any = jax.jit(self._before, out_shardings=where)
+    self._second: Any = jax.jit(self._after, out_shardings=where)
 
   def _period(self) -> int:
     """Steps between two looks at one matrix."""
@@ -181,6 +181,25 @@ class Watcher:
     config = self._config.optimizer
     faithful = config.name == "galore_faithful"
     return faithful or config.refresh == "synchronous"
+
+  def compile(self, state: steps.TrainState, rows: Any) -> None:
+    """Compiles the looks ahead, so that the first one holds up no step.
+
+    Args:
+      state: the arrays, or their shapes and shardings.
+      rows: a batch (B, T + 1), or its shape and sharding.
+    """
+    if not self.matrices:
+      return
+    first = self._first.lower(state.params, state.opt_state, rows)
+    self._first = first.compile()
+    look = jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      self._first.out_info,
+      self._first.output_shardings,
+    )
+    kept = self._kept(state.opt_state)
+    self._second = self._second.lower(look, kept).compile()
 
   def before(self, state: steps.TrainState, rows: jax.Array) -> Look:
     """Keeps gradients and bases of the state that the step will consume."""
