@@ -229,9 +229,8 @@ def model_from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
     raise UserError(f"{source} has no {', '.join(missing)}")
   heads = given["num_attention_heads"]
   keys = given.get("num_key_value_heads") or heads
-  rope = dict(given.get("rope_parameters") or {})
-  rope |= given.get("rope_scaling") or {}
-  _refuse_variants(given, rope, source)
+  _refuse_variants(given, source)
+  rope = given.get("rope_parameters") or {}
   return ModelConfig(
     vocab_size=given["vocab_size"],
     d_model=given["hidden_size"],
@@ -248,17 +247,20 @@ def model_from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
   )
 
 
-def _refuse_variants(
-  given: Mapping[str, Any], rope: Mapping[str, Any], source: str
-) -> None:
+def _refuse_variants(given: Mapping[str, Any], source: str) -> None:
   width = given["hidden_size"] // given["num_attention_heads"]
-  kind = rope.get("rope_type") or rope.get("type") or "default"
+  # The second spelling is of transformers 5, which writes it always.
+  ropes = [
+    given.get(name) or {} for name in ("rope_scaling", "rope_parameters")
+  ]
+  kinds = [rope.get("rope_type") or rope.get("type") for rope in ropes]
+  scaled = [kind for kind in kinds if kind not in (None, "default")]
   computed = {
     "hidden_act": (given.get("hidden_act", "silu"), "silu"),
     "attention_bias": (bool(given.get("attention_bias")), False),
     "mlp_bias": (bool(given.get("mlp_bias")), False),
     "head_dim": (given.get("head_dim") or width, width),
-    "rope_type": (kind, "default"),
+    "rope_type": (next(iter(scaled), "default"), "default"),
   }
   for name, (value, known) in computed.items():
     if value != known:

@@ -1,0 +1,140 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.conftest import TINY
+from train import gguf_file, hf, llama, sample, tokenizer, weights
+from train.errors import UserError
+
+gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
+
+MODEL = dataclasses.replace(
+  TINY, n_kv_heads=2, tie_embeddings=True, norm_eps=1e-5, rope_theta=5e5
+)
+TRAINED = json.loads(
+  tokenizer.train(["we the people of 1790 " * 9], 300).to_str()
+)
+
+
+def permute(rows, heads):
+  """As the makers of GGUF files order the rows of queries and keys."""
+  halves = rows.reshape(heads, 2, -1, rows.shape[1])
+  return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def theirs(name):
+  table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, MODEL.n_layers)
+  return table.get_name(name, try_suffixes=(".weight",))
+
+
+def write(path, params, architecture="llama", cut="gpt-2", without=""):
+  """A file as llama.cpp's converter writes it; kernels of 8 bits."""
+  writer = gguf.GGUFWriter(path, architecture)
+  writer.add_embedding_length(MODEL.d_model)
+  writer.add_feed_forward_length(MODEL.d_ff)
+  writer.add_block_count(MODEL.n_layers)
+  writer.add_head_count(MODEL.n_heads)
+  writer.add_head_count_kv(MODEL.kv_heads)
+  writer.add_rope_freq_base(MODEL.rope_theta)
+  writer.add_layer_norm_rms_eps(MODEL.norm_eps)
+  writer.add_context_length(64)
+  vocabulary = sorted(TRAINED["model"]["vocab"].items(), key=lambda x: x[1])
+  tokens = [token for token, _ in vocabulary]
+  tokens += [f"unused{i}" for i in range(MODEL.vocab_size - len(tokens))]
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre(cut)
+  writer.add_token_list(tokens)
+  writer.add_token_merges([" ".join(m) for m in TRAINED["model"]["merges"]])
+  writer.add_token_types([3] + [1] * (len(tokens) - 1))
+  writer.add_eos_token_id(0)
+  source = weights.from_params("test", MODEL, lambda: params)
+  eight = gguf.GGMLQuantizationType.Q8_0
+  for name in source.shapes:
+    array, kind = source.read(name), None
+    for part, heads in (("q", MODEL.n_heads), ("k", MODEL.kv_heads)):
+      if f"{part}_proj" in name:
+        array = permute(array, heads)
+    if name.endswith("gate_proj.weight"):  # of rows of 32, a block of 8 bits
+      array, kind = gguf.quants.quantize(array, eight), eight
+    if name != without:
+      writer.add_tensor(theirs(name), array, raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+@pytest.fixture(scope="module")
+def params():
+  return jax.device_get(llama.init(MODEL, 0))
+
+
+@pytest.fixture(scope="module")
+def path(params, tmp_path_factory):
+  path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+  write(path, params)
+  return path
+
+
+def test_weights_come_back_in_our_order(path, params):
+  found = hf.load(path)
+  assert found.model == MODEL
+  read = weights.to_params(found)
+  gates = [tree["layers"]["mlp"].pop("gate") for tree in (read, params.copy())]
+  params["layers"]["mlp"]["gate"] = gates[1]
+  rest = jax.tree.map(lambda x: x, params)
+  rest["layers"]["mlp"].pop("gate")
+  jax.tree.map(np.testing.assert_array_equal, read, rest)
+  # Eight bits: half a step of 1/127 of the largest of a block.
+  error = np.abs(gates[0]["kernel"] - gates[1]["kernel"]).max()
+  assert 0 < error < 0.02 * np.abs(gates[1]["kernel"]).max()
+
+
+def test_the_tokenizer_cuts_as_the_one_it_was_made_of(path):
+  found = tokenizer.tokenizers.Tokenizer.from_str(hf.load(path).tokenizer)
+  original = tokenizer.tokenizers.Tokenizer.from_str(json.dumps(TRAINED))
+  text = "We, the people of 1790: <|endoftext|>"
+  assert found.encode(text).ids == original.encode(text).ids
+  assert found.decode(found.encode("the 1790é").ids) == "the 1790é"
+
+
+def test_digits_stand_alone_where_the_file_says_so(params, tmp_path):
+  write(tmp_path / "m.gguf", params, cut="smollm")
+  text = hf.load(tmp_path / "m.gguf").tokenizer
+  tokens = (
+    tokenizer.tokenizers.Tokenizer.from_str(text).encode("of 1790").tokens
+  )
+  assert tokens[-4:] == ["1", "7", "9", "0"]
+
+
+def test_it_is_imported_and_sampled_from(path, tmp_path, capsys):
+  out = tmp_path / "out"
+  assert hf.main(["import", str(path), "--out", str(out)]) == 0
+  read = hf.load(out)
+  assert read.model == MODEL and read.end_ids == (0,)
+  flags = ["--prompt", "we", "--tokens", "3", "--temperature", "0"]
+  assert sample.main([str(out), *flags]) == 0
+  first = capsys.readouterr().out.splitlines()[-1]
+  assert sample.main([str(path), *flags]) == 0
+  assert capsys.readouterr().out.splitlines()[-1] == first
+
+
+def test_wrong_files_are_refused(params, tmp_path, capsys):
+  path = tmp_path / "m.gguf"
+  path.write_bytes(b"GGUF" + bytes(40))
+  with pytest.raises(UserError, match="cannot be read as GGUF"):
+    gguf_file.load(path)
+  with pytest.raises(UserError, match="cannot be read as GGUF"):
+    gguf_file.load(tmp_path / "none.gguf")
+  write(path, params, architecture="qwen2")
+  with pytest.raises(UserError, match=r"architecture is 'qwen2'"):
+    gguf_file.load(path)
+  write(path, params, without="model.norm.weight")
+  with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):
+    weights.to_params(gguf_file.load(path))
+  write(path, params, cut="other")
+  assert gguf_file.load(path).tokenizer == ""
+  assert "tokenizer gpt2/other" in capsys.readouterr().out

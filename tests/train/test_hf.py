@@ -1,0 +1,254 @@
+import dataclasses
+import json
+import types
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.train.conftest import TINY
+from train import (
+  checkpoint,
+  folder,
+  hf,
+  llama,
+  presets,
+  step,
+  tokenizer,
+  weights,
+)
+from train import config as configs
+from train.errors import UserError
+
+SHAPES = {
+  "plain": TINY,
+  "tied": dataclasses.replace(
+    TINY, n_kv_heads=2, tie_embeddings=True, rope_theta=5e5, norm_eps=1e-5
+  ),
+}
+TEXT = tokenizer.train(["we the people of these states " * 9], 300).to_str()
+EXTRA = {
+  "config.json": {"eos_token_id": 0, "max_position_embeddings": 64},
+  "tokenizer_config.json": {"eos_token": tokenizer.END},
+}
+
+
+def given(model, **more):
+  params = llama.init(model, 0)
+  more = {"tokenizer": TEXT, "extra": EXTRA} | more
+  return weights.from_params("test", model, lambda: params, **more), params
+
+
+def same(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def written(request, tmp_path_factory):
+  """A folder that we wrote, the model's config and its parameters."""
+  model = SHAPES[request.param]
+  source, params = given(model)
+  out = tmp_path_factory.mktemp("written") / "out"
+  hf.save(source, out)
+  return types.SimpleNamespace(out=out, model=model, params=params)
+
+
+def copy(written, tmp_path, **config):
+  """The folder's tensors and config, to be changed and written again."""
+  tensors = safetensors.numpy.load_file(written.out / hf.ONE)
+  old = json.loads((written.out / hf.CONFIG).read_text())
+  (tmp_path / hf.CONFIG).write_text(json.dumps(old | config))
+  return tensors
+
+
+def save(tensors, path):
+  safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+
+
+def test_what_is_written_is_read_back(written):
+  found = hf.load(written.out)
+  assert found.model == written.model
+  assert found.tokenizer == TEXT
+  assert found.end_ids == (0,)
+  same(weights.to_params(found), written.params)
+
+
+def test_shards_are_read_by_their_index(written, tmp_path):
+  tensors = copy(written, tmp_path)
+  parts = {"a.safetensors": {}, "b.safetensors": {}}
+  for i, (name, tensor) in enumerate(tensors.items()):
+    parts["ab"[i % 2] + ".safetensors"][name] = tensor
+  for file, part in parts.items():
+    save(part, tmp_path / file)
+  index = {name: file for file, part in parts.items() for name in part}
+  text = json.dumps({"weight_map": index})
+  (tmp_path / hf.INDEX).write_text(text)
+  same(weights.to_params(hf.load(tmp_path)), written.params)
+  (tmp_path / hf.INDEX).write_text(text.replace("b.safe", "c.safe"))
+  with pytest.raises(UserError, match=r"c\.safetensors cannot be read"):
+    hf.load(tmp_path)
+  (tmp_path / hf.INDEX).write_text(text.replace("b.safe", "a.safe"))
+  with pytest.raises(UserError, match="does not fit its shards"):
+    hf.load(tmp_path)
+
+
+def test_tensors_are_cast_to_the_parameters_dtype(written, tmp_path):
+  words = ["import", str(written.out), "--out", str(tmp_path / "half")]
+  assert hf.main([*words, "--dtype", "bfloat16"]) == 0
+  found = hf.load(tmp_path / "half")
+  config = json.loads((tmp_path / "half" / hf.CONFIG).read_text())
+  assert config["torch_dtype"] == "bfloat16"
+  assert found.read("model.norm.weight").dtype == ml_dtypes.bfloat16
+  rounded = jax.tree.map(
+    lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32),
+    written.params,
+  )
+  same(weights.to_params(found), rounded)
+
+
+def change(tensors, name, value):
+  tensors.pop(name, None)
+  if value is not None:
+    tensors[name] = value
+
+
+K_1 = "model.layers.1.self_attn.k_proj.weight"
+WRONG_TENSORS = {
+  "lacks": (K_1, None, rf"lacks {K_1}; its config.json says 2 layers"),
+  "unknown": ("model.bias", np.ones(3, "f"), r"has.*model\.bias"),
+  "shape": (K_1, np.ones((3, 32), "f"), rf"{K_1} is \(3, 32\), not "),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_TENSORS)
+def test_wrong_tensors_are_named(written, tmp_path, kind):
+  tensors = copy(written, tmp_path)
+  *how, said = WRONG_TENSORS[kind]
+  change(tensors, *how)
+  save(tensors, tmp_path / hf.ONE)
+  with pytest.raises(UserError, match=said):
+    weights.to_params(hf.load(tmp_path))
+
+
+def test_angles_are_ignored_and_a_tied_head_must_be_the_embedding(tmp_path):
+  source, params = given(SHAPES["tied"])
+  hf.save(source, tmp_path / "out")
+  written = types.SimpleNamespace(out=tmp_path / "out")
+  tensors = copy(written, tmp_path)
+  tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, "f")
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  save(tensors, tmp_path / hf.ONE)
+  same(weights.to_params(hf.load(tmp_path)), params)
+  tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+  save(tensors, tmp_path / hf.ONE)
+  with pytest.raises(UserError, match=r"lm_head\.weight differs"):
+    weights.to_params(hf.load(tmp_path))
+
+
+@pytest.mark.parametrize(
+  "field, value, said",
+  [
+    ("model_type", "gpt2", "model_type is 'gpt2'; only 'llama'"),
+    ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+    ("attention_bias", True, "attention_bias is True"),
+    ("mlp_bias", True, "mlp_bias is True"),
+    ("head_dim", 64, "head_dim is 64; this model computes 8 only"),
+    ("rope_scaling", {"rope_type": "llama3"}, "rope_type is 'llama3'"),
+    ("rope_scaling", {"type": "linear"}, "rope_type is 'linear'"),
+    ("hidden_size", None, "has no hidden_size"),
+  ],
+)
+def test_another_architecture_is_refused(field, value, said):
+  config = weights.model_to_hf(TINY, "float32", {})
+  config = {k: v for k, v in (config | {field: value}).items() if v is not None}
+  with pytest.raises(UserError, match=said):
+    weights.model_from_hf(config, "config.json")
+
+
+def test_older_and_newer_spellings_of_theta_are_read():
+  config = weights.model_to_hf(SHAPES["tied"], "float32", {})
+  for name in ("rope_theta", "rope_parameters"):
+    rest = {k: v for k, v in config.items() if k != name}
+    assert weights.model_from_hf(rest, "").rope_theta == 5e5
+  bare = {k: v for k, v in config.items() if not k.startswith("rope")}
+  assert weights.model_from_hf(bare, "").rope_theta == 1e4
+
+
+def test_what_is_no_folder_of_weights_is_said(tmp_path, capsys):
+  out = str(tmp_path / "out")
+  assert hf.main(["import", str(tmp_path / "none"), "--out", out]) == 2
+  assert "is no folder and no .gguf file" in capsys.readouterr().err
+  with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    hf.load(tmp_path)
+  config = weights.model_to_hf(TINY, "float32", {})
+  (tmp_path / hf.CONFIG).write_text(json.dumps(config))
+  with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
+    hf.load(tmp_path)
+  (tmp_path / hf.ONE).write_bytes(b"damaged")
+  with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+    hf.load(tmp_path)
+  with pytest.raises(UserError, match="is not empty"):
+    hf.save(given(TINY)[0], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(trainer, tmp_path_factory):
+  """A run's folder with one checkpoint, and its parameters."""
+  out = tmp_path_factory.mktemp("run")
+  config = configs.Config("tiny", model=TINY)
+  folder.claim_run(out, config, overwrite=False)
+  (out / "tokenizer.json").write_text(TEXT)
+  state = trainer.init(seed=5)
+  saver = checkpoint.Checkpoints(out, keep=1)
+  with jax.set_mesh(trainer.mesh):
+    saver.save(state, checkpoint.Progress(1.0, None))
+    saver.close()
+  return types.SimpleNamespace(out=out, params=jax.device_get(state.params))
+
+
+def test_a_run_is_exported(run, tmp_path, capsys):
+  assert hf.main(["export", str(run.out), "--out", str(tmp_path / "o")]) == 0
+  assert "parameters from" in capsys.readouterr().out
+  found = hf.load(tmp_path / "o")
+  same(weights.to_params(found), run.params)
+  assert found.tokenizer == TEXT
+  assert found.extra["config.json"]["max_position_embeddings"] == 128
+  described = found.extra["tokenizer_config.json"]
+  assert described["eos_token"] == tokenizer.END
+  arguments = ["export", str(run.out), "--step", "7", "--out", "x"]
+  assert hf.main(arguments) == 2
+  assert "checkpoints/7 cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
+  base = presets.make("sotu_small", "galore")
+  config = hf.adopt(configs.override(base, ["model.remat=full"]), written.out)
+  expected = dataclasses.replace(written.model, remat="full", unroll=4)
+  assert config.model == expected
+  assert config.data.tokenizer == str(written.out / "tokenizer.json")
+  assert config.data.end_token == tokenizer.END
+  same(hf.initial_params(config), written.params)
+  assert hf.initial_params(base) is None
+
+  config = hf.adopt(base, run.out)
+  assert config.model == dataclasses.replace(TINY, unroll=4)
+  placed, params = trainer.placed, hf.initial_params(config)
+  with jax.set_mesh(trainer.mesh):
+    state = step.init_state(TINY, trainer.tx, placed, 0, params)
+  same(jax.device_get(state.params), run.params)
+  assert int(state.step) == 0
+  # The shape can be changed after it was taken over, but not the weights.
+  wider = configs.override(config, ["model.d_ff=64"])
+  with pytest.raises(UserError, match=r"is \(48, 32\), not \(64, 32\)"):
+    hf.initial_params(wider)
+
+
+def test_going_on_needs_a_tokenizer(tmp_path):
+  hf.save(given(TINY, tokenizer="")[0], tmp_path / "out")
+  base = presets.make("sotu_small", "galore")
+  with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+    hf.adopt(base, tmp_path / "out")
+  with pytest.raises(UserError, match=r"import it first"):
+    hf.adopt(base, tmp_path / "model.gguf")
