@@ -1,0 +1,256 @@
+"""Runs that come to harm, next to one that does not.
+
+All share one tiny config; what is compared are the losses of every step and
+the final checkpoint, bit for bit.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from train import checkpoint, loop, metrics, optimizer, presets, pretrain, step
+from train import config as configs
+from train import mesh as meshes
+from train.folder import FOLDER
+
+ROOT = pathlib.Path(__file__).parents[2]
+SETTINGS = {
+  "data.length": 16,
+  "data.batch": 8,
+  "model.vocab_size": 300,
+  "model.d_model": 16,
+  "model.d_ff": 32,
+  "model.n_layers": 2,
+  "model.n_heads": 2,
+  "optimizer.rank": 4,
+  "optimizer.update_proj_gap": 3,
+  "optimizer.learning_rate": 0.01,
+  "train.steps": 12,
+  "run.eval_every": 6,
+  "run.checkpoint_every": 4,
+  "run.log_every": 1,
+  "run.sample_tokens": 0,
+  "mesh.data": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def flags(text_file, tmp_path_factory):
+  settings = SETTINGS | {
+    "data.path": text_file,
+    "data.cache": tmp_path_factory.mktemp("cache"),
+  }
+  return [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting(tmp_path_factory):
+  """One device, as on a user's machine; every program compiled once."""
+  found, cache = jax.devices, str(tmp_path_factory.mktemp("compiled"))
+  variables = {
+    "jax_compilation_cache_dir": cache,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in variables}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "devices", lambda *names: found(*names)[:1])
+    for name, value in variables.items():
+      jax.config.update(name, value)
+      patch.setenv(name.upper(), str(value))  # for the subprocesses
+    yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def whole(setting, flags, tmp_path_factory):
+  """The run that nothing happens to."""
+  out = tmp_path_factory.mktemp("whole") / "run"
+  assert pretrain.main(["--out", str(out), *flags]) == 0
+  return out
+
+
+def losses(out):
+  records = metrics.read(out / metrics.FILE)
+  return [(r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+def steps_of(out):
+  return sorted(int(p.name) for p in (out / FOLDER).iterdir())
+
+
+def final(out):
+  """The state of the last checkpoint, read without the run's own code."""
+  tx = optimizer.make_optimizer(
+    configs.OptimizerConfig(rank=4, update_proj_gap=3, learning_rate=0.01), 12
+  )
+  model = presets.make("sotu_small", "galore")
+  model = configs.override(
+    model, [f"{k}={v}" for k, v in SETTINGS.items() if k.startswith("model.")]
+  ).model
+  mesh = meshes.make_mesh(configs.MeshConfig(), 8)
+  state, progress = checkpoint.restore(out, step.place(model, tx, mesh))
+  assert int(state.step) == 12
+  return state, progress
+
+
+def assert_same_run(out, whole):
+  assert losses(out) == losses(whole)
+  assert [n for n, _ in losses(out)] == list(range(1, 13))
+  (state, progress), (expected, reference) = final(out), final(whole)
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  assert progress.data == reference.data
+
+
+def drive(harm, argument, out, flags, *before):
+  """Runs the driver; returns the finished process."""
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=1",
+  }
+  return subprocess.run(
+    [*before, sys.executable, "-m", "tests.train.driver", harm, str(argument),
+     "--", "--out", str(out), *flags],
+    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(
+  number, flags, whole, tmp_path, monkeypatch, capsys
+):
+  out, record = tmp_path / "run", loop.Watch.record
+
+  def interrupt(self, index, values):
+    if index == 5:
+      signal.raise_signal(number)
+    return record(self, index, values)
+
+  monkeypatch.setattr(loop.Watch, "record", interrupt)
+  assert pretrain.main(["--out", str(out), *flags]) == 130
+  assert "stopped after step 7, which is saved" in capsys.readouterr().out
+  assert steps_of(out) == [6, 7]
+  monkeypatch.setattr(loop.Watch, "record", record)
+  assert pretrain.main(["--out", str(out), *flags]) == 0
+  assert "continuing from the checkpoint of step 7" in capsys.readouterr().out
+  assert_same_run(out, whole)
+
+
+def test_a_finished_run_says_that_it_is_complete(
+  flags, whole, tmp_path, capsys
+):
+  out = tmp_path / "run"
+  shutil.copytree(whole, out)
+  before = (out / metrics.FILE).read_text()
+  assert pretrain.main(["--out", str(out), *flags]) == 0
+  assert "complete: all 12 steps" in capsys.readouterr().out
+  assert (out / metrics.FILE).read_text() == before
+  assert_same_run(out, whole)
+
+
+def test_the_time_so_far_goes_on_after_an_interruption(whole, flags, tmp_path):
+  out = tmp_path / "run"
+  shutil.copytree(whole, out)
+  shutil.rmtree(out / FOLDER / "12")
+  (progress,) = (out / FOLDER / "8" / "progress").glob("*.json")
+  saved = json.loads(progress.read_text())
+  progress.write_text(json.dumps(saved | {"seconds": 1000.0}))
+  assert pretrain.main(["--out", str(out), *flags]) == 0
+  records = metrics.read(out / metrics.FILE)
+  times = {r["step"]: r["seconds"] for r in records if "seconds" in r}
+  assert times[8] < 900 < 1000 < times[9] <= times[12] < 1100
+  assert_same_run(out, whole)
+
+
+HARMS = {
+  "while its folder is made": ("os.mkdir", "8.orbax-checkpoint-tmp"),
+  "before it is given its name": ("os.rename", "checkpoints/8"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_kill_during_a_save_loses_nothing_before_it(
+  harm, flags, whole, tmp_path, capsys
+):
+  out = tmp_path / "run"
+  done = drive(*HARMS[harm], out, flags)
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  left = {p.name for p in (out / FOLDER).iterdir()}
+  assert "8" not in left and {"4", "6"} <= left
+  assert pretrain.main(["--out", str(out), *flags]) == 0
+  assert "continuing from the checkpoint of step 6" in capsys.readouterr().out
+  assert_same_run(out, whole)
+  assert all(p.name.isdigit() for p in (out / FOLDER).iterdir())
+
+
+def test_a_kill_between_saves_loses_the_steps_since_the_last(
+  flags, whole, tmp_path, capsys
+):
+  out = tmp_path / "run"
+  done = drive("killed-after", 11, out, flags)
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  assert losses(out)[-1][0] in (10, 11)
+  assert pretrain.main(["--out", str(out), *flags]) == 0
+  assert "continuing from the checkpoint of step 8" in capsys.readouterr().out
+  assert_same_run(out, whole)
+
+
+def test_a_damaged_newest_checkpoint_gives_way(flags, whole, tmp_path, capsys):
+  out = tmp_path / "run"
+  shutil.copytree(whole, out)
+  files = [p for p in (out / FOLDER / "12" / "state").rglob("*") if p.is_file()]
+  largest = max(files, key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:100])
+  assert pretrain.main(["--out", str(out), *flags]) == 0
+  said = capsys.readouterr().out
+  (line,) = [x for x in said.splitlines() if "is damaged" in x]
+  assert "checkpoints/12 is damaged" in line and "step 8 is used" in line
+  assert_same_run(out, whole)
+
+
+def small_disk(folder):
+  """A command that runs another on a disk of 4 MB, or why there is none."""
+  mount = f'mount -t tmpfs -o size=4m tmpfs "{folder}" && exec "$@"'
+  before = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+  try:
+    tried = subprocess.run([*before, "true"], capture_output=True, text=True)
+  except FileNotFoundError as error:
+    return None, str(error)
+  return (None, tried.stderr) if tried.returncode else (before, "")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_no_run_and_loses_no_checkpoint(
+  flags, whole, tmp_path
+):
+  before, reason = small_disk(tmp_path)
+  if before is None:
+    pytest.skip(f"no small disk can be mounted here: {reason}")
+  out = tmp_path / "run"
+  saved = tmp_path.with_name("saved")  # the disk goes with its process
+  copy = 'trap "cp -r $0 $1" EXIT; shift; "$@"'
+  done = drive("full-disk", tmp_path, out, flags, *before,
+               "bash", "-c", copy, str(out), str(saved))  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  said = done.stdout
+  for n in (6, 8):
+    assert f"the checkpoint of step {n} could not be written (No space" in said
+  assert "that of 4 is complete" in said
+  assert "step 12/12" in said  # it went on to the end
+  assert "status 1\ncheckpoints 4\n" in said
+  assert "status 1 with a full disk\n" in said
+  assert "step 12 is done, but its state could not be saved" in done.stderr
+  assert "make room and run the same command" in done.stderr
+  assert said.count("continuing from the checkpoint of step 4") >= 1
+  assert_same_run(saved, whole)
