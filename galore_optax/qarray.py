@@ -118,7 +118,8 @@ def scale_shape(shape: tuple[int, ...], block: int = BLOCK) -> tuple[int, ...]:
   """
   axis = block_axis(shape)
   count = -(-shape[axis] // block)
-  return (*shape[:-2], count, *(shape[-3 - axis],) * (len(shape) > 1))
+  other = shape[-2] if axis == -1 and len(shape) > 1 else shape[-1]
+  return (*shape[:-2], count, other) if len(shape) > 1 else (count,)
 
 
 def scale_spec(spec: tuple, shape: tuple[int, ...]) -> tuple:
@@ -164,7 +165,8 @@ def quantize(
   `float8`: float8_e4m3 relative to the largest magnitude of the block.
 
   Args:
-    x: Array of floats with at least one axis, finite.
+    x: Array of floats with at least one axis, finite; magnitudes above 8e37
+      may count as that or as 0.
     kind: The format.
     block: Elements that share a scale, at most.
     symmetric: Whether the steps of `int4` and `int8` are the same on both
@@ -177,8 +179,8 @@ def quantize(
     The quantised array.
 
   Raises:
-    ValueError: If `kind` is unknown, `x` has no axes, or the format has no
-      stochastic rounding.
+    ValueError: If `kind` is unknown, `block` is not positive, `x` has no axes,
+      or the format has no stochastic rounding.
 
   Example:
     >>> q = quantize(jnp.linspace(5.0, 6.0, 512).reshape(256, 2), "int4")
@@ -191,6 +193,7 @@ def quantize(
     <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.
   """
   checks.check_choice("kind", kind, KINDS)
+  checks.check_positive("block", block)
   if jnp.ndim(x) == 0:
     raise ValueError("`x` has no axes; only arrays have blocks.")
   if key is not None and kind not in _BITS:
@@ -353,7 +356,7 @@ class _Blocks:
   @property
   def length(self) -> int:
     """Elements of a block."""
-    return -(-self.shape[self.axis] // max(self.count, 1))
+    return max(1, -(-self.shape[self.axis] // max(self.count, 1)))
 
   @property
   def _at(self) -> int:
@@ -399,11 +402,11 @@ def _asymmetric(
   # One level less where codes are random: then none has to be clipped, which
   # would bias the ends, although the zero is a whole number of steps.
   steps = 2**bits - (1 if key is None else 2)
-  scale = (high - low) / steps
-  inverse = _inverse(scale)
-  zero = -low * inverse
+  scale = high / steps - low / steps  # the difference may be out of range
+  divisor = _divisor(scale)
+  zero = -low / divisor
   zero = jnp.round(zero) if key is None else jnp.ceil(zero - 1e-4)
-  codes = _round(x * blocks.spread(inverse), key) + blocks.spread(zero)
+  codes = _round(x / blocks.spread(divisor), key) + blocks.spread(zero)
   offset = 2 ** (bits - 1)  # the codes are signed
   codes = jnp.clip(codes, 0, 2**bits - 1) - offset
   return codes, scale, (zero - offset).astype(jnp.int8)
@@ -416,7 +419,7 @@ def _symmetric(
   largest = blocks.reduce(jnp.max, jnp.abs(x))
   top = {"int4": 7.0, "int8": 127.0, "float8": 448.0}.get(kind, 1.0)
   scale = largest / top
-  x = jnp.clip(x * blocks.spread(_inverse(scale)), -top, top)
+  x = jnp.clip(x / blocks.spread(_divisor(scale)), -top, top)
   if kind == "dynamic":
     return _dynamic_code(x), scale
   if kind == "unsigned_dynamic":
@@ -424,9 +427,9 @@ def _symmetric(
   return (x if kind == "float8" else _round(x, key)), scale
 
 
-def _inverse(scale: jax.Array) -> jax.Array:
-  """1 / scale, and 0 for blocks of zeros."""
-  return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+def _divisor(scale: jax.Array) -> jax.Array:
+  """What a block is divided by; its reciprocal, which XLA takes, is finite."""
+  return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1)
 
 
 def _round(x: jax.Array, key: jax.Array | None) -> jax.Array:
