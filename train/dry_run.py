@@ -8,6 +8,7 @@ so a 7B model takes seconds on a laptop and needs neither data nor a hub.
 import collections
 import json
 import math
+import textwrap
 from typing import Any
 
 import jax
@@ -252,14 +253,18 @@ def _work(found: dict[str, float]) -> list[str]:
   ]
   if found["recomputed_per_token"]:
     lines.append(f"recomputed  {token('recomputed')}")
-  update = found["optimizer_per_step"]
-  share = f"{update / found['per_step']:.2%} of a step"
-  lines.append(f"optimizer   {amount(update)}FLOPs a step, {share}")
-  if found["refresh"]:
-    mean = found["refresh"] / found["refresh_every"] / found["per_step"]
+  update, refresh = found["optimizer_per_step"], found["refresh"]
+  if update:
+    share = 100 * update / found["per_step"]
     lines.append(
-      f"refreshes   {amount(found['refresh'])}FLOPs every"
-      f" {found['refresh_every']} steps, {mean:.2%} of them"
+      f"optimizer   {amount(update)}FLOPs a step, {share:.2g}% of it"
+    )
+  if refresh:
+    gap = found["refresh_every"]
+    share = 100 * refresh / gap / found["per_step"]
+    lines.append(
+      f"refreshes   {amount(refresh)}FLOPs every {gap} steps, {share:.2g}% of"
+      " them"
     )
   return [
     "matrix products",
@@ -277,7 +282,8 @@ def _time(found: dict[str, float], devices: int) -> list[str]:
     f"{kind} {duration(model / (0.4 * devices * flops.peak(kind)))}"
     for kind in ("TPU v5e", "TPU v6e", "A100", "H100", "RTX 4090")
   )
-  return [f"at 40% MFU, {count}:", f"  {', '.join(times)}"]
+  text = f"at 40% MFU, {count}: {', '.join(times)}"
+  return textwrap.wrap(text, 78, subsequent_indent="  ")
 
 
 def size(count: float) -> str:

@@ -142,7 +142,8 @@ def _find(m: int, n: int, size: int, rank: int, exact: bool) -> float:
   if exact:
     long, short = max(m, n), min(m, n)
     return 6 * long * short**2 + 20 * short**3
-  passes = 3 * (4 * size * rank**2 + rank**3)
+  # The Gram matrix, its inverse factor, and the product with that.
+  passes = 3 * (4 * size * rank**2 + 4 / 3 * rank**3)
   return ITERATIONS * (4 * m * n * rank + passes)
 
 

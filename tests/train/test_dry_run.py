@@ -1,0 +1,140 @@
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import galore_optax
+from train import config, dry_run, flops, jaxprs, presets, pretrain
+
+
+def estimate(preset, optimizer, *settings):
+  return dry_run.estimate(
+    config.override(presets.make(preset, optimizer), settings)
+  )
+
+
+@pytest.fixture(scope="module")
+def giant():
+  return estimate("llama_7b", "galore", "mesh.fsdp=8", "train.accumulate=64")
+
+
+def test_a_giant_is_counted_without_its_memory(giant):
+  counts = giant["parameters"]
+  assert counts["total"] == 6_738_415_616  # of the published config
+  assert counts["total"] == sum(v for k, v in counts.items() if k != "total")
+  assert counts["attention"] == 32 * 4 * 4096**2
+  assert giant["bytes"]["whole"]["weights"] == 2 * counts["total"]
+  assert giant["bytes"]["whole"]["gradient_sums"] == 4 * counts["total"]
+
+
+def test_bytes_of_a_device_are_its_shards(giant):
+  whole, device = giant["bytes"]["whole"], giant["bytes"]["device"]
+  # All but the norms are split by eight.
+  norms = 2 * giant["parameters"]["norms"]
+  assert device["weights"] == (whole["weights"] - norms) // 8 + norms
+  assert whole["activations"] == 8 * device["activations"]
+  rows = 512 // 8 // 64
+  one = flops.trace_loss(
+    presets.make("llama_7b", "adamw").model, rows, 256, True
+  )
+  assert device["activations"] == jaxprs.peak_bytes(one)
+
+
+def test_state_bytes_are_those_of_describe(giant):
+  state = giant["bytes"]["whole"]["optimizer_state"]
+  rows = sum(row["state_bytes"] for row in giant["plan"])
+  assert 0 <= state - rows < 100  # counters
+  assert giant["optimizer_state"]["this run (galore)"] == state
+  fewer = estimate("llama_7b", "galore", "optimizer.rank=128", "data.batch=8")
+  assert fewer["bytes"]["whole"]["optimizer_state"] < state / 2
+
+
+def test_the_run_adds_up(giant):
+  found = giant["flops"]
+  assert found["tokens_per_step"] == 512 * 256
+  assert found["tokens"] == 150_000 * 512 * 256
+  # Projecting and lifting: 4 m n r a matrix.
+  sizes = 4 * 4096 * 4096 + 3 * 4096 * 11008
+  assert found["optimizer_per_step"] == 32 * 4 * 1024 * sizes
+  per_token = 3 * found["forward_per_token"] + found["recomputed_per_token"]
+  rest = found["optimizer_per_step"] + found["refresh"] / 500
+  assert found["run"] == pytest.approx(
+    150_000 * (found["tokens_per_step"] * per_token + rest)
+  )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_refresh_costs_what_its_program_does(side):
+  m, n, rank = 2048, 4096, 64
+  shape = (m, n) if side == "left" else (n, m)
+  params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  tx = galore_optax.galore_sgd(0.1, rank=rank, moments="keep")
+  rows = galore_optax.describe(tx, params).rows
+  settings = config.OptimizerConfig(rank=rank, moments="keep")
+  state = jax.eval_shape(tx.init, params)
+  program = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
+  dear, cheap = (jaxprs.count_flops(program, f) for f in (max, min))
+  # The loop over iterations has no known length: it counts as one turn.
+  one = flops.refresh(rows, settings) / flops.ITERATIONS
+  assert dear - cheap == pytest.approx(one, rel=0.05)
+
+
+def test_svd_and_rotation_cost_more():
+  tx = galore_optax.galore_sgd(0.1, rank=8)
+  rows = galore_optax.describe(tx, {"w": jnp.zeros((3, 64, 256))}).rows
+  base = config.OptimizerConfig(rank=8, moments="keep")
+  cost = lambda **c: flops.refresh(rows, dataclasses.replace(base, **c))
+  assert cost(projector="svd") > 10 * cost()
+  assert cost(moments="rotate") > cost()
+  assert cost(name="galore_faithful", moments="rotate") == cost(projector="svd")
+
+
+def test_every_optimizer_is_counted():
+  for name in config.OPTIMIZERS:
+    found = estimate("llama_9m", name)
+    state = found["bytes"]["whole"]["optimizer_state"]
+    assert found["optimizer_state"][f"this run ({name})"] == state
+    assert (found["flops"]["refresh"] > 0) == name.startswith("galore"), name
+
+
+def test_the_command_reads_no_data_and_writes_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  words = ["--preset", "llama_60m", "--dry-run", "--set", "data.path=/no/such"]
+  assert pretrain.main(words) == 0
+  text = capsys.readouterr().out
+  assert max(map(len, text.splitlines())) <= 80
+  for part in ("58,073,600", "layers/mlp/down/kernel", "optax.contrib.galore",
+               "activations", "1.31 Gtokens", "40% MFU"):  # fmt: skip
+    assert part in text, part
+  assert pretrain.main([*words, "--json"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["parameters"]["total"] == 58_073_600
+  assert not list(tmp_path.iterdir())
+
+
+def test_wrong_input_is_told(capsys):
+  words = ["--preset", "llama_9m", "--dry-run", "--set", "mesh.fsdp=7"]
+  assert pretrain.main(words) == 2
+  assert "multiple of 7" in capsys.readouterr().err
+  with pytest.raises(SystemExit) as raised:
+    pretrain.main(["--json"])
+  assert raised.value.code == 2
+
+
+def test_peaks_are_found_by_the_names_that_devices_give():
+  known = {
+    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v5p": 459,
+    "TPU v6 lite": 918, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H200": 989,
+    "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
+    "NVIDIA GeForce RTX 4090": 165.2,
+  }  # fmt: skip
+  for kind, teraflops in known.items():
+    assert flops.peak(kind) == teraflops * 1e12, kind
+  for kind in ("cpu", "NVIDIA A1000", "NVIDIA GeForce RTX 3090 Ti", "TPU v3"):
+    assert math.isnan(flops.peak(kind)), kind
+  assert math.isnan(flops.utilisation(1e4, 1e9))  # of these CPU devices
