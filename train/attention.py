@@ -13,6 +13,7 @@ value heads (query head i reads head i // (N / K)), H head width.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,9 @@ def attend(
   form = choose(form, q_BxTxNxH)
   if form == "splash":
     return splash(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH)
+  library = "cudnn" if form == "cudnn" else "xla"
   return jax.nn.dot_product_attention(
-    q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, is_causal=True, implementation=form
+    q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, is_causal=True, implementation=library
   )
 
 
@@ -180,7 +182,7 @@ def _splash_local(q, k, v, interpret: bool) -> jax.Array:
     block_kv_dq=tile,
   )
   causal = splash_attention.CausalMask((length, length))
-  kernel = splash_attention.make_splash_mha_single_device(
+  kernel: Any = splash_attention.make_splash_mha_single_device(
     splash_attention.MultiHeadMask([causal] * heads),
     block_sizes=sizes,
     interpret=interpret,

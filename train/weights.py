@@ -6,7 +6,6 @@ read before its config, its names and its shapes were found right.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -202,8 +201,10 @@ def from_params(
 
   def read(name: str) -> np.ndarray:
     row, layer = places[name]
-    array = functools.reduce(dict.__getitem__, row.ours.split("/"), params())
-    array = np.asarray(array)
+    found: Any = params()
+    for part in row.ours.split("/"):
+      found = found[part]
+    array = np.asarray(found)
     array = array[layer] if LAYER in row.theirs else array
     return np.ascontiguousarray(array.T if row.turned else array)
 
