@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 from train import config as configs
-from train import presets
+from train import notes, presets
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
@@ -15,15 +15,20 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog="presets:\n"
     + presets.summary()
-    + "\n\nfields for --set:\n"
-    + configs.summary(presets.make("sotu_small", "galore")),
+    + "\n\nfields for --set, with their values in the default run:\n"
+    + notes.summary(presets.make("sotu_small", "galore")),
   )
-  parser.add_argument("--preset", default="sotu_small", metavar="NAME")
+  parser.add_argument(
+    "--preset",
+    default="sotu_small",
+    metavar="NAME",
+    help="one of the presets below; default: sotu_small",
+  )
   parser.add_argument(
     "--optimizer",
     default="galore",
     metavar="NAME",
-    help=", ".join(configs.OPTIMIZERS),
+    help=", ".join(configs.OPTIMIZERS) + "; default: galore",
   )
   parser.add_argument(
     "--from",

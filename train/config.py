@@ -44,15 +44,15 @@ def _check(group: str, config: Any, names: Iterable[str], low: float = 0):
 class ModelConfig:
   """A LLaMA decoder."""
 
-  vocab_size: int = 4096
-  d_model: int = 256
+  vocab_size: int = 4096  # token ids; the tokenizer has as many or fewer
+  d_model: int = 256  # features of a token between the blocks
   d_ff: int = 688  # SwiGLU: three matrices of d_model x d_ff
-  n_layers: int = 4
-  n_heads: int = 4
+  n_layers: int = 4  # blocks
+  n_heads: int = 4  # query heads, each d_model / n_heads wide
   n_kv_heads: int = 0  # 0: as many as n_heads; fewer: grouped queries
-  rope_theta: float = 10000.0
-  norm_eps: float = 1e-6
-  init_std: float = 0.02
+  rope_theta: float = 10000.0  # base of the rotary wavelengths
+  norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+  init_std: float = 0.02  # standard deviation of fresh weights
   tie_embeddings: bool = False  # the head is the transposed embedding
   dtype: Dtype = "float32"  # of the computation
   param_dtype: Dtype = "float32"  # of the stored weights
@@ -99,7 +99,7 @@ class DataConfig:
   # `validation` where there is one; none: documents taken out of the training.
   validation: str = ""
   revision: str = ""  # branch, tag or commit of a hub set
-  text_field: str = "text"
+  text_field: str = "text"  # column that holds the text
   documents: Literal["paragraph", "line", "file"] = "paragraph"  # of .txt files
   # Read and tokenise on demand instead of as a whole; auto: hub sets are.
   stream: Literal["auto", "true", "false"] = "auto"
@@ -145,24 +145,29 @@ class OptimizerConfig:
   only when the full-rank optimizers have the factor as well.
   """
 
-  name: OptimizerName = "galore"
+  name: OptimizerName = "galore"  # what --optimizer sets
   learning_rate: float = 8e-3  # at its peak
   matrix_lr: float = 1.0  # factor for the block matrices, any optimizer
   warmup: float = 0.1  # fraction of the steps
   final: float = 0.1  # learning rate at the end, fraction of the peak
   clip: float = 1.0  # global norm of the gradient; 0: no clipping
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
+  b1: float = 0.9  # decay of the first moment
+  b2: float = 0.999  # decay of the second moment
+  eps: float = 1e-8  # added to the root of the second moment
   weight_decay: float = 0.0  # decoupled; not on norms
-  rank: int = 64
+  rank: int = 64  # of GaLore's subspaces
   update_proj_gap: int = 50  # steps between two bases of a matrix
-  scale: float = 0.25  # GaLore's alpha
+  scale: float = 0.25  # GaLore's alpha: factor on what comes back from them
+  # The projected side: std the shorter, as the papers do; reverse_std the
+  # longer; full both; auto whichever leaves the smallest state.
   proj_type: Literal["std", "reverse_std", "left", "right", "full", "auto"] = (
     "std"
   )
+  # How a basis is found: warm-started subspace iteration, or exactly.
   projector: Literal["subspace", "svd"] = "subspace"
+  # When bases are renewed: a few at each step, or all at once.
   refresh: Literal["staggered", "synchronous"] = "staggered"
+  # What happens to a matrix's moments when its basis is renewed.
   moments: Literal["rotate", "keep", "reset"] = "rotate"
 
   def __post_init__(self):
@@ -200,7 +205,9 @@ class MeshConfig:
   data: int = 0  # copies of the model; 0: all devices the other axes leave
   fsdp: int = 1  # devices over which batch and weights are split
   tensor: int = 1  # devices over which heads and feed-forward are split
-  coordinator: str = ""  # host:port of process 0; auto: found; "": one process
+  # host:port of process 0; auto: the cluster tells; "": as auto under a
+  # launcher that is known to start several processes, else there is one
+  coordinator: str = ""
   processes: int = 0  # in all; 0: from the cluster's environment
   process: int = -1  # this one, from 0; -1: from the cluster's environment
 
@@ -224,14 +231,14 @@ class MeshConfig:
 class RunConfig:
   """What is reported and saved; a resumed run may change these."""
 
-  eval_every: int = 100  # steps
+  eval_every: int = 100  # steps between two evaluations
   log_every: int = 10  # steps between two lines of metrics.jsonl
   checkpoint_every: int = 100  # steps; the last step is always saved
   keep: int = 2  # newest checkpoints that stay
   keep_best: int = 1  # best ones that stay too, by held-out loss; 0: none
-  prompt: str = "The people of the United States"
-  sample_tokens: int = 64
-  temperature: float = 0.7
+  prompt: str = "The people of the United States"  # the sample goes on
+  sample_tokens: int = 64  # length of the sample at the end; 0: none
+  temperature: float = 0.7  # of the sample
   sinks: str = ""  # where numbers go, too: tensorboard,wandb
   watch: str = "auto"  # matrices whose subspace is looked at: attn.q.0,mlp.*.3
   watch_every: int = 0  # steps between two looks; 0: rarely, at refreshes
@@ -355,12 +362,3 @@ def parse(name: str, text: str, kind: Any) -> Any:
   except (ValueError, KeyError):
     expected = "true or false" if kind is bool else f"of type {kind.__name__}"
     raise UserError(f"--set {name}={text}: must be {expected}") from None
-
-
-def summary(config: Config) -> str:
-  """The fields that `--set` takes, with their values in `config`."""
-  return "\n".join(
-    f"  {name}={value}"
-    for name, value in flatten(config).items()
-    if "." in name
-  )

@@ -13,11 +13,22 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import checkpoint, loop, metrics, optimizer, presets, pretrain, step
+from train import (
+  checkpoint,
+  llama,
+  loop,
+  metrics,
+  optimizer,
+  presets,
+  pretrain,
+  step,
+)
 from train import config as configs
+from train import job as jobs
 from train import mesh as meshes
 from train.folder import FOLDER
 
@@ -38,6 +49,7 @@ SETTINGS = {
   "run.checkpoint_every": 4,
   "run.log_every": 1,
   "run.sample_tokens": 0,
+  "run.watch": "none",
   "mesh.data": 1,
 }
 
@@ -217,6 +229,61 @@ def test_a_damaged_newest_checkpoint_gives_way(flags, whole, tmp_path, capsys):
   (line,) = [x for x in said.splitlines() if "is damaged" in x]
   assert "checkpoints/12 is damaged" in line and "step 8 is used" in line
   assert_same_run(out, whole)
+
+
+def is_poison(rows):
+  return (rows == rows[:, :1]).all(axis=1).any()
+
+
+def poison(monkeypatch, numbers):
+  """Gives some batches a row of one id, of which the model makes a nan."""
+  plain, make_feed = llama.apply, jobs.make_feed
+
+  def overflow(graphdef, params, ids):
+    return plain(graphdef, params, ids) / jnp.where(is_poison(ids), 0.0, 1.0)
+
+  def feed(corpus, config, part, position):
+    loader = make_feed(corpus, config, part, position)
+    batches, done = loader._batches, (position or {"batches": 0})["batches"]
+
+    def poisoned():
+      for number, (rows, state) in enumerate(batches, done + 1):
+        assert not is_poison(rows)
+        if number in numbers:
+          rows = np.array(rows)
+          rows[3] = 7
+        yield rows, state
+
+    loader._batches = poisoned()
+    return loader
+
+  monkeypatch.setattr(llama, "apply", overflow)
+  monkeypatch.setattr(jobs, "make_feed", feed)
+
+
+def test_bad_steps_are_skipped_and_too_many_in_a_row_end_the_run(
+  flags, tmp_path, monkeypatch, capsys
+):
+  out = tmp_path / "run"
+  poison(monkeypatch, (3, 5, 6, 7, 8))
+  order = ["--out", str(out), *flags, "--set", "train.max_skips=3"]
+  assert pretrain.main(order) == 1
+  told = capsys.readouterr()
+  assert "step     3  skipped: loss" in told.out
+  assert "(1 in a row, 1 in all)" in told.out
+  assert "(3 in a row, 4 in all)" in told.out
+  (error,) = told.err.splitlines()
+  assert "no finite gradient in 3 steps in a row (train.max_skips)" in error
+  assert "saved as step 8" in error and "optimizer.learning_rate" in error
+  # The batches went on meanwhile, so the same command gets past them.
+  assert pretrain.main(order) == 0
+  assert "continuing from the checkpoint of step 8" in capsys.readouterr().out
+  assert [n for n, _ in losses(out)] == [1, 2, 4, 9, 10, 11, 12]
+  records = {r["step"]: r for r in metrics.read(out / metrics.FILE)}
+  assert records[9]["skipped"] == 5
+  state, _ = final(out)
+  assert (int(state.skipped), int(state.skips_in_row)) == (5, 0)
+  assert step.all_finite(state.params) and step.all_finite(state.opt_state)
 
 
 def small_disk(folder):

@@ -1,15 +1,15 @@
+import dataclasses
 import json
 import math
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
-import jax.numpy as jnp
 import pytest
 
-from train import loop, metrics, pretrain, step
+from train import config as configs
+from train import metrics, notes, pretrain
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -35,11 +35,6 @@ def flags(text_file, tmp_path_factory):
     "run.sample_tokens": 3,
   }
   return [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
-
-
-def losses(out):
-  records = metrics.read(out / "metrics.jsonl")
-  return [r["loss"] for r in records if "loss" in r]
 
 
 def test_the_command_end_to_end(flags, tmp_path):
@@ -68,51 +63,6 @@ def test_the_command_end_to_end(flags, tmp_path):
   assert held_out[12]["held_out_perplexity"] == pytest.approx(
     math.exp(held_out[12]["held_out_loss"])
   )
-
-
-def test_an_interrupted_run_goes_on_to_the_same_numbers(
-  flags, tmp_path, monkeypatch, capsys
-):
-  whole, cut = tmp_path / "whole", tmp_path / "cut"
-  assert pretrain.main(["--out", str(whole), *flags]) == 0
-  record = loop.record
-
-  def interrupt(job, progress, speed, index, values):
-    record(job, progress, speed, index, values)
-    if index == 5:
-      signal.raise_signal(signal.SIGINT)
-
-  monkeypatch.setattr(loop, "record", interrupt)
-  capsys.readouterr()
-  assert pretrain.main(["--out", str(cut), *flags]) == 130
-  assert "the same command continues" in capsys.readouterr().out
-  assert len(losses(cut)) < 12
-  monkeypatch.setattr(loop, "record", record)
-  assert pretrain.main(["--out", str(cut), *flags]) == 0
-  assert "continuing from the checkpoint" in capsys.readouterr().out
-  assert losses(cut) == losses(whole)
-  assert len(losses(cut)) == 12
-  # Once more: nothing to train, the report again, the log as it was.
-  before = (cut / "metrics.jsonl").read_text()
-  assert pretrain.main(["--out", str(cut), *flags]) == 0
-  assert "this run (galore)" in capsys.readouterr().out
-  assert (cut / "metrics.jsonl").read_text() == before
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(
-  flags, tmp_path, monkeypatch, capsys
-):
-  plain = step.token_losses
-
-  def overflow(graphdef, params, rows):
-    found = plain(graphdef, params, rows)
-    return jnp.where(params["norm"]["scale"][0] != 1.0, jnp.inf, found)
-
-  monkeypatch.setattr(step, "token_losses", overflow)
-  assert pretrain.main(["--out", str(tmp_path / "run"), *flags]) == 1
-  error = capsys.readouterr().err
-  assert error.count("\n") == 1
-  assert "step 3: loss inf" in error and "learning_rate" in error
 
 
 BAD = {
@@ -155,3 +105,21 @@ def test_help_lists_presets_and_fields(capsys):
   assert raised.value.code == 0
   text = capsys.readouterr().out
   assert "llama_7b" in text and "optimizer.update_proj_gap=" in text
+  assert "0: as many as n_heads" in text
+  fields = text.partition("fields for --set")[2]
+  assert max(map(len, fields.splitlines())) <= 80
+
+
+def test_every_field_says_what_it_means():
+  groups = [type(v) for v in vars(configs.Config("")).values()]
+  for group in filter(dataclasses.is_dataclass, groups):
+    for field, note in notes.field_notes(group).items():
+      assert note, f"{group.__name__}.{field} has no comment"
+
+
+def test_notes_are_read_beside_and_above_the_fields():
+  found = notes.field_notes(configs.RunConfig)
+  assert found["keep"] == "newest checkpoints that stay"
+  proj_type = notes.field_notes(configs.OptimizerConfig)["proj_type"]
+  assert proj_type.startswith("The projected side:")
+  assert proj_type.endswith("smallest state.")

@@ -1,0 +1,75 @@
+"""What each field of the config means: the comments beside the fields.
+
+They are read out of the source, so that what `--help` says is what the reader
+of `train/config.py` finds.
+"""
+
+import ast
+import dataclasses
+import inspect
+import io
+import textwrap
+import tokenize
+import typing
+from typing import Any, Literal
+
+from train import config as configs
+
+WIDTH = 80
+COLUMN = 34  # where the notes start
+
+
+def field_notes(cls: type) -> dict[str, str]:
+  """The comment beside each field of a dataclass, or in the lines above it."""
+  source = textwrap.dedent(inspect.getsource(cls))
+  lines = source.splitlines()
+  comments = {
+    token.start[0]: token.string.lstrip("# ")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline)
+    if token.type == tokenize.COMMENT
+  }
+  (body,) = ast.parse(source).body
+  assert isinstance(body, ast.ClassDef)
+  notes = {}
+  for field in body.body:
+    if not isinstance(field, ast.AnnAssign):
+      continue
+    assert isinstance(field.target, ast.Name) and field.end_lineno is not None
+    above = field.lineno - 1
+    while lines[above - 1].lstrip().startswith("#"):
+      above -= 1
+    rows = range(above + 1, field.end_lineno + 1)
+    words = [comments[row] for row in rows if row in comments]
+    notes[field.target.id] = " ".join(words)
+  return notes
+
+
+def summary(config: configs.Config) -> str:
+  """The fields that `--set` takes: values in `config`, choices, meanings."""
+  parts = []
+  for group in dataclasses.fields(config):
+    value = getattr(config, group.name)
+    if dataclasses.is_dataclass(value):
+      parts += ["", *_describe(group.name, value)]
+  return "\n".join(parts[1:])
+
+
+def _describe(group: str, value: Any) -> list[str]:
+  notes = field_notes(type(value))
+  kinds = typing.get_type_hints(type(value))
+  lines = []
+  for field in dataclasses.fields(value):
+    shown = getattr(value, field.name)
+    shown = '""' if shown == "" else shown
+    text = f"  {group}.{field.name}={shown}"
+    note = notes[field.name]
+    if typing.get_origin(kinds[field.name]) is Literal:
+      note += f" ({', '.join(typing.get_args(kinds[field.name]))})"
+    wrapped = textwrap.wrap(note, WIDTH - COLUMN)
+    if len(text) > COLUMN - 2:
+      lines.append(text)
+      text = ""
+    for row in wrapped:
+      lines.append(f"{text:<{COLUMN}}{row}")
+      text = ""
+  return lines
