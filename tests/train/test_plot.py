@@ -1,0 +1,141 @@
+"""Pictures of made-up runs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from train import config, plot, presets, runs
+from train.errors import UserError
+
+
+def make_run(out, *settings, optimizer="galore", subspace=True, seconds=True):
+  out.mkdir(parents=True)
+  made = config.override(presets.make("sotu_small", optimizer), settings)
+  (out / "config.json").write_text(json.dumps(config.flatten(made)))
+  records = []
+  for step in range(0, 101, 5):
+    loss = 3 + 4 * math.exp(-step / 20)
+    time = {"seconds": 36.0 * step} if seconds else {}
+    records.append(
+      {"step": step, "loss": loss, "lr": 1e-3, "grad_norm": 1.0,
+       "tokens_per_second": 100.0, **time}
+    )  # fmt: skip
+    if step % 50 == 0:
+      perplexity = {"held_out_perplexity": math.exp(loss)}
+      records.append({"step": step, "held_out_loss": loss, **perplexity})
+    if subspace and step % 20 == 0:
+      at = "subspace/attn.q.0/"
+      look = {at + "energy": 0.8, at + "stable_rank": 3.0}
+      if step % 40 == 0:
+        look |= {at + "energy_before": 0.6, at + "overlap": 0.5}
+      records.append({"step": step, **look})
+  lines = "".join(json.dumps(record) + "\n" for record in records)
+  (out / "metrics.jsonl").write_text(lines)
+  return out
+
+
+@pytest.fixture
+def figures(monkeypatch):
+  """The figures that are drawn, kept open."""
+  drawn, close = [], plt.close
+  monkeypatch.setattr(plt, "close", drawn.append)
+  yield drawn
+  for figure in drawn:
+    close(figure)
+
+
+def panels(figure):
+  return {place.get_ylabel(): place for place in figure.axes}
+
+
+def test_one_run_goes_into_its_folder(tmp_path, figures, capsys):
+  out = make_run(tmp_path / "a")
+  assert plot.main([str(out)]) == 0
+  assert capsys.readouterr().out.strip() == str(out / "run.png")
+  assert (out / "run.png").read_bytes().startswith(b"\x89PNG")
+  (figure,) = figures
+  assert figure.get_suptitle() == "sotu_small, galore"
+  drawn = panels(figure)
+  energy = drawn["gradient energy in the subspace"].lines
+  # Refreshes only: with the new basis, and with the old.
+  assert [list(line.get_xdata()) for line in energy] == [[0, 40, 80]] * 2
+  assert energy[0].get_ydata()[0] == 0.8 and energy[1].get_ydata()[0] == 0.6
+  rank = drawn["stable rank of the gradient"].lines[0]
+  assert list(rank.get_xdata()) == [0, 20, 40, 60, 80, 100]
+
+
+def test_several_runs_share_panels_and_name_their_differences(
+  tmp_path, figures
+):
+  first = make_run(tmp_path / "a")
+  second = make_run(tmp_path / "b", "optimizer.rank=16", "run.log_every=7")
+  third = make_run(tmp_path / "c", optimizer="adamw", subspace=False)
+  path = tmp_path / "all.svg"
+  words = [str(first), str(second), str(third), "--out", str(path)]
+  assert plot.main([*words, "--x", "tokens"]) == 0
+  assert path.read_text().lstrip().startswith("<?xml")
+  (figure,) = figures
+  texts = [text.get_text() for text in figure.legends[0].get_texts()]
+  assert texts[0].startswith("galore, ") and texts[0].endswith("rank 48")
+  assert texts[1].endswith("rank 16")
+  assert texts[2].startswith("adamw, ") and "rank" not in texts[2]
+  drawn = panels(figure)
+  assert len(drawn["learning rate"].lines) == 3
+  assert drawn["learning rate"].lines[0].get_xdata()[-1] == 100 * 16 * 128
+  assert len(drawn["overlap of new and old subspace"].lines) == 2
+
+
+def test_hours_are_those_of_training(tmp_path, figures):
+  out = make_run(tmp_path / "a")
+  assert plot.main([str(out), "--x", "hours"]) == 0
+  evaluations = panels(figures[0])["held-out perplexity (log)"].lines[0]
+  np.testing.assert_allclose(evaluations.get_xdata(), [0, 0.5, 1.0])
+
+
+def test_runs_that_differ_in_nothing_have_the_names_of_their_folders(tmp_path):
+  found = [runs.load(make_run(tmp_path / name)) for name in ("a", "b")]
+  assert runs.labels(found) == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_runs_that_differ_in_how_they_are_shown_say_so(tmp_path):
+  found = [
+    runs.load(make_run(tmp_path / str(n), f"run.log_every={n}")) for n in (5, 6)
+  ]
+  assert runs.labels(found) == ["log_every 5", "log_every 6"]
+
+
+def test_smoothing_has_no_lag_and_keeps_constants():
+  line = np.linspace(5.0, 1.0, 200)
+  np.testing.assert_allclose(plot.smooth(line), line)
+  noise = np.random.default_rng(0).normal(size=400)
+  assert plot.smooth(noise)[50:-50].std() < 0.5
+  np.testing.assert_allclose(plot.smooth(np.array([2.0])), [2.0])
+
+
+def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys):
+  good = make_run(tmp_path / "good", seconds=False)
+  empty = make_run(tmp_path / "empty")
+  (empty / "metrics.jsonl").write_text("")
+  torn = make_run(tmp_path / "torn")
+  (torn / "metrics.jsonl").write_text("{nonsense\n")
+  for words, message in (
+    ([tmp_path], "no folder of a run"),
+    ([good, tmp_path / "none"], "none is no folder of a run"),
+    ([empty], "holds no training step"),
+    ([torn], "cannot be read"),
+    ([good, "--x", "hours"], "does not tell the time"),
+    ([good, "--out", tmp_path / "no" / "a.png"], "cannot be written"),
+    ([good, "--out", tmp_path / "a.foo"], "'foo' is not supported"),
+  ):
+    assert plot.main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error, error
+
+
+def test_a_missing_run_is_a_user_error(tmp_path):
+  with pytest.raises(UserError):
+    runs.load(tmp_path)
