@@ -104,7 +104,7 @@ def with_auto_axes(update: Callable) -> Callable:
   """
 
   def wrapped(updates, state, params=None, **extra_args):
-    if not _is_explicit(updates):
+    if not is_explicit(updates):
       return update(updates, state, params, **extra_args)
     arrays = {k: v for k, v in extra_args.items() if _is_arrays(v)}
     others = {k: v for k, v in extra_args.items() if k not in arrays}
@@ -119,7 +119,26 @@ def with_auto_axes(update: Callable) -> Callable:
   return wrapped
 
 
-def _is_explicit(tree: Any) -> bool:
+def run_auto(f: Callable, like: Any, *args: Any) -> Any:
+  """Runs a function that does not know of meshes, also on Explicit axes.
+
+  Args:
+    f: The function.
+    like: Arrays in the structure of its result, sharded as that shall be.
+    *args: Its arguments, pytrees of arrays.
+
+  Returns:
+    `f(*args)`.
+  """
+  if not is_explicit((like, args)):
+    return f(*args)
+  out = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+  run: Callable = jax.sharding.auto_axes(f, out_sharding=out)
+  return run(*args)
+
+
+def is_explicit(tree: Any) -> bool:
+  """Whether any array of a tree is on a mesh with Explicit axes."""
   return any(
     kind == jax.sharding.AxisType.Explicit
     for x in jax.tree.leaves(tree)

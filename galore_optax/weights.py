@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import checks, paths, qarray
+from galore_optax import checks, paths, qarray, sharding
+
+# Formats of weights; the dynamic ones cannot be rounded at random.
+KINDS = ("int8", "int4", "float8")
 
 
 def quantize_params(
@@ -25,7 +28,10 @@ def quantize_params(
     The parameters, with a :class:`galore_optax.QArray` in place of these.
 
   Raises:
-    ValueError: If `kind` is unknown or a rule matches no leaf.
+    ValueError: If `kind` is unknown, or a rule is no regular expression or
+      matches no leaf of two axes or more.
+    TypeError: If `rules` is no sequence of strings, or a leaf has no real
+      floating-point entries.
 
   Example:
     >>> params = {"kernel": jnp.ones((512, 256)), "bias": jnp.ones(256)}
@@ -33,20 +39,19 @@ def quantize_params(
     >>> small["kernel"].codes.dtype.name, small["bias"].dtype.name
     ('int8', 'float32')
   """
-  checks.check_choice("kind", kind, qarray.KINDS)
-  names = list(paths.leaves_by_path(params))
-  for rule in rules:
-    if not any(re.search(rule, name) for name in names):
-      raise ValueError(
-        f"The rule {rule!r} in `rules` matches no leaf; the leaves are "
-        f"{', '.join(names[:8])}."
-      )
+  checks.check_choice("kind", kind, KINDS)
+  _check_rules(rules, params)
 
   def one(path: str, x: Any) -> Any:
     hit = any(re.search(rule, path) for rule in rules)
     if qarray.is_quantized(x) or not hit or jnp.ndim(x) < 2:
       return x
-    return qarray.quantize(x, kind)
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+      raise TypeError(
+        f"The leaf {path!r} is {jnp.result_type(x)}; only real floating-point "
+        "weights are quantised. Give `rules` that do not match it."
+      )
+    return _quantize(x, kind)
 
   return paths.map_with_path(one, params)
 
@@ -68,9 +73,7 @@ def dequantize_params(params: optax.Params, dtype: Any = None) -> optax.Params:
   """
   return jax.tree.map(
     lambda x: (
-      qarray.dequantize(x, dtype or jnp.float32)
-      if qarray.is_quantized(x)
-      else x
+      _dequantize(x, dtype or jnp.float32) if qarray.is_quantized(x) else x
     ),
     params,
     is_leaf=qarray.is_quantized,
@@ -96,7 +99,8 @@ def apply_updates(
     params: Parameters, some of them quantised.
     updates: Updates in the shapes of the weights; None leaves are skipped.
     key: Random key of this step. None rounds to the nearest, which loses small
-      updates: for comparison only.
+      updates: for comparison only, and for float8, which is always rounded to
+      the nearest.
 
   Returns:
     The new parameters, in the formats of the old ones.
@@ -128,7 +132,49 @@ def apply_updates(
   )
 
 
+def _check_rules(rules: Any, params: Any) -> None:
+  """Raises unless each rule is a regular expression that matches a matrix."""
+  if isinstance(rules, str) or not all(isinstance(x, str) for x in rules):
+    raise TypeError(
+      '`rules` must be regular expressions such as ("kernel$",), got '
+      f"{rules!r}."
+    )
+  leaves = paths.leaves_by_path(params)
+  names = [name for name, x in leaves.items() if len(jnp.shape(x)) > 1]
+  for rule in rules:
+    try:
+      hit = any(re.search(rule, name) for name in names)
+    except re.error as error:
+      raise ValueError(
+        f"The rule {rule!r} in `rules` is not a regular expression: {error}."
+      ) from error
+    if not hit:
+      raise ValueError(
+        f"The rule {rule!r} in `rules` matches no leaf of two axes or more; "
+        f"those are {', '.join(names[:8]) or 'none'}."
+      )
+
+
+def _quantize(x: jax.Array, kind: str) -> qarray.QArray:
+  if not sharding.is_explicit(x):
+    return qarray.quantize(x, kind)
+  like = sharding.place_quantized(
+    qarray.zeros(jnp.shape(x), kind), x, lambda spec: spec
+  )
+  return sharding.run_auto(lambda x: qarray.quantize(x, kind), like, x)
+
+
+def _dequantize(q: qarray.QArray, dtype: Any) -> jax.Array:
+  return sharding.run_auto(lambda q: qarray.dequantize(q, dtype), q.codes, q)
+
+
 def _add(
+  x: qarray.QArray, u: jax.Array, key: jax.Array | None
+) -> qarray.QArray:
+  return sharding.run_auto(_round_sum, x, x, u, key)
+
+
+def _round_sum(
   x: qarray.QArray, u: jax.Array, key: jax.Array | None
 ) -> qarray.QArray:
   new = qarray.requantize(x, qarray.dequantize(x) + u.astype(jnp.float32), key)

@@ -1,0 +1,205 @@
+"""Weights in eight bits: what an update does to them, and what it leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import (
+  QArray,
+  apply_updates,
+  dequantize,
+  dequantize_params,
+  qarray,
+  quantize,
+  quantize_params,
+)
+
+
+def normal(shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+WEIGHTS = {"bias": normal((64,)), "kernel": normal((256, 64))}
+SMALL = quantize_params(WEIGHTS)
+STEP = qarray.spread_scale(SMALL["kernel"])
+add = jax.jit(apply_updates)
+
+
+def read(params):
+  return np.asarray(dequantize(params["kernel"]), np.float64)
+
+
+@jax.jit
+def mean_after(updates, keys):
+  """The kernel after an update, in the mean over keys."""
+
+  def one(total, key):
+    new = apply_updates(SMALL, updates, key)
+    return total + dequantize(new["kernel"]), None
+
+  total, _ = jax.lax.scan(one, jnp.zeros((256, 64)), keys)
+  return total / len(keys)
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.3, 5.0])
+def test_updates_arrive_in_the_mean(size):
+  """Sizes are in steps of the code; the largest changes every code."""
+  updates = {"bias": WEIGHTS["bias"], "kernel": size * STEP * normal((256, 64))}
+  keys = jax.random.split(jax.random.key(0), 500)
+  found = np.asarray(mean_after(updates, keys), np.float64) - read(SMALL)
+  error = (found - np.asarray(updates["kernel"], np.float64)) / STEP
+  # Every single one within six sigmas, and the mean of all within five.
+  assert np.abs(error).max() < 6 * 0.5 * 1.1 / np.sqrt(500)
+  assert abs(error.mean()) < 5 * 0.5 / np.sqrt(500 * error.size)
+
+
+def test_small_updates_are_lost_without_a_key_and_not_with_one():
+  updates = {"bias": jnp.zeros(64), "kernel": 0.02 * STEP}
+  lost, kept = SMALL, SMALL
+  for i in range(50):
+    lost = add(lost, updates, None)
+    kept = add(kept, updates, jax.random.key(i))
+  moved = (read(lost) - read(SMALL)) / STEP
+  assert np.abs(moved).mean() < 0.05  # of one step, which is owed
+  moved = (read(kept) - read(SMALL)) / STEP
+  np.testing.assert_allclose(moved.mean(), 1.0, atol=0.03)
+
+
+def test_blocks_without_an_update_stay_bit_by_bit():
+  zeros = jax.tree.map(jnp.zeros_like, WEIGHTS)
+  same = add(SMALL, zeros, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, same, SMALL)
+  one = {**zeros, "kernel": zeros["kernel"].at[3, 5].set(1e-3)}
+  new = add(SMALL, one, jax.random.key(0))["kernel"]
+  columns = np.arange(64) != 5  # one block each
+  for part in ("codes", "scale", "zero"):
+    x, y = getattr(new, part), getattr(SMALL["kernel"], part)
+    np.testing.assert_array_equal(x[:, columns], y[:, columns])
+
+
+def test_keys_differ_from_leaf_to_leaf():
+  params = {"a/kernel": SMALL["kernel"], "b/kernel": SMALL["kernel"]}
+  updates = {name: 0.5 * STEP for name in params}
+  new = add(params, updates, jax.random.key(0))
+  assert jnp.any(new["a/kernel"].codes != new["b/kernel"].codes)
+
+
+def test_other_leaves_are_added_to_as_by_optax():
+  params = {**SMALL, "half": jnp.ones((4,), jnp.bfloat16), "none": None}
+  updates = {
+    "bias": jnp.full(64, 0.25),
+    "kernel": STEP,
+    "half": jnp.full((4,), 1e-3, jnp.float32),
+    "none": None,
+  }
+  new = add(params, updates, jax.random.key(0))
+  plain = optax.apply_updates(
+    {"bias": params["bias"], "half": params["half"]},
+    {"bias": updates["bias"], "half": updates["half"]},
+  )
+  for name, x in plain.items():
+    np.testing.assert_array_equal(new[name], x)
+    assert new[name].dtype == x.dtype
+  assert new["none"] is None
+  kept = add(SMALL, {"bias": None, "kernel": None}, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, kept, SMALL)
+
+
+@pytest.mark.parametrize("kind", ["int4", "float8"])
+def test_other_formats_train(kind):
+  """A linear regression, with the gradient at the weights as they are read."""
+  key = None if kind == "float8" else jax.random.key(0)
+  x, target = normal((32, 16)), normal((16, 8), 1)
+
+  @jax.jit
+  def step(params, i):
+    loss = lambda p: jnp.mean((x @ (p["kernel"] - target)) ** 2)
+    value, grads = jax.value_and_grad(loss)(dequantize_params(params))
+    updates = jax.tree.map(lambda g: -0.5 * g, grads)
+    now = None if key is None else jax.random.fold_in(key, i)
+    return apply_updates(params, updates, now), value
+
+  params = quantize_params({"kernel": 0.1 * normal((16, 8), 2)}, kind=kind)
+  assert params["kernel"].kind == kind
+  losses = []
+  for i in range(60):
+    params, value = step(params, i)
+    losses.append(float(value))
+  assert np.mean(losses[-10:]) < 0.1 * losses[0]
+  assert jnp.dtype(params["kernel"].codes.dtype).itemsize == 1
+
+
+def test_float8_has_no_random_rounding():
+  params = quantize_params(WEIGHTS, kind="float8")
+  with pytest.raises(ValueError, match=r"which 'float8' does not have"):
+    apply_updates(params, WEIGHTS, jax.random.key(0))
+
+
+def test_which_leaves_are_quantised():
+  params = {
+    "attn": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)},
+    "stack": {"kernel": jnp.ones((3, 8, 4))},
+    "embed": jnp.ones((10, 4)),
+    "kernel": quantize(jnp.ones((8, 4)), "int4"),
+  }
+  small = quantize_params(params)
+  is_small = lambda x: isinstance(x, QArray)
+  found = jax.tree.map(is_small, small, is_leaf=is_small)
+  assert found == {
+    "attn": {"kernel": True, "bias": False},
+    "stack": {"kernel": True},
+    "embed": False,
+    "kernel": True,
+  }
+  assert small["kernel"] is params["kernel"]
+  assert quantize_params(small)["attn"]["kernel"] is small["attn"]["kernel"]
+  wide = dequantize_params(small, jnp.bfloat16)
+  assert wide["stack"]["kernel"].dtype == jnp.bfloat16
+  assert wide["embed"].dtype == jnp.float32
+  assert jax.tree.map(jnp.shape, wide) == jax.tree.map(
+    lambda x: x.shape, params, is_leaf=is_small
+  )
+
+
+@pytest.mark.parametrize(
+  ("shape", "spec"), [((768, 32), ("x", "y")), ((64, 1376), (None, "y"))]
+)
+def test_explicit_mesh(shape, spec):
+  """Also where the mesh does not divide the blocks."""
+  w, u, key = normal(shape), 0.1 * normal(shape, 1), jax.random.key(0)
+  update = jax.jit(lambda q, u: apply_updates(q, {"kernel": u}, key))
+  wanted = dequantize_params(update(quantize_params({"kernel": w}), u))
+  with jax.set_mesh(jax.make_mesh((2, 4), ("x", "y"))):
+    w, u = jax.device_put((w, u), jax.P(*spec))
+    q = quantize_params({"kernel": w})
+    new = update(q, u)
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, q)
+    assert q["kernel"].codes.sharding.spec == jax.P(*spec)
+    found = jax.jit(dequantize_params)(new)["kernel"]
+    assert found.sharding.spec == jax.P(*spec)
+  np.testing.assert_allclose(found, wanted["kernel"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("rules", "kind", "error", "message"),
+  [
+    (("kernel$",), "int3", ValueError, r"`kind` must be one of.*'int3'"),
+    (("kernel$",), "dynamic", ValueError, r"`kind` must be one of.*'float8'"),
+    ("kernel$", "int8", TypeError, r"`rules` must be.*got 'kernel\$'"),
+    ((1,), "int8", TypeError, r"`rules` must be regular expressions"),
+    (("attn",), "int8", ValueError, r"'attn'.*matches no leaf.*kernel"),
+    (("bias",), "int8", ValueError, r"'bias'.*no leaf of two axes or more"),
+    (("(",), "int8", ValueError, r"'\('.*not a regular expression"),
+  ],
+)
+def test_errors(rules, kind, error, message):
+  with pytest.raises(error, match=message):
+    quantize_params(WEIGHTS, rules, kind)
+
+
+def test_integers_are_not_quantised():
+  with pytest.raises(TypeError, match=r"'kernel' is int32; only real float"):
+    quantize_params({"kernel": jnp.ones((4, 4), int)})
