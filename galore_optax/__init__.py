@@ -18,6 +18,7 @@ from galore_optax.diagnostics import (
   basis_overlap,
   captured_energy,
   describe,
+  find_bases,
   stable_rank,
   state_bytes,
 )
@@ -59,6 +60,7 @@ __all__ = [
   "dequantize",
   "dequantize_params",
   "describe",
+  "find_bases",
   "galore",
   "galore_adafactor",
   "galore_adamw",

@@ -41,6 +41,32 @@ def _leaf_bytes(x: Any) -> int:
   return math.ceil(math.prod(jnp.shape(x)) * bits / 8)
 
 
+def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
+  """The bases in an optimizer's state, as arrays.
+
+  Args:
+    state: State of any optimizer, with GaLore anywhere in it or not at all.
+
+  Returns:
+    Path of a projected leaf to side (`left`, `right`) to its basis, (..., m, r)
+    or (..., n, r), dequantised where it is kept in few bits.
+
+  Example:
+    >>> import optax
+    >>> from galore_optax import find_bases, galore
+    >>> params = {"mlp": jnp.zeros((8, 512, 1376)), "norm": jnp.zeros((8, 512))}
+    >>> state = galore(optax.adam(1e-3), rank=4).init(params)
+    >>> {path: sorted(sides) for path, sides in find_bases(state).items()}
+    {'mlp': ['left']}
+  """
+  return {
+    path: projector.read(kept)
+    for x in jax.tree.leaves(state, is_leaf=_is_state)
+    if _is_state(x)
+    for path, kept in x.projector.items()
+  }
+
+
 def stable_rank(g: jax.Array) -> jax.Array:
   r"""How many directions carry a matrix, :math:`\|G\|_F^2 / \|G\|_2^2`.
 

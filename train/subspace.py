@@ -198,8 +198,7 @@ class Watcher:
       self._first.out_info,
       self._first.output_shardings,
     )
-    kept = self._kept(state.opt_state)
-    self._second = self._second.lower(look, kept).compile()
+    self._second = self._second.lower(look, state.opt_state).compile()
 
   def before(self, state: steps.TrainState, rows: jax.Array) -> Look:
     """Keeps gradients and bases of the state that the step will consume."""
@@ -207,7 +206,7 @@ class Watcher:
 
   def after(self, look: Look, state: steps.TrainState) -> dict[str, jax.Array]:
     """The numbers of a look, with the bases that the step has used."""
-    return self._second(look, self._kept(state.opt_state))
+    return self._second(look, state.opt_state)
 
   def values(self, found: Mapping[str, Any]) -> dict[str, float]:
     """The numbers as they are logged: those of no refresh left out."""
@@ -226,11 +225,10 @@ class Watcher:
 
   def _before(self, params: dict, opt_state: Any, rows: jax.Array) -> Look:
     parts = meshes.microbatches(rows, self._config.train.accumulate)
-    bases = self._slices(self._kept(opt_state))
-    return Look(self._gradients(params, parts), bases)
+    return Look(self._gradients(params, parts), self._bases(opt_state))
 
-  def _after(self, look: Look, kept: Mapping) -> dict[str, jax.Array]:
-    return compare(look, self._slices(kept))
+  def _after(self, look: Look, opt_state: Any) -> dict[str, jax.Array]:
+    return compare(look, self._bases(opt_state))
 
   def _gradients(self, params: dict, parts: jax.Array) -> dict[str, jax.Array]:
     """Summed over the microbatches; only their direction matters here."""
@@ -263,15 +261,11 @@ class Watcher:
     )
     return jnp.where(steps.is_predicted(rows), losses, 0).sum()
 
-  def _kept(self, opt_state: Any) -> dict[str, Mapping[str, Any]]:
-    """The bases of the watched leaves, all layers."""
-    kept = projectors(opt_state)
-    return {m.path: kept[m.path] for m in self.matrices}
-
-  def _slices(self, kept: Mapping) -> dict[str, dict[str, jax.Array]]:
+  def _bases(self, opt_state: Any) -> dict[str, dict[str, jax.Array]]:
     """The bases of the watched matrices."""
+    found = galore_optax.find_bases(opt_state)
     return {
-      m.name: {side: x[m.layer] for side, x in kept[m.path].items()}
+      m.name: {side: x[m.layer] for side, x in found[m.path].items()}
       for m in self.matrices
     }
 
@@ -291,16 +285,6 @@ def compare(
       f"subspace/{name}/stable_rank": galore_optax.stable_rank(g),
       f"subspace/{name}/refreshed": jnp.any(jnp.stack(changed)),
     }
-  return found
-
-
-def projectors(opt_state: Any) -> dict[str, Mapping[str, Any]]:
-  """Path to bases, of every GaLore state in an optimizer's state."""
-  is_state = lambda x: isinstance(x, galore_optax.GaLoreState)
-  found: dict[str, Mapping[str, Any]] = {}
-  for x in jax.tree.leaves(opt_state, is_leaf=is_state):
-    if is_state(x):
-      found |= x.projector
   return found
 
 
