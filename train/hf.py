@@ -219,6 +219,7 @@ def adopt(config: configs.Config, path: pathlib.Path) -> configs.Config:
       f"--from {path}: import it first, python -m train.hf import {path}"
       " --out FOLDER, and go on from the folder"
     )
+  path = path.resolve()  # the run may be continued from another folder
   found = load(path)
   names.check(found)
   if not found.tokenizer:

@@ -114,6 +114,17 @@ def test_how_layers_are_run_changes_no_gradient(changes):
   )
 
 
+def test_remat_keeps_less_for_the_backward_pass():
+  _, params = build()
+
+  def kept(remat):
+    run = lambda p: logits(TOKENS, p, remat=remat)
+    backward = jax.eval_shape(lambda p: jax.vjp(run, p)[1], params)
+    return sum(x.size for x in jax.tree.leaves(backward))
+
+  assert kept("full") < kept("dots") < kept("none")
+
+
 def test_a_tied_head_is_the_embedding():
   _, tied = build(tie_embeddings=True)
   assert "lm_head" not in tied

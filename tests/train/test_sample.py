@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import TINY
-from train import hf, llama, sample, tokenizer, weights
+from train import hf, llama, mesh, sample, tokenizer, weights
+from train.config import MeshConfig
 from train.sample import Sampling
 
 CONFIG = dataclasses.replace(TINY, n_kv_heads=2)
@@ -170,3 +171,13 @@ def test_characters_are_printed_when_they_are_whole(capsys):
 def test_the_command_refuses_what_makes_no_sense(folder, capsys, flags, said):
   assert sample.main([str(folder), *flags]) == 2
   assert said in capsys.readouterr().err
+
+
+def test_sharded_parameters_give_the_same_tokens(params, greedy):
+  grid = mesh.make_mesh(MeshConfig(fsdp=2, tensor=2), 8, jax.devices()[:4])
+  shardings = mesh.param_shardings(llama.abstract(CONFIG)[1], grid)
+  placed = jax.device_put(params, shardings)
+  assert len(placed["layers"]["attn"]["q"]["kernel"].sharding.device_set) == 4
+  with jax.set_mesh(grid):
+    found = sample.generate(CONFIG, placed, PROMPTS, 20, GREEDY)
+  assert found.tolist() == greedy.tolist()
