@@ -133,29 +133,43 @@ def train(
     return Outcome(state, stopped=False)
   compiled = compile_step(job, state)
   watch = Watch(job, start, int(state.skipped))
-  pending = None  # the step whose metrics are not fetched yet
-  stopping = diverged = False
-
   with contextlib.closing(watch.progress), jax.transfer_guard("disallow"):
-    for step in range(start + 1, config.train.steps + 1):
-      state, values = watch.step(compiled, step, state)
-      stopping = stopped()
-      # Step t runs while the numbers of step t - 1 are fetched and shown.
-      if pending is not None:
-        diverged = watch.record(*pending)
-      pending = (step, values)
-      job.checkpoints.poll(watch.say)
-      due = actions(config, step, stopping or diverged)
-      if not due:
-        continue
-      diverged |= watch.record(*pending)
-      pending = None
-      settle(job, state, watch, due)
-      if diverged:
-        raise TrainingError(_divergence(job, step))
-      if stopping:
-        break
-  return Outcome(state, stopping and step < config.train.steps)
+    steps_to_do = range(start + 1, config.train.steps + 1)
+    return advance(job, state, compiled, watch, steps_to_do, stopped)
+
+
+def advance(
+  job: Job,
+  state: steps.TrainState,
+  compiled: Callable,
+  watch: Watch,
+  numbers: range,
+  stopped: Callable[[], bool],
+) -> Outcome:
+  """Makes the steps of these numbers, with all that is due between them."""
+  pending = None  # the step whose metrics are not fetched yet
+  diverged = False
+  for step in numbers:
+    state, values = watch.step(compiled, step, state)
+    stopping = stopped()
+    # Step t runs while the numbers of step t - 1 are fetched and shown.
+    if pending is not None:
+      diverged = watch.record(*pending)
+    pending = (step, values)
+    job.checkpoints.poll(watch.say)
+    due = actions(job.config, step, stopping or diverged)
+    if not due:
+      continue
+    diverged |= watch.record(*pending)
+    pending = None
+    settle(job, state, watch, due)
+    if diverged:
+      raise TrainingError(_divergence(job, step))
+    if stopping:
+      return Outcome(state, stopped=step < job.config.train.steps)
+  if pending is not None:
+    watch.record(*pending)
+  return Outcome(state, stopped=False)
 
 
 def settle(
@@ -167,7 +181,10 @@ def settle(
     loss = evaluate(job, state, watch.say)
     if job.config.run.keep_best and loss < job.checkpoints.best():
       due.add("save")
-  if "save" in due and steps.all_finite(state.params):
+  if "save" in due and not steps.all_finite(state.params):
+    job.checkpoints.failure = "its weights are not finite"
+    watch.say(f"not saved: {job.checkpoints.failure}")
+  elif "save" in due:
     progress = checkpoint.Progress(watch.seconds(), job.feed.state())
     job.checkpoints.save(state, progress, loss, watch.say)
   watch.resume()

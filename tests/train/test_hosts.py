@@ -1,0 +1,155 @@
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.test_interrupt import SETTINGS
+from train import config, hosts, mesh, metrics, pretrain
+from train.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def free_port():
+  with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    return found.getsockname()[1]
+
+
+def start(index, address, out, flags):
+  """Starts one of two processes, with two devices each."""
+  joined = {
+    "mesh.coordinator": address, "mesh.processes": 2, "mesh.process": index
+  }  # fmt: skip
+  extra = [x for k, v in joined.items() for x in ("--set", f"{k}={v}")]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=2",
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "train.pretrain", "--out", str(out), *flags, *extra],
+    cwd=ROOT, env=environment, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
+def losses(out):
+  records = metrics.read(out / metrics.FILE)
+  return [r["loss"] for r in records if "loss" in r], [
+    r["held_out_loss"] for r in records if "held_out_loss" in r
+  ]
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_losses_of_one(
+  text_file, tmp_path, monkeypatch
+):
+  settings = SETTINGS | {
+    "data.path": text_file,
+    "data.cache": tmp_path / "cache",
+    "train.steps": 8,
+    "mesh.data": 0,
+    "train.accumulate": 2,
+  }
+  flags = [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
+  two, one = tmp_path / "two", tmp_path / "one"
+  address = f"127.0.0.1:{free_port()}"
+  mixed = [*flags, "--set", "mesh.fsdp=2"]
+  running = [start(index, address, two, mixed) for index in (0, 1)]
+  (said, error), (silent, other) = [p.communicate(timeout=300) for p in running]
+  assert [p.returncode for p in running] == [0, 0], error + other
+  assert "devices    4 cpu: 2 data x 2 fsdp x 1 tensor" in said
+  assert not [x for x in silent.splitlines() if not x.startswith("[Gloo]")]
+  monkeypatch.setattr(jax, "devices", lambda found=jax.devices: found()[:1])
+  # The checkpoint of two processes goes on in one: the last steps again.
+  assert pretrain.main(["--out", str(one), *flags]) == 0
+  for found, expected in zip(losses(two), losses(one), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+  assert len(losses(two)[0]) == 8
+  assert (two / "checkpoints" / "8" / "state" / "ocdbt.process_1").exists()
+
+
+def test_launchers_that_start_several_processes_are_known():
+  assert not hosts.several({})
+  assert not hosts.several({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"})
+  assert hosts.several({"SLURM_STEP_NUM_TASKS": "4"})
+  assert hosts.several({"OMPI_COMM_WORLD_SIZE": "2"})
+  assert not hosts.several({"TPU_WORKER_HOSTNAMES": "localhost"})
+  assert hosts.several({"TPU_WORKER_HOSTNAMES": "a,b"})
+  assert hosts.several({"JAX_COORDINATOR_ADDRESS": "a:1"})
+
+
+def test_one_process_is_first_and_alone(capsys):
+  assert hosts.is_first()
+  assert hosts.gather({"text": "ü"}) == [{"text": "ü"}]
+  with hosts.only_first_speaks():
+    print("heard")
+  assert capsys.readouterr().out == "heard\n"
+
+  def refuse():
+    raise UserError("no such thing")
+
+  with pytest.raises(UserError, match="no such thing"):
+    hosts.first_alone(refuse)
+  assert hosts.first_then_others(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"coordinator": "here"}, "give host:port"),
+    ({"processes": 2, "process": 2}, "one of 0 to 1"),
+  ],
+)
+def test_what_cannot_be_joined_is_refused(fields, message):
+  with pytest.raises(UserError, match=message):
+    config.MeshConfig(**fields)
+
+
+class Device:
+  """Where a device is, for meshes of processes that do not run here."""
+
+  def __init__(self, process):
+    self.process_index = process
+
+
+class Grid:
+  """The part of a mesh that says which device lies where."""
+
+  def __init__(self, shape, per_process):
+    count = int(np.prod(shape))
+    devices = [Device(i // per_process) for i in range(count)]
+    self.devices = np.array(devices, object).reshape(shape)
+    self.shape = dict(zip(mesh.AXES, shape, strict=True))
+    self.size = count
+
+
+@pytest.mark.parametrize(
+  "shape, per_process, parts",
+  [
+    ((4, 1, 1), 1, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    ((2, 2, 2), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    # The tensor axis runs across two processes, which read the same rows.
+    ((2, 1, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ((1, 1, 4), 2, [(0, 1), (0, 1)]),
+  ],
+)
+def test_each_process_feeds_the_rows_of_its_devices(
+  shape, per_process, parts, monkeypatch
+):
+  found = []
+  for index in range(len(parts)):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    found.append(mesh.part_of_batch(Grid(shape, per_process)))
+  assert found == parts
+
+
+def test_a_tensor_axis_that_cuts_through_processes_is_refused():
+  with pytest.raises(UserError, match=r"mesh.tensor=3 cuts through"):
+    mesh.part_of_batch(Grid((4, 1, 3), 4))
