@@ -1,5 +1,6 @@
 """Adam whose moments are kept in eight bits."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import checks, qarray, sharding
+
+# Smaller leaves gain little; that of bitsandbytes.
+MIN_SIZE = 4096
 
 # Below half the smallest value of the unsigned code a second moment would be
 # lost, and the step of its element divided by epsilon alone.
@@ -32,7 +36,7 @@ def scale_by_adam_8bit(
   b2: Any = 0.999,
   eps: Any = 1e-8,
   *,
-  min_size: int = 4096,
+  min_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adam with moments in eight bits.
 
@@ -54,13 +58,14 @@ def scale_by_adam_8bit(
     b1: Decay of the first moment.
     b2: Decay of the second moment.
     eps: Term ε outside of the root.
-    min_size: Leaves with fewer elements keep float32 moments.
+    min_size: Leaves with fewer elements keep float32 moments; None for 4096.
 
   Returns:
     The gradient transformation.
 
   Raises:
-    ValueError: If `min_size` is negative.
+    ValueError: If `min_size` is negative. `init` raises TypeError for complex
+      leaves.
 
   Example:
     >>> params = {"w": jnp.zeros((256, 1024)), "bias": jnp.zeros(1024)}
@@ -73,12 +78,20 @@ def scale_by_adam_8bit(
     <https://arxiv.org/abs/2110.02861>`_, 2022.
   """
   checks.check_number("min_size", min_size)
-  if min_size < 0:
+  traced = isinstance(min_size, jax.core.Tracer)
+  if min_size is not None and not traced and min_size < 0:
     raise ValueError(f"`min_size` must not be negative, got {min_size}.")
 
   def init(params: optax.Params) -> ScaleByAdam8bitState:
+    if traced:
+      raise ValueError(
+        "`min_size` decides the structure of the state and cannot be traced "
+        f"by `init`, got {min_size}. Under `optax.inject_hyperparams`, pass "
+        "static_args=('min_size',), or call `init` outside of `jax.jit`."
+      )
+    least_size = MIN_SIZE if min_size is None else min_size
     make = lambda kind: jax.tree.map(
-      lambda x: _zeros(x, kind, min_size), params
+      lambda x: _zeros(x, kind, least_size), params
     )
     return ScaleByAdam8bitState(
       jnp.zeros([], jnp.int32), make("dynamic"), make("unsigned_dynamic")
@@ -122,7 +135,7 @@ def adamw_8bit(
   weight_decay: Any = 1e-4,
   mask: Any = None,
   *,
-  min_size: int = 4096,
+  min_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW with moments in eight bits, at full rank.
 
@@ -137,7 +150,7 @@ def adamw_8bit(
     weight_decay: Decoupled weight decay.
     mask: Which leaves are decayed: a tree of bools in the parameters'
       structure, or a function that makes one; None for all.
-    min_size: Leaves with fewer elements keep float32 moments.
+    min_size: Leaves with fewer elements keep float32 moments; None for 4096.
 
   Returns:
     The optimizer.
@@ -168,7 +181,13 @@ def adamw_8bit(
 def _zeros(like: Any, kind: str, min_size: int) -> Any:
   """Zero moments, where the parameter lives."""
   shape = jnp.shape(like)
-  if not shape or jnp.size(like) < min_size:
+  if jnp.issubdtype(jnp.result_type(like), jnp.complexfloating):
+    raise TypeError(
+      "8-bit moments are for real leaves, got one of dtype "
+      f"{jnp.result_type(like)} and shape {shape}. Give it another optimizer, "
+      "see `optax.partition`."
+    )
+  if not shape or math.prod(shape) < min_size:
     zeros = jnp.zeros(shape, jnp.float32)
     return sharding.place(zeros, like, lambda spec: spec)
   q = qarray.zeros(shape, kind)
@@ -186,5 +205,5 @@ def _read(moment: Any) -> jax.Array:
 
 def _write(moment: Any, x: jax.Array) -> Any:
   if not qarray.is_quantized(moment):
-    return x
+    return x.astype(moment.dtype)
   return qarray.requantize(moment, x)

@@ -391,7 +391,7 @@ def galore_adamw_8bit(
   weight_decay: Any = 1e-4,
   mask: Any = None,
   *,
-  min_size: int = 4096,
+  min_size: int | None = None,
   rank: Any = 128,
   update_proj_gap: Any = 200,
   scale: Any = 0.25,
@@ -401,7 +401,7 @@ def galore_adamw_8bit(
   refresh: str = "staggered",
   moments: str = "rotate",
   basis_dtype: Any = "float32",
-  accumulation_steps: int = 1,
+  accumulation_steps: int | None = None,
   faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""8-bit GaLore: GaLore around AdamW with moments in eight bits.
@@ -417,7 +417,7 @@ def galore_adamw_8bit(
     eps: Term ε outside of the root.
     weight_decay: Decoupled weight decay λ, of the full weights.
     mask: Which leaves are decayed, see :func:`galore_adamw`.
-    min_size: Moments with fewer elements stay in float32.
+    min_size: Moments with fewer elements stay in float32; None for 4096.
     rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
     update_proj_gap: Steps T between two refreshes of a basis.
     scale: The papers' α.
@@ -427,7 +427,7 @@ def galore_adamw_8bit(
     refresh: When.
     moments: What becomes of the moments then.
     basis_dtype: Dtype of the bases, or `int4` or `int8`.
-    accumulation_steps: Gradients that make one step.
+    accumulation_steps: Gradients that make one step; None for one.
     faithful: The paper's algorithm exactly.
 
   Returns:
@@ -464,7 +464,7 @@ def galore_adamw_8bit(
     refresh=refresh,
     moments=moments,
     basis_dtype=basis_dtype,
-    accumulation_steps=accumulation_steps,
+    accumulation_steps=accumulation_steps or 1,
     faithful=faithful,
   )
 
@@ -477,7 +477,7 @@ def q_galore_adamw_8bit(
   weight_decay: Any = 0.0,
   mask: Any = None,
   *,
-  min_size: int = 4096,
+  min_size: int | None = None,
   rank: Any = 128,
   update_proj_gap: Any = 200,
   scale: Any = 0.25,
@@ -486,7 +486,7 @@ def q_galore_adamw_8bit(
   projector: str = "subspace",
   adaptive: schedule.Adaptive | None = None,
   moments: str = "rotate",
-  accumulation_steps: int = 1,
+  accumulation_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Q-GaLore's optimizer: 4-bit bases, 8-bit moments, adaptive refreshes.
 
@@ -505,7 +505,7 @@ def q_galore_adamw_8bit(
     eps: Term ε outside of the root.
     weight_decay: Decoupled weight decay λ, of the full weights.
     mask: Which leaves are decayed, see :func:`galore_adamw`.
-    min_size: Moments with fewer elements stay in float32.
+    min_size: Moments with fewer elements stay in float32; None for 4096.
     rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
     update_proj_gap: Steps T between the first refreshes of a basis.
     scale: The papers' α.
@@ -514,7 +514,7 @@ def q_galore_adamw_8bit(
     projector: How a basis is found.
     adaptive: When a subspace counts as settled.
     moments: What becomes of the moments at a refresh.
-    accumulation_steps: Gradients that make one step.
+    accumulation_steps: Gradients that make one step; None for one.
 
   Returns:
     The optimizer.
@@ -547,5 +547,5 @@ def q_galore_adamw_8bit(
     adaptive=adaptive,
     moments=moments,
     basis_dtype="int4",
-    accumulation_steps=accumulation_steps,
+    accumulation_steps=accumulation_steps or 1,
   )
