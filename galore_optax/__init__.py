@@ -34,7 +34,7 @@ from galore_optax.layerwise import (
 from galore_optax.plan import Projection
 from galore_optax.qarray import QArray, dequantize, quantize
 from galore_optax.schedule import Adaptive
-from galore_optax.sharding import state_shardings
+from galore_optax.sharding import quantized_shardings, state_shardings
 from galore_optax.weights import (
   apply_updates,
   dequantize_params,
@@ -71,6 +71,7 @@ __all__ = [
   "q_galore_adamw_8bit",
   "quantize",
   "quantize_params",
+  "quantized_shardings",
   "scale_by_adam_8bit",
   "stable_rank",
   "stack",

@@ -46,7 +46,8 @@ class GaLoreState(NamedTuple):
   Attributes:
     step: Updates so far.
     projector: Path of a projected leaf to side (`left`, `right`) to basis; a
-      leaf at full rank has no entry.
+      leaf at full rank has no entry. A basis in 4 or 8 bits is a
+      :class:`galore_optax.QArray` of its transpose.
     inner_state: The inner optimizer's state. In place of each tree in the
       parameters' structure, such as Adam's `mu`, it holds the tree's
       :class:`galore_optax.layout.Split`.
@@ -305,7 +306,9 @@ class _GaLore:
       basis = _start_basis(key, shape, jnp.dtype(self.basis_dtype))
       return sharding.place(basis, like, spec)
     basis = _start_codes(key, shape, self.basis_dtype)
-    return sharding.place_quantized(basis, like, spec)
+    return sharding.place_quantized(
+      basis, like, lambda parts: (*spec(parts)[:-2], None, spec(parts)[-2])
+    )
 
   def _low_zeros(self, site: plan.Site, like: Any) -> jax.Array:
     """Zeros in the shape of the projected gradient."""
@@ -361,7 +364,8 @@ def _start_basis(
 def _start_codes(
   key: jax.Array, shape: tuple[int, ...], kind: str
 ) -> qarray.QArray:
-  return qarray.quantize(_start_basis(key, shape, jnp.float32), kind)
+  basis = _start_basis(key, shape, jnp.float32)
+  return qarray.quantize(jnp.swapaxes(basis, -1, -2), kind)
 
 
 def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:

@@ -28,9 +28,11 @@ class Layered(NamedTuple):
     key: Where the layers' parameters are in the parameters, a dict: stacked,
       with a leading layer axis on every leaf. `first` and `last` get the
       parameters without them.
-    first_keys: The entries of the parameters that `first` is given. The others
-      are updated before the layers, which frees their gradients early. None:
-      all.
+    first_keys: The other entries of the parameters that `first` is given; None
+      for all. What it is not given is updated before the layers, which frees
+      its gradient early.
+    last_keys: Those that `last` is given; None for all. What it is not given
+      has no gradient before the layers are done.
 
   Example:
     >>> toy = Layered(
@@ -47,6 +49,7 @@ class Layered(NamedTuple):
   last: Callable
   key: str = "layers"
   first_keys: tuple[str, ...] | None = None
+  last_keys: tuple[str, ...] | None = None
 
   def loss(self, params: Any, batch: Any, dtype: Any = None) -> Any:
     """The loss as one differentiable function, for a usual step.
@@ -71,7 +74,7 @@ class Layered(NamedTuple):
       x, _ = jax.lax.scan(
         lambda x, layer: (self.layer(read(layer), x), None), x, layers
       )
-    return self.last(read(ends), x, batch)
+    return self.last(self.upper(read(ends)), x, batch)
 
   def ends(self, params: Any) -> dict:
     """The parameters that are in no layer."""
@@ -82,13 +85,19 @@ class Layered(NamedTuple):
     keys = ends if self.first_keys is None else self.first_keys
     return {k: ends[k] for k in keys}
 
+  def upper(self, ends: Mapping[str, Any]) -> dict:
+    """Those of them that `last` is given."""
+    keys = ends if self.last_keys is None else self.last_keys
+    return {k: ends[k] for k in keys}
+
 
 class LayerwiseState(NamedTuple):
   """State of :func:`layerwise`.
 
   Attributes:
     count: Steps so far, which also seeds the rounding.
-    first: The optimizer's state for the parameters that `first` reads.
+    first: The optimizer's state for the parameters that `first` reads, an
+      :class:`EndState`.
     layers: Its state for the layers; every leaf has a leading layer axis.
     last: Its state for the parameters that `last` alone reads.
   """
@@ -97,6 +106,19 @@ class LayerwiseState(NamedTuple):
   first: optax.OptState
   layers: optax.OptState
   last: optax.OptState
+
+
+class EndState(NamedTuple):
+  """State of the parameters at one end of the model.
+
+  Attributes:
+    whole: The optimizer's state for the leaves that are updated at once.
+    chunked: Path of a leaf that is updated in chunks to the state for them;
+      every leaf has a leading axis that counts chunks.
+  """
+
+  whole: optax.OptState
+  chunked: dict[str, optax.OptState]
 
 
 class Layerwise(NamedTuple):
@@ -117,6 +139,7 @@ def layerwise(
   *,
   dtype: Any = None,
   clip_norm: float | None = None,
+  chunks: Mapping[str, int] | None = None,
   stochastic_rounding: bool = True,
   seed: int = 0,
 ) -> Layerwise:
@@ -134,6 +157,8 @@ def layerwise(
   `optax.clip_by_block_rms` each matrix's. `clip_norm` clips by the global norm
   of the whole gradient, exactly, with a second backward pass.
 
+  A layer whose gradient is not finite stays as it is, and its state too.
+
   For gradient accumulation give GaLore its `accumulation_steps`, and call
   `step` with one micro-batch after the other. Masks in `tx` may be functions
   or trees in the parameters' structure.
@@ -143,12 +168,18 @@ def layerwise(
     model: The model in three parts. Its layers must be stacked.
     dtype: Dtype in which quantised weights are read, None for float32.
     clip_norm: Largest global norm of the gradient; None for no clipping.
+    chunks: Path of a leaf outside of the layers to the number of chunks of rows
+      in which it is updated, one after the other. An embedding of 32,000 rows
+      has as many elements as a whole layer; in chunks its update takes no more
+      memory than a layer's. The optimizer sees each chunk as a leaf of that
+      path, which makes no difference to elementwise ones such as Adam.
     stochastic_rounding: Whether quantised weights are rounded at random.
     seed: Seed of that.
 
   Returns:
     `init` and `step`, to be jitted; give `step` `donate_argnums=(0, 1)`. Its
-    metrics are `loss` and `grad_norm`, before clipping, float32 scalars.
+    metrics are float32 scalars: `loss`, `grad_norm` before clipping, not
+    finite if any part of the gradient was not.
 
   Raises:
     TypeError: If `tx` is no gradient transformation.
@@ -185,6 +216,7 @@ def layerwise(
     model,
     functools.partial(weights.dequantize_params, dtype=dtype),
     clip_norm,
+    dict(chunks or {}),
     seed if stochastic_rounding else None,
   )
   return Layerwise(run.init, run.step)
@@ -230,6 +262,7 @@ class _Run(NamedTuple):
   model: Layered
   read: Callable
   clip_norm: float | None
+  chunks: Mapping[str, int]
   seed: int | None
 
   def init(self, params: Any) -> LayerwiseState:
@@ -238,13 +271,25 @@ class _Run(NamedTuple):
     whole = self.read(params)
     start = lambda part: self.tx.init(_only(whole, part))
     lower, upper = self._end_leaves(whole)
+    _check_chunks(self.chunks, {**lower, **upper})
+
+    def start_end(end: Mapping[str, Any]) -> EndState:
+      cut = {p: x for p, x in end.items() if p in self.chunks}
+      return EndState(
+        start({p: x for p, x in end.items() if p not in cut}),
+        {
+          p: jax.vmap(lambda x, p=p: start({p: x}))(self._cut(p, x))
+          for p, x in cut.items()
+        },
+      )
+
     return LayerwiseState(
       count=jnp.zeros([], jnp.int32),
-      first=start(lower),
+      first=start_end(lower),
       layers=jax.vmap(lambda layer: start(self._named(layer)))(
         whole[self.model.key]
       ),
-      last=start(upper),
+      last=start_end(upper),
     )
 
   def step(
@@ -269,7 +314,7 @@ class _Run(NamedTuple):
       params[model.key],
     )
     loss, last_vjp = jax.vjp(
-      lambda ends, x: model.last(ends, x, batch), ends, x
+      lambda upper, x: model.last(upper, x, batch), model.upper(ends), x
     )
     return _Forward(loss, inputs, first_vjp, last_vjp)
 
@@ -311,8 +356,8 @@ class _Run(NamedTuple):
     key, layers = self.model.key, params[self.model.key]
     count, keys = _count(layers), self._keys(state.count)
     ends, dx = forward.last_gradient()
-    _, upper = self._end_leaves({**ends, key: {}})
-    params, last = self._update(params, upper, state.last, scale, keys[0])
+    _, upper = self._end_leaves(ends)
+    params, last = self._update_end(params, upper, state.last, scale, keys[0])
 
     def body(j: jax.Array, carry: tuple) -> tuple:
       dx, total, stack, states = carry
@@ -329,14 +374,67 @@ class _Run(NamedTuple):
       0, count, body, (dx, _squares(upper), layers, state.layers)
     )
     grads = forward.whole_gradient(ends, dx)
-    lower, _ = self._end_leaves({**grads, key: {}})
-    params, first = self._update(params, lower, state.first, scale, keys[2])
+    lower, _ = self._end_leaves(grads)
+    params, first = self._update_end(params, lower, state.first, scale, keys[2])
     norm = jnp.sqrt(total + _squares(lower))
     return (
       {**params, key: stack},
       LayerwiseState(optax.safe_increment(state.count), first, states, last),
       {"loss": forward.loss, "grad_norm": norm},
     )
+
+  def _update_end(
+    self,
+    params: Any,
+    grads: Mapping[str, jax.Array],
+    state: EndState,
+    scale: Any,
+    key: jax.Array | None,
+  ) -> tuple[Any, EndState]:
+    """The parameters after an update of one end, and its state."""
+    whole = {p: g for p, g in grads.items() if p not in state.chunked}
+    params, new = self._update(params, whole, state.whole, scale, key)
+    chunked = {}
+    for path, states in state.chunked.items():
+      params, chunked[path] = self._update_chunks(
+        params, path, grads[path], states, scale, key
+      )
+    return params, EndState(new, chunked)
+
+  def _update_chunks(
+    self,
+    params: Any,
+    path: str,
+    grad: jax.Array,
+    states: optax.OptState,
+    scale: Any,
+    key: jax.Array | None,
+  ) -> tuple[Any, optax.OptState]:
+    """The parameters after an update of one leaf, chunk by chunk."""
+    old = paths.leaves_by_path(params)[path]
+    grad = self._cut(path, grad)
+    replace = lambda x: paths.map_with_path(
+      lambda p, y: x if p == path else y, params
+    )
+
+    def body(i: jax.Array, carry: tuple) -> tuple:
+      leaf, states = carry
+      part, state = _read_barrier((_take(leaf, i), _take(states, i)))
+      chunk_key = None if key is None else jax.random.fold_in(key, i)
+      tree, state = self._update(
+        replace(part), {path: grad[i]}, state, scale, chunk_key
+      )
+      part = paths.leaves_by_path(tree)[path]
+      return _put(leaf, part, i), _put(states, state, i)
+
+    leaf, states = jax.lax.fori_loop(
+      0, self.chunks[path], body, (self._cut(path, old), states)
+    )
+    return replace(leaf.reshape(old.shape)), states
+
+  def _cut(self, path: str, x: jax.Array) -> jax.Array:
+    """A leaf in its chunks of rows."""
+    return x.reshape(self.chunks[path], -1, *x.shape[1:])
 
   def _update(
     self,
@@ -353,15 +451,19 @@ class _Run(NamedTuple):
     layer = (jnp.int32(layer[0]), jnp.int32(layer[1]))
     leaves = paths.leaves_by_path(params)
     part = {p: leaves[p] for p in grads}
+    finite, old = jnp.isfinite(_squares(grads)), state
     updates, state = self.tx.update(
       _only(params, grads),
-      state,
+      old,
       _only(params, self.read(part)),
       **{LAYER_ARG: layer},
     )
     found = paths.leaves_by_path(updates)
     key = None if key is None else jax.random.fold_in(key, layer[0])
     new: Any = weights.apply_updates(part, {p: found[p] for p in part}, key)
+    new, state = jax.tree.map(
+      lambda x, y: jnp.where(finite, x, y), (new, state), (part, old)
+    )
     return paths.map_with_path(lambda p, x: new.get(p, x), params), state
 
   def _named(self, layer: Any) -> dict[str, Any]:
@@ -371,8 +473,9 @@ class _Run(NamedTuple):
   def _end_leaves(self, tree: Mapping[str, Any]) -> tuple[dict, dict]:
     """Leaves by path: those that `first` is given, and the other ends."""
     ends = self.model.ends(tree)
-    lower = self.model.lower(ends)
-    upper = {k: v for k, v in ends.items() if k not in lower}
+    keys = ends if self.model.first_keys is None else self.model.first_keys
+    lower = {k: v for k, v in ends.items() if k in keys}
+    upper = {k: v for k, v in ends.items() if k not in keys}
     return paths.leaves_by_path(lower), paths.leaves_by_path(upper)
 
   def _keys(self, count: jax.Array) -> Any:
@@ -398,8 +501,10 @@ class _Forward(NamedTuple):
   def whole_gradient(self, ends: dict, dx: Any) -> dict:
     """The ends' gradient, with what comes through the first layer's input."""
     (lower,) = self.first_vjp(dx)
-    add = functools.partial(jax.tree.map, jnp.add)
-    return {k: add(g, lower[k]) if k in lower else g for k, g in ends.items()}
+    both = {
+      k: jax.tree.map(jnp.add, lower[k], ends[k]) for k in ends if k in lower
+    }
+    return {**ends, **lower, **both}
 
 
 def _only(tree: Any, part: Mapping[str, Any]) -> Any:
@@ -442,6 +547,22 @@ def _squares(tree: Any) -> jax.Array:
     (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)),
     start=jnp.float32(0),
   )
+
+
+def _check_chunks(chunks: Mapping[str, int], ends: Mapping[str, Any]) -> None:
+  """Raises unless chunks are those of arrays that they divide."""
+  for path, count in chunks.items():
+    if path not in ends:
+      raise ValueError(
+        f"`chunks` names {path!r}, which is no leaf outside of the layers; "
+        f"those are {', '.join(ends)}."
+      )
+    shape = jnp.shape(ends[path])
+    if count < 1 or not shape or shape[0] % count:
+      raise ValueError(
+        f"`chunks` cuts {path!r} of shape {shape} in {count}; give a divisor "
+        "of its rows."
+      )
 
 
 def _check_layers(model: Layered, params: Any) -> None:

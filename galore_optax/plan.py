@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import checks, matrix
+from galore_optax import checks, matrix, projector
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "auto")
 
@@ -148,7 +148,7 @@ class Plan:
     return {path: site for path, site in sites.items() if site is not None}
 
   def bound(
-    self, leaves: Mapping[str, Any], projector: Mapping[str, Mapping]
+    self, leaves: Mapping[str, Any], kept: Mapping[str, Mapping]
   ) -> dict[str, Site]:
     """The sites that a state was initialised with.
 
@@ -157,15 +157,15 @@ class Plan:
 
     Args:
       leaves: Path to gradient.
-      projector: Path to side to basis, from the state.
+      kept: Path to side to basis, from the state.
 
     Returns:
-      Path to site, in the order of the projector.
+      Path to site, in the order of the bases.
 
     Raises:
       ValueError: If the gradients are not those of the initialised parameters.
     """
-    missing = [path for path in projector if path not in leaves]
+    missing = [path for path in kept if path not in leaves]
     if missing:
       raise ValueError(
         f"The state projects the leaf {missing[0]!r}, which the gradients do "
@@ -174,7 +174,7 @@ class Plan:
       )
     return {
       path: self._bound_site(path, leaves[path], bases)
-      for path, bases in projector.items()
+      for path, bases in kept.items()
     }
 
   def _bound_site(self, path: str, leaf: Any, bases: Mapping) -> Site:
@@ -182,15 +182,15 @@ class Plan:
     shape = np.shape(leaf)
     view = matrix.matrix_view(shape, how.rows, how.cols) if how else None
     sides = tuple(bases)
-    rank = bases[sides[0]].shape[-1]
+    shapes = {side: projector.shape_of(x) for side, x in bases.items()}
+    rank = shapes[sides[0]][-1]
     if how is not None and view is not None:
       site = Site(path, view, sides, rank, how.update_proj_gap, how.scale)
-      found = {side: bases[side].shape for side in sides}
-      if found == {side: site.basis_shape(side) for side in sides}:
+      if shapes == {side: site.basis_shape(side) for side in sides}:
         return site
     raise ValueError(
       f"The gradient of the leaf {path!r} has shape {shape}, which does not "
-      f"fit the state's basis of shape {bases[sides[0]].shape}. Pass gradients "
+      f"fit the state's basis of shape {shapes[sides[0]]}. Pass gradients "
       "of the parameters that `init` was called with, to the same optimizer."
     )
 

@@ -35,15 +35,27 @@ def read(kept: Mapping[str, Any]) -> dict[str, jax.Array]:
   """Bases as arrays, from how the state keeps them.
 
   Args:
-    kept: Side to basis, an array or a :class:`galore_optax.QArray`.
+    kept: Side to basis: an array, or a :class:`galore_optax.QArray` of the
+      transposed basis, whose blocks lie within one direction and which
+      compilers lay out like that without copying it.
 
   Returns:
     Side to basis (..., m, r) or (..., n, r).
   """
   return {
-    side: qarray.dequantize(x) if qarray.is_quantized(x) else x
+    side: jnp.swapaxes(qarray.dequantize(x), -1, -2)
+    if qarray.is_quantized(x)
+    else x
     for side, x in kept.items()
   }
+
+
+def shape_of(kept: Any) -> tuple[int, ...]:
+  """Shape (..., m, r) of a basis that the state keeps."""
+  shape = kept.shape
+  if qarray.is_quantized(kept):
+    return (*shape[:-2], shape[-1], shape[-2])
+  return shape
 
 
 def write(bases: Bases, kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +72,7 @@ def write(bases: Bases, kept: Mapping[str, Any]) -> dict[str, Any]:
     The bases, each in the format of its counterpart.
   """
   return {
-    side: qarray.requantize(kept[side], x)
+    side: qarray.requantize(kept[side], jnp.swapaxes(x, -1, -2))
     if qarray.is_quantized(kept[side])
     else x.astype(kept[side].dtype)
     for side, x in bases.items()

@@ -53,6 +53,15 @@ class Moment:
   layers: Any = 1
   active: Any = True
 
+  @property
+  def single(self) -> bool:
+    """Whether a single layer is updated."""
+    return not isinstance(self.layers, int)
+
+  def number(self, group: "_Group") -> Any:
+    """Number of a group's first matrix, as if all layers were one stack."""
+    return group.first * self.layers + self.layer * sum(group.counts)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
@@ -114,8 +123,8 @@ def refresh(
     for path, site in sites.items()
   }
   new: dict[str, _Slot] = {}
-  units = sum(site.view.count for site in sites.values())
-  for group in _groups(sites, slots, grads):
+  units = sum(site.view.count for site in sites.values()) * now.layers
+  for group in _groups(sites, slots, grads, apart=now.single):
     names = [site.path for site in group.members]
     changed = _refresh_group(
       how,
@@ -153,8 +162,13 @@ def _groups(
   sites: Mapping[str, plan.Site],
   slots: Mapping[str, _Slot],
   grads: Mapping[str, jax.Array],
+  apart: bool,
 ) -> list[_Group]:
-  """The sites in groups, in the order in which their matrices are numbered."""
+  """The sites in groups, in the order in which their matrices are numbered.
+
+  Apart, every leaf is a group of its own in that order: of a single layer, a
+  leaf's matrices have successive numbers, but those of two leaves do not.
+  """
   members: dict[Any, list[plan.Site]] = {}
   for path, site in sites.items():
     gap = site.gap if isinstance(site.gap, int | float) else id(site.gap)
@@ -166,7 +180,8 @@ def _groups(
     )
     members.setdefault(key, []).append(site)
   groups, first = [], 0
-  for group in members.values():
+  found = list(members.values())
+  for group in [[site] for x in found for site in x] if apart else found:
     groups.append(_Group(tuple(group), first))
     first += sum(groups[-1].counts)
   return groups
@@ -234,14 +249,13 @@ def _refresh_group(
   grads = [_flat(jax.lax.stop_gradient(g)) for g in grads]
   flat = [_flat_slot(slot) for slot in slots]
   low, high, order = _due(how, now, units, group, flat)
-  first = group.first * now.layers + now.layer
 
   def one(k: jax.Array, flat: list[_Slot]) -> list[_Slot]:
     unit = k if order is None else _take(order, k)
     member, i = (_take(jnp.asarray(x), unit) for x in group.places)
     g, slot = _read(grads, flat, member, i)
     gap = group.members[0].gap
-    number = schedule.Number(first + unit, units * now.layers)
+    number = schedule.Number(now.number(group) + unit, units)
     new = _refresh_one(how, now.step, number, gap, g, slot, orders)
     return _write(flat, member, i, new)
 
@@ -258,10 +272,10 @@ def _due(
   how: Refresh, now: Moment, units: int, group: _Group, slots: list[_Slot]
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Which matrices of a group are due: from, to, and in which order."""
-  count, first = sum(group.counts), group.first * now.layers + now.layer
+  count = sum(group.counts)
   if how.policy != "adaptive":
-    gap = group.members[0].gap
-    low, high = due(how.policy, now.step, gap, first, count, units * now.layers)
+    gap, first = group.members[0].gap, now.number(group)
+    low, high = due(how.policy, now.step, gap, first, count, units)
     return low, jnp.where(now.active, high, low), None
   schedules = [when for _, _, when in slots if when is not None]
   hit = jnp.concatenate([when.due(now.step) for when in schedules])
@@ -294,7 +308,8 @@ def _refresh_one(
   }
   if when is not None:
     similarity = schedule.similarity(how.adaptive.measure, new, old, turn)
-    when = when.refreshed(how.adaptive, step, number, gap, similarity)
+    told = projector.is_usable(g)
+    when = when.refreshed(how.adaptive, step, number, gap, similarity, told)
   return written, turned, when
 
 

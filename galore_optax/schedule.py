@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from galore_optax import checks, projector
 
+# Steps that a matrix waits at most, for counters to stay in range.
+_LONGEST = 2.0**30
+
 MEASURES = ("overlap", "cosine")
 
 
@@ -101,6 +104,7 @@ class State(NamedTuple):
     number: Number,
     gap: Any,
     similarity: jax.Array,
+    told: jax.Array,
   ) -> "State":
     """The schedule of one matrix after a refresh.
 
@@ -110,20 +114,30 @@ class State(NamedTuple):
       number: Number of the matrix among all, which decides its turn.
       gap: Steps between two refreshes at first.
       similarity: Of the new subspace to the old one, scalar.
+      told: Whether the gradient told anything; one that is zero or not finite
+        leaves the subspace as it is, which does not mean that it has settled.
     """
     base = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
     first = self.refreshes == 0
     # The first refresh has nothing to compare with but the random start.
     seen = jnp.concatenate([similarity[None], self.similarities[:-1]])
-    seen = jnp.where(first, self.similarities, seen)
-    settled = (self.refreshes >= how.window) & (seen.mean() >= how.threshold)
+    seen = jnp.where(first | ~told, self.similarities, seen)
+    full = self.refreshes >= how.window
+    settled = told & full & (seen.mean() >= how.threshold)
     grown = jnp.minimum(self.gap * how.growth, base * how.limit)
+    grown = jnp.minimum(grown, _LONGEST)
     new_gap = jnp.where(settled, grown.astype(jnp.int32), self.gap)
     new_gap = jnp.where(first, base, new_gap)
     # From step 0, where all are refreshed, they get in line.
-    turn = number.index * base // number.count
+    turn = _share(base, number)
     wait = jnp.where(first & (turn > 0), turn, new_gap)
     return State(step + wait, new_gap, seen, self.refreshes + 1)
+
+
+def _share(gap: jax.Array, number: Number) -> jax.Array:
+  """Index * gap // count, without the product, which may be out of range."""
+  whole, rest = gap // number.count, gap % number.count
+  return number.index * whole + number.index * rest // number.count
 
 
 def start(stack: tuple[int, ...], how: Adaptive) -> State:

@@ -63,20 +63,23 @@ def _place_divisible(
   sharding = _known_sharding(like)
   if sharding is None:
     return x
-  mesh = sharding.mesh
+  return place(
+    x, like, lambda parts: _fitting(sharding.mesh, spec(parts), x.shape)
+  )
+
+
+def _fitting(mesh: Any, spec: tuple, shape: tuple[int, ...]) -> tuple:
+  """A partition without the axes that the mesh does not divide."""
   sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
 
   def shards(names: Any) -> int:
     names = (names,) if isinstance(names, str) else names or ()
     return math.prod(sizes[name] for name in names)
 
-  def fitting(parts: tuple) -> tuple:
-    return tuple(
-      axis if size % shards(axis) == 0 else None
-      for axis, size in zip(spec(parts), x.shape, strict=False)
-    )
-
-  return place(x, like, fitting)
+  return tuple(
+    axis if size % shards(axis) == 0 else None
+    for axis, size in zip(spec, shape, strict=False)
+  )
 
 
 def _known_sharding(like: Any) -> jax.NamedSharding | None:
@@ -148,6 +151,35 @@ def is_explicit(tree: Any) -> bool:
 
 def _is_arrays(tree: Any) -> bool:
   return all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+
+
+def quantized_shardings(params: Any, param_shardings: Any) -> Any:
+  """Shardings for parameters of which some are quantised.
+
+  Codes are sharded like the weights they stand for; of the scales, an axis
+  that the mesh does not divide stays whole.
+
+  Args:
+    params: Parameters with :class:`galore_optax.QArray` leaves, or their
+      `jax.ShapeDtypeStruct`.
+    param_shardings: `jax.NamedSharding` for each weight.
+
+  Returns:
+    `jax.NamedSharding` for each array, in the structure of `params`.
+  """
+
+  def spread(x: Any, sharding: jax.NamedSharding) -> Any:
+    if not qarray.is_quantized(x):
+      return sharding
+    spec = qarray.scale_spec(tuple(sharding.spec), x.shape)
+    fits = _fitting(sharding.mesh, spec, x.scale.shape)
+    scales = jax.NamedSharding(sharding.mesh, jax.P(*fits))
+    zero = None if x.zero is None else scales
+    return dataclasses.replace(x, codes=sharding, scale=scales, zero=zero)
+
+  return jax.tree.map(
+    spread, params, param_shardings, is_leaf=qarray.is_quantized
+  )
 
 
 def _one_mesh(shardings: Any) -> Any:

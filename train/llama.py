@@ -258,10 +258,11 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     The graph definition, and the parameters as `nnx.Param` boxes that hold
     `jax.ShapeDtypeStruct`s and the logical names of their axes.
   """
-  return nnx.split(_abstract_model(config), nnx.Param)
+  return nnx.split(abstract_model(config), nnx.Param)
 
 
-def _abstract_model(config: ModelConfig) -> Llama:
+def abstract_model(config: ModelConfig) -> Llama:
+  """The model with shapes in place of its parameters."""
   # Eagerly sharded variables would ask for a mesh here, where none is needed:
   # `train.mesh.param_shardings` reads the names. The rules are for eval_shape,
   # which translates the names if there is a mesh.
@@ -370,7 +371,7 @@ def _outer(config: ModelConfig, params: dict) -> Llama:
 @functools.cache
 def _structures(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
   """Graph definitions of the model without its layers, and of one layer."""
-  model = _abstract_model(config)
+  model = abstract_model(config)
   layer, _ = nnx.split(model.layers, nnx.Param)
   del model.layers
   return nnx.split(model, nnx.Param)[0], layer

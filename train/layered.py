@@ -1,0 +1,137 @@
+"""The LLaMA in the three parts that `galore_optax.layerwise` walks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import galore_optax
+from train import llama
+from train.config import ModelConfig, TrainConfig
+
+# Elements of a chunk in which a leaf outside of the layers is updated, about:
+# enough to keep a device busy, little beside a layer of a model that has
+# leaves so large.
+CHUNK = 2**22
+
+# Positions whose logits are in memory together.
+LOSS_CHUNK = 1024
+
+
+def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
+  """The model as embedding, layers and head; its batch is rows (B, T + 1).
+
+  The loss is the mean cross-entropy of the predicted tokens in nats, and the
+  penalty of `train.z_loss`. The logits are made, used and made again in the
+  backward pass a chunk at a time: of a whole row they would be the largest
+  array of all.
+  """
+  tied = config.tie_embeddings
+
+  def first(lower: dict, rows: jax.Array) -> jax.Array:
+    table = lower["embed"]["embedding"].astype(config.dtype)
+    return _look_up(table, jnp.maximum(rows[:, :-1], 0))
+
+  def layer(params: dict, x_BxTxD: jax.Array) -> jax.Array:
+    _, length, width = x_BxTxD.shape
+    x_MxD = x_BxTxD.reshape(-1, width)
+    return llama.block(config, params, x_MxD, length).reshape(x_BxTxD.shape)
+
+  def last(upper: dict, x_BxTxD: jax.Array, rows: jax.Array) -> jax.Array:
+    head = nnx.merge(_upper(config), upper)
+    x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+    total, penalty, count = _sums(head, x_MxD, rows[:, 1:].reshape(-1))
+    return (total + train.z_loss * penalty) / jnp.maximum(count, 1)
+
+  return galore_optax.Layered(
+    first,
+    layer,
+    last,
+    first_keys=("embed",),
+    last_keys=("norm", "embed" if tied else "lm_head"),
+  )
+
+
+def chunks(params: dict) -> dict[str, int]:
+  """In how many chunks of rows the large leaves outside the layers go."""
+  found = {}
+  for name, leaf in (("embed", "embedding"), ("lm_head", "kernel")):
+    if name not in params or params[name][leaf].size <= 2 * CHUNK:
+      continue
+    rows, columns = params[name][leaf].shape
+    wanted = max(1, CHUNK // columns)
+    size = max(n for n in range(1, wanted + 1) if rows % n == 0)
+    found[f"{name}/{leaf}"] = rows // size
+  return found
+
+
+@jax.custom_vjp
+def _look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Rows of the embedding."""
+  return table[tokens]
+
+
+def _look_up_forward(table: jax.Array, tokens: jax.Array) -> tuple:
+  # The table's shape, in something that can be saved and takes no memory.
+  like = jax.eval_shape(lambda: table)
+  return table[tokens], (tokens, _Shape(like.shape))
+
+
+def _look_up_backward(saved: tuple, dx: jax.Array) -> tuple:
+  tokens, like = saved
+  # The zeros to which rows are added wait for the gradient: compilers would
+  # otherwise make them first and keep them through the whole backward pass.
+  dx, zero = jax.lax.optimization_barrier((dx, jnp.zeros((), dx.dtype)))
+  return jnp.broadcast_to(zero, like.shape).at[tokens].add(dx), None
+
+
+class _Shape:
+  """A shape, as a pytree without leaves."""
+
+  def __init__(self, shape: tuple[int, ...]):
+    self.shape = shape
+
+
+jax.tree_util.register_pytree_node(
+  _Shape, lambda x: ((), x.shape), lambda shape, _: _Shape(shape)
+)
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+@functools.cache
+def _upper(config: ModelConfig) -> nnx.GraphDef:
+  """The structure of the last norm and the head."""
+  model = llama.abstract_model(config)
+  del model.layers
+  if not config.tie_embeddings:
+    del model.embed
+  return nnx.split(model, nnx.Param)[0]
+
+
+def _sums(
+  head: llama.Llama, x_MxD: jax.Array, targets_M: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Summed losses and squared log-normalisers, and the number of tokens."""
+
+  @jax.checkpoint
+  def chunk(x_CxD: jax.Array, targets_C: jax.Array) -> jax.Array:
+    logits_CxV = head.head(x_CxD, 1)[0]
+    valid = targets_C >= 0
+    log_z = jax.nn.logsumexp(logits_CxV, axis=-1)
+    index = jnp.maximum(targets_C, 0)[:, None]
+    chosen = jnp.take_along_axis(logits_CxV, index, axis=-1)[:, 0]
+    rows = (log_z - chosen, jnp.square(log_z), jnp.ones_like(log_z))
+    return jnp.where(valid, jnp.stack(rows), 0).sum(axis=1)
+
+  count = -(-len(targets_M) // LOSS_CHUNK)
+  while len(targets_M) % count:
+    count += 1
+  parts = (
+    x_MxD.reshape(count, -1, x_MxD.shape[1]),
+    targets_M.reshape(count, -1),
+  )
+  zeros = jnp.zeros(3, jnp.float32)
+  add = lambda total, part: (total + chunk(*part), None)
+  total, _ = jax.lax.scan(add, zeros, parts)
+  return total[0], total[1], total[2]
