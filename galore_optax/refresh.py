@@ -234,7 +234,7 @@ def _ceil_div(a: Any, b: Any) -> Any:
 def _refresh_group(
   how: Refresh,
   now: Moment,
-  units: int,
+  units: Any,
   group: _Group,
   orders: Mapping[str, int],
   grads: list[jax.Array],
@@ -269,7 +269,7 @@ def _refresh_group(
 
 
 def _due(
-  how: Refresh, now: Moment, units: int, group: _Group, slots: list[_Slot]
+  how: Refresh, now: Moment, units: Any, group: _Group, slots: list[_Slot]
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Which matrices of a group are due: from, to, and in which order."""
   count = sum(group.counts)
@@ -308,7 +308,8 @@ def _refresh_one(
   }
   if when is not None:
     similarity = schedule.similarity(how.adaptive.measure, new, old, turn)
-    told = projector.is_usable(g)
+    largest = jnp.max(jnp.abs(g))
+    told = jnp.isfinite(largest) & (largest > 0)
     when = when.refreshed(how.adaptive, step, number, gap, similarity, told)
   return written, turned, when
 

@@ -51,6 +51,8 @@ class Adaptive:
   def __post_init__(self):
     """Refuses values that make no schedule."""
     checks.check_choice("measure", self.measure, MEASURES)
+    if isinstance(self.window, bool) or not isinstance(self.window, int):
+      raise TypeError(f"`window` must be an int, got {self.window!r}.")
     for name in ("threshold", "window"):
       checks.check_positive(name, getattr(self, name))
     for name in ("growth", "limit"):
