@@ -56,7 +56,7 @@ def estimate(config: configs.Config) -> dict[str, Any]:
     UserError: the optimizer's options exclude one another, or the mesh does
       not divide the batch.
   """
-  mesh = abstract_mesh(config.mesh)
+  mesh: Any = abstract_mesh(config.mesh)  # shardings take it as a mesh
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
   placed = steps.place(config.model, tx, mesh)
   plan = galore_optax.describe(tx, placed.state.params)

@@ -87,9 +87,11 @@ def count_flops(
 
 def _product_flops(eqn: core.JaxprEqn) -> int:
   (contracted, _), _ = eqn.params["dimension_numbers"]
-  shape = eqn.invars[0].aval.shape
+  operand: Any = eqn.invars[0].aval
+  result: Any = eqn.outvars[0].aval
+  shape = operand.shape
   depth = math.prod(shape[axis] for axis in contracted)
-  return 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+  return 2 * depth * math.prod(result.shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

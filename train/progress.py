@@ -83,7 +83,7 @@ def fit(shown: dict[str, str], room: int) -> str:
     room: columns, the bar's among them.
   """
   known = {name: value for name, value in shown.items() if value}
-  for name in (None, *DISPENSABLE):
+  for name in ("", *DISPENSABLE):
     known.pop(name, None)
     text = " ".join(f"{name} {value}" for name, value in known.items())
     if len(text) + BAR <= room:
