@@ -81,8 +81,8 @@ def choose(setting: str, known: list[Matrix]) -> list[Matrix]:
     return []
   if not known:
     raise UserError(
-      f"run.watch={setting}: this optimizer projects no matrix; leave"
-      " run.watch at auto"
+      f"run.watch={setting}: there is no projected matrix that can be looked"
+      " at (quantised weights cannot); leave run.watch at auto"
     )
   names = {matrix.name: matrix for matrix in known}
   if setting == "auto":
@@ -146,7 +146,8 @@ class Watcher:
     Raises:
       UserError: `run.watch` fits no matrix.
     """
-    self.matrices = choose(config.run.watch, matrices(description))
+    known = _visible(matrices(description), placed.state)
+    self.matrices = choose(config.run.watch, known)
     self._config = config
     self._every = self._period()
     where = meshes.replicated(placed.shardings.step.mesh)
@@ -268,6 +269,20 @@ class Watcher:
       m.name: {side: x[m.layer] for side, x in found[m.path].items()}
       for m in self.matrices
     }
+
+
+def _visible(known: list[Matrix], state: steps.TrainState) -> list[Matrix]:
+  """Those whose weights and bases a look finds as arrays, layer by layer."""
+  params = jax.tree.leaves(state.params)
+  if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in params):
+    return []
+  bases = jax.eval_shape(galore_optax.find_bases, state.opt_state)
+  return [
+    m
+    for m in known
+    if m.path in bases
+    and all(m.layer < x.shape[0] for x in bases[m.path].values())
+  ]
 
 
 def compare(

@@ -97,6 +97,20 @@ def test_looks_are_rare_by_default(trainer, whole):
   assert due[0] == 0 and 10 < len(due) <= 1000 / subspace.RARE + 1
 
 
+def test_quantised_weights_are_not_looked_at(trainer, whole):
+  shrink = lambda x: jax.ShapeDtypeStruct(x.shape, "int8")
+  state = trainer.placed.state
+  params = jax.tree.map(shrink, state.params)
+  placed = trainer.placed._replace(state=state._replace(params=params))
+  plan = galore_optax.describe(trainer.tx, state.params)
+  watch = lambda name: subspace.Watcher(
+    dataclasses.replace(whole, run=config.RunConfig(watch=name)), placed, plan
+  )
+  assert watch("auto").matrices == [] and not watch("auto").is_due(0)
+  with pytest.raises(UserError, match="quantised"):
+    watch("attn.q.0")
+
+
 def test_names_choose_matrices(trainer, whole):
   names = lambda watch: [
     m.name for m in make_watcher(trainer, whole, watch=watch).matrices
@@ -124,5 +138,5 @@ def test_wrong_names_are_told(watch, words, trainer, whole):
 
 def test_without_projection_there_is_nothing_to_watch():
   assert subspace.choose("auto", []) == []
-  with pytest.raises(UserError, match="projects no matrix"):
+  with pytest.raises(UserError, match="no projected matrix"):
     subspace.choose("attn.q.0", [])
