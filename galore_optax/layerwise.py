@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import checks, paths, weights
+from galore_optax import checks, paths, qarray, weights
 from galore_optax.galore import LAYER_ARG
 
 
@@ -380,7 +380,7 @@ class _Run(NamedTuple):
     return (
       {**params, key: stack},
       LayerwiseState(optax.safe_increment(state.count), first, states, last),
-      {"loss": forward.loss, "grad_norm": norm},
+      {"loss": forward.loss.astype(jnp.float32), "grad_norm": norm},
     )
 
   def _update_end(
@@ -565,6 +565,25 @@ def _check_chunks(chunks: Mapping[str, int], ends: Mapping[str, Any]) -> None:
       )
 
 
+def _check_keys(model: Layered, params: Mapping[str, Any]) -> None:
+  """Raises unless what the ends are given is in the parameters."""
+  ends = [k for k in params if k != model.key]
+  for name in ("first_keys", "last_keys"):
+    for key in getattr(model, name) or ():
+      if key not in ends:
+        raise ValueError(
+          f"`{name}` names {key!r}, which is no entry of the parameters "
+          f"outside of the layers; those are {', '.join(map(repr, ends))}."
+        )
+
+
+def _is_list_of_layers(layers: Any) -> bool:
+  """Whether these are single layers, such as `unstack` makes."""
+  if not isinstance(layers, list) or not isinstance(layers[0], Mapping):
+    return False
+  return len({jax.tree.structure(layer) for layer in layers}) == 1
+
+
 def _check_layers(model: Layered, params: Any) -> None:
   """Raises unless the parameters hold a stack of layers."""
   if not isinstance(params, Mapping) or model.key not in params:
@@ -572,9 +591,22 @@ def _check_layers(model: Layered, params: Any) -> None:
       f"`params` must be a dict with the stacked layers at {model.key!r}, got "
       f"{list(params) if isinstance(params, Mapping) else type(params)}."
     )
+  _check_keys(model, params)
   leaves = paths.leaves_by_path(params[model.key])
   if not leaves:
     raise ValueError(f"`params[{model.key!r}]` has no leaves.")
+  if _is_list_of_layers(params[model.key]):
+    raise ValueError(
+      f"`params[{model.key!r}]` is a list of single layers; make a stack of "
+      "them with `galore_optax.stack`."
+    )
+  for path, x in leaves.items():
+    if qarray.is_quantized(x) and x.ndim < 3:
+      raise ValueError(
+        f"The leaf {path!r} of `params[{model.key!r}]` is a quantised stack of "
+        f"vectors, of shape {x.shape}, whose blocks may cross layers. Quantise "
+        "matrices only."
+      )
   counts = {path: jnp.shape(x)[:1] for path, x in leaves.items()}
   if len(set(counts.values())) != 1 or () in counts.values():
     raise ValueError(
