@@ -173,6 +173,28 @@ def test_the_log_forgets_what_will_happen_again(tmp_path):
   ]
 
 
+def test_the_log_keeps_what_a_full_disk_does_not_take(tmp_path, capsys):
+  log = metrics.Log(tmp_path, resumed_at=0)
+  log.write(1, loss=1.0)
+  with open("/dev/full", "wb", buffering=0) as full:
+    disk, log._file = log._file, full
+    log.write(2, loss=2.0)
+    log.write(3, loss=3.0)
+    log._file = disk
+  assert [r["step"] for r in metrics.read(tmp_path / metrics.FILE)] == [1]
+  log.write(4, loss=4.0)
+  log.close()
+  found = metrics.read(tmp_path / metrics.FILE)
+  assert found == [{"step": i, "loss": float(i)} for i in (1, 2, 3, 4)]
+  assert not capsys.readouterr().out
+  log = metrics.Log(tmp_path, resumed_at=4)
+  with open("/dev/full", "wb", buffering=0) as full:
+    log._file = full
+    log.write(5, loss=5.0)
+    log.close()
+  assert "1 records could not be written" in capsys.readouterr().out
+
+
 def test_throughput_leaves_pauses_out():
   speed = metrics.Throughput()
   for now in (0.0, 1.0, 2.0):

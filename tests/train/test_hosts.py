@@ -48,7 +48,7 @@ def losses(out):
 
 @pytest.mark.slow
 def test_two_processes_train_to_the_losses_of_one(
-  text_file, tmp_path, monkeypatch
+  text_file, tmp_path, monkeypatch, capsys
 ):
   settings = SETTINGS | {
     "data.path": text_file,
@@ -67,12 +67,15 @@ def test_two_processes_train_to_the_losses_of_one(
   assert "devices    4 cpu: 2 data x 2 fsdp x 1 tensor" in said
   assert not [x for x in silent.splitlines() if not x.startswith("[Gloo]")]
   monkeypatch.setattr(jax, "devices", lambda found=jax.devices: found()[:1])
-  # The checkpoint of two processes goes on in one: the last steps again.
   assert pretrain.main(["--out", str(one), *flags]) == 0
   for found, expected in zip(losses(two), losses(one), strict=True):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
   assert len(losses(two)[0]) == 8
   assert (two / "checkpoints" / "8" / "state" / "ocdbt.process_1").exists()
+  # What two processes have saved, one restores.
+  capsys.readouterr()
+  assert pretrain.main(["--out", str(two), *flags]) == 0
+  assert "the run is complete: all 8 steps" in capsys.readouterr().out
 
 
 def test_launchers_that_start_several_processes_are_known():
