@@ -216,8 +216,7 @@ def _held_out_rows(
     the documents that were read for them.
   """
   documents, taken, tokens = [], set(), 0
-  texts = iter(texts)
-  while chunk := list(itertools.islice(texts, stream.CHUNK)):
+  for chunk in stream.chunks(texts):
     documents += encoder.measure(chunk)
     taken |= {holdout.digest(text) for text in chunk}
     tokens += sum(len(ids) for ids, _ in documents[-len(chunk) :])

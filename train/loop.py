@@ -135,7 +135,13 @@ def train(
   watch = Watch(job, start, int(state.skipped))
   with contextlib.closing(watch.progress), jax.transfer_guard("disallow"):
     steps_to_do = range(start + 1, config.train.steps + 1)
-    return advance(job, state, compiled, watch, steps_to_do, stopped)
+    outcome = advance(job, state, compiled, watch, steps_to_do, stopped)
+  waited, seconds = job.feed.waited, watch.seconds() - job.seconds
+  print(
+    f"waited     {waited:.1f} s for data, {waited / seconds:.2%} of"
+    f" {seconds:,.1f} s of training"
+  )
+  return outcome
 
 
 def advance(

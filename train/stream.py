@@ -11,7 +11,7 @@ state leaves out what the buffer held.)
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import datasets
 import numpy as np
@@ -24,7 +24,8 @@ from train.loader import Prefetch, State
 from train.tokenizer import Encoder
 
 TABLE = 1000  # examples that are read together
-CHUNK = 256  # documents that are tokenised together, on all cores
+# What is tokenised together, on all cores: many short documents or few long.
+CHUNK, CHARACTERS = 256, 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,19 @@ class Position:
   block: int = 0  # number of the block in the epoch
   document: int = 0  # in the block's shuffled order
   offset: int = 0  # tokens of that document that are used up
+
+
+def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+  """The texts in groups that are neither too many nor too long at once."""
+  group, characters = [], 0
+  for text in texts:
+    group.append(text)
+    characters += len(text)
+    if len(group) == CHUNK or characters >= CHARACTERS:
+      yield group
+      group, characters = [], 0
+  if group:
+    yield group
 
 
 class Shards:
@@ -186,10 +200,11 @@ class Stream:
   ) -> Iterator[tuple[Position, np.ndarray]]:
     """Documents as ids, from number `first` of the first block on."""
     for at, texts in blocks:
-      for begin in range(first, len(texts), CHUNK):
-        chunk = self.encoder.encode(texts[begin : begin + CHUNK])
-        for number, ids in enumerate(chunk, begin):
+      number = first
+      for chunk in chunks(texts[first:]):
+        for ids in self.encoder.encode(chunk):
           yield dataclasses.replace(at, document=number), ids
+          number += 1
       first = 0
 
   def _pack(

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from train import data, holdout
+from train import data, holdout, stream
 from train.config import DataConfig
 from train.errors import UserError
 
@@ -222,3 +222,11 @@ def test_a_shard_that_breaks_is_named(make, tmp_path, folder):
   broken.write_bytes(broken.read_bytes()[:150])
   with pytest.raises(UserError, match="shard 3 of 4 cannot be read"):
     take(corpus, 99)
+
+
+def test_long_documents_are_tokenised_a_few_at_a_time(monkeypatch):
+  monkeypatch.setattr(stream, "CHUNK", 3)
+  monkeypatch.setattr(stream, "CHARACTERS", 10)
+  texts = ["a", "b", "c", "d" * 11, "e" * 5, "f" * 5, "g"]
+  found = [len(chunk) for chunk in stream.chunks(texts)]
+  assert found == [3, 1, 2, 1]
