@@ -320,7 +320,7 @@ def _row(path: str, leaf: Any, bases: Any, owned: int) -> Row:
   if not bases:
     return Row(path, shape, "", "", None, owned, adam)
   side = "both" if len(bases) == 2 else next(iter(bases))
-  *stack, size, rank = next(iter(bases.values())).shape
+  *stack, size, rank = projector.shape_of(next(iter(bases.values())))
   other = math.prod(shape) // (math.prod(stack) * size)
   dims = (other, size) if side == "right" else (size, other)
   count = f"{math.prod(stack)} x " if stack else ""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_optax import qarray
@@ -205,9 +206,12 @@ def state_shardings(
   the axes that stack layers; the rank is never split.
 
   Args:
-    tx: Any optimizer, with GaLore anywhere in it or not at all.
-    params: Parameters, or their `jax.ShapeDtypeStruct`.
-    param_shardings: `jax.NamedSharding` for each parameter.
+    tx: Any optimizer, with GaLore anywhere in it or not at all, or what
+      :func:`galore_optax.layerwise` returns.
+    params: Parameters, or their `jax.ShapeDtypeStruct`. For those that are
+      quantised, `tx` is given the weights that they stand for.
+    param_shardings: `jax.NamedSharding` for each parameter; for a quantised one
+      that of the weight, or one for each of its arrays.
 
   Returns:
     `jax.NamedSharding` for each leaf of `tx.init(params)`, to be given to
@@ -236,15 +240,19 @@ def state_shardings(
     mesh.axis_names,
     axis_types=(jax.sharding.AxisType.Explicit,) * len(mesh.axis_names),
   )
-  typed = jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=jax.NamedSharding(explicit, sharding.spec)
-    ),
-    params,
-    param_shardings,
+
+  def typed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    dtype = jnp.float32 if qarray.is_quantized(x) else x.dtype
+    spec = (sharding.codes if qarray.is_quantized(sharding) else sharding).spec
+    return jax.ShapeDtypeStruct(
+      x.shape, dtype, sharding=jax.NamedSharding(explicit, spec)
+    )
+
+  like = jax.tree.map(
+    typed, params, param_shardings, is_leaf=qarray.is_quantized
   )
   with jax.sharding.use_abstract_mesh(explicit):
-    state = jax.eval_shape(tx.init, typed)
+    state = jax.eval_shape(tx.init, like)
   return jax.tree.map(
     lambda x: jax.NamedSharding(
       mesh, x.sharding.spec if x.sharding is not None else jax.P()

@@ -1,0 +1,425 @@
+"""Layer by layer inside the backward pass, and the usual step: one result."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import (
+  Adaptive,
+  Layered,
+  Projection,
+  apply_updates,
+  dequantize_params,
+  describe,
+  galore,
+  galore_adamw,
+  layerwise,
+  q_galore_adamw_8bit,
+  quantize_params,
+  stack,
+  state_bytes,
+  state_shardings,
+  unstack,
+)
+from galore_optax.sharding import quantized_shardings
+
+LAYERS, WIDTH, WORDS, STEPS = 3, 8, 24, 30
+SHAPES = {
+  "embed": (WORDS, WIDTH),
+  "head": (WIDTH, WORDS),
+  "layers": {
+    "experts": (LAYERS, 2, WIDTH, 12),
+    "mix": [(LAYERS, WIDTH, WIDTH), (LAYERS, WIDTH, WIDTH)],
+    "scale": (LAYERS, WIDTH),
+  },
+}
+
+
+def _layer(w, x):
+  x = x + jnp.tanh(x * w["scale"] @ w["mix"][0]) @ w["mix"][1]
+  hidden = jnp.einsum("bm,emn->ben", x, w["experts"])
+  return x + jnp.einsum("ben,emn->bm", jnp.tanh(hidden), w["experts"]) / 4
+
+
+def _loss(logits, batch):
+  chosen = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return -jnp.mean(jnp.take_along_axis(chosen, batch[:, 1:], axis=1))
+
+
+MODEL = Layered(
+  first=lambda params, batch: params["embed"][batch[:, 0]],
+  layer=_layer,
+  last=lambda params, x, batch: _loss(x @ params["head"], batch),
+  first_keys=("embed",),
+)
+
+
+def parameters():
+  rng = np.random.default_rng(0)
+  normal = lambda shape: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)
+  params = jax.tree.map(normal, SHAPES, is_leaf=lambda x: type(x) is tuple)
+  params["layers"]["scale"] += 1
+  return params
+
+
+def batches(steps=STEPS):
+  """Pairs of a word and the next one, which follows from it."""
+  words = np.random.default_rng(1).integers(WORDS, size=(steps, 16, 1))
+  return jnp.asarray(np.concatenate([words, (words * 5 + 1) % WORDS], axis=-1))
+
+
+def usual(tx, model):
+  """The usual step, in the same form."""
+
+  def step(params, state, batch):
+    wide = dequantize_params(params)
+    loss, grads = jax.value_and_grad(model.loss)(wide, batch)
+    updates, state = tx.update(grads, state, wide)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return apply_updates(params, updates, None), state, metrics
+
+  return (lambda params: tx.init(dequantize_params(params))), step
+
+
+def train(run, params, data):
+  """Parameters, state and metrics after a step on each batch."""
+  init, step = run
+
+  def body(carry, batch):
+    params, state, metrics = step(*carry, batch)
+    return (params, state), metrics
+
+  train = jax.jit(lambda c: jax.lax.scan(body, c, data))
+  (params, state), metrics = train((params, jax.jit(init)(params)))
+  return params, state, metrics
+
+
+def assert_equal(found, wanted, atol=1e-6):
+  """Parameters and metrics; the state has another structure."""
+  for x, y in zip(found[::2], wanted[::2], strict=True):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), x, y)
+  losses = found[2]["loss"]
+  assert losses[-1] < losses[0]
+
+
+RATE = optax.linear_schedule(2e-2, 2e-3, STEPS)
+SETTINGS = {"rank": 2, "update_proj_gap": 12, "scale": 1.0}
+DECAYED = {
+  "embed": False,
+  "head": True,
+  "layers": {"experts": True, "mix": [False, True], "scale": False},
+}
+
+
+def _named(tree):
+  """A mask by path, which does not ask for axes."""
+  return jax.tree_util.tree_map_with_path(
+    lambda keys, _: "scale" not in jax.tree_util.keystr(keys), tree
+  )
+
+
+def _galore_adamw(**options):
+  return galore_adamw(
+    RATE, weight_decay=0.1, mask=DECAYED, **SETTINGS, **options
+  )
+
+
+OPTIMIZERS = {
+  "galore": lambda: _galore_adamw(
+    rules=[("head$", None), ("mix", Projection(rank=3)), ("embed", None)]
+  ),
+  "q_galore": lambda: q_galore_adamw_8bit(
+    RATE, **SETTINGS, min_size=0, adaptive=Adaptive(window=2, limit=2.0)
+  ),
+  "sgd": lambda: optax.chain(
+    optax.add_decayed_weights(0.01, _named), optax.sgd(0.05, 0.9)
+  ),
+}
+
+
+@pytest.mark.parametrize("name", ["galore", "sgd"])
+def test_equals_the_usual_step(name):
+  """Two leaves of one name, and stacks in a layer, have their own turns."""
+  found = train(layerwise(OPTIMIZERS[name](), MODEL), parameters(), batches())
+  wanted = train(usual(OPTIMIZERS[name](), MODEL), parameters(), batches())
+  assert_equal(found, wanted)
+
+
+# A smaller model for the rest, of which each test compiles its own step.
+SMALL = {name: SHAPES[name] for name in ("embed", "head")}
+SMALL |= {"layers": {"w": (LAYERS, WIDTH, WIDTH)}}
+PLAIN = MODEL._replace(layer=lambda w, x: x + jnp.tanh(x @ w["w"]))
+
+
+def small(dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  normal = lambda shape: jnp.asarray(0.3 * rng.normal(size=shape), dtype)
+  return jax.tree.map(normal, SMALL, is_leaf=lambda x: type(x) is tuple)
+
+
+def _tx(**options):
+  inner = optax.adamw(RATE, weight_decay=0.1)
+  return galore(inner, rank=2, update_proj_gap=4, **options)
+
+
+@functools.cache
+def by_q_galore():
+  """The usual step with bases and moments in 4 and 8 bits."""
+  return train(usual(OPTIMIZERS["q_galore"](), PLAIN), small(), batches())
+
+
+def test_equals_the_usual_step_in_few_bits():
+  found = train(layerwise(OPTIMIZERS["q_galore"](), PLAIN), small(), batches())
+  assert_equal(found, by_q_galore())
+
+
+def test_clipping_by_the_norm_of_all_gradients():
+  clip = optax.clip_by_global_norm(0.8)
+  found = train(layerwise(_tx(), PLAIN, clip_norm=0.8), small(), batches())
+  wanted = train(usual(optax.chain(clip, _tx()), PLAIN), small(), batches())
+  assert_equal(found, wanted)
+  norms = found[2]["grad_norm"]
+  assert norms.min() < 0.8 < norms.max()
+
+
+def test_accumulation():
+  """Schedules and decay count real steps; between them nothing moves."""
+  tx = _tx(accumulation_steps=3)
+  found = train(layerwise(tx, PLAIN), small(), batches())
+  assert_equal(found, train(usual(tx, PLAIN), small(), batches()))
+  assert found[1].count == STEPS
+  np.testing.assert_array_equal(found[1].layers.step, [STEPS // 3] * LAYERS)
+  two, _, _ = train(layerwise(tx, PLAIN), small(), batches(2))
+  jax.tree.map(np.testing.assert_array_equal, two, small())
+
+
+TIED = PLAIN._replace(
+  last=lambda params, x, batch: _loss(
+    x @ params["embed"].T + params["head"][0], batch
+  )
+)
+
+
+@pytest.mark.parametrize(
+  ("model", "chunks"),
+  [
+    (TIED, None),
+    (TIED._replace(first_keys=None), {"embed": 4}),
+    (PLAIN._replace(last_keys=("head",)), {"head": 2}),
+  ],
+  ids=["tied", "tied, in chunks", "apart, in chunks"],
+)
+def test_embeddings_that_both_ends_read(model, chunks):
+  tx = optax.adamw(RATE, weight_decay=0.1)
+  run = layerwise(tx, model, chunks=chunks)
+  found = train(run, small(), batches())
+  assert_equal(found, train(usual(tx, model), small(), batches()))
+  for path in chunks or {}:
+    for end in (found[1].first, found[1].last):
+      mu = optax.tree.get(end.whole, "mu")
+      assert isinstance(mu[path], optax.MaskedNode)
+
+
+def test_inputs_of_layers_may_be_trees_with_numbers_and_masks():
+  """bfloat16 weights, and a layer that recomputes what it needs."""
+
+  @jax.checkpoint
+  def layer(w, x):
+    new = PLAIN.layer(w, x["h"])
+    return {**x, "h": jnp.where(x["keep"][:, None], new, x["h"])}
+
+  def first(params, batch):
+    word = batch[:, 0]
+    return {"h": params["embed"][word], "keep": word > 3, "word": word}
+
+  last = lambda params, x, batch: PLAIN.last(params, x["h"], batch)
+  model = PLAIN._replace(first=first, layer=layer, last=last)
+  params = small(jnp.bfloat16)
+  found = train(layerwise(_tx(), model, clip_norm=5.0), params, batches())
+  wanted = train(usual(_tx(), model), params, batches())
+  assert jax.tree.map(jnp.result_type, found[0]) == jax.tree.map(
+    jnp.result_type, params
+  )
+  assert {x.dtype.name for x in found[2].values()} == {"float32"}
+  np.testing.assert_allclose(found[2]["loss"], wanted[2]["loss"], rtol=0.02)
+  assert found[2]["loss"][-1] < 0.8 * found[2]["loss"][0]
+
+
+RULES = ("layers/w", "head")
+
+
+def test_quantised_weights_rounded_to_the_nearest():
+  """Codes are those of the usual step, but where they were on the edge."""
+  params = quantize_params(small(), RULES)
+  tx = _tx(scale=4.0)
+  run = layerwise(tx, PLAIN, stochastic_rounding=False)
+  found = train(run, params, batches(6))
+  wanted = train(usual(tx, PLAIN), params, batches(6))
+  for path in ("layers", "head"):
+    x, y = (jax.tree.leaves(tree[0][path])[0] for tree in (found, wanted))
+    assert x.dtype == jnp.int8
+    assert np.mean(x != y) < 0.01
+    assert np.abs(np.int32(x) - np.int32(y)).max() <= 1
+  np.testing.assert_allclose(found[2]["loss"], wanted[2]["loss"], rtol=1e-3)
+
+
+@functools.cache
+def small_weights():
+  """Quantised weights, bases and moments, and everything at once."""
+  tx = q_galore_adamw_8bit(RATE, **SETTINGS, min_size=0)
+  run = layerwise(tx, PLAIN, clip_norm=5.0, seed=3)
+  return run, train(run, quantize_params(small(), RULES), batches())
+
+
+def test_quantised_weights_rounded_at_random():
+  _, (params, _, metrics) = small_weights()
+  assert metrics["loss"][-5:].mean() < 0.7 * metrics["loss"][0]
+  wide = by_q_galore()
+  np.testing.assert_allclose(
+    metrics["loss"][-5:].mean(), wide[2]["loss"][-5:].mean(), rtol=0.1
+  )
+  assert params["layers"]["w"].codes.dtype == jnp.int8
+
+
+def test_describe_and_bytes():
+  """Of the usual optimizer, whose state is one of the same leaves."""
+  run, (params, state, _) = small_weights()
+  table = describe(run, params)
+  assert table.total_bytes == state_bytes(state)
+  rows = {row.path: row for row in table.rows}
+  assert rows["layers/w"].rank == 2
+  assert rows["layers/w"].matrix == f"{LAYERS} x (8, 8)"
+  assert rows["layers/w"].adam_bytes == 2 * 4 * LAYERS * 64
+  owned = sum(row.state_bytes for row in table.rows)
+  assert 0 < table.total_bytes - owned < 100
+
+
+SPECS = {
+  "embed": jax.P("fsdp", None),
+  "head": jax.P(None, "fsdp"),
+  "layers": {"w": jax.P(None, "fsdp", None)},
+}
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_mesh(quantised):
+  """On eight devices, with the state where `state_shardings` puts it."""
+  mesh = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Auto,))
+  named = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), SPECS)
+  params, run = small(), layerwise(_tx(), PLAIN, clip_norm=0.6)
+  if quantised:
+    params = quantize_params(params, RULES)
+    run = layerwise(OPTIMIZERS["q_galore"](), PLAIN, stochastic_rounding=False)
+  placed = state_shardings(run, params, named)
+  w = optax.tree.get(placed.layers, "mu").low["layers/w"]
+  specs = {x.spec for x in jax.tree.leaves(w)}
+  if not quantised:
+    basis = placed.layers.projector["layers/w"]["left"]
+    assert basis.spec == jax.P(None, "fsdp", None)
+    assert specs <= {jax.P(None, None, None), jax.P()}
+  wanted = train(run, params, batches(8))
+  weights = quantized_shardings(params, named)
+  init = jax.jit(run.init, out_shardings=placed)
+  step = jax.jit(
+    run.step, out_shardings=(weights, placed, None), donate_argnums=(0, 1)
+  )
+  found = jax.device_put(params, weights)
+  state = init(found)
+  assert jax.tree.map(lambda x: x.sharding, state) == placed
+  for batch in batches(8):
+    found, state, metrics = step(found, state, batch)
+  assert jax.tree.map(lambda x: x.sharding, found) == weights
+  np.testing.assert_allclose(
+    metrics["loss"], wanted[2]["loss"][-1], rtol=1e-3 if quantised else 1e-5
+  )
+  if not quantised:
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
+      jax.device_get(found),
+      wanted[0],
+    )
+
+
+def test_donation():
+  """No copy of what is donated, and no warning about it."""
+  run = layerwise(_tx(), PLAIN)
+  params = small()
+  state = jax.jit(run.init)(params)
+  step = jax.jit(run.step, donate_argnums=(0, 1))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    new, _, _ = step(params, state, batches(1)[0])
+  assert params["layers"]["w"].is_deleted()
+  assert state.layers.projector["layers/w"]["left"].is_deleted()
+  assert new["layers"]["w"].shape == (LAYERS, WIDTH, WIDTH)
+
+
+def test_single_layers_have_the_same_loss_and_gradients():
+  params, batch = small(), batches(1)[0]
+  apart = unstack(params)
+  assert len(apart["layers"]) == LAYERS
+  jax.tree.map(np.testing.assert_array_equal, stack(apart), params)
+  wanted, grads = jax.value_and_grad(PLAIN.loss)(params, batch)
+  found, parts = jax.value_and_grad(PLAIN.loss)(apart, batch)
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+    stack(parts),
+    grads,
+  )
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"layers": {}}, r"`params\['layers'\]` has no leaves"),
+    ({"layers": {"w": jnp.ones(())}}, r"same leading layer axis.*'w': \(\)"),
+    ({"layers": {"v": jnp.ones((2, 8)), "w": jnp.ones((3, 8, 8))}},
+     r"same leading layer axis.*\(2,\).*\(3,\)"),
+    ({"layers": [{"w": jnp.ones((8, 8))}] * 3}, r"list of single.*`galore_op"),
+    ({"layers": quantize_params({"w": jnp.ones((3, 300))}, ("w",))},
+     r"'w'.*quantised stack of vectors, of shape \(3, 300\)"),
+  ],
+)  # fmt: skip
+def test_parameters_without_a_stack(changes, message):
+  run = layerwise(optax.sgd(1.0), PLAIN)
+  with pytest.raises(ValueError, match=message):
+    run.init({**small(), **changes})
+  with pytest.raises(ValueError, match=message):
+    run.step({**small(), **changes}, None, batches(1)[0])
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"key": "blocks"}, r"stacked layers at 'blocks', got.*'layers'"),
+    ({"first_keys": ("embedding",)},
+     r"`first_keys` names 'embedding'.*'embed', 'head'"),
+    ({"last_keys": ("layers",)}, r"`last_keys` names 'layers'.*'embed'"),
+  ],
+)  # fmt: skip
+def test_models_that_do_not_fit(changes, message):
+  with pytest.raises(ValueError, match=message):
+    layerwise(optax.sgd(1.0), PLAIN._replace(**changes)).init(small())
+
+
+@pytest.mark.parametrize(
+  ("options", "error", "message"),
+  [
+    ({"tx": 0.1}, TypeError, r"`tx` must be a gradient transf.*got 0\.1"),
+    ({"clip_norm": 0.0}, ValueError, r"`clip_norm` must be positive, got 0"),
+    ({"clip_norm": "1"}, TypeError, r"`clip_norm` must be a number"),
+    ({"chunks": {"w": 2}}, ValueError, r"`chunks` names 'w'.*'embed', 'head'|"
+     r"`chunks` names 'w'.*embed, head"),
+    ({"chunks": {"embed": 5}}, ValueError, r"'embed' of shape \(24, 8\) in 5"),
+  ],
+)  # fmt: skip
+def test_errors(options, error, message):
+  with pytest.raises(error, match=message):
+    tx = options.pop("tx", optax.sgd(1.0))
+    layerwise(tx, PLAIN, **options).init(small())
