@@ -19,6 +19,7 @@ from galore_optax.diagnostics import (
   captured_energy,
   describe,
   find_bases,
+  refresh_counts,
   stable_rank,
   state_bytes,
 )
@@ -72,6 +73,7 @@ __all__ = [
   "quantize",
   "quantize_params",
   "quantized_shardings",
+  "refresh_counts",
   "scale_by_adam_8bit",
   "stable_rank",
   "stack",

@@ -131,13 +131,31 @@ def _full_size(
   Also says of each leaf whether it is a moment; counters stay as they are.
   """
   full = jax.eval_shape(inner.init, params)
-  moments = optax.tree.map_params(
-    inner.init, lambda _: True, full, transform_non_params=lambda _: False
+  moments, live_moments = _moments(inner, full), _moments(inner, state)
+  # A large leaf's moments may be kept otherwise than those of its projection,
+  # such as in codes: only what is no moment corresponds.
+  live = jax.tree.leaves(state)
+  counters = [
+    x for x, is_moment in zip(live, live_moments, strict=True) if not is_moment
+  ]
+  leaves, treedef = jax.tree.flatten(full)
+  rest = iter(counters)
+  state = treedef.unflatten(
+    x if is_moment else next(rest)
+    for x, is_moment in zip(leaves, moments, strict=True)
   )
-  state = jax.tree.map(
-    lambda is_moment, x, live: x if is_moment else live, moments, full, state
+  return state, moments
+
+
+def _moments(
+  inner: optax.GradientTransformationExtraArgs, state: Any
+) -> list[bool]:
+  """Of each leaf of a state, whether it is a moment."""
+  return jax.tree.leaves(
+    optax.tree.map_params(
+      inner.init, lambda _: True, state, transform_non_params=lambda _: False
+    )
   )
-  return state, jax.tree.leaves(moments)
 
 
 def _abstract(x: jax.typing.ArrayLike) -> jax.ShapeDtypeStruct:

@@ -67,6 +67,35 @@ def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
   }
 
 
+def refresh_counts(state: Any) -> dict[str, jax.Array]:
+  """How often each matrix has been refreshed under the adaptive policy.
+
+  Args:
+    state: State of any optimizer, with GaLore anywhere in it or not at all.
+
+  Returns:
+    Path of a projected leaf to the number of refreshes so far, int32 of the
+    shape of the axes that stack its matrices. Empty for other policies: theirs
+    are known from the step and the gap.
+
+  Example:
+    >>> import optax
+    >>> from galore_optax import q_galore_adamw_8bit, refresh_counts
+    >>> params = {"mlp": jnp.zeros((3, 64, 96)), "norm": jnp.zeros((3, 64))}
+    >>> tx = q_galore_adamw_8bit(1e-3, rank=4)
+    >>> grads = jax.tree.map(jnp.ones_like, params)
+    >>> _, state = tx.update(grads, tx.init(params), params)
+    >>> {path: x.tolist() for path, x in refresh_counts(state).items()}
+    {'mlp': [1, 1, 1]}
+  """
+  return {
+    path: when.refreshes
+    for x in jax.tree.leaves(state, is_leaf=_is_state)
+    if _is_state(x)
+    for path, when in (x.schedule or {}).items()
+  }
+
+
 def stable_rank(g: jax.Array) -> jax.Array:
   r"""How many directions carry a matrix, :math:`\|G\|_F^2 / \|G\|_2^2`.
 
@@ -118,7 +147,9 @@ def captured_energy(g: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
     0.6666667
   """
   g = _normalized(g)
-  return _ratio(_energy(projector.project(g, bases)), _energy(g))
+  low = projector.project(g, projector.read(bases))
+  # Bases that are kept in a few bits are not quite of length one.
+  return jnp.minimum(_ratio(_energy(low), _energy(g)), 1)
 
 
 def basis_overlap(
@@ -144,9 +175,11 @@ def basis_overlap(
   """
   shares = [
     _energy(turn) / turn.shape[-1]
-    for turn in projector.overlap(new, old).values()
+    for turn in projector.overlap(
+      projector.read(new), projector.read(old)
+    ).values()
   ]
-  return jnp.min(jnp.stack(shares), axis=0)
+  return jnp.minimum(jnp.min(jnp.stack(shares), axis=0), 1)
 
 
 _POWER_ITERATIONS = 64
@@ -311,7 +344,7 @@ def _owner(keys: tuple, leaves: Any) -> str | None:
     for candidate in (path, path.rpartition("/")[0]):
       if candidate in leaves:
         return candidate
-  return None
+  return next((name for name in names if name in leaves), None)
 
 
 def _row(path: str, leaf: Any, bases: Any, owned: int) -> Row:

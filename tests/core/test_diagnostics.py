@@ -1,9 +1,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from galore_optax import basis_overlap, captured_energy, stable_rank
+from galore_optax import (
+  basis_overlap,
+  captured_energy,
+  describe,
+  find_bases,
+  galore,
+  q_galore_adamw_8bit,
+  refresh_counts,
+  stable_rank,
+  state_bytes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +67,76 @@ def test_bfloat16_gradients_are_summed_in_float32(stack):
   found = stable_rank(g[0].astype(jnp.bfloat16))
   assert found.dtype == jnp.float32
   np.testing.assert_allclose(found, expected, rtol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def low_bits():
+  """Q-GaLore after three steps of a gap of two, and the last gradients."""
+  shapes = {"bias": (40,), "stack": (3, 24, 40), "w": (300, 40)}
+  rng = np.random.default_rng(0)
+  params = {k: jnp.asarray(rng.normal(size=s), jnp.float32)
+            for k, s in shapes.items()}  # fmt: skip
+  tx = q_galore_adamw_8bit(1e-2, rank=4, update_proj_gap=2, min_size=0)
+  state, update = tx.init(params), jax.jit(tx.update)
+  for i in range(3):
+    grads = jax.tree.map(lambda x, i=i: x * (1 + 0.1 * i), params)
+    _, state = update(grads, state, params)
+  return tx, params, state, grads
+
+
+def test_bases_in_few_bits(low_bits):
+  """As they are kept, and as arrays."""
+  _, params, state, grads = low_bits
+  found = find_bases(state)
+  assert set(found) == {"stack", "w"}
+  assert {side: x.shape for side, x in found["w"].items()} == {"right": (40, 4)}
+  for path, kept in state.projector.items():
+    arrays = found[path]
+    energy = captured_energy(grads[path], kept)
+    np.testing.assert_allclose(energy, captured_energy(grads[path], arrays))
+    assert energy.shape == params[path].shape[:-2]
+    assert np.all((energy > 0.1) & (energy < 1))
+    # A skew basis does not keep more of itself than there is.
+    assert np.all(basis_overlap(kept, kept) > 0.95)
+    assert np.all(basis_overlap(kept, arrays) <= 1)
+    basis = np.moveaxis(next(iter(arrays.values())), -1, -2)
+    gram = np.einsum("...rm,...sm->...rs", basis, basis)
+    np.testing.assert_allclose(
+      gram, np.broadcast_to(np.eye(4), gram.shape), atol=0.1
+    )
+
+
+def test_refreshes_are_counted(low_bits):
+  """By path, and by matrix; at step 0 all are, and then in turns."""
+  tx, params, state, _ = low_bits
+  found = refresh_counts(optax.chain(tx).init(params))
+  assert {k: x.tolist() for k, x in found.items()} == {
+    "stack": [0, 0, 0],
+    "w": 0,
+  }
+  found = refresh_counts((state, {"more": 1}))
+  assert found["stack"].shape == (3,) and found["w"].shape == ()
+  # Four matrices: two of them get their turn at step 1, two at step 2.
+  assert sum(int(x.sum()) for x in found.values()) == 4 + 4
+  plain = galore(optax.adam(1e-3), rank=4).init(params)
+  assert refresh_counts(plain) == {}
+  assert refresh_counts(optax.adam(1e-3).init(params)) == {}
+
+
+def test_state_in_few_bits_is_described_leaf_by_leaf(low_bits):
+  """4-bit codes count as half a byte, and belong to their parameter."""
+  tx, params, state, _ = low_bits
+  table = describe(tx, params)
+  assert table.total_bytes == state_bytes(state)
+  rows = {row.path: row for row in table.rows}
+  schedule = 4 * (3 + 5)
+  scales = 4 + 1  # float32 and a code for zero
+  basis = 4 * 40 // 2 + 4 * scales
+  moments = 2 * (300 * 4 + 2 * 4 * 4)
+  assert rows["w"].state_bytes == basis + moments + schedule
+  assert (rows["w"].rank, rows["w"].side) == (4, "right")
+  assert rows["w"].matrix == "(300, 40)"
+  assert rows["stack"].matrix == "3 x (24, 40)"
+  assert rows["bias"].rank is None
+  owned = sum(row.state_bytes for row in table.rows)
+  assert table.total_bytes - owned == 3 * 4  # step and two counts

@@ -21,12 +21,12 @@ from galore_optax import (
   layerwise,
   q_galore_adamw_8bit,
   quantize_params,
+  quantized_shardings,
   stack,
   state_bytes,
   state_shardings,
   unstack,
 )
-from galore_optax.sharding import quantized_shardings
 
 LAYERS, WIDTH, WORDS, STEPS = 3, 8, 24, 30
 SHAPES = {
