@@ -185,3 +185,14 @@ def test_errors():
   traced = lambda size: scale_by_adam_8bit(min_size=size).init(jnp.ones(4))
   with pytest.raises(ValueError, match=r"`min_size` decides.*static_args"):
     jax.jit(traced)(4096)
+
+
+def test_projections_too_small_for_codes_of_leaves_that_are_not():
+  """Decay of the full weights, with moments of the projection in float32."""
+  params = {"w": normal({"w": (64, 96)})["w"]}  # 6144 entries, but 4 x 96
+  ours = galore_adamw_8bit(1e-2, rank=4, weight_decay=0.1)
+  plain = galore_adamw(1e-2, rank=4, weight_decay=0.1)
+  found, wanted = (
+    tx.update(params, tx.init(params), params)[0] for tx in (ours, plain)
+  )
+  np.testing.assert_allclose(found["w"], wanted["w"], atol=1e-6)

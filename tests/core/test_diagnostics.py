@@ -139,4 +139,4 @@ def test_state_in_few_bits_is_described_leaf_by_leaf(low_bits):
   assert rows["stack"].matrix == "3 x (24, 40)"
   assert rows["bias"].rank is None
   owned = sum(row.state_bytes for row in table.rows)
-  assert table.total_bytes - owned == 3 * 4  # step and two counts
+  assert table.total_bytes - owned == 2 * 4  # step and count

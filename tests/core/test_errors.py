@@ -31,6 +31,7 @@ PARAMS = {"w": jnp.ones((16, 24)), "bias": jnp.ones(24)}
     ({"scale": "1"}, TypeError, r"`scale` must be a number"),
     ({"scale": lambda t: t}, TypeError, r"inject_hyperparams"),
     ({"basis_dtype": "int32"}, TypeError, r"`basis_dtype`.*got 'int32'"),
+    ({"basis_dtype": "int2"}, TypeError, r"or 'int4', or 'int8', got 'int2'"),
     ({"state_dtype": "bf16"}, TypeError, r"`state_dtype`.*got 'bf16'"),
     ({"iterations": 0}, ValueError, r"`iterations` must be positive, got 0"),
     ({"proj_type": "sdt"}, ValueError, r"one of 'std'.*Did you mean 'std'"),
