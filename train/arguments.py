@@ -38,6 +38,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     help="go on from these weights: LLaMA safetensors, or another run",
   )
   parser.add_argument(
+    "--layerwise",
+    action="store_true",
+    help="update each layer inside the backward pass (train.layerwise=true)",
+  )
+  parser.add_argument(
     "--set",
     action="append",
     default=[],
@@ -60,6 +65,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     "--json", action="store_true", help="with --dry-run: one JSON object"
   )
   flags = parser.parse_args(words)
+  if flags.layerwise:
+    flags.settings.insert(0, "train.layerwise=true")
   if flags.json and not flags.dry_run:
     parser.error("--json goes with --dry-run")
   return flags

@@ -36,6 +36,8 @@ def _sum(x: jax.Array) -> jax.Array:
     x = jax.random.key_data(x)
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.uint8)
+  if x.dtype == jnp.int4:
+    x = x.astype(jnp.int8)
   width = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
   bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
   place = jnp.zeros(x.shape, jnp.uint32)

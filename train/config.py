@@ -25,6 +25,9 @@ OptimizerName = Literal[
   "galore_adafactor",
   "galore_lion",
   "galore_sgd",
+  "adamw_8bit",
+  "galore_8bit",
+  "q_galore",
 ]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 Dtype = Literal["float32", "bfloat16"]
@@ -56,6 +59,9 @@ class ModelConfig:
   tie_embeddings: bool = False  # the head is the transposed embedding
   dtype: Dtype = "float32"  # of the computation
   param_dtype: Dtype = "float32"  # of the stored weights
+  weights: Literal["full", "int8", "int4", "float8"] = (
+    "full"  # how the block matrices are stored; full: in param_dtype
+  )
   unroll: int = 1  # layers a scan step runs: more compiles longer, runs faster
   # What the backward pass computes anew rather than reads from memory: none,
   # a whole layer (full), or a layer but for its matrix products (dots).
@@ -166,13 +172,16 @@ class OptimizerConfig:
   # How a basis is found: warm-started subspace iteration, or exactly.
   projector: Literal["subspace", "svd"] = "subspace"
   # When bases are renewed: a few at each step, or all at once.
-  refresh: Literal["staggered", "synchronous"] = "staggered"
+  refresh: Literal["staggered", "synchronous", "adaptive"] = "staggered"
   # What happens to a matrix's moments when its basis is renewed.
   moments: Literal["rotate", "keep", "reset"] = "rotate"
+  accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
+  basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
 
   def __post_init__(self):
     positive = ("learning_rate", "matrix_lr", "eps", "scale")
-    _check("optimizer", self, (*positive, "rank", "update_proj_gap"))
+    positive += ("rank", "update_proj_gap", "accumulate")
+    _check("optimizer", self, positive)
     for name in ("warmup", "final", "b1", "b2"):
       if not 0 <= getattr(self, name) <= 1:
         raise UserError(
@@ -191,6 +200,8 @@ class TrainConfig:
   accumulate: int = 1  # parts of a batch that go through the model in turn
   z_loss: float = 0.0  # weight of the squared log-normaliser; 0: none
   max_skips: int = 10  # steps in a row without a finite gradient: the run stops
+  layerwise: bool = False  # update each layer inside the backward pass
+  rounding: Literal["stochastic", "nearest"] = "stochastic"  # of 8-bit weights
 
   def __post_init__(self):
     _check("train", self, ("steps", "accumulate", "max_skips"))
@@ -263,6 +274,19 @@ class Config:
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
   run: RunConfig = RunConfig()
+
+  def __post_init__(self):
+    if self.train.layerwise and self.train.accumulate > 1:
+      raise UserError(
+        f"train.accumulate is {self.train.accumulate}, but train.layerwise"
+        " never has a whole gradient to add to; use optimizer.accumulate,"
+        " which adds projected gradients"
+      )
+    if self.train.accumulate > 1 and self.optimizer.accumulate > 1:
+      raise UserError(
+        "train.accumulate and optimizer.accumulate both cut the batch in"
+        " parts; use one of them"
+      )
 
 
 # What a resumed run may change: it changes no number of the training.

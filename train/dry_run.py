@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import galore_optax
 from train import config as configs
-from train import flops, jaxprs, optimizer
+from train import flops, jaxprs, layered, optimizer
 from train import mesh as meshes
 from train import step as steps
 from train.errors import UserError
@@ -58,19 +58,18 @@ def estimate(config: configs.Config) -> dict[str, Any]:
   """
   mesh: Any = abstract_mesh(config.mesh)  # shardings take it as a mesh
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-  placed = steps.place(config.model, tx, mesh)
-  plan = galore_optax.describe(tx, placed.state.params)
+  method = layered.fuse(config, tx) if config.train.layerwise else tx
+  placed = steps.place(config.model, method, mesh)
+  plan = galore_optax.describe(tx, placed.weights)
   return {
     "preset": config.preset,
     "optimizer": config.optimizer.name,
     "mesh": dict(mesh.shape),
-    "parameters": parameters(placed.state.params),
+    "parameters": parameters(placed.weights),
     "plan": plan_rows(plan, config.optimizer),
     "bytes": memory(config, placed, mesh),
-    "optimizer_state": optimizer.accounting(
-      config.optimizer, placed.state.params
-    ),
-    "flops": work(config, tx, placed.state.params, plan.rows),
+    "optimizer_state": optimizer.accounting(config.optimizer, placed.weights),
+    "flops": work(config, tx, placed.weights, plan.rows),
   }
 
 
@@ -123,13 +122,13 @@ def memory(
   state, where = placed.state, placed.shardings
   groups = {
     "weights": (state.params, where.params),
-    "gradients": (state.params, where.params),
+    "gradients": gradients(config, placed),
     "optimizer_state": (state.opt_state, where.opt_state),
   }
   if config.train.accumulate > 1:
     cast = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    sums = jax.tree.map(cast, state.params)
-    groups["gradient_sums"] = (sums, where.params)
+    sums = jax.tree.map(cast, placed.weights)
+    groups["gradient_sums"] = (sums, placed.weight_shardings)
   whole = {name: galore_optax.state_bytes(x) for name, (x, _) in groups.items()}
   device = {name: shard_bytes(*pair) for name, pair in groups.items()}
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -138,6 +137,26 @@ def memory(
   for part in (whole, device):
     part["together"] = sum(part.values())
   return {"whole": whole, "device": device}
+
+
+def gradients(config: configs.Config, placed: steps.Placed) -> tuple[Any, Any]:
+  """The gradients that are alive at once, as shapes, and their shardings.
+
+  Layer by layer that is one layer's, and the embedding's or the head's.
+  """
+  if not config.train.layerwise:
+    return placed.weights, placed.weight_shardings
+  ends = {k: v for k, v in placed.weights.items() if k != "layers"}
+  largest = max(ends, key=lambda k: galore_optax.state_bytes(ends[k]))
+  layer = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype),
+    placed.weights["layers"],
+  )
+  shardings = placed.weight_shardings
+  return (
+    {"layers": layer, largest: ends[largest]},
+    {"layers": shardings["layers"], largest: shardings[largest]},
+  )
 
 
 def shard_bytes(tree: Any, shardings: Any) -> int:

@@ -15,6 +15,7 @@ from train import (
   data,
   hf,
   hosts,
+  layered,
   loader,
   metrics,
   optimizer,
@@ -78,13 +79,12 @@ def prepare(
 ) -> tuple[Job, steps.TrainState]:
   """Lays the model out, makes or restores its state, opens its files."""
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-  placed = steps.place(config.model, tx, mesh)
+  method = layered.fuse(config, tx) if config.train.layerwise else tx
+  placed = steps.place(config.model, method, mesh)
   restored = checkpoint.restore(out, placed)
   if restored is None:
-    given = hf.initial_params(config)
-    state = steps.init_state(
-      config.model, tx, placed, config.train.seed, given
-    )
+    given, seed = hf.initial_params(config), config.train.seed
+    state = steps.init_state(config.model, method, placed, seed, given)
     progress = checkpoint.Progress(0.0, None)
   else:
     state, progress = restored
@@ -100,7 +100,9 @@ def prepare(
     placed=placed,
     tx=tx,
     rates=rates_of(config),
-    train_step=steps.make_train_step(tx, placed, config.train),
+    train_step=steps.make_train_step(
+      method, placed, config.train, config.optimizer.accumulate
+    ),
     eval_step=steps.make_eval_step(placed),
     feed=make_feed(corpus, config, part, progress.data),
     checkpoints=checkpoint.Checkpoints(
@@ -108,7 +110,7 @@ def prepare(
     ),
     log=open_log(config, out, done) if hosts.is_first() else Silent(),
     watcher=subspace.Watcher(
-      config, placed, galore_optax.describe(tx, placed.state.params)
+      config, placed, galore_optax.describe(tx, placed.weights)
     ),
     seconds=progress.seconds,
   )

@@ -4,11 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 import galore_optax
 from train import llama
-from train.config import ModelConfig, TrainConfig
+from train.config import Config, ModelConfig, TrainConfig
 
 # Elements of a chunk in which a leaf outside of the layers is updated, about:
 # enough to keep a device busy, little beside a layer of a model that has
@@ -39,9 +40,7 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
     return llama.block(config, params, x_MxD, length).reshape(x_BxTxD.shape)
 
   def last(upper: dict, x_BxTxD: jax.Array, rows: jax.Array) -> jax.Array:
-    head = nnx.merge(_upper(config), upper)
-    x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-    total, penalty, count = _sums(head, x_MxD, rows[:, 1:].reshape(-1))
+    total, penalty, count = _all_sums(config, upper, x_BxTxD, rows)
     return (total + train.z_loss * penalty) / jnp.maximum(count, 1)
 
   return galore_optax.Layered(
@@ -50,6 +49,40 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
     last,
     first_keys=("embed",),
     last_keys=("norm", "embed" if tied else "lm_head"),
+  )
+
+
+def summed_loss(
+  config: ModelConfig, params: dict, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Summed loss in nats and number of predicted tokens of rows (B, T + 1).
+
+  Quantised weights are read one layer at a time.
+  """
+  model = layered(config, TrainConfig())
+  model = model._replace(
+    last=lambda upper, x_BxTxD, rows: _all_sums(config, upper, x_BxTxD, rows)
+  )
+  total, _, count = model.loss(params, rows, config.dtype)
+  return total, count.astype(jnp.int32)
+
+
+def fuse(
+  config: Config, tx: optax.GradientTransformation
+) -> galore_optax.Layerwise:
+  """The step that updates each layer inside the backward pass.
+
+  `optimizer.clip` clips the gradient of each layer by itself there: it is
+  part of `tx`, which sees one layer at a time.
+  """
+  weights = jax.eval_shape(lambda: llama.init(config.model, 0))
+  return galore_optax.layerwise(
+    tx,
+    layered(config.model, config.train),
+    dtype=config.model.dtype,
+    chunks=chunks(weights),
+    stochastic_rounding=config.train.rounding == "stochastic",
+    seed=config.train.seed,
   )
 
 
@@ -107,6 +140,15 @@ def _upper(config: ModelConfig) -> nnx.GraphDef:
   if not config.tie_embeddings:
     del model.embed
   return nnx.split(model, nnx.Param)[0]
+
+
+def _all_sums(
+  config: ModelConfig, upper: dict, x_BxTxD: jax.Array, rows: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Sums over all positions, see `_sums`."""
+  head = nnx.merge(_upper(config), upper)
+  x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+  return _sums(head, x_MxD, rows[:, 1:].reshape(-1))
 
 
 def _sums(

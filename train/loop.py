@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from train import checkpoint, flops, metrics
 from train import config as configs
@@ -228,6 +229,11 @@ def compile_step(job: Job, state: steps.TrainState) -> Callable:
     "int32",
     sharding=meshes.batch_sharding(job.mesh),
   )
+  if any(x.dtype == jnp.int4 for x in jax.tree.leaves(state)):
+    # A program compiled ahead refuses 4-bit arguments (jax 0.10.2: it takes
+    # packed and unpacked layouts for different ones); `jit` does not.
+    print("compiles   with the first step", flush=True)
+    return job.train_step
   compiled = job.train_step.lower(state, rows).compile()
   job.watcher.compile(state, rows)
   print(f"compiled   in {time.perf_counter() - begin:.1f} s", flush=True)

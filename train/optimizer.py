@@ -40,6 +40,11 @@ def decayed(params: Any) -> Any:
   )
 
 
+def is_galore(name: str) -> bool:
+  """Whether a method is one of this library's projections."""
+  return "galore" in name and name != "contrib_galore"
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Linear warm-up to the peak, then a cosine to `final` of it."""
   return optax.warmup_cosine_decay_schedule(
@@ -62,6 +67,11 @@ def make_optimizer(
   Raises:
     UserError: the options exclude one another.
   """
+  if config.accumulate > 1 and not is_galore(config.name):
+    raise UserError(
+      f"optimizer.accumulate is {config.accumulate}, which is for the GaLore"
+      f" methods, not {config.name}; use train.accumulate"
+    )
   try:
     parts = [METHODS[config.name](config, make_schedule(config, steps))]
   except (TypeError, ValueError) as error:
@@ -174,7 +184,7 @@ def _contrib_galore(c: OptimizerConfig, lr: optax.Schedule):
 
 
 def _options(c: OptimizerConfig) -> dict[str, Any]:
-  """The keyword arguments that every recipe of galore_optax takes."""
+  """The keyword arguments of `galore_optax.galore`."""
   return {
     "rank": c.rank,
     "update_proj_gap": c.update_proj_gap,
@@ -183,20 +193,13 @@ def _options(c: OptimizerConfig) -> dict[str, Any]:
     "projector": c.projector,
     "refresh": c.refresh,
     "moments": c.moments,
+    "basis_dtype": c.basis_dtype,
+    "accumulation_steps": c.accumulate,
   }
 
 
 def _galore(c: OptimizerConfig, lr: optax.Schedule, **options: Any):
-  return galore_optax.galore_adamw(
-    lr,
-    c.b1,
-    c.b2,
-    c.eps,
-    weight_decay=c.weight_decay,
-    mask=decayed,
-    **_options(c),
-    **options,
-  )
+  return galore_optax.galore(_adamw(c, lr), **_options(c) | options)
 
 
 def _galore_faithful(c: OptimizerConfig, lr: optax.Schedule):
@@ -204,23 +207,29 @@ def _galore_faithful(c: OptimizerConfig, lr: optax.Schedule):
 
 
 def _galore_adafactor(c: OptimizerConfig, lr: optax.Schedule):
-  return galore_optax.galore_adafactor(
-    lr,
-    momentum=c.b1,
-    weight_decay=c.weight_decay or None,
-    mask=decayed,
-    **_options(c),
-  )
+  return galore_optax.galore(_adafactor(c, lr), **_options(c))
 
 
 def _galore_lion(c: OptimizerConfig, lr: optax.Schedule):
-  return galore_optax.galore_lion(
-    lr, c.b1, weight_decay=c.weight_decay, mask=decayed, **_options(c)
-  )
+  return galore_optax.galore(_lion(c, lr), **_options(c))
 
 
 def _galore_sgd(c: OptimizerConfig, lr: optax.Schedule):
   return galore_optax.galore(_sgd(c, lr), **_options(c))
+
+
+def _adamw_8bit(c: OptimizerConfig, lr: optax.Schedule):
+  return galore_optax.adamw_8bit(
+    lr, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decayed
+  )
+
+
+def _galore_8bit(c: OptimizerConfig, lr: optax.Schedule, **options: Any):
+  return galore_optax.galore(_adamw_8bit(c, lr), **_options(c) | options)
+
+
+def _q_galore(c: OptimizerConfig, lr: optax.Schedule):
+  return _galore_8bit(c, lr, basis_dtype="int4", refresh="adaptive")
 
 
 METHODS = {
@@ -235,6 +244,9 @@ METHODS = {
   "galore_adafactor": _galore_adafactor,
   "galore_lion": _galore_lion,
   "galore_sgd": _galore_sgd,
+  "adamw_8bit": _adamw_8bit,
+  "galore_8bit": _galore_8bit,
+  "q_galore": _q_galore,
 }
 
 

@@ -323,7 +323,12 @@ def make(preset: str, optimizer: str) -> Config:
       f"--optimizer {optimizer!r} is unknown; the optimizers are"
       f" {', '.join(OPTIMIZERS)}"
     )
-  return PRESETS[preset](optimizer)
+  config = PRESETS[preset](optimizer)
+  if optimizer == "q_galore":
+    # As in its scripts: 8-bit weights, and a shorter second moment.
+    config = _change(config, "model", weights="int8")
+    config = _change(config, "optimizer", b2=0.95)
+  return config
 
 
 def summary() -> str:

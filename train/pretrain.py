@@ -46,7 +46,9 @@ def run(config: configs.Config, out: pathlib.Path, overwrite: bool) -> int:
   subspace.check(config)
   hosts.first_alone(lambda: folder.check_run(out, config, overwrite))
   mesh = meshes.make_mesh(
-    config.mesh, config.data.batch, accumulate=config.train.accumulate
+    config.mesh,
+    config.data.batch,
+    accumulate=config.train.accumulate * config.optimizer.accumulate,
   )
   corpus = hosts.first_then_others(
     lambda: data.prepare(config.data, config.model.vocab_size)
@@ -93,7 +95,7 @@ def conclude(job: Job, outcome: loop.Outcome, start: int) -> int:
 def introduce(job: Job, mesh: jax.sharding.Mesh) -> None:
   """Says what is going to be trained, on what."""
   config, corpus = job.config, job.corpus
-  count = sum(x.size for x in jax.tree.leaves(job.placed.state.params))
+  count = sum(x.size for x in jax.tree.leaves(job.placed.weights))
   shape = " x ".join(f"{n} {axis}" for axis, n in mesh.shape.items())
   print(
     f"model      {count:,} parameters, {config.model.n_layers} layers,"
@@ -104,14 +106,14 @@ def introduce(job: Job, mesh: jax.sharding.Mesh) -> None:
     f"folder     {job.out}"
   )
   if config.optimizer.name.startswith("galore"):
-    plan = galore_optax.describe(job.tx, job.placed.state.params)
+    plan = galore_optax.describe(job.tx, job.placed.weights)
     rows = dry_run.plan_rows(plan, config.optimizer)
     print("", *dry_run.plan_table(rows), "", sep="\n")
 
 
 def report(job: Job, state: steps.TrainState) -> None:
   """The end of a run: memory table, sample, picture."""
-  config, params = job.config, job.placed.state.params
+  config, params = job.config, job.placed.weights
   sizes = [
     (x.size, hit)
     for x, hit in zip(
@@ -141,7 +143,7 @@ def sample(job: Job, state: steps.TrainState) -> str:
   run = job.config.run
   text = samples.sample_text(
     job.config.model,
-    state.params,
+    job.placed.read(state.params),
     job.corpus.tokenizer,
     run.prompt,
     run.sample_tokens,
@@ -178,8 +180,8 @@ def main(words: list[str] | None = None) -> int:
     if error.errno != errno.ENOSPC:
       raise
     print(
-      f"stopped: {error.filename}: {error.strerror}; make room and run the same"
-      " command, it continues from the newest checkpoint",
+      f"stopped: {error.filename or out}: {error.strerror}; make room and run"
+      " the same command, it continues from the newest checkpoint",
       file=sys.stderr,
     )
     return 1

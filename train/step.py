@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import galore_optax
-from train import llama
+from train import layered, llama
 from train import mesh as meshes
 from train.config import ModelConfig, TrainConfig
 
@@ -32,9 +32,27 @@ class TrainState(NamedTuple):
 class Placed(NamedTuple):
   """A model laid out on a mesh before it takes any memory."""
 
+  config: ModelConfig
   graphdef: nnx.GraphDef
   state: TrainState  # of ShapeDtypeStructs
   shardings: TrainState  # of NamedShardings
+  weights: dict  # of ShapeDtypeStructs: the parameters as the model reads them
+  weight_shardings: dict  # of NamedShardings
+
+  def read(self, params: dict) -> dict:
+    """The weights that parameters stand for, none of them quantised."""
+    return galore_optax.dequantize_params(params, self.config.dtype)
+
+
+# The matrices that `model.weights` quantises: those that GaLore projects.
+BLOCK_MATRICES = ("layers/.*kernel$",)
+
+
+def store(config: ModelConfig, params: dict) -> dict:
+  """Parameters as training keeps them, from those of a fresh model."""
+  if config.weights == "full":
+    return params
+  return galore_optax.quantize_params(params, BLOCK_MATRICES, config.weights)
 
 
 def token_losses(
@@ -71,30 +89,36 @@ def is_predicted(rows: jax.Array) -> jax.Array:
   return rows[:, 1:] != PADDING
 
 
-def place(
-  config: ModelConfig,
-  tx: optax.GradientTransformation,
-  mesh: jax.sharding.Mesh,
-) -> Placed:
+# What updates the weights: an Optax transformation, or GaLore's step that
+# updates layer by layer. Both have an `init`.
+Method = optax.GradientTransformation | galore_optax.Layerwise
+
+
+def place(config: ModelConfig, tx: Method, mesh: jax.sharding.Mesh) -> Placed:
   """Shapes and shardings of the whole training state."""
   graphdef, boxes = llama.abstract(config)
-  params = nnx.to_pure_dict(boxes)
+  weights = nnx.to_pure_dict(boxes)
   shardings = meshes.param_shardings(boxes, mesh)
   count = jax.ShapeDtypeStruct((), jnp.int32)
-  opt_state = jax.eval_shape(tx.init, params)
+  opt_state = jax.eval_shape(tx.init, weights)
   # Without these, `jit` would put a copy of every moment on every device.
-  opt_shardings = galore_optax.state_shardings(tx, params, shardings)
+  opt_shardings = galore_optax.state_shardings(tx, weights, shardings)
   whole = meshes.replicated(mesh)
+  params = jax.eval_shape(lambda x: store(config, x), weights)
+  stored = galore_optax.quantized_shardings(params, shardings)
   return Placed(
+    config,
     graphdef,
     TrainState(count, count, count, params, opt_state),
-    TrainState(whole, whole, whole, shardings, opt_shardings),
+    TrainState(whole, whole, whole, stored, opt_shardings),
+    weights,
+    shardings,
   )
 
 
 def init_state(
   config: ModelConfig,
-  tx: optax.GradientTransformation,
+  tx: Method,
   placed: Placed,
   seed: int,
   params: dict | None = None,
@@ -112,13 +136,14 @@ def init_state(
   def init(params: dict | None) -> TrainState:
     params = llama.init(config, seed) if params is None else params
     zeros = (jnp.zeros((), jnp.int32),) * 3
-    return TrainState(*zeros, params, tx.init(params))
+    opt_state = tx.init(params)
+    return TrainState(*zeros, store(config, params), opt_state)
 
   if params is not None:
     params = jax.tree.map(
       lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__),
       params,
-      placed.shardings.params,
+      placed.weight_shardings,
     )
   # What is given is handed over: a model is never in memory twice.
   run = jax.jit(init, out_shardings=placed.shardings, donate_argnums=0)
@@ -126,14 +151,21 @@ def init_state(
 
 
 def make_train_step(
-  tx: optax.GradientTransformation,
+  tx: Method,
   placed: Placed,
   config: TrainConfig,
+  low_rank_parts: int = 1,
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict]]:
   """The training step, jitted; it consumes the state it is given.
 
   A step whose loss or gradient is not finite changes neither parameters nor
   optimizer state; it is counted, and its batch is left behind.
+
+  Args:
+    tx: the optimizer.
+    placed: where the state lives.
+    config: what a step is.
+    low_rank_parts: parts of a batch that `tx` adds up itself, at low rank.
 
   Returns:
     A function of a state and rows (B, T + 1) int32 that gives the next state
@@ -141,34 +173,128 @@ def make_train_step(
     clipping, `tokens` predicted, and the state's `skipped` and
     `skips_in_row`.
   """
+  if isinstance(tx, galore_optax.Layerwise):
+    step = _in_parts(tx.step, low_rank_parts)
+  elif low_rank_parts > 1:
+    step = _in_parts(_part_of_step(tx, placed, config), low_rank_parts)
+  else:
+    step = _whole_step(tx, placed, config)
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(placed.shardings, meshes.replicated(_mesh(placed))),
+  )
+
+
+def _in_parts(run: Callable, count: int) -> Callable:
+  """A step in parts of a batch, which the optimizer itself adds up.
+
+  All parts but the last only add to its low-rank accumulators. What is not
+  finite is left out by whoever runs a part: there is no way back after it.
+
+  Args:
+    run: function of parameters, optimizer state and rows, that returns the
+      new ones and a dict with `loss` and `grad_norm`.
+    count: number of parts.
+  """
+
+  def train_step(
+    state: TrainState, rows: jax.Array
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def part(carry: tuple, rows: jax.Array) -> tuple:
+      params, opt_state, metrics = run(*carry, rows)
+      return (params, opt_state), metrics
+
+    carry = (state.params, state.opt_state)
+    if count == 1:
+      (params, opt_state), found = part(carry, rows)
+    else:
+      parts = meshes.microbatches(rows, count)
+      (params, opt_state), found = jax.lax.scan(part, carry, parts)
+    loss, norm = found["loss"].mean(), found["grad_norm"].mean()
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    return _finish(state, finite, params, opt_state, loss, norm, rows)
+
+  return train_step
+
+
+def _part_of_step(
+  tx: optax.GradientTransformation, placed: Placed, config: TrainConfig
+) -> Callable:
+  """One part of a batch through the model and an accumulating optimizer."""
+  gradient = make_gradient(placed, config)
+
+  def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
+    weights = placed.read(params)
+    grads, loss, _ = gradient(weights, rows)
+    # Not finite counts as zero in GaLore, part by part.
+    updates, opt_state = tx.update(grads, opt_state, weights)
+    key = _rounding_key(config, _count_of(opt_state))
+    params = galore_optax.apply_updates(params, updates, key)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return params, opt_state, metrics
+
+  return run
+
+
+def _count_of(opt_state: Any) -> jax.Array:
+  """Steps that GaLore has made."""
+  states = optax.tree.get_all_with_path(opt_state, "step")
+  return states[0][1]
+
+
+def _rounding_key(config: TrainConfig, count: jax.Array) -> jax.Array | None:
+  """The random key with which a step rounds quantised weights."""
+  if config.rounding == "nearest":
+    return None
+  return jax.random.fold_in(jax.random.key(config.seed), count)
+
+
+def _finish(
+  state: TrainState,
+  finite: jax.Array,
+  params: dict,
+  opt_state: Any,
+  loss: jax.Array,
+  norm: jax.Array,
+  rows: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The state after a step, and what is told about it."""
+  skipped = state.skipped + ~finite
+  in_row = jnp.where(finite, 0, state.skips_in_row + 1)
+  tokens = is_predicted(rows).sum()
+  metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
+  metrics |= {"skipped": skipped, "skips_in_row": in_row}
+  new = TrainState(state.step + 1, skipped, in_row, params, opt_state)
+  return new, metrics
+
+
+def _whole_step(
+  tx: optax.GradientTransformation, placed: Placed, config: TrainConfig
+):
+  """The step that knows the whole gradient before the first weight moves."""
   gradient = make_gradient(placed, config)
 
   def train_step(
     state: TrainState, rows: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    grads, loss, tokens = gradient(state.params, rows)
+    weights = placed.read(state.params)
+    grads, loss, _ = gradient(weights, rows)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    key = _rounding_key(config, state.step)
 
     def update() -> tuple[Any, Any]:
-      updates, opt_state = tx.update(grads, state.opt_state, state.params)
-      return optax.apply_updates(state.params, updates), opt_state
+      updates, opt_state = tx.update(grads, state.opt_state, weights)
+      params = galore_optax.apply_updates(state.params, updates, key)
+      return params, opt_state
 
     params, opt_state = jax.lax.cond(
       finite, update, lambda: (state.params, state.opt_state)
     )
-    skipped = state.skipped + ~finite
-    in_row = jnp.where(finite, 0, state.skips_in_row + 1)
-    metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
-    metrics |= {"skipped": skipped, "skips_in_row": in_row}
-    new = TrainState(state.step + 1, skipped, in_row, params, opt_state)
-    return new, metrics
+    return _finish(state, finite, params, opt_state, loss, norm, rows)
 
-  return jax.jit(
-    train_step,
-    donate_argnums=0,
-    out_shardings=(placed.shardings, meshes.replicated(_mesh(placed))),
-  )
+  return train_step
 
 
 def make_gradient(
@@ -203,7 +329,7 @@ def make_gradient(
 
     # In float32 whatever the weights' dtype: many small terms are added.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    zeros = jax.lax.with_sharding_constraint(zeros, placed.shardings.params)
+    zeros = jax.lax.with_sharding_constraint(zeros, placed.weight_shardings)
     parts = meshes.microbatches(rows, config.accumulate)
     (grads, loss), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), parts)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, params)
@@ -223,6 +349,9 @@ def make_eval_step(
   """
 
   def eval_step(params: dict, rows: jax.Array):
+    if placed.config.weights != "full":
+      # Reads the weights of one layer at a time.
+      return layered.summed_loss(placed.config, params, rows)
     losses = token_losses(placed.graphdef, params, rows)
     return losses.sum(), is_predicted(rows).sum()
 
@@ -236,7 +365,10 @@ def all_finite(params: dict) -> bool:
 
 @jax.jit
 def _all_finite(params: dict) -> jax.Array:
-  hits = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
+  floats = [
+    x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  hits = [jnp.isfinite(x).all() for x in floats]
   return jnp.stack(hits).all()
 
 
