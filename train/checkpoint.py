@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from train.step import Placed, TrainState
 
 PROGRESS = "progress"  # name of the JSON that lies beside the state
 LOSS = "held_out_loss"
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name until it is whole
 FULL = os.strerror(errno.ENOSPC)
 
 
@@ -239,9 +241,11 @@ class Checkpoints:
     }
     metrics = None if loss is None else {LOSS: loss}
     try:
-      response = self._orbax.save_checkpointables_async(
-        step, {"state": state, PROGRESS: saved}, force=True, metrics=metrics
-      )
+      # Fetching 4-bit arrays is an implicit transfer even where they are saved.
+      with jax.transfer_guard("allow"):
+        response = self._orbax.save_checkpointables_async(
+          step, {"state": state, PROGRESS: saved}, force=True, metrics=metrics
+        )
       self._writing = (step, self._waiter.submit(response.result))
     # A full disk or a lost mount comes in the dress of many libraries.
     except Exception as error:
@@ -273,6 +277,8 @@ class Checkpoints:
     self.failure = reason
     with contextlib.suppress(Exception):
       self._orbax.close()
+    if hosts.is_first():
+      self._sweep()
     self._orbax = self._open()
     self.latest = self._newest()
     kept = "none is" if self.latest is None else f"that of {self.latest} is"
@@ -281,6 +287,19 @@ class Checkpoints:
       f" {kept} complete. The next save tries again: make room for it in"
       f" {self._folder}"
     )
+
+  def _sweep(self, tries: int = 20) -> None:
+    """Frees the room that failed saves take.
+
+    Threads of theirs may still write: a folder is removed until it is gone.
+    """
+    while left := list(self._folder.glob(f"*{UNFINISHED}*")):
+      for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+      tries -= 1
+      if not tries:
+        return
+      time.sleep(0.05)
 
   def close(self) -> None:
     """Waits for the write under way and ends the background work."""

@@ -32,6 +32,7 @@ def killed_after(step: int) -> None:
   def then_die(self, index, values):
     found = record(self, index, values)
     if index == step:
+      self._job.checkpoints.settle()  # no save is under way
       os.kill(os.getpid(), signal.SIGKILL)
     return found
 
@@ -62,8 +63,8 @@ def full_disk(folder: str, flags: list[str]) -> int:
 
   loop.Watch.record = then_fill
   print("status", pretrain.main(flags))
-  steps = sorted(p.name for p in pathlib.Path(folder).glob("run/checkpoints/*"))
-  print("checkpoints", *steps)
+  left = pathlib.Path(folder).glob("run/checkpoints/*")
+  print("checkpoints", *sorted(p.name for p in left if p.name.isdigit()))
   loop.Watch.record = record
   status = pretrain.main(flags)
   print("status", status, "with a full disk")
