@@ -176,6 +176,7 @@ class OptimizerConfig:
   # What happens to a matrix's moments when its basis is renewed.
   moments: Literal["rotate", "keep", "reset"] = "rotate"
   accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
+  # What GaLore's bases are stored in; the integers with a scale a block.
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
 
   def __post_init__(self):

@@ -180,8 +180,8 @@ def main(words: list[str] | None = None) -> int:
     if error.errno != errno.ENOSPC:
       raise
     print(
-      f"stopped: {error.filename or out}: {error.strerror}; make room and run"
-      " the same command, it continues from the newest checkpoint",
+      f"stopped: {error.filename or '--out'}: {error.strerror}; make room and"
+      " run the same command, it continues from the newest checkpoint",
       file=sys.stderr,
     )
     return 1

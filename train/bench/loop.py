@@ -19,9 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 
 from train import checkpoint, data, folder, loop, presets
 from train import config as configs
@@ -84,7 +85,9 @@ def measure(config: configs.Config, rounds: int, length: int) -> Times:
   return times
 
 
-def _bare(compiled, state: steps.TrainState, batch: jax.Array, count: int):
+def _bare(
+  compiled: Callable, state: steps.TrainState, batch: jax.Array, count: int
+):
   """The compiled step and nothing else."""
   for _ in range(count):
     state, values = compiled(state, batch)
@@ -95,7 +98,7 @@ def _bare(compiled, state: steps.TrainState, batch: jax.Array, count: int):
 def _looped(
   job: jobs.Job,
   state: steps.TrainState,
-  compiled,
+  compiled: Callable,
   watch: loop.Watch,
   numbers: range,
 ) -> steps.TrainState:
@@ -130,10 +133,8 @@ def report(config: configs.Config, times: Times, length: int) -> str:
     f"{bare[0] / looped[0]:.3f}"
     for bare, looped in zip(times.bare, times.loop, strict=True)
   ]
-  (bare, bare_busy), (looped, looped_busy) = (
-    tuple(map(sum, zip(*pairs, strict=True)))
-    for pairs in (times.bare, times.loop)
-  )
+  bare, bare_busy = np.sum(times.bare, axis=0)
+  looped, looped_busy = np.sum(times.loop, axis=0)
   return "\n".join(
     [
       *rows,
