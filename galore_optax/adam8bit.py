@@ -59,13 +59,13 @@ def scale_by_adam_8bit(
     b2: Decay of the second moment.
     eps: Term ε outside of the root.
     min_size: Leaves with fewer elements keep float32 moments; None for 4096.
+      Complex ones do, whatever their size.
 
   Returns:
     The gradient transformation.
 
   Raises:
-    ValueError: If `min_size` is negative. `init` raises TypeError for complex
-      leaves.
+    ValueError: If `min_size` is negative.
 
   Example:
     >>> params = {"w": jnp.zeros((256, 1024)), "bias": jnp.zeros(1024)}
@@ -108,9 +108,10 @@ def scale_by_adam_8bit(
     fix1, fix2 = 1 - b1**count, 1 - b2**count
 
     def one(g: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
-      wide = g.astype(jnp.float32)
+      is_complex = jnp.issubdtype(g.dtype, jnp.complexfloating)
+      wide = g.astype(jnp.complex64 if is_complex else jnp.float32)
       m = b1 * _read(mu) + (1 - b1) * wide
-      v = b2 * _read(nu) + (1 - b2) * wide * wide
+      v = b2 * _read(nu) + (1 - b2) * jnp.real(wide * jnp.conj(wide))
       step = (m / fix1) / (jnp.sqrt(v / fix2) + eps)
       return step.astype(g.dtype), _write(mu, m), _write(nu, v)
 
@@ -181,14 +182,10 @@ def adamw_8bit(
 def _zeros(like: Any, kind: str, min_size: int) -> Any:
   """Zero moments, where the parameter lives."""
   shape = jnp.shape(like)
-  if jnp.issubdtype(jnp.result_type(like), jnp.complexfloating):
-    raise TypeError(
-      "8-bit moments are for real leaves, got one of dtype "
-      f"{jnp.result_type(like)} and shape {shape}. Give it another optimizer, "
-      "see `optax.partition`."
-    )
-  if not shape or math.prod(shape) < min_size:
-    zeros = jnp.zeros(shape, jnp.float32)
+  is_complex = jnp.issubdtype(jnp.result_type(like), jnp.complexfloating)
+  if not shape or math.prod(shape) < min_size or is_complex:
+    is_mean = is_complex and kind == "dynamic"
+    zeros = jnp.zeros(shape, jnp.complex64 if is_mean else jnp.float32)
     return sharding.place(zeros, like, lambda spec: spec)
   q = qarray.zeros(shape, kind)
   return sharding.place_quantized(q, like, lambda spec: spec)

@@ -83,7 +83,7 @@ class _GaLore:
   def init(self, params: optax.Params) -> GaLoreState:
     """State for parameters: start bases, and the inner state at rank r."""
     if layout.is_placeholder(params):
-      return GaLoreState(0, 0, layout.skeleton(self.inner, params))
+      return self._skeleton(params)
     leaves = paths.leaves_by_path(params)
     sites = self.plan.sites(leaves, layout.masked_paths(params))
     bases = {
@@ -114,6 +114,18 @@ class _GaLore:
     return state._replace(
       accumulator=layout.split(empty, sites),
       micro_step=jnp.zeros([], jnp.int32),
+    )
+
+  def _skeleton(self, params: Any) -> GaLoreState:
+    """What Optax is told of a state: nothing in it is like the parameters."""
+    more = 0 if self.accumulation_steps > 1 else None
+    return GaLoreState(
+      step=0,
+      projector=0,
+      inner_state=layout.skeleton(self.inner, params),
+      schedule=0 if self.refresh.policy == "adaptive" else None,
+      accumulator=more,
+      micro_step=more,
     )
 
   def update(

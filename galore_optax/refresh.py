@@ -280,7 +280,7 @@ def _due(
   schedules = [when for _, _, when in slots if when is not None]
   hit = jnp.concatenate([when.due(now.step) for when in schedules])
   order = jnp.argsort(~hit, stable=True)
-  return jnp.int32(0), jnp.where(now.active, hit.sum(), 0), order
+  return jnp.int32(0), jnp.where(now.active, hit.sum(dtype=jnp.int32), 0), order
 
 
 def _refresh_one(

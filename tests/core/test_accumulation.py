@@ -146,3 +146,15 @@ def test_with_moments_in_eight_bits_and_inside_others():
 def test_errors(steps, error, message):
   with pytest.raises(error, match=message):
     tx(steps)
+
+
+@pytest.mark.parametrize("refresh", ["staggered", "adaptive"])
+def test_map_params_finds_nothing_like_the_parameters(refresh):
+  optimizer = tx(K, refresh=refresh)
+  state = optimizer.init(normal(0))
+  like_params = []
+  mapped = optax.tree.map_params(
+    optimizer, lambda x: like_params.append(x) or x, state
+  )
+  assert not like_params
+  assert jax.tree.structure(mapped) == jax.tree.structure(state)
