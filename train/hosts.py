@@ -46,8 +46,8 @@ def connect(config: MeshConfig) -> None:
     return
   if config.processes == 1:
     return
-  platforms = str(jax.config.read("jax_platforms") or "")
-  if platforms.startswith("cpu"):
+  settings: Any = jax.config  # which makes its attributes as it goes
+  if (settings.jax_platforms or "").startswith("cpu"):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
   address = config.coordinator if config.coordinator != "auto" else ""
   try:

@@ -90,9 +90,8 @@ def _bare(
 ):
   """The compiled step and nothing else."""
   for _ in range(count):
-    state, values = compiled(state, batch)
-  jax.block_until_ready((state, values))
-  return state
+    state, _ = compiled(state, batch)
+  return jax.block_until_ready(state)
 
 
 def _looped(
