@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import layout
 
 from galore_optax import checks, paths, qarray, weights
 from galore_optax.galore import LAYER_ARG
@@ -521,13 +522,24 @@ def _count(layers: Any) -> int:
 def _take(tree: Any, i: Any) -> Any:
   """Layer i of a stack."""
   take = jax.lax.dynamic_index_in_dim
-  return jax.tree.map(lambda x: take(x, i, keepdims=False), tree)
+  return jax.tree.map(lambda x: take(_pin(x), i, keepdims=False), tree)
 
 
 def _put(tree: Any, new: Any, i: jax.Array) -> Any:
   """A stack with layer i replaced, in place."""
   put = jax.lax.dynamic_update_index_in_dim
-  return jax.tree.map(lambda x, y: put(x, y, i, 0), tree, new)
+  return jax.tree.map(lambda x, y: _pin(put(_pin(x), y, i, 0)), tree, new)
+
+
+def _pin(stack: jax.Array) -> jax.Array:
+  """Keeps a stack in the layout that it came in.
+
+  What is done with a layer may suit another one; compilers then choose that
+  for the whole loop, and copy all layers on the way in and out.
+  """
+  return layout.with_layout_constraint(
+    stack, layout.Layout(tuple(range(stack.ndim)))
+  )
 
 
 def _read_barrier(tree: Any) -> Any:

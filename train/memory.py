@@ -1,0 +1,384 @@
+r"""What a training step takes on a device, from the device's own compiler.
+
+    python -m train.memory --preset llama_7b --method q_galore --layerwise \
+      --seq 2048 --batch 1 --target tpu:v5e
+
+compiles the real train step, refreshes included, for the target and prints
+what the compiler assigned: arguments, temporaries, their sum at the peak, and
+what fills it. Nothing is executed and no device is needed: these are the
+compiler's figures for the program. What a runtime adds (its own context,
+fragmentation, other programs) is not in them.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+from train import targets  # before jax: see there  # isort: skip
+
+import jax
+
+import galore_optax
+from train import config as configs
+from train import dry_run, layered, optimizer, presets
+from train import mesh as meshes
+from train import step as steps
+from train.errors import UserError
+
+GIB = targets.GIB
+PARTS = ("weights", "moments", "bases", "gradients", "activations")
+LONGEST = 2**17  # where `--fit` stops looking
+
+
+def main(words: list[str] | None = None) -> int:
+  """The command: 0 measured, 1 does not fit, 2 wrong input."""
+  flags = parse(words)
+  targets.set_up()
+  try:
+    target = targets.find(flags.target)
+    runs = [configure(flags, name) for name in flags.method.split(",")]
+    if flags.fit:
+      limit = parse_size(flags.fit)
+      found = [search(run, target, flags.vary, limit) for run in runs]
+    else:
+      found = [measure(run, target) for run in runs]
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  if flags.json:
+    print(json.dumps(found[0] if len(found) == 1 else found))
+  else:
+    print("\n\n".join(map(render, found)))
+  if flags.plot:
+    draw(found, flags.plot)
+  return 0 if all(x["fits"] is not False for x in found) else 1
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m train.memory",
+    description="Memory of a training step, by the target's own compiler.",
+    epilog="Targets: tpu:v5e, tpu:v6e, tpu:v5p, slices such as tpu:v5e:4x4;"
+    " gpu:rtx4090, gpu:a100, gpu:h100, gpu:h100:8, gpu:FILE.txtpb.",
+  )
+  add = parser.add_argument
+  add("--preset", default="llama_7b", metavar="NAME")
+  add(
+    "--method",
+    default="q_galore",
+    metavar="NAME[,NAME]",
+    help="optimizers, compared: " + ", ".join(configs.OPTIMIZERS),
+  )
+  add("--layerwise", action="store_true", help="update layer by layer")
+  add("--seq", type=int, metavar="N", help="tokens a row; default: the preset")
+  add("--batch", type=int, default=1, metavar="N", help="rows; default: 1")
+  add("--target", required=True, metavar="KIND:NAME", help="see below")
+  add(
+    "--set",
+    action="append",
+    default=[],
+    dest="settings",
+    metavar="GROUP.FIELD=VALUE",
+    help="changes one field of the preset; may be repeated",
+  )
+  add(
+    "--fit",
+    metavar="SIZE",
+    help="find the longest rows (or largest batch) that fit, e.g. in 16GiB;"
+    " `device` for what the target has",
+  )
+  add("--vary", choices=("seq", "batch"), default="seq", help="for --fit")
+  add("--json", action="store_true", help="print one JSON object")
+  add("--plot", type=pathlib.Path, metavar="PNG", help="draw stacked bars")
+  return parser.parse_args(words)
+
+
+def configure(flags: argparse.Namespace, method: str) -> configs.Config:
+  """The run that the flags describe."""
+  config = presets.make(flags.preset, method)
+  settings = [f"data.batch={flags.batch}"]
+  settings += [f"data.length={flags.seq}"] if flags.seq else []
+  settings += ["train.layerwise=true"] if flags.layerwise else []
+  return configs.override(config, settings + flags.settings)
+
+
+def parse_size(text: str) -> int | None:
+  """Bytes of a size such as 16GiB or 24GB; None for `device`."""
+  if text == "device":
+    return None
+  match = re.fullmatch(r"([\d.]+)\s*(GiB|GB|MiB|MB)", text)
+  if not match:
+    raise UserError(f"--fit {text!r}: write a size as 16GiB or 24GB, or device")
+  unit = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}[match[2]]
+  return int(float(match[1]) * unit)
+
+
+def measure(
+  config: configs.Config, target: targets.Target, limit: int | None = None
+) -> dict[str, Any]:
+  """Compiles a run's training step for a target.
+
+  Args:
+    config: the run.
+    target: the devices.
+    limit: bytes to fit in; None for the device's own.
+
+  Returns:
+    What `--json` prints. Where the compiler refuses because the program does
+    not fit, `peak_bytes` is what it says it would need and the figures it did
+    not get to are None.
+  """
+  mesh = _mesh(config, target)
+  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+  method = layered.fuse(config, tx) if config.train.layerwise else tx
+  found: dict[str, Any] = {
+    "preset": config.preset,
+    "method": config.optimizer.name,
+    "layerwise": config.train.layerwise,
+    "seq": config.data.length,
+    "batch": config.data.batch,
+    "target": target.name,
+    "devices": mesh.size,
+    "executed": False,
+  }
+  begin = time.perf_counter()
+  with jax.set_mesh(mesh):
+    placed = steps.place(config.model, method, mesh)
+    exact = argument_parts(config, placed)
+    try:
+      sizes = _compile(config, method, placed, target)
+    except jax.errors.JaxRuntimeError as error:
+      sizes = {"peak_bytes": _needed(error)}
+  found |= {"argument_bytes": None, "temp_bytes": None, **sizes}
+  found["compile_seconds"] = round(time.perf_counter() - begin, 1)
+  found["components"] = components(exact, sizes)
+  room = target.usable if limit is None else limit
+  found["room_bytes"] = room
+  found["fits"] = None if room is None else found["peak_bytes"] <= room
+  return found
+
+
+def _mesh(config: configs.Config, target: targets.Target) -> jax.sharding.Mesh:
+  """The mesh of the config over the target's devices.
+
+  Devices that no axis asks for split the weights: that is what more of them
+  are for here.
+  """
+  wanted = config.mesh
+  asked = (wanted.data or 1) * wanted.fsdp * wanted.tensor
+  if asked == 1 and len(target.devices) > 1:
+    wanted = dataclasses.replace(wanted, data=1, fsdp=len(target.devices))
+  return meshes.make_mesh(
+    wanted,
+    config.data.batch,
+    accumulate=config.train.accumulate * config.optimizer.accumulate,
+    devices=target.devices,
+  )
+
+
+def _compile(
+  config: configs.Config,
+  method: steps.Method,
+  placed: steps.Placed,
+  target: targets.Target,
+) -> dict[str, int]:
+  """Bytes that the compiler assigns to the step, on each device."""
+  mesh = placed.shardings.step.mesh
+  rows = jax.ShapeDtypeStruct(
+    (config.data.batch, config.data.length + 1),
+    "int32",
+    sharding=meshes.batch_sharding(mesh),
+  )
+  state = jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    placed.state,
+    placed.shardings,
+  )
+  step = steps.make_train_step(
+    method, placed, config.train, config.optimizer.accumulate
+  )
+  traced: Any = step.trace(state, rows)
+  compiled = traced.lower(lowering_platforms=(target.platform,)).compile()
+  figures = compiled.memory_analysis()
+  arguments = figures.argument_size_in_bytes
+  temporaries = figures.temp_size_in_bytes
+  new = figures.output_size_in_bytes - figures.alias_size_in_bytes
+  code = figures.generated_code_size_in_bytes
+  return {
+    "argument_bytes": arguments,
+    "temp_bytes": temporaries,
+    "unaliased_output_bytes": new,
+    "code_bytes": code,
+    "peak_bytes": arguments + new + temporaries + code,
+  }
+
+
+def _needed(error: Exception) -> int:
+  """What a program that does not fit would need, from the compiler's words."""
+  match = re.search(r"\(?([\d.]+)([GM])\)? exceeds available", str(error))
+  match = match or re.search(r"Used ([\d.]+)([GM]) of", str(error))
+  if "RESOURCE_EXHAUSTED" not in str(error) or not match:
+    raise error
+  return int(float(match[1]) * {"G": 2**30, "M": 2**20}[match[2]])
+
+
+def argument_parts(
+  config: configs.Config, placed: steps.Placed
+) -> dict[str, int]:
+  """Bytes on one device that are known before compiling, by component."""
+  state, where = placed.state, placed.shardings
+  whole = dry_run.shard_bytes(state.opt_state, where.opt_state)
+  held = dry_run.shard_bytes(_bases(state.opt_state), _bases(where.opt_state))
+  return {
+    "weights": dry_run.shard_bytes(state.params, where.params),
+    "moments": whole - held,
+    "bases": held,
+    "gradients": dry_run.shard_bytes(*dry_run.gradients(config, placed)),
+  }
+
+
+def _bases(opt_state: Any) -> list[Any]:
+  """The bases of all GaLore states in an optimizer's."""
+  is_galore = lambda x: isinstance(x, galore_optax.GaLoreState)
+  leaves = jax.tree.leaves(opt_state, is_leaf=is_galore)
+  return [x.projector for x in leaves if is_galore(x)]
+
+
+def components(
+  exact: dict[str, int], sizes: dict[str, int]
+) -> dict[str, int | None]:
+  """What fills the peak.
+
+  Weights, moments and bases are counted exactly. The compiler does not say
+  what its temporaries are: of them the gradients that a step of this form has
+  to keep are set apart, the rest is activations and scratch.
+  """
+  if "temp_bytes" not in sizes:
+    return {**exact, "activations": None}
+  gradients = min(exact["gradients"], sizes["temp_bytes"])
+  rest = sizes["peak_bytes"] - sizes["argument_bytes"] - gradients
+  return {**exact, "gradients": gradients, "activations": rest}
+
+
+def search(
+  config: configs.Config,
+  target: targets.Target,
+  vary: str,
+  limit: int | None,
+) -> dict[str, Any]:
+  """The longest rows, or the largest batch, whose step fits.
+
+  Sizes are doubled until one does not fit, then the half way between is
+  tried: the answer is exact to a quarter.
+
+  Raises:
+    UserError: not even the smallest size fits.
+  """
+  field = "length" if vary == "seq" else "batch"
+
+  def at(size: int) -> dict[str, Any]:
+    data = dataclasses.replace(config.data, **{field: size})
+    found = measure(dataclasses.replace(config, data=data), target, limit)
+    print(
+      f"{vary} {size}: {found['peak_bytes'] / GIB:.2f} GiB,"
+      f" {'fits' if found['fits'] else 'does not fit'}",
+      file=sys.stderr,
+    )
+    return found
+
+  size = 256 if vary == "seq" else 1
+  best = at(size)
+  if not best["fits"]:
+    raise UserError(
+      f"{vary} {size} takes {best['peak_bytes'] / GIB:.2f} GiB, which does not"
+      f" fit {best['room_bytes'] / GIB:.2f} GiB"
+    )
+  while size < LONGEST and (found := at(2 * size))["fits"]:
+    best, size = found, 2 * size
+  if size > 1 and (found := at(size + size // 2))["fits"]:
+    best = found
+  return best
+
+
+def render(found: dict[str, Any]) -> str:
+  """The figures as a table."""
+  form = "layer by layer" if found["layerwise"] else "usual step"
+  each = "" if found["devices"] == 1 else f", each of {found['devices']}"
+  lines = [
+    f"{found['preset']}, {found['method']}, {form}, {found['batch']} x"
+    f" {found['seq']} tokens, {found['target']}{each}",
+    f"{'':<24}{'bytes':>16}{'GiB':>9}",
+  ]
+
+  def line(name: str, size: int | None) -> None:
+    known = (
+      f"{size:>16,}{size / GIB:>9.2f}" if size is not None else f"{'-':>16}"
+    )
+    lines.append(f"{name:<24}{known}")
+
+  for name in PARTS:
+    label = "activations, scratch" if name == "activations" else name
+    line(f"  {label}", found["components"][name])
+  line("arguments", found["argument_bytes"])
+  line("temporaries", found["temp_bytes"])
+  line("peak", found["peak_bytes"])
+  if found["room_bytes"] is not None:
+    line("room", found["room_bytes"])
+    lines.append("fits" if found["fits"] else "DOES NOT FIT")
+  lines.append(
+    f"Assigned by the compiler in {found['compile_seconds']} s; nothing was"
+    " executed."
+  )
+  return "\n".join(lines)
+
+
+def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """Stacked bars of what fills the peak, one a method."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, axis = plt.subplots(
+    figsize=(7.5, 1.4 + 0.6 * len(found)), layout="constrained"
+  )
+  names = [f"{x['method']}{', layerwise' * x['layerwise']}" for x in found]
+  left = [0.0] * len(found)
+  for part in PARTS:
+    sizes = [(x["components"][part] or 0) / GIB for x in found]
+    label = "activations, scratch" if part == "activations" else part
+    axis.barh(names, sizes, left=left, label=label, height=0.6)
+    left = [a + b for a, b in zip(left, sizes, strict=True)]
+  for name, size, x in zip(names, left, found, strict=True):
+    axis.text(size, name, f" {x['peak_bytes'] / GIB:.1f} GiB", va="center")
+  if room := found[0]["room_bytes"]:
+    axis.axvline(room / GIB, color="0.3", ls="--", lw=1)
+  axis.set_xlim(right=1.15 * max(left))
+  axis.invert_yaxis()
+  axis.set_xlabel("GiB a device, assigned by the compiler, not executed")
+  first = found[0]
+  axis.set_title(
+    f"{first['preset']}, {first['batch']} x {first['seq']} tokens,"
+    f" {first['target']}",
+    fontsize=10,
+  )
+  axis.legend(
+    frameon=False,
+    ncols=5,
+    fontsize=8,
+    loc="upper left",
+    bbox_to_anchor=(0, -0.25 if len(found) > 2 else -0.45),
+  )
+  axis.spines[["top", "right"]].set_visible(False)
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
