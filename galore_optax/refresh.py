@@ -279,7 +279,7 @@ def _due(
     return low, jnp.where(now.active, high, low), None
   schedules = [when for _, _, when in slots if when is not None]
   hit = jnp.concatenate([when.due(now.step) for when in schedules])
-  order = jnp.argsort(~hit, stable=True)
+  order = jnp.argsort(~hit, stable=True).astype(jnp.int32)
   return jnp.int32(0), jnp.where(now.active, hit.sum(dtype=jnp.int32), 0), order
 
 

@@ -1,7 +1,9 @@
 """The optimizers that hold one contract, and small problems to run them on.
 
-Every test of this package runs over `OPTIMIZERS`: each public spelling of
-GaLore, and `optax.adamw` as the control that a test is fair. Beside each stands
+Every test of this package runs over `OPTIMIZERS`: public spellings of GaLore
+that differ in more than their name, and `optax.adamw` as the control that a
+test is fair. What makes the rows of `STATES` differ from the others is how
+their state is kept: they run where that matters. Beside each stands
 the Optax optimizer that it wraps, without GaLore.
 """
 
@@ -18,12 +20,16 @@ import pytest
 
 from galore_optax import (
   GaLoreState,
+  adamw_8bit,
   chain,
+  find_bases,
   galore,
   galore_adafactor,
   galore_adamw,
+  galore_adamw_8bit,
   galore_lion,
   galore_sgd,
+  q_galore_adamw_8bit,
 )
 
 RANK, GAP, RATE, DECAY = 2, 2, 1e-2, 0.1
@@ -95,8 +101,9 @@ def _parts(rate=RATE, **settings):
   )
 
 
-def _wrapped(rate=RATE, **settings):
-  return galore(_adamw(rate), **_filled(settings))
+def _adamw_8bit(rate=RATE, **settings):
+  del settings
+  return adamw_8bit(rate, weight_decay=DECAY, min_size=0)
 
 
 def _chain(rate=RATE, **settings):
@@ -125,19 +132,36 @@ OPTIMIZERS = {
   ),
   "galore_sgd": _alias(galore_sgd, _sgd),
   "galore_lion": _alias(galore_lion, _lion),
-  "galore(adamw)": Case(_wrapped, _adamw),
   "chain(galore)": Case(_chain, _clipped),
   "optax.chain(galore)": Case(_optax_chain, _parts),
   "faithful": _alias(galore_adamw, _adamw, weight_decay=DECAY, faithful=True),
   "two-sided": _alias(
     galore_adamw, _adamw, weight_decay=DECAY, proj_type="full"
   ),
+  "galore_adamw_8bit": _alias(
+    galore_adamw_8bit, _adamw_8bit, weight_decay=DECAY, min_size=0
+  ),
+  "q_galore_adamw_8bit": _alias(
+    q_galore_adamw_8bit,
+    _adamw_8bit,
+    b2=0.999,
+    weight_decay=DECAY,
+    min_size=0,
+  ),
+  "adamw_8bit": Case(_adamw_8bit, _adamw_8bit),
   CONTROL: Case(_adamw, _adamw),
 }
-GALORE = [name for name in OPTIMIZERS if name != CONTROL]
-ALIASES = [name for name in OPTIMIZERS if OPTIMIZERS[name].alias]
+STATES = ("galore_adamw_8bit", "adamw_8bit")
+FULL_RANK = (CONTROL, "adamw_8bit")
+GALORE = [name for name in OPTIMIZERS if name not in (*STATES, CONTROL)]
+ALIASES = [name for name in GALORE if OPTIMIZERS[name].alias]
 
-every = pytest.mark.parametrize("name", list(OPTIMIZERS))
+every = pytest.mark.parametrize("name", [*GALORE, CONTROL])
+# Those whose state holds arrays alone, no codes with their scales.
+every_of_arrays = pytest.mark.parametrize(
+  "name", [name for name in (*GALORE, CONTROL) if "8bit" not in name]
+)
+every_state = pytest.mark.parametrize("name", list(OPTIMIZERS))
 every_galore = pytest.mark.parametrize("name", GALORE)
 
 # What Optax's own optimizer fails without GaLore too, and why. Where a row is
@@ -261,10 +285,10 @@ def galore_states(state: Any) -> list[GaLoreState]:
 
 
 def bases(state: Any) -> dict[str, Any]:
-  """Path to side to basis, of all GaLore states in a state."""
-  return {k: v for x in galore_states(state) for k, v in x.projector.items()}
+  """Path to side to basis, as an array, of all GaLore states in a state."""
+  return find_bases(state)
 
 
 def assert_projects(name: str, state: Any, paths: Any = ("kernel",)):
   """Asserts that GaLore is at work in a state, and on these leaves."""
-  assert set(bases(state)) == (set() if name == CONTROL else set(paths))
+  assert set(bases(state)) == (set() if name in FULL_RANK else set(paths))

@@ -14,7 +14,7 @@ import pytest
 
 from galore_optax import chain, galore
 from tests.conformance import cases
-from tests.conformance.cases import every, every_galore
+from tests.conformance.cases import every, every_galore, every_state
 
 
 def _first(name):
@@ -70,7 +70,7 @@ def test_extra_arguments_reach_the_inner_optimizer(spelling, optimizer):
     tx.update(grads[0], state, params)
 
 
-@every
+@every_state
 def test_one_compilation_serves_all_steps(name):
   tx = cases.make(name)
   params, grads = cases.problem()
@@ -79,7 +79,7 @@ def test_one_compilation_serves_all_steps(name):
   assert update._cache_size() == 1
 
 
-@every
+@every_state
 def test_scan_equals_a_loop(name):
   tx, _ = cases.built(name)
   params, grads = cases.problem()
@@ -145,7 +145,7 @@ def test_shard_map_with_replicated_state(name):
   cases.assert_close(found, expected, rtol=1e-4)
 
 
-@every
+@every_state
 def test_vmap_over_an_ensemble_equals_a_loop(name):
   tx, update = cases.built(name)
   params, grads = cases.problem()
@@ -281,7 +281,7 @@ def test_bad_gradients_are_survived(name, step, bad):
   cases.hold("nan gradient", name, check)
 
 
-@every
+@every_state
 def test_donation_without_warnings(name):
   tx, _ = cases.built(name)
   params, grads = cases.problem()
@@ -303,7 +303,7 @@ def test_donation_without_warnings(name):
   cases.assert_close((params, state), cases.reference(name))
 
 
-@every
+@every_state
 def test_abstract_init(name):
   tx, (_, state, params), _ = _first(name)
   abstract = jax.eval_shape(lambda: params)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from galore_optax import Projection
 from tests.conformance import cases
-from tests.conformance.cases import every, every_galore
+from tests.conformance.cases import every, every_galore, every_of_arrays
 
 
 @flax.struct.dataclass
@@ -126,7 +126,7 @@ def _exact(make, **settings):
   return make(projector="svd", refresh="synchronous", **settings)
 
 
-@every
+@every_of_arrays
 def test_stacked_layers_equal_a_loop_over_layers(name):
   """Also beside leaves of other ranks; biases stay at full rank."""
   shapes = {"bias": (3, 16), "kernel": _LAYERS, "other": (8, 12)}
@@ -149,7 +149,9 @@ def test_stacked_layers_equal_a_loop_over_layers(name):
   cases.hold("stacked", name, check)
 
 
-@every_galore
+@pytest.mark.parametrize(
+  "name", [name for name in cases.GALORE if "8bit" not in name]
+)
 def test_dense_general_and_convolutions_equal_their_matrices(name):
   shapes = {"conv": (3, 2, 2, 16), "heads": (8, 2, 8)}
   params = cases.normal(shapes)
@@ -210,7 +212,8 @@ def test_ranks_sides_and_scale(name):
   for side, basis in found.items():
     size = params["kernel"].shape[0 if side == "left" else 1]
     assert basis.shape == (size, cases.RANK)
-    np.testing.assert_allclose(basis.T @ basis, np.eye(cases.RANK), atol=1e-5)
+    atol = 0.1 if name.startswith("q_galore") else 1e-5  # in four bits
+    np.testing.assert_allclose(basis.T @ basis, np.eye(cases.RANK), atol=atol)
 
 
 @every_galore

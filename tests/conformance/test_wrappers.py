@@ -75,9 +75,9 @@ def test_inject_hyperparams_without_static_args(name):
   schedule = optax.linear_schedule(1e-2, 1e-3, 3)
   case = cases.OPTIMIZERS[name]
   if case.alias is not None:
-    # Only what decides the shapes of Optax's own adafactor state is static;
+    # Only what decides the shapes of the inner optimizer's own state is static;
     # `optax.adafactor` cannot be injected without it, either.
-    shapes = {"min_dim_size_to_factor"} & set(case.fixed)
+    shapes = {"min_dim_size_to_factor", "min_size"} & set(case.fixed)
     tx = optax.inject_hyperparams(case.alias, static_args=shapes)(
       learning_rate=schedule,
       **{"rank": cases.RANK, "update_proj_gap": cases.GAP, **case.fixed},
