@@ -104,9 +104,9 @@ class LayerwiseState(NamedTuple):
   """
 
   count: Any  # shape=(), dtype=jnp.int32
-  first: optax.OptState
+  first: Any  # EndState
   layers: optax.OptState
-  last: optax.OptState
+  last: Any  # EndState
 
 
 class EndState(NamedTuple):

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from galore_optax import qarray
 
@@ -196,9 +195,7 @@ def _one_mesh(shardings: Any) -> Any:
   return meshes.pop()
 
 
-def state_shardings(
-  tx: optax.GradientTransformation, params: Any, param_shardings: Any
-) -> Any:
+def state_shardings(tx: Any, params: Any, param_shardings: Any) -> Any:
   """Shardings for an optimizer's state that follow the parameters'.
 
   Moments are sharded like their parameters. A basis is sharded along the side

@@ -15,7 +15,7 @@ KINDS = ("int8", "int4", "float8")
 
 def quantize_params(
   params: optax.Params, rules: Any = ("kernel$",), kind: str = "int8"
-) -> optax.Params:
+) -> Any:
   r"""Quantises the weights whose paths match.
 
   Args:
@@ -56,7 +56,7 @@ def quantize_params(
   return paths.map_with_path(one, params)
 
 
-def dequantize_params(params: optax.Params, dtype: Any = None) -> optax.Params:
+def dequantize_params(params: optax.Params, dtype: Any = None) -> Any:
   """The weights as arrays, for a model to compute with.
 
   Args:
@@ -82,7 +82,7 @@ def dequantize_params(params: optax.Params, dtype: Any = None) -> optax.Params:
 
 def apply_updates(
   params: optax.Params, updates: optax.Updates, key: jax.Array | None
-) -> optax.Params:
+) -> Any:
   r"""Adds updates to parameters of which some are quantised.
 
   A quantised weight is read, updated and rounded again with fresh scales,
