@@ -178,6 +178,9 @@ class OptimizerConfig:
   accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
   # What GaLore's bases are stored in; the integers with a scale a block.
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+  state_dtype: Literal["", "float32", "bfloat16"] = (
+    ""  # of GaLore's moments; empty: the weights', but float32 at least
+  )
 
   def __post_init__(self):
     positive = ("learning_rate", "matrix_lr", "eps", "scale")

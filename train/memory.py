@@ -200,11 +200,14 @@ def _compile(
     placed.state,
     placed.shardings,
   )
-  step = steps.make_train_step(
+  step: Any = steps.make_train_step(
     method, placed, config.train, config.optimizer.accumulate
   )
-  traced: Any = step.trace(state, rows)
-  compiled = traced.lower(lowering_platforms=(target.platform,)).compile()
+  compiled = (
+    step.trace(state, rows)
+    .lower(lowering_platforms=(target.platform,))
+    .compile()
+  )
   figures = compiled.memory_analysis()
   arguments = figures.argument_size_in_bytes
   temporaries = figures.temp_size_in_bytes
@@ -283,8 +286,8 @@ def search(
   field = "length" if vary == "seq" else "batch"
 
   def at(size: int) -> dict[str, Any]:
-    data = dataclasses.replace(config.data, **{field: size})
-    found = measure(dataclasses.replace(config, data=data), target, limit)
+    varied = configs.override(config, [f"data.{field}={size}"])
+    found = measure(varied, target, limit)
     print(
       f"{vary} {size}: {found['peak_bytes'] / GIB:.2f} GiB,"
       f" {'fits' if found['fits'] else 'does not fit'}",
@@ -355,8 +358,8 @@ def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
     label = "activations, scratch" if part == "activations" else part
     axis.barh(names, sizes, left=left, label=label, height=0.6)
     left = [a + b for a, b in zip(left, sizes, strict=True)]
-  for name, size, x in zip(names, left, found, strict=True):
-    axis.text(size, name, f" {x['peak_bytes'] / GIB:.1f} GiB", va="center")
+  for place, (size, x) in enumerate(zip(left, found, strict=True)):
+    axis.text(size, place, f" {x['peak_bytes'] / GIB:.1f} GiB", va="center")
   if room := found[0]["room_bytes"]:
     axis.axvline(room / GIB, color="0.3", ls="--", lw=1)
   axis.set_xlim(right=1.15 * max(left))

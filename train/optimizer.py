@@ -194,6 +194,7 @@ def _options(c: OptimizerConfig) -> dict[str, Any]:
     "refresh": c.refresh,
     "moments": c.moments,
     "basis_dtype": c.basis_dtype,
+    "state_dtype": c.state_dtype or None,
     "accumulation_steps": c.accumulate,
   }
 
