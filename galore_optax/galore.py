@@ -323,17 +323,13 @@ class _GaLore:
     )
 
   def _low_zeros(self, site: plan.Site, like: Any) -> jax.Array:
-    """Zeros in the shape of the projected gradient."""
-    dtype = self._dtype(jnp.result_type(like))
-    return sharding.place(
-      jnp.zeros(site.low_shape, dtype),
-      like,
-      lambda spec: (
-        *(parts := site.view.spec(spec))[:-2],
-        None if "left" in site.sides else parts[-2],
-        None if "right" in site.sides else parts[-1],
-      ),
-    )
+    """Zeros in the shape of the projected gradient.
+
+    The rank is split over the mesh axes of the side that it stands for, so
+    that every device keeps its share of the moments whichever side that is.
+    """
+    zeros = jnp.zeros(site.low_shape, self._dtype(jnp.result_type(like)))
+    return sharding.place_divisible(zeros, like, site.view.spec)
 
   def _dtype(self, dtype: Any) -> Any:
     """The dtype in which the inner optimizer sees a leaf."""

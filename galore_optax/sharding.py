@@ -51,12 +51,12 @@ def place_quantized(
   return dataclasses.replace(
     q,
     codes=place(q.codes, like, spec),
-    scale=_place_divisible(q.scale, like, scales),
-    zero=None if q.zero is None else _place_divisible(q.zero, like, scales),
+    scale=place_divisible(q.scale, like, scales),
+    zero=None if q.zero is None else place_divisible(q.zero, like, scales),
   )
 
 
-def _place_divisible(
+def place_divisible(
   x: jax.Array, like: Any, spec: Callable[[tuple], tuple]
 ) -> jax.Array:
   """As :func:`place`, but axes that the mesh does not divide stay whole."""
@@ -198,9 +198,9 @@ def _one_mesh(shardings: Any) -> Any:
 def state_shardings(tx: Any, params: Any, param_shardings: Any) -> Any:
   """Shardings for an optimizer's state that follow the parameters'.
 
-  Moments are sharded like their parameters. A basis is sharded along the side
-  it spans, low-rank moments along the side that is not projected, both along
-  the axes that stack layers; the rank is never split.
+  Moments are sharded like their parameters; those of rank r have r in place of
+  the projected side, and its mesh axes if they divide r. A basis is sharded
+  along the side it spans. Both are sharded along the axes that stack layers.
 
   Args:
     tx: Any optimizer, with GaLore anywhere in it or not at all, or what

@@ -187,10 +187,10 @@ _WRAPPED = {
 
 @pytest.mark.parametrize("wrapper", _WRAPPED)
 def test_state_shardings_follow_the_parameters(wrapper):
-  """Bases along the side they span, moments along the other."""
+  """Bases along the side they span, moments like their parameter."""
   basis, mu = _specs_of(_WRAPPED[wrapper]())
   assert basis == {"left": ("x", None)}
-  assert mu.low == {"both": (None, "y")}
+  assert mu.low == {"both": ("x", "y")}
   assert mu.full["bias"] == ("y",)
 
 
@@ -198,14 +198,15 @@ def test_state_shardings_of_masked_leaves():
   tx = optax.masked(_LOW, {"bias": False, "both": True})
   basis, mu = _specs_of(tx)
   assert basis == {"left": ("x", None)}
-  assert mu.low == {"both": (None, "y")}
+  assert mu.low == {"both": ("x", "y")}
   assert mu.full["bias"] == optax.MaskedNode()
 
 
 def test_state_shardings_of_both_sides():
+  """y has four parts, into which a rank of two does not go."""
   basis, mu = _specs_of(galore_adamw(cases.RATE, rank=2, proj_type="full"))
   assert basis == {"left": ("x", None), "right": ("y", None)}
-  assert mu.low == {"both": (None, None)}
+  assert mu.low == {"both": ("x", None)}
 
 
 def test_state_shardings_of_stacked_layers():
@@ -213,7 +214,7 @@ def test_state_shardings_of_stacked_layers():
   placed = state_shardings(_LOW, _problem()[0], named)
   specs = jax.tree.map(lambda x: tuple(x.spec), placed)
   assert cases.bases(specs)["stack"] == {"left": ("y", "x", None)}
-  assert optax.tree.get(specs, "nu").low["stack"] == ("y", None, None)
+  assert optax.tree.get(specs, "nu").low["stack"] == ("y", "x", None)
 
 
 def test_state_shardings_without_galore():
