@@ -25,7 +25,7 @@ class Layered(NamedTuple):
   Attributes:
     first: `(params, batch) -> x`, what goes into the first layer; any pytree.
     layer: `(layer_params, x) -> x`, one layer.
-    last: `(params, x, batch) -> loss`, a scalar.
+    last: `(params, x, batch) -> loss`, a scalar, or `(loss, aux)` if `has_aux`.
     key: Where the layers' parameters are in the parameters, a dict: stacked,
       with a leading layer axis on every leaf. `first` and `last` get the
       parameters without them.
@@ -34,6 +34,8 @@ class Layered(NamedTuple):
       its gradient early.
     last_keys: Those that `last` is given; None for all. What it is not given
       has no gradient before the layers are done.
+    has_aux: Whether `last` returns something beside the loss, which is then in
+      the metrics of a step as `aux`.
 
   Example:
     >>> toy = Layered(
@@ -51,6 +53,7 @@ class Layered(NamedTuple):
   key: str = "layers"
   first_keys: tuple[str, ...] | None = None
   last_keys: tuple[str, ...] | None = None
+  has_aux: bool = False
 
   def loss(self, params: Any, batch: Any, dtype: Any = None) -> Any:
     """The loss as one differentiable function, for a usual step.
@@ -63,7 +66,7 @@ class Layered(NamedTuple):
       dtype: Dtype in which quantised weights are read.
 
     Returns:
-      The scalar loss.
+      What `last` returns.
     """
     read: Any = functools.partial(weights.dequantize_params, dtype=dtype)
     ends, layers = self.ends(params), params[self.key]
@@ -314,10 +317,13 @@ class _Run(NamedTuple):
       x,
       params[model.key],
     )
-    loss, last_vjp = jax.vjp(
-      lambda upper, x: model.last(upper, x, batch), model.upper(ends), x
-    )
-    return _Forward(loss, inputs, first_vjp, last_vjp)
+
+    def last(upper: Any, x: Any) -> tuple[jax.Array, Any]:
+      found = model.last(upper, x, batch)
+      return found if model.has_aux else (found, None)
+
+    loss, last_vjp, aux = jax.vjp(last, model.upper(ends), x, has_aux=True)
+    return _Forward(loss, aux, inputs, first_vjp, last_vjp)
 
   def _layer_gradient(
     self, layer: Any, x: Any, dx: Any
@@ -378,10 +384,13 @@ class _Run(NamedTuple):
     lower, _ = self._end_leaves(grads)
     params, first = self._update_end(params, lower, state.first, scale, keys[2])
     norm = jnp.sqrt(total + _squares(lower))
+    metrics = {"loss": forward.loss.astype(jnp.float32), "grad_norm": norm}
+    if self.model.has_aux:
+      metrics["aux"] = forward.aux
     return (
       {**params, key: stack},
       LayerwiseState(optax.safe_increment(state.count), first, states, last),
-      {"loss": forward.loss.astype(jnp.float32), "grad_norm": norm},
+      metrics,
     )
 
   def _update_end(
@@ -491,6 +500,7 @@ class _Forward(NamedTuple):
   """What the backward pass needs of the forward pass."""
 
   loss: jax.Array
+  aux: Any  # what `last` returns beside it
   inputs: Any  # of each layer, with a leading layer axis
   first_vjp: Callable
   last_vjp: Callable

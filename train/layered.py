@@ -24,7 +24,7 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
   """The model as embedding, layers and head; its batch is rows (B, T + 1).
 
   The loss is the mean cross-entropy of the predicted tokens in nats, and the
-  penalty of `train.z_loss`. The logits are made, used and made again in the
+  penalty of `train.z_loss`; beside it, without the penalty. The logits are made, used and made again in the
   backward pass a chunk at a time: of a whole row they would be the largest
   array of all.
   """
@@ -39,9 +39,10 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
     x_MxD = x_BxTxD.reshape(-1, width)
     return llama.block(config, params, x_MxD, length).reshape(x_BxTxD.shape)
 
-  def last(upper: dict, x_BxTxD: jax.Array, rows: jax.Array) -> jax.Array:
+  def last(upper: dict, x_BxTxD: jax.Array, rows: jax.Array) -> tuple:
     total, penalty, count = _all_sums(config, upper, x_BxTxD, rows)
-    return (total + train.z_loss * penalty) / jnp.maximum(count, 1)
+    count = jnp.maximum(count, 1)
+    return (total + train.z_loss * penalty) / count, total / count
 
   return galore_optax.Layered(
     first,
@@ -49,6 +50,7 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
     last,
     first_keys=("embed",),
     last_keys=("norm", "embed" if tied else "lm_head"),
+    has_aux=True,
   )
 
 
@@ -61,7 +63,8 @@ def summed_loss(
   """
   model = layered(config, TrainConfig())
   model = model._replace(
-    last=lambda upper, x_BxTxD, rows: _all_sums(config, upper, x_BxTxD, rows)
+    last=lambda upper, x_BxTxD, rows: _all_sums(config, upper, x_BxTxD, rows),
+    has_aux=False,
   )
   total, _, count = model.loss(params, rows, config.dtype)
   return total, count.astype(jnp.int32)

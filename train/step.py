@@ -174,7 +174,7 @@ def make_train_step(
     `skips_in_row`.
   """
   if isinstance(tx, galore_optax.Layerwise):
-    step = _in_parts(tx.step, low_rank_parts)
+    step = _in_parts(_reported(tx), low_rank_parts)
   elif low_rank_parts > 1:
     step = _in_parts(_part_of_step(tx, placed, config), low_rank_parts)
   else:
@@ -184,6 +184,16 @@ def make_train_step(
     donate_argnums=0,
     out_shardings=(placed.shardings, meshes.replicated(_mesh(placed))),
   )
+
+
+def _reported(tx: galore_optax.Layerwise) -> Callable:
+  """Its step; what is reported is the loss without the z-loss."""
+
+  def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
+    params, opt_state, found = tx.step(params, opt_state, rows)
+    return params, opt_state, found | {"loss": found["aux"]}
+
+  return run
 
 
 def _in_parts(run: Callable, count: int) -> Callable:

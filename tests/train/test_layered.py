@@ -1,0 +1,163 @@
+"""The fused step of the LLaMA against the usual one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.train.conftest import TINY
+from train import config as configs
+from train import layered, mesh, optimizer, presets, step
+from train.errors import UserError
+
+STEPS = 6
+
+
+def _run(rows, name="galore", devices=1, parts=1, **changes):
+  """Losses and final weights of a few steps."""
+  settings = {"weights": "full", "layerwise": False, "clip": 0.0}
+  settings |= changes
+  model = dataclasses.replace(
+    TINY,
+    weights=settings["weights"],
+    tie_embeddings=settings.get("tied", False),
+  )
+  config = configs.Config(
+    "test",
+    model=model,
+    data=configs.DataConfig(length=16, batch=8),
+    optimizer=configs.OptimizerConfig(
+      name=name,
+      rank=8,
+      update_proj_gap=3,
+      clip=settings["clip"],
+      accumulate=parts,
+    ),
+    train=configs.TrainConfig(
+      layerwise=settings["layerwise"], z_loss=1e-3, steps=STEPS
+    ),
+    mesh=configs.MeshConfig(data=1, fsdp=devices),
+  )
+  where = mesh.make_mesh(
+    config.mesh, 8, accumulate=parts, devices=jax.devices()[:devices]
+  )
+  tx = optimizer.make_optimizer(config.optimizer, STEPS)
+  if settings["layerwise"]:
+    tx = layered.fuse(config, tx)
+  with jax.set_mesh(where):
+    placed = step.place(model, tx, where)
+    state = step.init_state(model, tx, placed, 0)
+    train = step.make_train_step(tx, placed, config.train, parts)
+    losses = []
+    for _ in range(STEPS):
+      state, values = train(
+        state, mesh.put_batch(rows, mesh.batch_sharding(where))
+      )
+      losses.append(float(values["loss"]))
+    evaluate = step.make_eval_step(placed)
+    total, count = evaluate(state.params, rows)
+  weights = jax.device_get(placed.read(state.params))
+  return np.array(losses), weights, float(total) / int(count)
+
+
+@pytest.fixture(scope="module")
+def batch(rows):
+  return np.asarray(rows, np.int32)
+
+
+@pytest.fixture(scope="module")
+def usual(batch):
+  return _run(batch)
+
+
+def _assert_same(found, wanted, tolerance, of_weights=None):
+  np.testing.assert_allclose(found[0], wanted[0], rtol=tolerance)
+  atol = of_weights or tolerance
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=atol),
+    found[1],
+    wanted[1],
+  )
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_layer_by_layer_is_the_usual_step(batch, usual, devices):
+  """With refreshes in it, and the z-loss."""
+  found = _run(batch, layerwise=True, devices=devices)
+  _assert_same(found, usual, 2e-6 if devices == 1 else 1e-5)
+  assert found[2] == pytest.approx(usual[2], rel=1e-5)
+
+
+def test_tied_embeddings(batch):
+  wanted = _run(batch, tied=True)
+  _assert_same(_run(batch, tied=True, layerwise=True), wanted, 2e-6)
+
+
+def test_large_embeddings_go_in_chunks(batch, usual, monkeypatch):
+  monkeypatch.setattr(layered, "CHUNK", 1000)
+  _assert_same(_run(batch, layerwise=True), usual, 2e-6)
+
+
+def test_logits_are_made_in_chunks(batch, usual, monkeypatch):
+  monkeypatch.setattr(layered, "LOSS_CHUNK", 24)
+  _assert_same(_run(batch, layerwise=True), usual, 2e-6, of_weights=1e-3)
+
+
+def test_padding_does_not_count(batch):
+  padded = batch.copy()
+  padded[1:4, 9:] = step.PADDING
+  _assert_same(_run(padded, layerwise=True), _run(padded), 2e-6)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_parts_of_a_batch_add_up_at_low_rank(batch, usual, layerwise):
+  """Equal rows: every part has the batch's gradient.
+
+  Up to rounding, which Adam scales up where a gradient is nearly zero.
+  """
+  same = np.repeat(batch[:1], 8, axis=0)
+  found = _run(same, parts=2, layerwise=layerwise)
+  _assert_same(found, _run(same), 5e-6, of_weights=1e-3)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_weights_in_eight_bits_learn(batch, layerwise):
+  """They are stored as codes, and the loss falls as with q_galore it should."""
+  losses, _, held = _run(
+    batch, name="q_galore", weights="int8", layerwise=layerwise
+  )
+  assert losses[-1] < losses[0] - 0.5
+  assert held == pytest.approx(losses[-1], abs=0.6)
+
+
+def test_codes_are_what_is_kept(batch):
+  model = dataclasses.replace(TINY, weights="int8")
+  tx = optimizer.make_optimizer(configs.OptimizerConfig(rank=8), STEPS)
+  where = mesh.make_mesh(
+    configs.MeshConfig(data=1), 8, devices=jax.devices()[:1]
+  )
+  placed = step.place(model, tx, where)
+  kernel = placed.state.params["layers"]["attn"]["q"]["kernel"]
+  assert kernel.codes.dtype == jnp.int8
+  assert placed.state.params["embed"]["embedding"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  ("settings", "words"),
+  [
+    (["train.layerwise=true", "train.accumulate=2"], "optimizer.accumulate"),
+    (["train.accumulate=2", "optimizer.accumulate=2"], "one of them"),
+  ],
+)
+def test_two_ways_to_accumulate_are_refused(settings, words):
+  with pytest.raises(UserError, match=words):
+    configs.override(presets.make("sotu_small", "galore"), settings)
+
+
+def test_only_galore_adds_up_at_low_rank():
+  with pytest.raises(UserError, match=r"train\.accumulate"):
+    optimizer.make_optimizer(
+      configs.OptimizerConfig(name="adamw", accumulate=2), STEPS
+    )

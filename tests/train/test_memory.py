@@ -1,0 +1,151 @@
+"""train.memory and train.states: figures of compilers and of shapes."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from train import memory, states, targets
+from train.errors import UserError
+
+TINY = [
+  "--preset=llama_9m",
+  "--seq=16",
+  "--set=model.n_layers=2",
+  "--set=model.vocab_size=512",
+  "--set=model.d_model=64",
+  "--set=model.d_ff=96",
+  "--set=optimizer.rank=16",
+]
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+  """This machine as a target: the same way through another compiler."""
+  target = targets.Target("cpu", "cpu", jax.devices()[:1], 2**20, "XLA")
+  monkeypatch.setattr(targets, "find", lambda name: target)
+  return target
+
+
+def test_figures_add_up(cpu, capsys):
+  words = [*TINY, "--method=adamw", "--target=cpu", "--json"]
+  assert memory.main(words) == 1  # more than the 1 MiB of the target
+  found = json.loads(capsys.readouterr().out)
+  assert found["fits"] is False
+  assert found["executed"] is False
+  parts = found["components"]
+  arguments = parts["weights"] + parts["moments"] + parts["bases"]
+  # and the counters, the step and the batch
+  assert 0 < found["argument_bytes"] - arguments < 1000
+  assert parts["bases"] == 0
+  assert found["peak_bytes"] == sum(parts.values()) + (
+    found["argument_bytes"] - arguments
+  )
+
+
+def test_methods_side_by_side(cpu, capsys, tmp_path):
+  picture = tmp_path / "bars.png"
+  words = [*TINY, "--method=galore,q_galore", "--target=cpu", "--layerwise"]
+  memory.main([*words, f"--plot={picture}"])
+  text = capsys.readouterr().out
+  assert "llama_9m, galore, layer by layer, 1 x 16 tokens" in text
+  assert "llama_9m, q_galore, layer by layer" in text
+  assert "nothing was\nexecuted" in text.replace(" executed", "\nexecuted")
+  assert picture.stat().st_size > 5000
+
+
+def test_longest_rows_that_fit(cpu, capsys, monkeypatch):
+  """The search, on a step that takes 10 bytes a token and 100 besides."""
+
+  def measure(config, target, limit):
+    peak = 100 + 10 * config.data.length
+    return {
+      "peak_bytes": peak,
+      "room_bytes": limit,
+      "fits": peak <= limit,
+      "seq": config.data.length,
+    }
+
+  monkeypatch.setattr(memory, "measure", measure)
+  flags = memory.parse([*TINY, "--target=cpu"])
+  config = memory.configure(flags, "galore")
+  assert memory.search(config, cpu, "seq", 15_500)["seq"] == 1536
+  assert memory.search(config, cpu, "seq", 15_400)["seq"] == 1024
+  with pytest.raises(UserError, match="seq 256 takes"):
+    memory.search(config, cpu, "seq", 1000)
+
+
+def test_what_does_not_fit_is_read_off_the_message():
+  error = jax.errors.JaxRuntimeError(
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required"
+    " for HLO temporaries (53.11G) exceeds available HBM (15.75G)."
+  )
+  assert memory._needed(error) == int(53.11 * 2**30)
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    memory._needed(
+      jax.errors.JaxRuntimeError("INTERNAL: (1G) exceeds available")
+    )
+
+
+@pytest.mark.parametrize(
+  ("text", "size"), [("16GiB", 2**34), ("24GB", 24 * 10**9), ("device", None)]
+)
+def test_sizes(text, size):
+  assert memory.parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--target=tpu"], "--target 'tpu' is unknown"),
+    (["--target=tpu:v2"], "v5e"),
+    (["--target=gpu:h100:many"], "'many' is no number"),
+    (["--target=gpu:h100", "--preset=llama_8b"], "llama_8b"),
+    (["--target=gpu:h100", "--fit=much"], "16GiB"),
+  ],
+)
+def test_wrong_words(words, said, capsys, monkeypatch):
+  monkeypatch.setattr(targets, "_need", lambda *_: None)
+  if "--preset=llama_8b" in words or "--fit=much" in words:
+    monkeypatch.setattr(targets, "find", lambda name: None)
+  assert memory.main(words) == 2
+  assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("name", "extra"), [("tpu:v5e", "tpu-aot"), ("gpu:rtx4090", "gpu-aot")]
+)
+def test_a_missing_compiler_is_named(name, extra, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+  with pytest.raises(UserError, match=extra):
+    targets.find(name)
+
+
+def test_published_sizes(monkeypatch):
+  """Exact counts, as derived by hand from the papers' configs."""
+  monkeypatch.setattr(states, "PRESETS", ("llama_60m",))
+  found = states.table()
+  size = {name: row["llama_60m"] for name, row in found.items()}
+  embeddings = 2 * 32000 * 512
+  matrices = 8 * (4 * 512 * 512 + 3 * 512 * 1376)
+  norms = 17 * 512
+  full = 2 * (embeddings + norms)
+  assert size["adamw"] == 2 * (full + 2 * matrices) + 8  # two counters
+  low = 8 * (4 * (512 * 128 + 2 * 128 * 512) + 3 * (512 * 128 + 2 * 128 * 1376))
+  assert abs(size["galore, all bfloat16"] - 2 * (full + low)) < 100
+  assert size["q_galore"] < 0.36 * size["adamw"]
+  assert "paper: GaLore" in states.render(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "module"), [("tpu:v5e", "libtpu"), ("gpu:h100", "jax_cuda12_plugin")]
+)
+def test_the_target_s_own_compiler(name, module, capsys):
+  if importlib.util.find_spec(module) is None:
+    pytest.skip(f"needs {module} (extras tpu-aot, gpu-aot)")
+  words = [*TINY, "--method=q_galore", "--layerwise", f"--target={name}"]
+  assert memory.main([*words, "--json"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["temp_bytes"] > 0
