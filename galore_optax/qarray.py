@@ -240,6 +240,50 @@ def dequantize(q: QArray, dtype: Any = jnp.float32) -> jax.Array:
   return blocks.merge(values * blocks.spread(q.scale)).astype(dtype)
 
 
+def quantize_near(
+  q: QArray, x: jax.Array, key: jax.Array | None = None
+) -> QArray:
+  """Quantises what a quantised array has become, on its own steps if they fit.
+
+  With new steps every number of a block would be rounded anew, also those that
+  hardly changed; at random, they would wander. So `int4` and `int8` blocks keep
+  their scale and zero as long as they hold the block, and at least half of
+  their range is used. New ones leave room to grow, an eighth.
+
+  Args:
+    q: The array as it was.
+    x: As it is now, of the same shape.
+    key: See :func:`quantize`.
+
+  Returns:
+    `x`, quantised in the format of `q`.
+  """
+  if q.kind not in _BITS or q.zero is None:
+    return requantize(q, x, key)
+  blocks = _Blocks(q.shape, q.scale.shape)
+  parts = blocks.split(x.astype(jnp.float32))
+  low = jnp.minimum(blocks.reduce(jnp.min, parts), 0)
+  high = jnp.maximum(blocks.reduce(jnp.max, parts), 0)
+  half = 2 ** (_BITS[q.kind] - 1)
+  zero = q.zero.astype(jnp.float32)
+  bottom, top = q.scale * (-half - zero), q.scale * (half - 1 - zero)
+  fits = (low >= bottom) & (high <= top) & (2 * (high - low) >= top - bottom)
+  # One level less than there are, as in _asymmetric.
+  fresh = 1.125 * (high / (2 * half - 2) - low / (2 * half - 2))
+  scale = jnp.where(fits, q.scale, fresh)
+  divisor = _divisor(scale)
+  zero = jnp.where(fits, zero + half, jnp.ceil(-1.125 * low / divisor - 1e-4))
+  codes = parts / blocks.spread(divisor)
+  codes = _round(codes, key) + blocks.spread(zero)
+  codes = blocks.merge(jnp.clip(codes, 0, 2 * half - 1) - half)
+  return dataclasses.replace(
+    q,
+    codes=codes.astype(q.codes.dtype),
+    scale=scale,
+    zero=(zero - half).astype(q.zero.dtype),
+  )
+
+
 def spread_scale(q: QArray) -> jax.Array:
   """The scale of every element.
 

@@ -85,15 +85,17 @@ def apply_updates(
 ) -> Any:
   r"""Adds updates to parameters of which some are quantised.
 
-  A quantised weight is read, updated and rounded again with fresh scales,
+  A quantised weight is read, updated and rounded again,
 
   .. math::
 
     W \leftarrow Q(D(W) + U)
 
   up or down at random, so that updates smaller than a step are not lost but
-  arrive in the mean. A block whose update is zero is left as it is. All other
-  parameters are added to as by `optax.apply_updates`.
+  arrive in the mean. A block keeps its steps while they fit it: with new ones
+  at each update, as in the reference code, weights that hardly change would
+  wander. A block whose update is zero is left as it is. All other parameters
+  are added to as by `optax.apply_updates`.
 
   Args:
     params: Parameters, some of them quantised.
@@ -177,5 +179,6 @@ def _add(
 def _round_sum(
   x: qarray.QArray, u: jax.Array, key: jax.Array | None
 ) -> qarray.QArray:
-  new = qarray.requantize(x, qarray.dequantize(x) + u.astype(jnp.float32), key)
+  total = qarray.dequantize(x) + u.astype(jnp.float32)
+  new = qarray.quantize_near(x, total, key)
   return qarray.where_blocks(qarray.any_in_block(x, u != 0), new, x)

@@ -24,9 +24,9 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
   """The model as embedding, layers and head; its batch is rows (B, T + 1).
 
   The loss is the mean cross-entropy of the predicted tokens in nats, and the
-  penalty of `train.z_loss`; beside it, without the penalty. The logits are made, used and made again in the
-  backward pass a chunk at a time: of a whole row they would be the largest
-  array of all.
+  penalty of `train.z_loss`; beside it, without the penalty. The logits are
+  made, used and made again in the backward pass a chunk at a time: of a whole
+  row they would be the largest array of all.
   """
   tied = config.tie_embeddings
 
