@@ -24,14 +24,8 @@ from galore_optax.diagnostics import (
   state_bytes,
 )
 from galore_optax.galore import GaLoreState, galore
-from galore_optax.layerwise import (
-  Layered,
-  Layerwise,
-  LayerwiseState,
-  layerwise,
-  stack,
-  unstack,
-)
+from galore_optax.layered import Layered, stack, unstack
+from galore_optax.layerwise import Layerwise, LayerwiseState, layerwise
 from galore_optax.plan import Projection
 from galore_optax.qarray import QArray, dequantize, quantize
 from galore_optax.schedule import Adaptive

@@ -15,84 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import layout
 
-from galore_optax import checks, paths, qarray, weights
+from galore_optax import checks, paths, weights
 from galore_optax.galore import LAYER_ARG
-
-
-class Layered(NamedTuple):
-  """A model as a stack of equal layers between two ends: pure functions.
-
-  Attributes:
-    first: `(params, batch) -> x`, what goes into the first layer; any pytree.
-    layer: `(layer_params, x) -> x`, one layer.
-    last: `(params, x, batch) -> loss`, a scalar, or `(loss, aux)` if `has_aux`.
-    key: Where the layers' parameters are in the parameters, a dict: stacked,
-      with a leading layer axis on every leaf. `first` and `last` get the
-      parameters without them.
-    first_keys: The other entries of the parameters that `first` is given; None
-      for all. What it is not given is updated before the layers, which frees
-      its gradient early.
-    last_keys: Those that `last` is given; None for all. What it is not given
-      has no gradient before the layers are done.
-    has_aux: Whether `last` returns something beside the loss, which is then in
-      the metrics of a step as `aux`.
-
-  Example:
-    >>> toy = Layered(
-    ...   first=lambda params, batch: batch @ params["inner"],
-    ...   layer=lambda w, x: x + jnp.tanh(x @ w),
-    ...   last=lambda params, x, batch: jnp.mean((x @ params["outer"]) ** 2),
-    ... )
-    >>> toy.key
-    'layers'
-  """
-
-  first: Callable
-  layer: Callable
-  last: Callable
-  key: str = "layers"
-  first_keys: tuple[str, ...] | None = None
-  last_keys: tuple[str, ...] | None = None
-  has_aux: bool = False
-
-  def loss(self, params: Any, batch: Any, dtype: Any = None) -> Any:
-    """The loss as one differentiable function, for a usual step.
-
-    Args:
-      params: Parameters, layers stacked, or a list of single layers: then the
-        gradients are single layers too, and a compiler is free to update each
-        as soon as it is there.
-      batch: What `first` and `last` take.
-      dtype: Dtype in which quantised weights are read.
-
-    Returns:
-      What `last` returns.
-    """
-    read: Any = functools.partial(weights.dequantize_params, dtype=dtype)
-    ends, layers = self.ends(params), params[self.key]
-    x = self.first(self.lower(read(ends)), batch)
-    if isinstance(layers, list | tuple):
-      for layer in layers:
-        x = self.layer(read(layer), x)
-    else:
-      x, _ = jax.lax.scan(
-        lambda x, layer: (self.layer(read(layer), x), None), x, layers
-      )
-    return self.last(self.upper(read(ends)), x, batch)
-
-  def ends(self, params: Any) -> dict:
-    """The parameters that are in no layer."""
-    return {k: v for k, v in params.items() if k != self.key}
-
-  def lower(self, ends: Mapping[str, Any]) -> dict:
-    """Those of them that `first` is given."""
-    keys = ends if self.first_keys is None else self.first_keys
-    return {k: ends[k] for k in keys}
-
-  def upper(self, ends: Mapping[str, Any]) -> dict:
-    """Those of them that `last` is given."""
-    keys = ends if self.last_keys is None else self.last_keys
-    return {k: ends[k] for k in keys}
+from galore_optax.layered import Layered, check_layers
 
 
 class LayerwiseState(NamedTuple):
@@ -226,39 +151,6 @@ def layerwise(
   return Layerwise(run.init, run.step)
 
 
-def unstack(params: Any, key: str = "layers") -> Any:
-  """Parameters with a list of single layers in place of the stack.
-
-  Args:
-    params: A dict whose entry `key` has a leading layer axis on every leaf.
-    key: The entry.
-
-  Returns:
-    The dict with a list of trees there.
-
-  Example:
-    >>> len(unstack({"layers": {"w": jnp.ones((3, 4, 4))}})["layers"])
-    3
-  """
-  layers = params[key]
-  count = _count(layers)
-  return {**params, key: [_take(layers, i) for i in range(count)]}
-
-
-def stack(params: Any, key: str = "layers") -> Any:
-  """Undoes :func:`unstack`.
-
-  Args:
-    params: A dict whose entry `key` is a list of equal trees.
-    key: The entry.
-
-  Returns:
-    The dict with one tree there, with a leading axis on every leaf.
-  """
-  layers = jax.tree.map(lambda *x: jnp.stack(x), *params[key])
-  return {**params, key: layers}
-
-
 class _Run(NamedTuple):
   """The settings, and the two functions."""
 
@@ -271,7 +163,7 @@ class _Run(NamedTuple):
 
   def init(self, params: Any) -> LayerwiseState:
     """State for parameters; jit it to keep full-size copies out of memory."""
-    _check_layers(self.model, params)
+    check_layers(self.model, params)
     whole = self.read(params)
     start = lambda part: self.tx.init(_only(whole, part))
     lower, upper = self._end_leaves(whole)
@@ -300,7 +192,7 @@ class _Run(NamedTuple):
     self, params: Any, state: LayerwiseState, batch: Any
   ) -> tuple[Any, LayerwiseState, dict[str, jax.Array]]:
     """One training step."""
-    _check_layers(self.model, params)
+    check_layers(self.model, params)
     forward = self._forward(params, batch)
     scale = self._clip_scale(params, forward)
     return self._backward(params, state, forward, scale)
@@ -585,53 +477,3 @@ def _check_chunks(chunks: Mapping[str, int], ends: Mapping[str, Any]) -> None:
         f"`chunks` cuts {path!r} of shape {shape} in {count}; give a divisor "
         "of its rows."
       )
-
-
-def _check_keys(model: Layered, params: Mapping[str, Any]) -> None:
-  """Raises unless what the ends are given is in the parameters."""
-  ends = [k for k in params if k != model.key]
-  for name in ("first_keys", "last_keys"):
-    for key in getattr(model, name) or ():
-      if key not in ends:
-        raise ValueError(
-          f"`{name}` names {key!r}, which is no entry of the parameters "
-          f"outside of the layers; those are {', '.join(map(repr, ends))}."
-        )
-
-
-def _is_list_of_layers(layers: Any) -> bool:
-  """Whether these are single layers, such as `unstack` makes."""
-  if not isinstance(layers, list) or not isinstance(layers[0], Mapping):
-    return False
-  return len({jax.tree.structure(layer) for layer in layers}) == 1
-
-
-def _check_layers(model: Layered, params: Any) -> None:
-  """Raises unless the parameters hold a stack of layers."""
-  if not isinstance(params, Mapping) or model.key not in params:
-    raise ValueError(
-      f"`params` must be a dict with the stacked layers at {model.key!r}, got "
-      f"{list(params) if isinstance(params, Mapping) else type(params)}."
-    )
-  _check_keys(model, params)
-  leaves = paths.leaves_by_path(params[model.key])
-  if not leaves:
-    raise ValueError(f"`params[{model.key!r}]` has no leaves.")
-  if _is_list_of_layers(params[model.key]):
-    raise ValueError(
-      f"`params[{model.key!r}]` is a list of single layers; make a stack of "
-      "them with `galore_optax.stack`."
-    )
-  for path, x in leaves.items():
-    if qarray.is_quantized(x) and x.ndim < 3:
-      raise ValueError(
-        f"The leaf {path!r} of `params[{model.key!r}]` is a quantised stack of "
-        f"vectors, of shape {x.shape}, whose blocks may cross layers. Quantise "
-        "matrices only."
-      )
-  counts = {path: jnp.shape(x)[:1] for path, x in leaves.items()}
-  if len(set(counts.values())) != 1 or () in counts.values():
-    raise ValueError(
-      f"All leaves of `params[{model.key!r}]` must have the same leading layer "
-      f"axis, got {counts}."
-    )

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_optax import checks
+from galore_optax import checks, dynamic
 
 KINDS = ("int4", "int8", "dynamic", "unsigned_dynamic", "float8")
 
@@ -21,9 +21,6 @@ _CODE_DTYPES = {
   "float8": jnp.float8_e4m3fn,
 }
 _BITS = {"int4": 4, "int8": 8}
-
-# A dynamic code has seven decades, the i-th with 2^i codes a sign.
-_DECADES = 7
 
 
 @jax.tree_util.register_dataclass
@@ -230,9 +227,9 @@ def dequantize(q: QArray, dtype: Any = jnp.float32) -> jax.Array:
   blocks = _Blocks(q.shape, q.scale.shape)
   codes = blocks.split(q.codes)
   if q.kind == "dynamic":
-    values = _dynamic_value(codes.astype(jnp.int32))
+    values = dynamic.signed_value(codes.astype(jnp.int32))
   elif q.kind == "unsigned_dynamic":
-    values = _unsigned_value(codes.astype(jnp.int32))
+    values = dynamic.unsigned_value(codes.astype(jnp.int32))
   else:
     values = codes.astype(jnp.float32)
   if q.zero is not None:
@@ -465,9 +462,9 @@ def _symmetric(
   scale = largest / top
   x = jnp.clip(x / blocks.spread(_divisor(scale)), -top, top)
   if kind == "dynamic":
-    return _dynamic_code(x), scale
+    return dynamic.signed_code(x), scale
   if kind == "unsigned_dynamic":
-    return _unsigned_code(x), scale
+    return dynamic.unsigned_code(x), scale
   return (x if kind == "float8" else _round(x, key)), scale
 
 
@@ -482,85 +479,3 @@ def _round(x: jax.Array, key: jax.Array | None) -> jax.Array:
     return jnp.round(x)
   bits = jax.random.bits(key, x.shape, "uint16").astype(jnp.float32)
   return jnp.floor(x + (bits + 0.5) * 2.0**-16)
-
-
-def _power_of_ten(decade: jax.Array) -> jax.Array:
-  """10^(decade - 6), exactly rounded, without a table in memory."""
-  powers = [float(f"1e{i - 6}") for i in range(_DECADES)]
-  like = jnp.broadcast_to
-  return jax.lax.select_n(
-    decade, *(like(jnp.float32(p), decade.shape) for p in powers)
-  )
-
-
-def _decade(magnitude: jax.Array) -> jax.Array:
-  """The decade 0 ... 6 of a magnitude in [0, 1]."""
-  decade = jnp.zeros(magnitude.shape, jnp.int32)
-  for i in range(1, _DECADES):
-    decade += magnitude >= jnp.float32(f"1e{i - _DECADES}")
-  return decade
-
-
-def _mean_value(decade: jax.Array, j: jax.Array, cells: jax.Array) -> jax.Array:
-  """Middle of the j-th of the equal cells of a decade."""
-  middle = 0.1 + 0.9 * (j.astype(jnp.float32) + 0.5) / cells
-  return middle * _power_of_ten(decade)
-
-
-def _dynamic_value(code: jax.Array) -> jax.Array:
-  """The signed dynamic code: ±1 ... ±127 in decades, 0, and -128 for 1."""
-  k = jnp.abs(jnp.clip(code, -127, 127))
-  decade = 31 - jax.lax.clz(jnp.maximum(k, 1))
-  cells = jnp.left_shift(1, decade)
-  value = _mean_value(decade, k - cells, cells)
-  value = jnp.where(code < 0, -value, value)
-  return jnp.where(code == 0, 0.0, jnp.where(code == -128, 1.0, value))
-
-
-def _unsigned_value(code: jax.Array) -> jax.Array:
-  """The unsigned dynamic code: 1 ... 254 in decades, 0, and 255 for 1."""
-  k = jnp.clip(code, 1, 254) + 1
-  octave = 31 - jax.lax.clz(k)
-  cells = jnp.left_shift(1, octave)
-  value = _mean_value(octave - 1, k - cells, cells)
-  return jnp.where(code == 0, 0.0, jnp.where(code == 255, 1.0, value))
-
-
-def _cell(magnitude: jax.Array, decade: jax.Array, cells: jax.Array):
-  """The cell of a decade that a magnitude lies in."""
-  part = magnitude / _power_of_ten(decade)
-  cell = jnp.floor((part - 0.1) / 0.9 * cells.astype(jnp.float32))
-  return jnp.clip(cell.astype(jnp.int32), 0, cells - 1)
-
-
-def _dynamic_code(x: jax.Array) -> jax.Array:
-  """The nearest signed dynamic code of x in [-1, 1]."""
-  magnitude = jnp.abs(x)
-  decade = _decade(magnitude)
-  cells = jnp.left_shift(1, decade)
-  k = cells + _cell(magnitude, decade, cells)
-  k = _nearest(magnitude, k, 127, _dynamic_value)
-  last = _dynamic_value(jnp.int32(127))
-  k = jnp.where(x < 0, -k, k)
-  return jnp.where(x > (1 + last) / 2, -128, k)
-
-
-def _unsigned_code(x: jax.Array) -> jax.Array:
-  """The nearest unsigned dynamic code of x in [0, 1]."""
-  x = jnp.maximum(x, 0)
-  decade = _decade(x)
-  cells = jnp.left_shift(2, decade)
-  k = cells + _cell(x, decade, cells) - 1
-  return _nearest(x, k, 255, _unsigned_value)
-
-
-def _nearest(x: jax.Array, k: jax.Array, top: int, value: Any) -> jax.Array:
-  """Of a code and its neighbours, the one whose value is nearest to x.
-
-  Within a decade the cell's own code is; where decades meet it may be the
-  neighbour's.
-  """
-  distance = lambda k: jnp.abs(value(k) - x)
-  below, above = jnp.maximum(k - 1, 0), jnp.minimum(k + 1, top)
-  best = jnp.where(distance(below) < distance(k), below, k)
-  return jnp.where(distance(above) < distance(best), above, best)
