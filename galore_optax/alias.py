@@ -30,6 +30,7 @@ def galore_adamw(
   refresh: str = "staggered",
   moments: str = "rotate",
   state_dtype: Any = None,
+  recovery: str | None = None,
   faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore around AdamW.
@@ -64,6 +65,7 @@ def galore_adamw(
     refresh: When.
     moments: What becomes of the moments then.
     state_dtype: Dtype of the moments.
+    recovery: What becomes of the rest of the gradient; `fira` adds it.
     faithful: The paper's algorithm exactly.
 
   Returns:
@@ -91,7 +93,8 @@ def galore_adamw(
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm
     2; Loshchilov et al., `Decoupled Weight Decay Regularization
-    <https://arxiv.org/abs/1711.05101>`_, 2019.
+    <https://arxiv.org/abs/1711.05101>`_, 2019; Chen et al., `Fira
+    <https://arxiv.org/abs/2410.01623>`_, 2024.
   """
   inner = optax.adamw(
     learning_rate,
@@ -115,6 +118,7 @@ def galore_adamw(
     refresh=refresh,
     moments=moments,
     state_dtype=state_dtype,
+    recovery=recovery,
     faithful=faithful,
   )
 

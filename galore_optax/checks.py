@@ -1,7 +1,7 @@
 """What arguments must be; each error says what was found and would work."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,3 +82,20 @@ def check_float_dtype(
       f"`{name}` must be a floating-point dtype such as 'float32' or "
       f"'bfloat16'{''.join(f', or {x!r}' for x in others)}, got {value!r}."
     )
+
+
+def try_abstractly(f: Callable, *trees: Any) -> None:
+  """Calls a function of an inner update for the errors that it raises.
+
+  Args:
+    f: The function. A TypeError says that the update needs extra arguments,
+      which are not known before the first one.
+    *trees: Its arguments, of which shapes and dtypes are used.
+  """
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), trees
+  )
+  try:
+    jax.eval_shape(f, *abstract)
+  except TypeError:
+    return

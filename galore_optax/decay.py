@@ -55,7 +55,7 @@ _LINEAR = frozenset((
   "sharding_constraint", "slice", "squeeze", "sub", "transpose",
 ))  # fmt: skip
 # Calls whose operands are those of the jaxpr they hold.
-_CALLS = frozenset((
+CALLS = frozenset((
   "checkpoint", "closed_call", "core_call", "custom_jvp_call",
   "custom_vjp_call", "jit", "pjit", "remat", "remat2",
 ))  # fmt: skip
@@ -131,7 +131,7 @@ def _full_size(
   Also says of each leaf whether it is a moment; counters stay as they are.
   """
   full = jax.eval_shape(inner.init, params)
-  moments, live_moments = _moments(inner, full), _moments(inner, state)
+  moments, live_moments = moments_of(inner, full), moments_of(inner, state)
   # A large leaf's moments may be kept otherwise than those of its projection,
   # such as in codes: only what is no moment corresponds.
   live = jax.tree.leaves(state)
@@ -147,7 +147,7 @@ def _full_size(
   return state, moments
 
 
-def _moments(
+def moments_of(
   inner: optax.GradientTransformationExtraArgs, state: Any
 ) -> list[bool]:
   """Of each leaf of a state, whether it is a moment."""
@@ -227,8 +227,8 @@ def _evaluate(
 def _equation(eqn: core.JaxprEqn, parts: list[Part]) -> list[Part]:
   """The parts of one operation's outputs."""
   kinds = {part.kind for part in parts}
-  if eqn.primitive.name in _CALLS:
-    return _evaluate(*_body(eqn), parts)
+  if eqn.primitive.name in CALLS:
+    return _evaluate(*body(eqn), parts)
   if kinds <= {Kind.FREE}:
     return _bind(eqn, [part.value for part in parts], Kind.FREE)
   if eqn.primitive.name == "cond" and parts[0].kind is Kind.FREE:
@@ -308,13 +308,16 @@ def _join(kinds: set[Kind]) -> Kind:
 
 
 def _bind(eqn: core.JaxprEqn, values: Sequence[Any], kind: Kind) -> list[Part]:
+  return [Part(kind, x) for x in bind(eqn, values)]
+
+
+def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
   """Carries an operation out."""
   out = eqn.primitive.bind(*values, **eqn.params)
-  out = out if eqn.primitive.multiple_results else [out]
-  return [Part(kind, x) for x in out]
+  return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
+def body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
   """The operations inside a call."""
   body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
   if isinstance(body, core.ClosedJaxpr):

@@ -22,6 +22,7 @@ from galore_optax import (
   sharding,
 )
 from galore_optax import projector as projector_lib
+from galore_optax import recovery as recovery_lib
 from galore_optax import refresh as refresh_lib
 
 PARAMS_MODES = ("split", "project")
@@ -56,6 +57,8 @@ class GaLoreState(NamedTuple):
     accumulator: Mean of the projected gradients since the last update, a
       :class:`galore_optax.layout.Split`; None unless `accumulation_steps` > 1.
     micro_step: Gradients in it; None likewise.
+    recovery: Path of a projected leaf to the norms of its last residuals, one a
+      matrix, 0 before the first; None unless `recovery` is given.
   """
 
   step: Any  # shape=(), dtype=jnp.int32
@@ -64,6 +67,7 @@ class GaLoreState(NamedTuple):
   schedule: Any = None
   accumulator: Any = None
   micro_step: Any = None  # shape=(), dtype=jnp.int32
+  recovery: Any = None  # (...), dtype=jnp.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,7 @@ class _GaLore:
   state_dtype: Any
   seed: Any
   accumulation_steps: int
+  recovery: str | None
 
   def init(self, params: optax.Params) -> GaLoreState:
     """State for parameters: start bases, and the inner state at rank r."""
@@ -108,6 +113,11 @@ class _GaLore:
           for path, site in sites.items()
         }
       )
+    if self.recovery:
+      norms = recovery_lib.start(
+        self.recovery, self.inner, sites, leaves, low, inner_state
+      )
+      state = state._replace(recovery=norms)
     if self.accumulation_steps == 1:
       return state
     empty = jax.tree.map(lambda x: _zeros_like(x), low)
@@ -126,6 +136,7 @@ class _GaLore:
       schedule=0 if self.refresh.policy == "adaptive" else None,
       accumulator=more,
       micro_step=more,
+      recovery=0 if self.recovery else None,
     )
 
   def update(
@@ -182,18 +193,30 @@ class _GaLore:
     extra_args: Mapping[str, Any],
   ) -> tuple[optax.Updates, GaLoreState]:
     """The inner optimizer's step on projected gradients, lifted."""
-    inner_state = layout.unstow(self.inner, state.inner_state)
-    owed = self._owed_to_params(sites, inner_state, params, extra_args)
+    old = layout.unstow(self.inner, state.inner_state)
+    owed = self._owed_to_params(sites, old, params, extra_args)
+    seen = self._inner_params(sites, bases, params)
     inner_updates, inner_state = self.inner.update(
-      low_updates,
-      inner_state,
-      self._inner_params(sites, bases, params),
-      **extra_args,
+      low_updates, old, seen, **extra_args
     )
     new = paths.leaves_by_path(inner_updates)
-    new |= {
-      path: _lift(site, new[path], bases[path]) for path, site in sites.items()
-    }
+    if self.recovery:
+      lifted, norms = recovery_lib.lift(
+        self.recovery,
+        recovery_lib.gains(
+          self.inner, low_updates, old, seen, sites, extra_args
+        ),
+        sites,
+        bases,
+        paths.leaves_by_path(like),
+        paths.leaves_by_path(low_updates),
+        new,
+        state.recovery,
+      )
+      state = state._replace(recovery=norms)
+    else:
+      lifted = {p: _lift(site, new[p], bases[p]) for p, site in sites.items()}
+    new |= lifted
     new |= {path: new[path] + h for path, h in owed.items()}
     return (
       paths.map_with_path(
@@ -290,18 +313,9 @@ class _GaLore:
     self, params: optax.Params, inner_state: Any, sites: Mapping[str, plan.Site]
   ) -> None:
     """Refuses an inner optimizer at `init` that `update` would refuse."""
-    abstract = lambda tree: jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree
+    checks.try_abstractly(
+      lambda p, s: self._owed_to_params(sites, s, p, {}), params, inner_state
     )
-    try:
-      jax.eval_shape(
-        lambda p, s: self._owed_to_params(sites, s, p, {}),
-        abstract(params),
-        abstract(inner_state),
-      )
-    except TypeError:
-      # Its update needs extra arguments: not known before the first one.
-      return
 
   def _start(self, site: plan.Site, side: str, like: Any) -> Any:
     """The basis that a matrix has before its first refresh."""
@@ -424,6 +438,7 @@ def galore(
   seed: Any = 0,
   adaptive: schedule.Adaptive | None = None,
   accumulation_steps: int = 1,
+  recovery: str | None = None,
   faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore: runs an optimizer in the gradients' dominant subspaces.
@@ -494,6 +509,21 @@ def galore(
       accumulator, the k-th makes a step of the mean. Bases that are due are
       found from the first of the k gradients. (`optax.MultiSteps` around
       GaLore accumulates at full size.)
+    recovery: What becomes of the part of the gradient that the bases do not
+      span. None: it is dropped. `fira`: it is added, scaled column by column to
+      the size that `inner` gives to the projected gradient,
+
+      .. math::
+
+        U_t &= \alpha P_t N_t + S_t \\
+        S_t &= (G_t - \alpha P_t R_t)\, \mathrm{diag}(\phi_t), \quad
+          \phi_{t,j} = \|N_{t,:j}\| / \|R_{t,:j}\|
+
+      with S scaled down where its norm would grow by more than 1% a step. (For
+      the right side, φ is that of the rows; for both, one of the matrix.) The
+      state grows by one number a matrix. The learning rate and the sign of
+      `inner` are factors on S, too, and left out of φ and the limit, so that
+      they must come last in it.
     faithful: The paper's algorithm exactly: `projector="svd"`,
       `refresh="synchronous"`, `moments="keep"`, `null_tolerance=0`, and every
       matrix is projected, also if that saves nothing.
@@ -521,7 +551,9 @@ def galore(
 
   References:
     Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
-    Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
+    Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2; for
+    `recovery="fira"` Chen et al., `Fira: Can We Achieve Full-rank Training of
+    LLMs Under Low-rank Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024.
   """
   chosen = {"projector": projector, "refresh": refresh, "moments": moments}
   checks.check_choice("projector", projector, projector_lib.METHODS)
@@ -550,6 +582,7 @@ def galore(
     iterations=iterations,
     adaptive=adaptive or schedule.Adaptive(),
   )
+  recovery_lib.check(recovery, how, accumulation_steps, params_mode)
 
   def wrap(
     inner: optax.GradientTransformation,
@@ -569,6 +602,7 @@ def galore(
       state_dtype=state_dtype,
       seed=seed,
       accumulation_steps=accumulation_steps,
+      recovery=recovery,
     )
     return optax.GradientTransformationExtraArgs(
       settings.init, sharding.with_auto_axes(settings.update)
