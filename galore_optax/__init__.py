@@ -6,6 +6,8 @@ from galore_optax.adam8bit import (
   scale_by_adam_8bit,
 )
 from galore_optax.alias import (
+  apollo_adamw,
+  apollo_mini_adamw,
   galore_adafactor,
   galore_adamw,
   galore_adamw_8bit,
@@ -48,6 +50,8 @@ __all__ = [
   "QArray",
   "ScaleByAdam8bitState",
   "adamw_8bit",
+  "apollo_adamw",
+  "apollo_mini_adamw",
   "apply_updates",
   "basis_overlap",
   "captured_energy",

@@ -123,6 +123,169 @@ def galore_adamw(
   )
 
 
+def apollo_adamw(
+  learning_rate: Any,
+  b1: Any = 0.9,
+  b2: Any = 0.999,
+  eps: Any = 1e-8,
+  weight_decay: Any = 0.0,
+  mask: Any = None,
+  *,
+  rank: Any = 256,
+  update_proj_gap: Any = 200,
+  scale: Any = 1.0,
+  proj_type: str = "std",
+  rules: plan.Rules = (),
+  projector: str = "random",
+  state_dtype: Any = None,
+  seed: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+  r"""APOLLO: the whole gradient, each channel at Adam's size.
+
+  Adam runs on :math:`R_t = P_t^\top G_t` with a random projection P. It gives
+  directions :math:`N_t`, of which only the norms are used, to scale the columns
+  of the full gradient:
+
+  .. math::
+
+    W_{t+1} = W_t - \eta_t \sqrt{\alpha}\, G_t\, \mathrm{diag}\left(
+      \frac{\|N_{t,:j}\|}{\|R_{t,:j}\|} \right)
+
+  where the norm of the update may grow by 1% a step.
+
+  Args:
+    learning_rate: Learning rate η, a float or a schedule of the step.
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
+    eps: Term outside of the root.
+    weight_decay: Decoupled weight decay, of the full weights.
+    mask: Which leaves are decayed, see :func:`galore_adamw`.
+    rank: Rank r; 256 is what the paper takes for 7B.
+    update_proj_gap: Steps T between two projections.
+    scale: The papers' α, under a root.
+    proj_type: Which side is projected, see :func:`galore_optax.galore`.
+    rules: Ordered rules for single leaves.
+    projector: `random`, of which only the seed is kept, or `svd` or `subspace`
+      for the leading directions, which take a basis.
+    state_dtype: Dtype of the moments.
+    seed: Seed of the projections.
+
+  Returns:
+    The optimizer.
+
+  Raises:
+    ValueError: See :func:`galore_optax.galore`.
+    TypeError: See :func:`galore_optax.galore`.
+
+  Example:
+    Two moments of rank 16, and for each matrix a seed and a norm:
+
+    >>> import jax.numpy as jnp
+    >>> from galore_optax import apollo_adamw, state_bytes
+    >>> tx = apollo_adamw(1e-2, rank=16)
+    >>> state = tx.init({"w": jnp.zeros((512, 1376))})
+    >>> state_bytes(state) - 4 * 2 * 16 * 1376
+    16
+
+  References:
+    Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
+    <https://arxiv.org/abs/2412.05270>`_, 2024, Algorithm 1.
+  """
+  return galore(
+    optax.adamw(
+      learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask
+    ),
+    rank=rank,
+    update_proj_gap=update_proj_gap,
+    scale=scale,
+    proj_type=proj_type,
+    rules=rules,
+    projector=projector,
+    moments="keep",
+    state_dtype=state_dtype,
+    seed=seed,
+    recovery="apollo",
+  )
+
+
+def apollo_mini_adamw(
+  learning_rate: Any,
+  b1: Any = 0.9,
+  b2: Any = 0.999,
+  eps: Any = 1e-8,
+  weight_decay: Any = 0.0,
+  mask: Any = None,
+  *,
+  rank: Any = 1,
+  update_proj_gap: Any = 200,
+  scale: Any = 128.0,
+  proj_type: str = "std",
+  rules: plan.Rules = (),
+  projector: str = "random",
+  state_dtype: Any = None,
+  seed: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+  r"""APOLLO-Mini: the whole gradient, each matrix at Adam's size.
+
+  As :func:`apollo_adamw` at rank one, with one factor a matrix,
+
+  .. math::
+
+    W_{t+1} = W_t - \eta_t \sqrt{\alpha}\, \frac{\|N_t\|}{\|R_t\|}\, G_t
+
+  and hardly more state than plain gradient descent.
+
+  Args:
+    learning_rate: Learning rate η, a float or a schedule of the step.
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
+    eps: Term outside of the root.
+    weight_decay: Decoupled weight decay, of the full weights.
+    mask: Which leaves are decayed, see :func:`galore_adamw`.
+    rank: Rank r; the method is made for 1.
+    update_proj_gap: Steps T between two projections.
+    scale: The papers' α, under a root.
+    proj_type: Which side is projected, see :func:`galore_optax.galore`.
+    rules: Ordered rules for single leaves.
+    projector: `random`, of which only the seed is kept, or `svd` or `subspace`
+      for the leading directions, which take a basis.
+    state_dtype: Dtype of the moments.
+    seed: Seed of the projections.
+
+  Returns:
+    The optimizer.
+
+  Raises:
+    ValueError: See :func:`galore_optax.galore`.
+    TypeError: See :func:`galore_optax.galore`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from galore_optax import apollo_mini_adamw, state_bytes
+    >>> state_bytes(apollo_mini_adamw(1e-2).init({"w": jnp.zeros((512, 1376))}))
+    11024
+
+  References:
+    Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
+    <https://arxiv.org/abs/2412.05270>`_, 2024, Algorithm 1.
+  """
+  return galore(
+    optax.adamw(
+      learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask
+    ),
+    rank=rank,
+    update_proj_gap=update_proj_gap,
+    scale=scale,
+    proj_type=proj_type,
+    rules=rules,
+    projector=projector,
+    moments="keep",
+    state_dtype=state_dtype,
+    seed=seed,
+    recovery="apollo_mini",
+  )
+
+
 def galore_adafactor(
   learning_rate: Any,
   decay_rate: Any = 0.8,

@@ -48,7 +48,7 @@ class GaLoreState(NamedTuple):
     step: Updates so far.
     projector: Path of a projected leaf to side (`left`, `right`) to basis; a
       leaf at full rank has no entry. A basis in 4 or 8 bits is a
-      :class:`galore_optax.QArray` of its transpose.
+      :class:`galore_optax.QArray` of its transpose, a random one its seed.
     inner_state: The inner optimizer's state. In place of each tree in the
       parameters' structure, such as Adam's `mu`, it holds the tree's
       :class:`galore_optax.layout.Split`.
@@ -323,6 +323,11 @@ class _GaLore:
       jax.random.key(self.seed), zlib.crc32(f"{site.path}/{side}".encode())
     )
     shape = site.basis_shape(side)
+    if self.refresh.method == "random":
+      seed = jax.random.bits(key, (), jnp.uint32)
+      return projector_lib.RandomBasis(
+        sharding.place(seed, like, lambda _: ()), shape
+      )
     axis = -2 if side == "left" else -1
 
     def spec(spec: tuple) -> tuple:
@@ -478,7 +483,8 @@ def galore(
       smaller (counted with two moments, as Adam has), unless their path names
       an embedding, an output head, a norm, a bias or a scale.
     projector: How a basis is found. `subspace`: subspace iteration that starts
-      from the last basis. `svd`: exactly.
+      from the last basis. `svd`: exactly. `random`: drawn anew every T steps
+      from a seed, which alone is kept; for `recovery="apollo"`.
     refresh: When. `synchronous`: all matrices at the steps 0, T, 2T, ...
       `staggered`: all at step 0, from then on one matrix after the other,
       spread evenly over the gap, so that no step takes longer than others.
@@ -523,7 +529,16 @@ def galore(
       the right side, φ is that of the rows; for both, one of the matrix.) The
       state grows by one number a matrix. The learning rate and the sign of
       `inner` are factors on S, too, and left out of φ and the limit, so that
-      they must come last in it.
+      they must come last in it. `apollo`: the projected gradient gives nothing
+      but the scaling,
+
+      .. math::
+
+        U_t = \sqrt{\alpha}\, G_t\, \mathrm{diag}(\phi_t),
+
+      limited likewise; `apollo_mini`: with one φ for the whole matrix, for
+      which rank 1 is enough. Published with α of 1 and 128, and with
+      `projector="random"`, see :func:`galore_optax.apollo_adamw`.
     faithful: The paper's algorithm exactly: `projector="svd"`,
       `refresh="synchronous"`, `moments="keep"`, `null_tolerance=0`, and every
       matrix is projected, also if that saves nothing.
@@ -553,7 +568,9 @@ def galore(
     Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
     Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2; for
     `recovery="fira"` Chen et al., `Fira: Can We Achieve Full-rank Training of
-    LLMs Under Low-rank Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024.
+    LLMs Under Low-rank Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024;
+    for `recovery="apollo"` Zhu et al., `APOLLO: SGD-like Memory, AdamW-level
+    Performance <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
   chosen = {"projector": projector, "refresh": refresh, "moments": moments}
   checks.check_choice("projector", projector, projector_lib.METHODS)
@@ -583,6 +600,7 @@ def galore(
     adaptive=adaptive or schedule.Adaptive(),
   )
   recovery_lib.check(recovery, how, accumulation_steps, params_mode)
+  recovery_lib.check_basis(how, basis_dtype)
 
   def wrap(
     inner: optax.GradientTransformation,

@@ -5,6 +5,8 @@ of the gradient G; `right`, Q of shape (..., n, r), spans rows. A one-sided site
 has one of them, a two-sided site both.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +17,7 @@ from galore_optax import qarray
 
 Bases = Mapping[str, jax.Array]
 
-METHODS = ("subspace", "svd")
+METHODS = ("subspace", "svd", "random")
 
 # Passes of CholeskyQR, and their shifts relative to the trace: two shifted
 # passes bring any condition number up to 1e6 down to where the third is exact.
@@ -31,23 +33,69 @@ _BLOCK = 64
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["seed"],
+  meta_fields=["shape"],
+)
+@dataclasses.dataclass(frozen=True)
+class RandomBasis:
+  """A random projection that is never stored, only its seed.
+
+  All matrices of a stack share it. Its entries are normal with variance 1 / r,
+  so that it keeps the norms of vectors in the mean; its columns are not quite
+  orthogonal.
+
+  Attributes:
+    seed: Gives the entries; uint32 scalar.
+    shape: Shape (..., m, r) of the stack of projections.
+
+  Example:
+    >>> p = read({"left": RandomBasis(jnp.uint32(7), (3, 64, 16))})["left"]
+    >>> p.shape, bool(abs(jnp.mean(p * p) - 1 / 16) < 0.01)
+    ((64, 16), True)
+  """
+
+  seed: Any
+  shape: tuple[int, ...]
+
+  def draw(self) -> jax.Array:
+    """The projection (m, r), float32; one for each seed."""
+    size, rank = self.shape[-2:]
+
+    def normal(seed: jax.Array) -> jax.Array:
+      return jax.random.normal(jax.random.key(seed), (size, rank)) / rank**0.5
+
+    drawn = jax.vmap(normal)(jnp.reshape(self.seed, -1))
+    return drawn.reshape(*jnp.shape(self.seed), size, rank)
+
+  def renewed(self, due: jax.Array) -> "RandomBasis":
+    """The next projection where it is due, this one otherwise."""
+    after = jax.random.bits(jax.random.key(self.seed), (), jnp.uint32)
+    return dataclasses.replace(self, seed=jnp.where(due, after, self.seed))
+
+
 def read(kept: Mapping[str, Any]) -> dict[str, jax.Array]:
   """Bases as arrays, from how the state keeps them.
 
   Args:
     kept: Side to basis: an array, or a :class:`galore_optax.QArray` of the
       transposed basis, whose blocks lie within one direction and which
-      compilers lay out like that without copying it.
+      compilers lay out like that without copying it; or a `RandomBasis`, which
+      is without the axes that stack matrices.
 
   Returns:
     Side to basis (..., m, r) or (..., n, r).
   """
-  return {
-    side: jnp.swapaxes(qarray.dequantize(x), -1, -2)
-    if qarray.is_quantized(x)
-    else x
-    for side, x in kept.items()
-  }
+  return {side: _read(x) for side, x in kept.items()}
+
+
+def _read(kept: Any) -> jax.Array:
+  if isinstance(kept, RandomBasis):
+    return kept.draw()
+  if qarray.is_quantized(kept):
+    return jnp.swapaxes(qarray.dequantize(kept), -1, -2)
+  return kept
 
 
 def shape_of(kept: Any) -> tuple[int, ...]:

@@ -69,6 +69,15 @@ def check(
     )
 
 
+def check_basis(how: Any, basis_dtype: Any) -> None:
+  """Raises where a format is asked for of a basis that is not kept."""
+  if how.method == "random" and basis_dtype != "float32":
+    raise ValueError(
+      'projector="random" keeps no basis, of which basis_dtype='
+      f"{basis_dtype!r} could be the format. Leave one of the two out."
+    )
+
+
 def _check_random(method: str | None, how: Any, params_mode: str) -> None:
   if method not in ("apollo", "apollo_mini"):
     raise ValueError(

@@ -116,6 +116,8 @@ def refresh(
   Returns:
     The new bases, schedules and inner state.
   """
+  if how.method == "random":
+    return _redraw(sites, now, bases), dict(schedules), inner_state
   found = {} if how.moments == "keep" else layout.moments(inner_state)
   orders = {place: order for place, (order, _) in found.items()}
   slots = {
@@ -145,6 +147,29 @@ def refresh(
     {path: new[path][2] for path in schedules},
     layout.update_low(inner_state, moments),
   )
+
+
+def _redraw(
+  sites: Mapping[str, plan.Site],
+  now: Moment,
+  bases: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+  """Random projections, new ones at the steps T, 2T, ...
+
+  That takes no time, so that there is no need to take turns; and moments are
+  left as they are, for two projections have next to nothing in common.
+  """
+
+  def due(gap: Any) -> jax.Array:
+    gap = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
+    return (now.step > 0) & (now.step % gap == 0) & now.active
+
+  return {
+    path: {
+      side: basis.renewed(due(sites[path].gap)) for side, basis in kept.items()
+    }
+    for path, kept in bases.items()
+  }
 
 
 def _moments_of(

@@ -21,6 +21,7 @@ import pytest
 from galore_optax import (
   GaLoreState,
   adamw_8bit,
+  apollo_mini_adamw,
   chain,
   find_bases,
   galore,
@@ -149,10 +150,11 @@ OPTIMIZERS = {
     weight_decay=DECAY,
     min_size=0,
   ),
+  "apollo_mini": _alias(apollo_mini_adamw, _adamw, weight_decay=DECAY, rank=1),
   "adamw_8bit": Case(_adamw_8bit, _adamw_8bit),
   CONTROL: Case(_adamw, _adamw),
 }
-STATES = ("galore_adamw_8bit", "adamw_8bit")
+STATES = ("galore_adamw_8bit", "adamw_8bit", "fira", "apollo_mini")
 FULL_RANK = (CONTROL, "adamw_8bit")
 GALORE = [name for name in OPTIMIZERS if name not in (*STATES, CONTROL)]
 ALIASES = [name for name in GALORE if OPTIMIZERS[name].alias]

@@ -10,6 +10,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from galore_optax import galore, state_shardings
+from galore_optax.projector import RandomBasis
 from galore_optax.qarray import is_quantized
 from tests.conformance import cases, inner_optimizers
 from tests.conformance.cases import every, every_state
@@ -54,10 +55,11 @@ def _v1_checkpointer(path, state, target):
 
 
 def _msgpack(path, state, target):
-  """Flax knows no quantised arrays; any state goes as a list of its arrays."""
+  """Flax does not know our nodes; any state goes as a list of its arrays."""
   del path
   treedef = jax.tree.structure(state)
-  if any(map(is_quantized, jax.tree.leaves(state, is_leaf=is_quantized))):
+  ours = lambda x: is_quantized(x) or isinstance(x, RandomBasis)
+  if any(map(ours, jax.tree.leaves(state, is_leaf=ours))):
     leaves = jax.tree.leaves(state), jax.tree.leaves(target)
     return treedef.unflatten(_msgpack(None, *leaves))
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)

@@ -1,6 +1,7 @@
 """What the subspace leaves out: against NumPy, its limits, its refusals."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from galore_optax import (
   Layered,
   Projection,
   adamw_8bit,
+  apollo_adamw,
+  apollo_mini_adamw,
+  find_bases,
   galore,
   layerwise,
   state_bytes,
@@ -290,3 +294,98 @@ def test_layer_by_layer_equals_the_usual_step():
 def test_what_does_not_go_together(inner, options, message):
   with pytest.raises(ValueError, match=message):
     fira(inner, **options).init({"w": jnp.zeros((8, 12))})
+
+
+APOLLO = {"apollo": apollo_adamw, "apollo_mini": apollo_mini_adamw}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", list(APOLLO))
+def test_apollo_follows_the_reference_over_four_projections(name, shape):
+  mini = name == "apollo_mini"
+  alpha, options = (128.0, {}) if mini else (4.0, {"rank": RANK, "scale": 4.0})
+  tx = APOLLO[name](RATE, weight_decay=DECAY, update_proj_gap=GAP, **options)
+  params = np.random.default_rng(1).normal(size=shape)
+  ours, theirs = (
+    jnp.asarray(params, jnp.float32),
+    params.reshape(-1, *shape[-2:]),
+  )
+  models = [
+    recovery_reference.Apollo(alpha, RATE, DECAY, tensor=mini) for _ in theirs
+  ]
+  state, update, drawn = tx.init({"w": ours}), jax.jit(tx.update), []
+  for grad in gradients(shape):
+    updates, state = update({"w": grad}, state, {"w": ours})
+    (basis,) = find_bases(state)["w"].values()
+    drawn.append(np.asarray(basis, np.float64))
+    change = np.stack(
+      [
+        model.update(w, g, drawn[-1])
+        for model, w, g in zip(
+          models, theirs, grad.reshape(theirs.shape), strict=True
+        )
+      ]
+    )
+    np.testing.assert_allclose(
+      np.asarray(updates["w"]).reshape(theirs.shape), change, atol=2e-4 * RATE
+    )
+    ours, theirs = ours + updates["w"], theirs + change
+  norms = np.asarray(state.recovery["w"]).reshape(-1)
+  np.testing.assert_allclose(norms, [x.norm for x in models], rtol=1e-4)
+  assert all(any(x.limited) and not all(x.limited[1:]) for x in models)
+  same = [np.array_equal(a, b) for a, b in itertools.pairwise(drawn)]
+  assert [i + 1 for i, x in enumerate(same) if not x] == [4, 8, 12]
+
+
+def test_a_random_projection_is_normal_and_each_leaf_has_its_own():
+  params = {"v": jnp.zeros((300, 400)), "w": jnp.zeros((300, 400))}
+  tx = lambda seed: apollo_adamw(1.0, rank=64, seed=seed)
+  v, w = (x["left"] for x in find_bases(tx(0).init(params)).values())
+  assert abs(jnp.mean(v)) < 0.01 and abs(64 * jnp.var(v) - 1) < 0.05
+  np.testing.assert_allclose(v.T @ v * 64 / 300, np.eye(64), atol=0.5)
+  assert abs(jnp.vdot(v, w)) < 0.05 * jnp.vdot(v, v)
+  other = find_bases(tx(1).init(params))["v"]["left"]
+  assert abs(jnp.vdot(v, other)) < 0.05 * jnp.vdot(v, v)
+
+
+def test_apollo_keeps_moments_a_seed_and_a_norm():
+  params = {"w": jnp.zeros((2, 3, 8, 12)), "v": jnp.zeros((12, 8))}
+  moments = 2 * 4 * RANK * (6 * 12 + 12)
+  rest = 4 * (1 + 1)  # the steps of GaLore and Adam
+  state = apollo_adamw(RATE, rank=RANK).init(params)
+  assert state_bytes(state) == moments + rest + 4 * (2 + 6 + 1)
+  state = apollo_mini_adamw(RATE).init(params)
+  assert state_bytes(state) == moments // RANK + rest + 4 * (2 + 6 + 1)
+
+
+def test_apollo_on_leading_directions_keeps_a_basis():
+  """The paper's variant with an SVD: scales are those of the subspace."""
+  (grad,) = gradients((8, 12), [1])
+  tx = galore(
+    optax.scale_by_sign(), rank=RANK, scale=1.0, recovery="apollo",
+    projector="svd",
+  )  # fmt: skip
+  ((updates, state),) = run(tx, [{"w": grad}], {"w": jnp.zeros((8, 12))})
+  low = np.asarray(state.projector["w"]["left"]).T @ grad
+  phi = RANK**0.5 / np.linalg.norm(low, axis=0)
+  np.testing.assert_allclose(updates["w"], grad * phi, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"recovery": None}, r"only measures gradients.*got recovery=None"),
+    ({"recovery": "fira"}, r"only measures gradients.*got recovery='fira'"),
+    ({"refresh": "adaptive"}, r"no subspace that could settle"),
+    ({"moments": "reset"}, r"keeps the moments"),
+    ({"params_mode": "project"}, r"does not project weights"),
+    ({"basis_dtype": "int4"}, r"keeps no basis.*'int4'"),
+    ({"accumulation_steps": 2}, r"whole gradient of a step"),
+    ({"faithful": True}, r"means projector='svd', got 'random'"),
+    ({"proj_type": "full"}, r"'w' is projected on both.*'apollo_mini'"),
+  ],
+)
+def test_what_random_projections_do_not_go_with(options, message):
+  options = {"recovery": "apollo", "projector": "random", **options}
+  with pytest.raises(ValueError, match=message):
+    fira(optax.adam(1.0), **options).init({"w": jnp.zeros((8, 12))})
