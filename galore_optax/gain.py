@@ -164,7 +164,8 @@ def _equation(eqn: core.JaxprEqn, parts: list[_Part]) -> list[_Part]:
   part = _operation(eqn, parts)
   if not isinstance(part, Factored):
     return [part]
-  shapes = [jnp.shape(var.aval) for var in eqn.outvars]
+  avals: list[Any] = [var.aval for var in eqn.outvars]
+  shapes = [aval.shape for aval in avals]
   return [_shaped(eqn, parts, part, shape) for shape in shapes]
 
 

@@ -28,6 +28,9 @@ OptimizerName = Literal[
   "adamw_8bit",
   "galore_8bit",
   "q_galore",
+  "fira",
+  "apollo",
+  "apollo_mini",
 ]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 Dtype = Literal["float32", "bfloat16"]

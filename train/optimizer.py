@@ -233,6 +233,28 @@ def _q_galore(c: OptimizerConfig, lr: optax.Schedule):
   return _galore_8bit(c, lr, basis_dtype="int4", refresh="adaptive")
 
 
+def _fira(c: OptimizerConfig, lr: optax.Schedule):
+  return _galore(c, lr, recovery="fira")
+
+
+# What random projections keep is a seed: how bases are found, refreshed and
+# stored, and moments carried over, has no meaning for them.
+_RANDOM = {
+  "projector": "random",
+  "refresh": "synchronous",
+  "moments": "keep",
+  "basis_dtype": "float32",
+}
+
+
+def _apollo(c: OptimizerConfig, lr: optax.Schedule):
+  return _galore(c, lr, recovery="apollo", **_RANDOM)
+
+
+def _apollo_mini(c: OptimizerConfig, lr: optax.Schedule):
+  return _galore(c, lr, recovery="apollo_mini", rank=1, **_RANDOM)
+
+
 METHODS = {
   "adamw": _adamw,
   "adafactor": _adafactor,
@@ -248,6 +270,9 @@ METHODS = {
   "adamw_8bit": _adamw_8bit,
   "galore_8bit": _galore_8bit,
   "q_galore": _q_galore,
+  "fira": _fira,
+  "apollo": _apollo,
+  "apollo_mini": _apollo_mini,
 }
 
 

@@ -46,7 +46,12 @@ SMALL_RATES: dict[str, Any] = {
   "muon": {"learning_rate": 1e-2},
   "galore_lion": {"learning_rate": 1e-3, "scale": 0.25},
   "galore_sgd": {"learning_rate": 0.5, "scale": 1.0},
+  "apollo": {"learning_rate": 8e-3, "scale": 1.0},
+  "apollo_mini": {"learning_rate": 8e-3, "scale": 128.0},
 }
+# Its alpha stands under a root, and at rank 1 makes up for a factor that is
+# too small.
+APOLLO_SCALES = {"apollo": 1.0, "apollo_mini": 128.0}
 SMALL_GALORE: dict[str, Any] = {"learning_rate": 8e-3, "scale": 0.25}
 
 
@@ -80,8 +85,9 @@ def llama_60m(optimizer: OptimizerName) -> Config:
   APOLLO-Mini 31.93.
   """
   # The papers name no rate for their full-rank baselines: 1e-3 is the middle
-  # of their grid, not tuned. The GaLore methods take .01 with alpha = .25.
-  galore = "galore" in optimizer
+  # of their grid, not tuned. The GaLore methods take .01 with alpha = .25, and
+  # so does Fira; APOLLO takes .01 with an alpha of its own.
+  galore = "galore" in optimizer or optimizer in ("fira", *APOLLO_SCALES)
   return Config(
     preset="llama_60m",
     model=ModelConfig(
@@ -103,7 +109,7 @@ def llama_60m(optimizer: OptimizerName) -> Config:
     optimizer=OptimizerConfig(
       name=optimizer,
       learning_rate=0.01 if galore else 1e-3,
-      scale=0.25,
+      scale=APOLLO_SCALES.get(optimizer, 0.25),
       rank=128,
       update_proj_gap=200,
       clip=0.0,
