@@ -49,7 +49,9 @@ def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
 
   Returns:
     Path of a projected leaf to side (`left`, `right`) to its basis, (..., m, r)
-    or (..., n, r), dequantised where it is kept in few bits.
+    or (..., n, r), dequantised where it is kept in few bits. Of random
+    projections that only keep a seed they are those: not orthonormal, so that
+    energies and overlaps mean nothing.
 
   Example:
     >>> import optax
@@ -60,7 +62,7 @@ def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
     {'mlp': ['left']}
   """
   return {
-    path: projector.read(kept)
+    path: projector.read_stacked(kept)
     for x in jax.tree.leaves(state, is_leaf=_is_state)
     if _is_state(x)
     for path, kept in x.projector.items()

@@ -90,6 +90,16 @@ def read(kept: Mapping[str, Any]) -> dict[str, jax.Array]:
   return {side: _read(x) for side, x in kept.items()}
 
 
+def read_stacked(kept: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """As :func:`read`, with the axes that stack matrices on random bases too."""
+  return {
+    side: jnp.broadcast_to(x, kept[side].shape)
+    if isinstance(kept[side], RandomBasis) and not jnp.ndim(kept[side].seed)
+    else x
+    for side, x in read(kept).items()
+  }
+
+
 def _read(kept: Any) -> jax.Array:
   if isinstance(kept, RandomBasis):
     return kept.draw()

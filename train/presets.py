@@ -46,8 +46,11 @@ SMALL_RATES: dict[str, Any] = {
   "muon": {"learning_rate": 1e-2},
   "galore_lion": {"learning_rate": 1e-3, "scale": 0.25},
   "galore_sgd": {"learning_rate": 0.5, "scale": 1.0},
-  "apollo": {"learning_rate": 8e-3, "scale": 1.0},
-  "apollo_mini": {"learning_rate": 8e-3, "scale": 128.0},
+  # Their updates are full-size whatever alpha is: the factor is what it is to
+  # GaLore. Of two that were tried the better one; not tuned.
+  "fira": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
+  "apollo": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
+  "apollo_mini": {"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
 }
 # Its alpha stands under a root, and at rank 1 makes up for a factor that is
 # too small.

@@ -317,7 +317,9 @@ def test_apollo_follows_the_reference_over_four_projections(name, shape):
   for grad in gradients(shape):
     updates, state = update({"w": grad}, state, {"w": ours})
     (basis,) = find_bases(state)["w"].values()
-    drawn.append(np.asarray(basis, np.float64))
+    drawn.append(
+      np.asarray(basis, np.float64).reshape(-1, *basis.shape[-2:])[0]
+    )
     change = np.stack(
       [
         model.update(w, g, drawn[-1])
