@@ -53,7 +53,8 @@ def table() -> dict[str, dict[str, int]]:
     config = presets.make(preset, "galore")
     shapes = jax.eval_shape(lambda c=config: llama.init(c.model, 0))
     for name, (method, options) in ROWS.items():
-      chosen = dataclasses.replace(config.optimizer, name=method, **options)
+      changes: dict[str, Any] = {"name": method, **options}
+      chosen = dataclasses.replace(config.optimizer, **changes)
       tx = optimizer.make_optimizer(chosen, steps=100)
       state = jax.eval_shape(tx.init, shapes)
       found[name][preset] = galore_optax.state_bytes(state)
