@@ -442,7 +442,7 @@ def galore(
   state_dtype: Any = None,
   seed: Any = 0,
   adaptive: schedule.Adaptive | None = None,
-  accumulation_steps: int = 1,
+  accumulation_steps: int | None = None,
   recovery: str | None = None,
   faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -514,7 +514,7 @@ def galore(
       of them return zeros and only add the projected gradient to a low-rank
       accumulator, the k-th makes a step of the mean. Bases that are due are
       found from the first of the k gradients. (`optax.MultiSteps` around
-      GaLore accumulates at full size.)
+      GaLore accumulates at full size.) None means one.
     recovery: What becomes of the part of the gradient that the bases do not
       span. None: it is dropped. `fira`: it is added, scaled column by column to
       the size that `inner` gives to the projected gradient,
@@ -581,7 +581,7 @@ def galore(
   if basis_dtype not in BASIS_CODES:
     checks.check_float_dtype("basis_dtype", basis_dtype, BASIS_CODES)
   _check_adaptive(adaptive, refresh, projector)
-  _check_accumulation(accumulation_steps)
+  accumulation_steps = _check_accumulation(accumulation_steps)
   checks.check_float_dtype("state_dtype", state_dtype)
   if faithful:
     _check_faithful(chosen)
@@ -651,7 +651,10 @@ def _check_adaptive(
     )
 
 
-def _check_accumulation(steps: Any) -> None:
+def _check_accumulation(steps: Any) -> int:
+  # None by default, for `optax.inject_hyperparams` would trace an int.
+  if steps is None:
+    return 1
   if isinstance(steps, bool) or not isinstance(steps, int):
     raise TypeError(
       f"`accumulation_steps` must be an int, got {steps!r}: it decides the "
@@ -659,6 +662,7 @@ def _check_accumulation(steps: Any) -> None:
     )
   if steps < 1:
     raise ValueError(f"`accumulation_steps` must be positive, got {steps}.")
+  return steps
 
 
 def _check_faithful(chosen: Mapping[str, str]) -> None:
