@@ -21,8 +21,10 @@ import safetensors.numpy
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+import galore_optax
 from train import config as configs
 from train import files, folder, llama, tokenizer
+from train import step as steps
 from train import weights as names
 from train.errors import UserError
 from train.weights import Weights
@@ -34,7 +36,7 @@ SIDECARS = ("generation_config.json", "tokenizer_config.json")
 
 
 # Of the model's config, what is not the weights' but says how to compute.
-OURS = ("dtype", "param_dtype", "unroll", "remat", "attention")
+OURS = ("dtype", "param_dtype", "weights", "unroll", "remat", "attention")
 
 
 def load(path: pathlib.Path, step: int = 0) -> Weights:
@@ -178,9 +180,11 @@ def _restore(place: pathlib.Path, model: configs.ModelConfig) -> dict:
   """Parameters alone, not the optimizer's state, as arrays on the host."""
   # In the host's memory: an accelerator may not hold them beside its work.
   host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+  kept = jax.eval_shape(
+    lambda x: steps.store(model, x), nnx.to_pure_dict(llama.abstract(model)[1])
+  )
   params = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
-    nnx.to_pure_dict(llama.abstract(model)[1]),
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), kept
   )
   context = ocp.Context()
   context.pytree.loading.partial_load = True
@@ -193,7 +197,9 @@ def _restore(place: pathlib.Path, model: configs.ModelConfig) -> dict:
   except Exception as error:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise UserError(f"{place} cannot be read ({reason})") from None
-  return loaded["state"]["params"]
+  # What was trained in eight bits goes out as the weights it stands for.
+  found = loaded["state"]["params"]
+  return galore_optax.dequantize_params(found, model.param_dtype)
 
 
 def _newest(place: pathlib.Path) -> int:

@@ -214,7 +214,7 @@ def _need(module: str, extra: str, name: str) -> None:
   if importlib.util.find_spec(module) is None:
     raise UserError(
       f"--target {name!r} needs the compiler of that platform, which no"
-      f' device is needed for: pip install -e ".[{extra}]" in a virtual'
+      f' device is needed for: pip install -e ".[train,{extra}]" in a virtual'
       " environment of its own (jax loads one accelerator plugin at a time)"
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.train.conftest import TINY
+from tests.train.conftest import TINY, make_trainer
 from train import (
   checkpoint,
   folder,
@@ -220,6 +220,27 @@ def test_a_run_is_exported(run, tmp_path, capsys):
   arguments = ["export", str(run.out), "--step", "7", "--out", "x"]
   assert hf.main(arguments) == 2
   assert "checkpoints/7 cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_with_weights_in_eight_bits_is_exported(tmp_path):
+  """As the weights that its codes stand for; who goes on may keep others."""
+  small = make_trainer(
+    "q_galore", 1, model=dataclasses.replace(TINY, weights="int8")
+  )
+  state = small.init(seed=5)
+  config = configs.Config("tiny", model=small.model)
+  folder.claim_run(tmp_path / "run", config, overwrite=False)
+  (tmp_path / "run" / "tokenizer.json").write_text(TEXT)
+  saver = checkpoint.Checkpoints(tmp_path / "run", keep=1)
+  with jax.set_mesh(small.mesh):
+    saver.save(state, checkpoint.Progress(1.0, None))
+    saver.close()
+  out = str(tmp_path / "o")
+  assert hf.main(["export", str(tmp_path / "run"), "--out", out]) == 0
+  expected = jax.device_get(small.placed.read(state.params))
+  same(weights.to_params(hf.load(tmp_path / "o")), expected)
+  base = presets.make("sotu_small", "galore")
+  assert hf.adopt(base, tmp_path / "run").model.weights == "full"
 
 
 def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
