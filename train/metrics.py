@@ -6,8 +6,10 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
 
 from train import files
 from train.progress import Progress as Progress  # where the loop looks for it
@@ -138,6 +140,29 @@ def held_out_text(found: dict[str, float]) -> str:
 
 def _exp(loss: float) -> float:
   return math.exp(min(loss, 700))  # the largest is 709
+
+
+def refreshes_text(
+  counts: Mapping[str, jax.Array], steps: int, gap: int
+) -> str:
+  """What the adaptive policy saved, in a line; empty under other policies.
+
+  Args:
+    counts: refreshes of each matrix, see `galore_optax.refresh_counts`.
+    steps: steps of the run so far.
+    gap: steps between two refreshes at a fixed gap.
+  """
+  if not counts or not steps:
+    return ""
+  matrices = sum(x.size for x in counts.values())
+  # Compiled, so that what several hosts hold together can be counted.
+  made = int(jax.jit(lambda all_: sum(x.sum() for x in all_.values()))(counts))
+  # At a fixed gap every matrix has its turn once in each, and all at step 0.
+  fixed = matrices * (1 + steps // gap)
+  return (
+    f"refreshes  {made:,} of the {fixed:,} that a fixed gap of {gap} makes"
+    f" ({1 - made / fixed:.0%} saved)"
+  )
 
 
 def memory_table(parameters: int, matrices: int, states: dict[str, int]) -> str:

@@ -128,6 +128,13 @@ def report(job: Job, state: steps.TrainState) -> None:
     optimizer.accounting(config.optimizer, params),
   )
   print(f"\n{table}\n")
+  rare = metrics.refreshes_text(
+    galore_optax.refresh_counts(state.opt_state),
+    int(state.step),
+    config.optimizer.update_proj_gap,
+  )
+  if rare:
+    print(f"{rare}\n")
   if jax.process_count() == 1:
     text = sample(job, state)
     print(f"sample: {text}\n")

@@ -8,6 +8,7 @@ import math
 import struct
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 from train import metrics, progress, sinks
@@ -221,3 +222,12 @@ def test_on_a_terminal_there_is_a_bar_that_fits(monkeypatch):
   last = screen.getvalue().split("\r")[-1].rstrip()
   assert "loss 2.000" in last and "3/15000" in last and "left" in last
   assert "|" in last and len(last) <= 80
+
+
+def test_refreshes_saved_are_counted_against_a_fixed_gap():
+  counts = {"a": jnp.array([3, 5]), "b": jnp.array([2])}
+  found = metrics.refreshes_text(counts, steps=40, gap=10)
+  assert found == (
+    "refreshes  10 of the 15 that a fixed gap of 10 makes (33% saved)"
+  )
+  assert metrics.refreshes_text({}, steps=40, gap=10) == ""
