@@ -45,6 +45,11 @@ def is_galore(name: str) -> bool:
   return "galore" in name and name != "contrib_galore"
 
 
+def projects(name: str) -> bool:
+  """Whether a method projects the block matrices, by this library or not."""
+  return "galore" in name or name in ("fira", "apollo", "apollo_mini")
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Linear warm-up to the peak, then a cosine to `final` of it."""
   return optax.warmup_cosine_decay_schedule(

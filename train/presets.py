@@ -55,6 +55,7 @@ SMALL_RATES: dict[str, Any] = {
 # Its alpha stands under a root, and at rank 1 makes up for a factor that is
 # too small.
 APOLLO_SCALES = {"apollo": 1.0, "apollo_mini": 128.0}
+Q_GALORE_B2 = 0.95  # of Q-GaLore's scripts; all others take 0.999
 SMALL_GALORE: dict[str, Any] = {"learning_rate": 8e-3, "scale": 0.25}
 
 
@@ -336,7 +337,7 @@ def make(preset: str, optimizer: str) -> Config:
   if optimizer == "q_galore":
     # As in its scripts: 8-bit weights, and a shorter second moment.
     config = _change(config, "model", weights="int8")
-    config = _change(config, "optimizer", b2=0.95)
+    config = _change(config, "optimizer", b2=Q_GALORE_B2)
   return config
 
 

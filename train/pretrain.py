@@ -101,14 +101,31 @@ def introduce(job: Job, mesh: jax.sharding.Mesh) -> None:
     f"model      {count:,} parameters, {config.model.n_layers} layers,"
     f" d_model {config.model.d_model}, {config.model.dtype}\n"
     f"data       {corpus.describe()}\n"
-    f"optimizer  {config.optimizer.name}\n"
+    f"optimizer  {_method(config)}\n"
     f"devices    {mesh.size} {jax.devices()[0].device_kind}: {shape}\n"
     f"folder     {job.out}"
   )
-  if config.optimizer.name.startswith("galore"):
-    plan = galore_optax.describe(job.tx, job.placed.weights)
-    rows = dry_run.plan_rows(plan, config.optimizer)
-    print("", *dry_run.plan_table(rows), "", sep="\n")
+  if not optimizer.projects(config.optimizer.name):
+    return
+  plan = galore_optax.describe(job.tx, job.placed.weights)
+  rows = dry_run.plan_rows(plan, config.optimizer)
+  print("", *dry_run.plan_table(rows), "", sep="\n")
+  names = ", ".join(matrix.name for matrix in job.watcher.matrices)
+  if names:
+    print(f"subspaces  of {names} are watched (run.watch)")
+  elif config.run.watch != "none":
+    print(f"subspaces  not watched: {job.watcher.why_not}")
+
+
+def _method(config: configs.Config) -> str:
+  """The optimizer with what its name does not tell."""
+  chosen, weights = config.optimizer, config.model.weights
+  text = f"{chosen.name}, learning rate {chosen.learning_rate:g}"
+  text += f", weights in {weights}" if weights != "full" else ""
+  if chosen.name == "q_galore" and chosen.b2 == presets.Q_GALORE_B2:
+    text += f"\n{'':11}b2 {chosen.b2:g}, as its authors have it; GaLore's is"
+    text += f" {configs.OptimizerConfig.b2:g}"
+  return text
 
 
 def report(job: Job, state: steps.TrainState) -> None:

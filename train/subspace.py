@@ -33,6 +33,7 @@ from train.errors import UserError
 # At most one step in so many is looked at by default.
 RARE = 50
 MOST = 12  # matrices
+RANDOM = ("apollo", "apollo_mini")  # methods whose bases know no gradient
 
 
 class Matrix(NamedTuple):
@@ -65,14 +66,27 @@ def matrices(description: galore_optax.diagnostics.Description) -> list[Matrix]:
   return [Matrix(*x, i, len(found)) for i, x in enumerate(found)]
 
 
-def choose(setting: str, known: list[Matrix]) -> list[Matrix]:
+def candidates(
+  config: configs.Config, description: galore_optax.diagnostics.Description
+) -> tuple[list[Matrix], str]:
+  """The matrices whose subspace says something, and if there is none why."""
+  if config.optimizer.name in RANDOM:
+    return [], "random projections are not made to fit the gradients"
+  if config.optimizer.name == "contrib_galore":
+    return [], "optax.contrib.galore does not keep its bases by name"
+  known = matrices(description)
+  return known, "" if known else "nothing is projected"
+
+
+def choose(setting: str, known: list[Matrix], why_not: str) -> list[Matrix]:
   """The matrices that `run.watch` means.
 
   Args:
     setting: `auto`: a query of the first layer, a feed-forward matrix in the
       middle and one at the end; `none`; or names or regular expressions of
       names, separated by commas: `attn.q.0,mlp.*.3`.
-    known: all projected matrices.
+    known: all projected matrices that can be looked at.
+    why_not: the reason, if there is none.
 
   Raises:
     UserError: nothing is projected, a name fits none, or too many fit.
@@ -81,8 +95,8 @@ def choose(setting: str, known: list[Matrix]) -> list[Matrix]:
     return []
   if not known:
     raise UserError(
-      f"run.watch={setting}: there is no projected matrix that can be looked"
-      " at (quantised weights cannot); leave run.watch at auto"
+      f"run.watch={setting}: there is no matrix to look at,"
+      f" {why_not}; leave run.watch at auto"
     )
   names = {matrix.name: matrix for matrix in known}
   if setting == "auto":
@@ -122,7 +136,8 @@ def check(config: configs.Config) -> None:
     return
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
   params = nnx.to_pure_dict(llama.abstract(config.model)[1])
-  choose(config.run.watch, matrices(galore_optax.describe(tx, params)))
+  plan = galore_optax.describe(tx, params)
+  choose(config.run.watch, *candidates(config, plan))
 
 
 class Look(NamedTuple):
@@ -146,8 +161,10 @@ class Watcher:
     Raises:
       UserError: `run.watch` fits no matrix.
     """
-    known = _visible(matrices(description), placed.state)
-    self.matrices = choose(config.run.watch, known)
+    known, self.why_not = candidates(config, description)
+    if known and not (known := _visible(known, placed.state)):
+      self.why_not = "their bases are not kept layer by layer"
+    self.matrices = choose(config.run.watch, known, self.why_not)
     self._config = config
     self._every = self._period()
     where = meshes.replicated(placed.shardings.step.mesh)
@@ -233,7 +250,10 @@ class Watcher:
 
   def _gradients(self, params: dict, parts: jax.Array) -> dict[str, jax.Array]:
     """Summed over the microbatches; only their direction matters here."""
-    chosen = {m.name: _leaf(params, m.path)[m.layer] for m in self.matrices}
+    chosen = {
+      m.name: self._read(_slice(_leaf(params, m.path), m.layer))
+      for m in self.matrices
+    }
     differentiate = jax.grad(self._loss)
 
     def add(total: dict, part: jax.Array) -> tuple[dict, None]:
@@ -242,13 +262,19 @@ class Watcher:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), chosen)
     return jax.lax.scan(add, zeros, parts)[0]
 
+  def _read(self, params: Any) -> Any:
+    """The weights that parameters stand for, none of them quantised."""
+    dtype = self._config.model.dtype
+    return galore_optax.dequantize_params(params, dtype)
+
   def _loss(self, chosen: dict, params: dict, rows: jax.Array) -> jax.Array:
     """The summed loss as a function of the watched matrices alone."""
     config, length = self._config.model, rows.shape[1] - 1
     tokens = jnp.maximum(rows[:, :-1], 0)  # padding is no id
 
     def walk(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-      layer = jax.tree.map(lambda stack: stack[i], params["layers"])
+      # Weights in few bits are read a layer at a time, as in the step.
+      layer = self._read(_slice(params["layers"], i))
       for m in self.matrices:
         here = jnp.where(i == m.layer, chosen[m.name], _leaf(layer, m.path[7:]))
         layer = _replace(layer, m.path[7:], here)
@@ -272,10 +298,7 @@ class Watcher:
 
 
 def _visible(known: list[Matrix], state: steps.TrainState) -> list[Matrix]:
-  """Those whose weights and bases a look finds as arrays, layer by layer."""
-  params = jax.tree.leaves(state.params)
-  if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in params):
-    return []
+  """Those whose bases a look finds layer by layer."""
   bases = jax.eval_shape(galore_optax.find_bases, state.opt_state)
   return [
     m
@@ -301,6 +324,11 @@ def compare(
       f"subspace/{name}/refreshed": jnp.any(jnp.stack(changed)),
     }
   return found
+
+
+def _slice(stacked: Any, i: Any) -> Any:
+  """One layer of what is stacked, codes and scales among it."""
+  return jax.tree.map(lambda x: x[i], stacked)
 
 
 def _leaf(tree: Any, path: str) -> Any:

@@ -5,11 +5,24 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
+import galore_optax
+from tests.train.conftest import TINY
 from train import config as configs
-from train import metrics, notes, pretrain
+from train import (
+  mesh,
+  metrics,
+  notes,
+  optimizer,
+  presets,
+  pretrain,
+  step,
+  subspace,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -123,3 +136,34 @@ def test_notes_are_read_beside_and_above_the_fields():
   proj_type = notes.field_notes(configs.OptimizerConfig)["proj_type"]
   assert proj_type.startswith("The projected side:")
   assert proj_type.endswith("smallest state.")
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("q_galore", ["weights in int8", "b2 0.95, as its authors", "of attn.q.0"]),
+    ("apollo", ["2 x 32 x 48", "not watched: random projections"]),
+    ("fira", ["2 x 32 x 48", "of attn.q.0"]),
+    ("adamw", []),
+  ],
+)
+def test_a_run_says_what_its_method_does(name, said, capsys, tmp_path):
+  model = dataclasses.replace(TINY, weights="full")
+  config = dataclasses.replace(presets.make("sotu_small", name), model=model)
+  if name == "q_galore":
+    config = configs.override(config, ["model.weights=int8"])
+  config = configs.override(config, ["optimizer.rank=4"])
+  grid = mesh.make_mesh(config.mesh, 8, jax.devices()[:1])
+  tx = optimizer.make_optimizer(config.optimizer, 10)
+  placed = step.place(config.model, tx, grid)
+  plan = galore_optax.describe(tx, placed.weights)
+  watcher = subspace.Watcher(config, placed, plan)
+  job = types.SimpleNamespace(
+    config=config, placed=placed, tx=tx, watcher=watcher, out=tmp_path,
+    corpus=types.SimpleNamespace(describe=lambda: "text"),
+  )  # fmt: skip
+  pretrain.introduce(job, grid)
+  text = capsys.readouterr().out
+  assert all(words in text for words in said), text
+  assert ("layers/attn/q/kernel" in text) == bool(said)
+  assert ("b2" in text) == (name == "q_galore")

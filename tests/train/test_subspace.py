@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import galore_optax
-from tests.train.conftest import TINY
-from train import config, step, subspace
+from tests.train.conftest import TINY, make_trainer
+from train import config, llama, optimizer, step, subspace
 from train.errors import UserError
 
 
@@ -25,7 +25,7 @@ def whole(trainer):
 
 def make_watcher(trainer, whole, **changes):
   run = dataclasses.replace(whole.run, **changes)
-  plan = galore_optax.describe(trainer.tx, trainer.placed.state.params)
+  plan = galore_optax.describe(trainer.tx, trainer.placed.weights)
   changed = dataclasses.replace(whole, run=run)
   return subspace.Watcher(changed, trainer.placed, plan)
 
@@ -97,18 +97,46 @@ def test_looks_are_rare_by_default(trainer, whole):
   assert due[0] == 0 and 10 < len(due) <= 1000 / subspace.RARE + 1
 
 
-def test_quantised_weights_are_not_looked_at(trainer, whole):
-  shrink = lambda x: jax.ShapeDtypeStruct(x.shape, "int8")
-  state = trainer.placed.state
-  params = jax.tree.map(shrink, state.params)
-  placed = trainer.placed._replace(state=state._replace(params=params))
-  plan = galore_optax.describe(trainer.tx, state.params)
-  watch = lambda name: subspace.Watcher(
-    dataclasses.replace(whole, run=config.RunConfig(watch=name)), placed, plan
-  )
-  assert watch("auto").matrices == [] and not watch("auto").is_due(0)
-  with pytest.raises(UserError, match="quantised"):
-    watch("attn.q.0")
+def test_quantised_weights_are_looked_at_as_the_model_reads_them(whole, rows):
+  model = dataclasses.replace(TINY, weights="int8")
+  trainer = make_trainer("q_galore", devices=1, model=model)
+  watcher = make_watcher(trainer, dataclasses.replace(whole, model=model))
+  state = trainer.init()
+  with jax.set_mesh(trainer.mesh):
+    batch = trainer.put(rows)
+    exact = jax.grad(
+      lambda p: step.token_losses(trainer.placed.graphdef, p, batch).sum()
+    )(trainer.placed.read(state.params))
+    exact = jax.device_get(exact["layers"]["mlp"]["up"]["kernel"][1])
+    look = jax.device_get(watcher.before(state, batch))
+    np.testing.assert_allclose(
+      look.gradients["mlp.up.1"], exact, rtol=1e-4, atol=1e-5
+    )
+    state, _ = trainer.train_step(state, batch)
+    values = watcher.values(jax.device_get(watcher.after(look, state)))
+  at = "subspace/mlp.up.1/"
+  assert values[at + "energy"] > 2 * values[at + "energy_before"]
+
+
+@pytest.mark.parametrize(
+  ("method", "fields", "why_not"),
+  [
+    ("galore", {"rank": 32}, "nothing is projected"),
+    ("apollo", {}, "random projections"),
+    ("contrib_galore", {}, "by name"),
+  ],
+)
+def test_what_cannot_be_looked_at_has_a_reason(method, fields, why_not):
+  chosen = config.OptimizerConfig(name=method, **({"rank": 4} | fields))
+  tx = optimizer.make_optimizer(chosen, 10)
+  params = jax.eval_shape(lambda: llama.init(TINY, 0))
+  whole = config.Config(preset="", model=TINY, optimizer=chosen)
+  plan = galore_optax.describe(tx, params)
+  known, said = subspace.candidates(whole, plan)
+  assert not known and why_not in said
+  assert subspace.choose("auto", known, said) == []
+  with pytest.raises(UserError, match=f"attn.q.0.*{why_not}"):
+    subspace.choose("attn.q.0", known, said)
 
 
 def test_names_choose_matrices(trainer, whole):
@@ -134,9 +162,3 @@ def test_wrong_names_are_told(watch, words, trainer, whole):
   with pytest.raises(UserError) as raised:
     make_watcher(trainer, whole, watch=watch)
   assert all(word in str(raised.value) for word in words), raised.value
-
-
-def test_without_projection_there_is_nothing_to_watch():
-  assert subspace.choose("auto", []) == []
-  with pytest.raises(UserError, match="no projected matrix"):
-    subspace.choose("attn.q.0", [])
