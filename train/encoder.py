@@ -1,8 +1,8 @@
 """A BERT-family encoder in Flax NNX: BERT or RoBERTa, by its config.
 
-What the two differ in is said by `Config` (train/encoder_config.py): where positions start, whether there
-are two token types, and in what order the classification head drops out. The
-masked-language-model head is left out.
+What the two differ in is said by `Config` (train/encoder_config.py): where
+positions start, whether there are two token types, and where the head drops
+out. The masked-language-model head is left out.
 
     graphdef, boxes = encoder.abstract(config)        # shapes, no memory
     params = encoder.init(config, seed)               # nested dicts
