@@ -5,6 +5,7 @@ from galore_optax.adam8bit import (
   adamw_8bit,
   scale_by_adam_8bit,
 )
+from galore_optax.adapters import Adapter, LowRank
 from galore_optax.alias import (
   apollo_adamw,
   apollo_mini_adamw,
@@ -28,8 +29,10 @@ from galore_optax.diagnostics import (
 from galore_optax.galore import GaLoreState, galore
 from galore_optax.layered import Layered, stack, unstack
 from galore_optax.layerwise import Layerwise, LayerwiseState, layerwise
+from galore_optax.lowrank import lora, low_rank, qlora, relora
 from galore_optax.plan import Projection
 from galore_optax.qarray import QArray, dequantize, quantize
+from galore_optax.restart import jagged_schedule
 from galore_optax.schedule import Adaptive
 from galore_optax.sharding import quantized_shardings, state_shardings
 from galore_optax.weights import (
@@ -41,11 +44,13 @@ from galore_optax.weights import (
 __version__ = "0.1.0"
 
 __all__ = [
+  "Adapter",
   "Adaptive",
   "GaLoreState",
   "Layered",
   "Layerwise",
   "LayerwiseState",
+  "LowRank",
   "Projection",
   "QArray",
   "ScaleByAdam8bitState",
@@ -66,12 +71,17 @@ __all__ = [
   "galore_adamw_8bit",
   "galore_lion",
   "galore_sgd",
+  "jagged_schedule",
   "layerwise",
+  "lora",
+  "low_rank",
   "q_galore_adamw_8bit",
+  "qlora",
   "quantize",
   "quantize_params",
   "quantized_shardings",
   "refresh_counts",
+  "relora",
   "scale_by_adam_8bit",
   "stable_rank",
   "stack",
