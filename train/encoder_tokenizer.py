@@ -64,6 +64,12 @@ class Tokenizer:
     plain.no_truncation()
     return plain.to_str(pretty=True)
 
+  def special_tokens(self) -> dict[str, str]:
+    """The tokens that pad and that stand around a text, by their roles."""
+    first, *_, last = self.tokenizer.encode("a").tokens
+    pad = self.tokenizer.id_to_token(self.pad_id)
+    return {"pad_token": pad, "cls_token": first, "sep_token": last}
+
   def texts(
     self,
     first: Sequence[str],
@@ -84,8 +90,18 @@ class Tokenizer:
         no room for text.
     """
     self._check_length(length, 1)
+    cut = "only_first" if second is None else cut
     self.tokenizer.enable_truncation(length, strategy=cut)
-    found = self._encode(first, second)
+    try:
+      found = self._encode(first, second)
+    # The library has no class of its own for what it cannot cut.
+    except Exception as error:
+      if "Truncation" not in str(error):
+        raise
+      raise UserError(
+        f"a pair cannot be cut {cut} to {length} tokens, as the other text"
+        " alone has as many; cut longest_first, or allow more tokens"
+      ) from error
     return [Row(_array(e.ids), _array(e.type_ids)) for e in found]
 
   def windows(

@@ -12,6 +12,7 @@ import functools
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,13 +59,18 @@ def load(path: pathlib.Path, step: int = 0) -> Weights:
       f"{path} is no folder and no .gguf file; name a folder with {CONFIG}"
       " and safetensors, a .gguf file, or a run"
     )
-  config = _json(path / CONFIG)
+  config = read_json(path / CONFIG)
   if "model.d_model" in config:
     return _load_run(path, config, step)
   return _load_folder(path, config)
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A file that holds one JSON object.
+
+  Raises:
+    UserError: it cannot be read, or holds something else.
+  """
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -77,6 +83,32 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 def _load_folder(path: pathlib.Path, config: dict[str, Any]) -> Weights:
   """Hugging Face's layout: one safetensors file, or shards and their index."""
   model = names.model_from_hf(config, str(path / CONFIG))
+  shapes, read = open_tensors(path)
+  return Weights(
+    source=str(path),
+    model=model,
+    shapes=shapes,
+    read=read,
+    tokenizer=_text(path / TOKENIZER),
+    extra={
+      name: read_json(path / name)
+      for name in (CONFIG, *SIDECARS)
+      if (path / name).exists()
+    },
+  )
+
+
+def open_tensors(
+  path: pathlib.Path,
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+  """A folder's tensors, of one safetensors file or of shards and their index.
+
+  Returns:
+    The shape of each by its name, and what reads one.
+
+  Raises:
+    UserError: there are none, or they cannot be read.
+  """
   places = _places(path)
   handles = {file: _open(file) for file in set(places.values())}
   try:
@@ -88,18 +120,7 @@ def _load_folder(path: pathlib.Path, config: dict[str, Any]) -> Weights:
     raise UserError(
       f"{path / INDEX} does not fit its shards: {error}"
     ) from None
-  return Weights(
-    source=str(path),
-    model=model,
-    shapes=shapes,
-    read=lambda name: handles[places[name]].get_tensor(name),
-    tokenizer=_text(path / TOKENIZER),
-    extra={
-      name: _json(path / name)
-      for name in (CONFIG, *SIDECARS)
-      if (path / name).exists()
-    },
-  )
+  return shapes, lambda name: handles[places[name]].get_tensor(name)
 
 
 def _text(path: pathlib.Path) -> str:
@@ -116,7 +137,7 @@ def _open(file: pathlib.Path) -> Any:
 def _places(path: pathlib.Path) -> dict[str, pathlib.Path]:
   """The file of each tensor."""
   if (path / INDEX).exists():
-    index = _json(path / INDEX).get("weight_map", {})
+    index = read_json(path / INDEX).get("weight_map", {})
     return {name: path / file for name, file in index.items()}
   if (path / ONE).exists():
     return dict.fromkeys(_open(path / ONE).keys(), path / ONE)

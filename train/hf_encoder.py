@@ -1,0 +1,152 @@
+"""Encoders in and out of Hugging Face's layout: BERT and RoBERTa.
+
+    found = hf_encoder.load(path, head="classify", labels=3)
+    found.config, found.params, found.tokenizer, found.notes
+    hf_encoder.save(found, out)       # a folder that transformers loads
+
+A folder holds config.json, safetensors (one file or shards) and a tokenizer.
+`hub:NAME` is a repository of the hub, of which these files are fetched.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import huggingface_hub as hub
+import safetensors.numpy
+
+from train import encoder_tokenizer, encoder_weights, files, hf, sources
+from train.config import HUB
+from train.encoder_config import Config, Head
+from train.errors import UserError
+
+# What is fetched of a repository: not its weights in other formats.
+FETCHED = (
+  hf.CONFIG,
+  hf.ONE,
+  hf.INDEX,
+  "model-*.safetensors",
+  hf.TOKENIZER,
+  "tokenizer_config.json",
+  "vocab.txt",
+  "vocab.json",
+  "merges.txt",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """An encoder that somebody else has trained, ready to be fine-tuned."""
+
+  config: Config
+  params: dict  # nested dicts of arrays on the host
+  tokenizer: encoder_tokenizer.Tokenizer
+  notes: tuple[str, ...]  # sentences: what starts afresh, what was left out
+  # Of config.json, what is not the shape: names of labels, ids of tokens.
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load(
+  path: str | pathlib.Path,
+  head: Head = "none",
+  labels: int = 2,
+  seed: int = 0,
+  **changes: Any,
+) -> Loaded:
+  """Reads a checkpoint as an encoder with the head that a task needs.
+
+  Args:
+    path: a folder, or `hub:NAME`.
+    head: what stands on the encoder. Where the checkpoint has none that fits
+      it is initialised, which `notes` says.
+    labels: outputs of a classification head; 1: regression.
+    seed: of a head that is initialised.
+    **changes: other fields of `Config` (`dtype`, `remat`, `dropout`, ...).
+
+  Raises:
+    UserError: there is none, it is of another architecture, or its parts do
+      not belong together. Nothing is allocated then.
+  """
+  folder = _folder(str(path))
+  given = hf.read_json(folder / hf.CONFIG)
+  config = encoder_weights.config_from_hf(
+    given, str(folder / hf.CONFIG), head, labels, **changes
+  )
+  tokenizer = encoder_tokenizer.load(folder, config)
+  shapes, read = hf.open_tensors(folder)
+  params, notes = encoder_weights.to_params(
+    str(folder), config, shapes, read, seed
+  )
+  extra = {name: v for name, v in given.items() if name.endswith("_token_id")}
+  return Loaded(config, params, tokenizer, notes, extra)
+
+
+def _folder(path: str) -> pathlib.Path:
+  if path.startswith(HUB):
+    return _from_hub(path.removeprefix(HUB))
+  folder = pathlib.Path(path).expanduser()
+  if not folder.is_dir():
+    raise UserError(
+      f"{folder} is no folder; name one with {hf.CONFIG}, safetensors and a"
+      f" tokenizer, or {HUB}NAME"
+    )
+  return folder
+
+
+def _from_hub(repository: str) -> pathlib.Path:
+  name = f"{HUB}{repository}"
+  try:
+    return pathlib.Path(
+      hub.snapshot_download(repository, allow_patterns=list(FETCHED))
+    )
+  except hub.errors.LocalEntryNotFoundError as error:
+    raise UserError(sources.unreachable(name, error)) from error
+  except hub.errors.GatedRepoError as error:
+    raise UserError(
+      f"{name} is gated: accept its terms on its page, then `hf auth login`"
+    ) from error
+  except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError) as error:
+    raise UserError(
+      f"{name} is not on the hub: {sources.first_line(error)}"
+    ) from error
+
+
+def save(
+  loaded: Loaded, out: pathlib.Path, extra: Mapping[str, Any] | None = None
+) -> None:
+  """Writes a folder that `transformers` and `load` read.
+
+  Args:
+    loaded: config, parameters and tokenizer.
+    out: a new or empty folder.
+    extra: fields of config.json beside the shape, such as `id2label`.
+
+  Raises:
+    UserError: the folder is not empty or cannot be written.
+  """
+  if out.is_dir() and any(out.iterdir()):
+    raise UserError(f"{out} is not empty; name a new folder")
+  files.make_folder(out, str(out))
+  config = encoder_weights.config_to_hf(
+    loaded.config, {**loaded.extra, **(extra or {})}
+  )
+  described = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": loaded.config.max_length,
+    **loaded.tokenizer.special_tokens(),
+  }
+  texts = {
+    hf.CONFIG: json.dumps(config, indent=2) + "\n",
+    "tokenizer_config.json": json.dumps(described, indent=2) + "\n",
+    hf.TOKENIZER: loaded.tokenizer.text,
+  }
+  tensors = encoder_weights.to_tensors(loaded.config, loaded.params)
+  try:
+    # "pt" is what transformers wants to be told, whoever wrote the file.
+    safetensors.numpy.save_file(tensors, out / hf.ONE, {"format": "pt"})
+    for name, text in texts.items():
+      files.write_text(out / name, text)
+  except OSError as error:
+    raise UserError(f"{out} cannot be written ({error})") from None
