@@ -69,6 +69,7 @@ def estimate(config: configs.Config) -> dict[str, Any]:
     "plan": plan_rows(plan, config.optimizer),
     "bytes": memory(config, placed, mesh),
     "optimizer_state": optimizer.accounting(config.optimizer, placed.weights),
+    "optimizer_state_note": optimizer.accounting_note(placed.weights),
     "flops": work(config, tx, placed.weights, plan.rows),
   }
 
@@ -218,7 +219,7 @@ def render(found: dict[str, Any]) -> str:
     _parameters(found["parameters"]),
     plan_table(found["plan"]),
     _memory(found["bytes"], found["mesh"]),
-    _states(found["optimizer_state"]),
+    _states(found["optimizer_state"], found["optimizer_state_note"]),
     _work(found["flops"]),
     _time(found["flops"], math.prod(found["mesh"].values())),
   )
@@ -256,12 +257,13 @@ def _memory(parts: dict[str, dict], mesh: dict[str, int]) -> list[str]:
   return lines
 
 
-def _states(states: dict[str, int]) -> list[str]:
+def _states(states: dict[str, int], note: str) -> list[str]:
   width = max(map(len, states))
-  return ["optimizer state of this model, same projected matrices"] + [
-    f"  {name:<{width}}{size(n):>12}  {n / states['adamw']:6.1%} of AdamW's"
+  rows = [
+    f"  {name:<{width}}{size(n):>12}  {n / states['adamw']:6.1%} of adamw's"
     for name, n in states.items()
   ]
+  return ["optimizer state of this model", *rows, *textwrap.wrap(note, 78)]
 
 
 def _work(found: dict[str, float]) -> list[str]:

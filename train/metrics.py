@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import pathlib
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -165,8 +166,10 @@ def refreshes_text(
   )
 
 
-def memory_table(parameters: int, matrices: int, states: dict[str, int]) -> str:
-  """Optimizer-state bytes by method, next to the parameters."""
+def memory_table(
+  parameters: int, matrices: int, states: dict[str, int], note: str
+) -> str:
+  """Optimizer-state bytes by method, next to the parameters; a note below."""
   adamw = states["adamw"]
   width = max(map(len, states))
   rows = [
@@ -181,8 +184,4 @@ def memory_table(parameters: int, matrices: int, states: dict[str, int]) -> str:
     f"{parameters:,} parameters, {matrices:,} of them in the block matrices,"
     "\nwhich are the projected ones"
   )
-  foot = (
-    "optax.contrib.galore projects 2-D leaves only: counted (and run) on the"
-    " same\nmatrices with the layers as separate leaves."
-  )
-  return "\n".join([head, *rows, foot])
+  return "\n".join([head, *rows, *textwrap.wrap(note, 78)])

@@ -289,14 +289,56 @@ def accounting(config: OptimizerConfig, params: Any) -> dict[str, int]:
     params: parameters or their ShapeDtypeStructs.
 
   Returns:
-    `{"adamw": ..., "optax.contrib.galore": ..., config.name: ...}`; the
-    projected leaves are the same block matrices in all of them.
+    `{"adamw": ..., "optax.contrib.galore": ..., "this run (NAME)": ...}`; the
+    projected leaves are the same block matrices in all of them. Optax keeps
+    moments in the weights' dtype. Where that is not float32, there is also
+    AdamW in float32, and GaLore in that dtype and on contrib's side.
   """
 
-  def state_bytes(name: Any) -> int:
-    tx = make_optimizer(dataclasses.replace(config, name=name), steps=100)
-    return galore_optax.state_bytes(jax.eval_shape(tx.init, params))
+  def state_bytes(like: Any, **fields: Any) -> int:
+    tx = make_optimizer(dataclasses.replace(config, **fields), steps=100)
+    return galore_optax.state_bytes(jax.eval_shape(tx.init, like))
 
-  rows = {"adamw": "adamw", "optax.contrib.galore": "contrib_galore"}
-  rows[f"this run ({config.name})"] = config.name
-  return {label: state_bytes(name) for label, name in rows.items()}
+  peer: Any = {"accumulate": 1}  # which is GaLore's alone
+  found = {
+    "adamw": state_bytes(params, name="adamw", **peer),
+    "optax.contrib.galore": state_bytes(params, name="contrib_galore", **peer),
+  }
+  dtype = coarse_dtype(params)
+  if dtype and projects(config.name):
+    wide = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params
+    )
+    found["adamw, float32"] = state_bytes(wide, name="adamw", **peer)
+    alike = {"state_dtype": dtype, "basis_dtype": dtype, "proj_type": "auto"}
+    found[f"galore, auto, {dtype}"] = state_bytes(
+      params, name="galore", **alike, **peer
+    )
+  found[f"this run ({config.name})"] = state_bytes(params)
+  return found
+
+
+def coarse_dtype(params: Any) -> str:
+  """The dtype of most weights if it is not float32, else nothing."""
+  sizes: dict[str, int] = {}
+  for x in jax.tree.leaves(params):
+    sizes[str(x.dtype)] = sizes.get(str(x.dtype), 0) + x.size
+  dtype = max(sizes, key=lambda name: sizes[name])
+  return "" if dtype == "float32" else dtype
+
+
+def accounting_note(params: Any) -> str:
+  """What to know of the rows of `accounting` before they are compared."""
+  note = (
+    "All project the same matrices. optax.contrib.galore takes 2-D leaves only"
+    " (counted, and run, with the layers apart) and the longer side, as"
+    " optimizer.proj_type=auto does."
+  )
+  dtype = coarse_dtype(params)
+  if dtype:
+    note += (
+      f" adamw and optax.contrib.galore have the weights' {dtype} for their"
+      " moments, in which a b2 of 0.999 does not decay; GaLore has float32 or"
+      " 8 bits unless optimizer.state_dtype and basis_dtype say otherwise."
+    )
+  return note

@@ -143,6 +143,7 @@ def report(job: Job, state: steps.TrainState) -> None:
     sum(size for size, _ in sizes),
     sum(size for size, hit in sizes if hit),
     optimizer.accounting(config.optimizer, params),
+    optimizer.accounting_note(params),
   )
   print(f"\n{table}\n")
   rare = metrics.refreshes_text(

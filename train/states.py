@@ -25,9 +25,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
   "adamw_8bit": ("adamw_8bit", {}),
   "adafactor, momentum": ("adafactor", {}),
   "optax.contrib.galore": ("contrib_galore", {}),
+  "galore": ("galore", {}),
   "galore, all bfloat16": ("galore", BF16),
   "galore, auto, bfloat16": ("galore", BF16 | {"proj_type": "auto"}),
-  "galore, float32 moments": ("galore", {"basis_dtype": "bfloat16"}),
+  "galore, bfloat16 bases": ("galore", {"basis_dtype": "bfloat16"}),
   "galore_8bit": ("galore_8bit", {"basis_dtype": "bfloat16"}),
   "galore_8bit, auto, int8": (
     "galore_8bit",

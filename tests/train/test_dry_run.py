@@ -56,6 +56,13 @@ def test_state_bytes_are_those_of_describe(giant):
   rows = sum(row["state_bytes"] for row in giant["plan"])
   assert 0 <= state - rows < 100  # counters
   assert giant["optimizer_state"]["this run (galore)"] == state
+  # Like for like: the weights' dtype and contrib's side, on both.
+  states = giant["optimizer_state"]
+  assert states["adamw, float32"] - 2 * states["adamw"] < 100
+  alike = states["galore, auto, bfloat16"] - states["optax.contrib.galore"]
+  assert abs(alike) < 4096  # counters, one a matrix in contrib's
+  note = giant["optimizer_state_note"]
+  assert "bfloat16 for their moments" in note and "0.999" in note
   fewer = estimate("llama_7b", "galore", "optimizer.rank=128", "data.batch=8")
   assert fewer["bytes"]["whole"]["optimizer_state"] < state / 2
 

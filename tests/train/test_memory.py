@@ -134,6 +134,7 @@ def test_published_sizes(monkeypatch):
   assert size["adamw"] == 2 * (full + 2 * matrices) + 8  # two counters
   low = 8 * (4 * (512 * 128 + 2 * 128 * 512) + 3 * (512 * 128 + 2 * 128 * 1376))
   assert abs(size["galore, all bfloat16"] - 2 * (full + low)) < 100
+  assert abs(size["galore"] - 4 * (full + low)) < 100
   assert size["q_galore"] < 0.36 * size["adamw"]
   assert "paper: GaLore" in states.render(found)
 
