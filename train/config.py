@@ -31,6 +31,10 @@ OptimizerName = Literal[
   "fira",
   "apollo",
   "apollo_mini",
+  "lora",
+  "qlora",
+  "relora",
+  "low_rank",
 ]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 Dtype = Literal["float32", "bfloat16"]
@@ -158,13 +162,14 @@ class OptimizerConfig:
   learning_rate: float = 8e-3  # at its peak
   matrix_lr: float = 1.0  # factor for the block matrices, any optimizer
   warmup: float = 0.1  # fraction of the steps
+  decay: Literal["cosine", "linear"] = "cosine"  # after the warm-up
   final: float = 0.1  # learning rate at the end, fraction of the peak
   clip: float = 1.0  # global norm of the gradient; 0: no clipping
   b1: float = 0.9  # decay of the first moment
   b2: float = 0.999  # decay of the second moment
   eps: float = 1e-8  # added to the root of the second moment
   weight_decay: float = 0.0  # decoupled; not on norms
-  rank: int = 64  # of GaLore's subspaces
+  rank: int = 64  # of GaLore's subspaces, or of LoRA's factors
   update_proj_gap: int = 50  # steps between two bases of a matrix
   scale: float = 0.25  # GaLore's alpha: factor on what comes back from them
   # The projected side: std the shorter, as the papers do; reverse_std the
@@ -184,17 +189,32 @@ class OptimizerConfig:
   state_dtype: Literal["", "float32", "bfloat16"] = (
     ""  # of GaLore's moments; empty: the weights', but float32 at least
   )
+  lora_alpha: float = 32.0  # LoRA's product is multiplied by this over rank
+  reset_every: int = 100  # updates between two restarts of ReLoRA's factors
+  restart_warmup: int = 10  # updates in which its learning rate comes back
+  pruned: float = 0.9  # share of the factors' moments that a restart zeroes
 
   def __post_init__(self):
     positive = ("learning_rate", "matrix_lr", "eps", "scale")
     positive += ("rank", "update_proj_gap", "accumulate")
+    positive += ("lora_alpha", "reset_every")
     _check("optimizer", self, positive)
-    for name in ("warmup", "final", "b1", "b2"):
+    for name in ("warmup", "final", "b1", "b2", "pruned"):
       if not 0 <= getattr(self, name) <= 1:
         raise UserError(
           f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}"
         )
     _check("optimizer", self, ("clip", "weight_decay"), low=-1e-30)
+    if not 0 <= self.restart_warmup < self.reset_every:
+      raise UserError(
+        f"optimizer.restart_warmup is {self.restart_warmup}; it must be 0 or"
+        f" more, and less than optimizer.reset_every={self.reset_every}"
+      )
+
+  @property
+  def has_adapters(self) -> bool:
+    """Whether factors are trained in place of the matrices."""
+    return self.name in ("lora", "qlora", "relora", "low_rank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +313,23 @@ class Config:
       raise UserError(
         "train.accumulate and optimizer.accumulate both cut the batch in"
         " parts; use one of them"
+      )
+    if self.optimizer.has_adapters:
+      self._check_adapters(self.optimizer.name)
+
+  def _check_adapters(self, name: str) -> None:
+    """Raises where a method that trains factors meets what it cannot do."""
+    if self.train.layerwise:
+      raise UserError(
+        f"train.layerwise updates weights inside the backward pass, and"
+        f" optimizer.name={name} trains factors instead; use a GaLore method,"
+        " or leave train.layerwise false"
+      )
+    if self.model.weights != "full":
+      raise UserError(
+        f"model.weights={self.model.weights} is for weights that are trained,"
+        f" not for optimizer.name={name}; leave it at full, and take"
+        " optimizer.name=qlora for frozen weights of four bits"
       )
 
 

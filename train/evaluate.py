@@ -1,14 +1,19 @@
 """The held-out loss of a run, beside that of a model of frequencies."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from train import data, metrics
 from train import step as steps
-from train.job import Job
+
+if TYPE_CHECKING:
+  from train.job import Job
 
 
 def evaluate(

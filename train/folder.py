@@ -69,8 +69,9 @@ OWN_FILES = (
   "tokenizer.json",
   "run.png",
   "sample.txt",
+  "result.json",
 )
-OWN_FOLDERS = ("tensorboard", "wandb")
+OWN_FOLDERS = ("tensorboard", "wandb", "model")
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -11,8 +11,11 @@ import optax
 
 import galore_optax
 from train import (
+  adapters,
   checkpoint,
   data,
+  evaluate,
+  flops,
   hf,
   hosts,
   layered,
@@ -47,9 +50,28 @@ class Job:
   watcher: subspace.Watcher
   seconds: float  # of training before this start
 
-  def put(self, rows: np.ndarray) -> jax.Array:
+  def put(self, rows: Any) -> Any:
     """Moves this process's rows of a batch to its devices."""
     return meshes.put_batch(rows, meshes.batch_sharding(self.mesh))
+
+  def batch_shape(self) -> Any:
+    """The shape of every batch; None where they have several."""
+    config = self.config.data
+    return jax.ShapeDtypeStruct(
+      (config.batch, config.length + 1),
+      "int32",
+      sharding=meshes.batch_sharding(self.mesh),
+    )
+
+  def forward_flops(self) -> float:
+    """FLOPs a token of the model's forward pass."""
+    return flops.forward_per_token(self.config.model, self.config.data.length)
+
+  def evaluate(
+    self, state: steps.TrainState, say: Callable[[str], None]
+  ) -> float:
+    """Says and logs how good the model is; the lower the number the better."""
+    return evaluate.evaluate(self, state, say)
 
   def close(self) -> None:
     """Ends the background work: the data's, then the checkpoints'."""
@@ -80,7 +102,8 @@ def prepare(
   """Lays the model out, makes or restores its state, opens its files."""
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
   method = layered.fuse(config, tx) if config.train.layerwise else tx
-  placed = steps.place(config.model, method, mesh)
+  reparametrised = adapters.make(config.optimizer)
+  placed = steps.place(config.model, method, mesh, reparametrised)
   restored = checkpoint.restore(out, placed)
   if restored is None:
     given, seed = hf.initial_params(config), config.train.seed

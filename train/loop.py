@@ -11,10 +11,8 @@ import jax.numpy as jnp
 
 from train import checkpoint, flops, metrics
 from train import config as configs
-from train import mesh as meshes
 from train import step as steps
 from train.errors import TrainingError
-from train.evaluate import evaluate
 from train.job import Job
 
 
@@ -38,7 +36,7 @@ class Watch:
     self.speed = metrics.Throughput()
     self.say = self.progress.say
     self._skipped = skipped  # steps so far that left the optimizer as it was
-    self._forward = flops.forward_per_token(config.model, config.data.length)
+    self._forward = job.forward_flops()
     self.resume()
 
   def step(
@@ -129,7 +127,7 @@ def train(
   """
   config, start = job.config, int(state.step)
   if start == 0:
-    evaluate(job, state, print)
+    job.evaluate(state, print)
   if start >= config.train.steps:
     return Outcome(state, stopped=False)
   compiled = compile_step(job, state)
@@ -185,7 +183,7 @@ def settle(
   """Evaluates and saves, whatever of it is due."""
   loss = None
   if "evaluate" in due:
-    loss = evaluate(job, state, watch.say)
+    loss = job.evaluate(state, watch.say)
     if job.config.run.keep_best and loss < job.checkpoints.best():
       due.add("save")
   if "save" in due and not steps.all_finite(state.params):
@@ -223,15 +221,12 @@ def _divergence(job: Job, step: int) -> str:
 def compile_step(job: Job, state: steps.TrainState) -> Callable:
   """Compiles the training step for exactly these shapes and shardings."""
   begin = time.perf_counter()
-  config = job.config.data
-  rows = jax.ShapeDtypeStruct(
-    (config.batch, config.length + 1),
-    "int32",
-    sharding=meshes.batch_sharding(job.mesh),
-  )
-  if any(x.dtype == jnp.int4 for x in jax.tree.leaves(state)):
-    # A program compiled ahead refuses 4-bit arguments (jax 0.10.2: it takes
-    # packed and unpacked layouts for different ones); `jit` does not.
+  rows = job.batch_shape()
+  packed = any(x.dtype == jnp.int4 for x in jax.tree.leaves(state))
+  if packed or rows is None:
+    # One program does not fit batches of several shapes; and one compiled
+    # ahead refuses 4-bit arguments (jax 0.10.2: it takes packed and unpacked
+    # layouts for different ones). `jit` sees to both.
     print("compiles   with the first step", flush=True)
     return job.train_step
   compiled = job.train_step.lower(state, rows).compile()

@@ -12,8 +12,12 @@ import jax.numpy as jnp
 import optax
 
 import galore_optax
+from train import adapters
 from train.config import OptimizerConfig
 from train.errors import UserError
+
+# Of the paths of kernels, and of the factors that are trained for them.
+KERNEL_ENDS = ("/kernel", "/kernel/a", "/kernel/b")
 
 
 def path_of(path: tuple) -> str:
@@ -22,10 +26,10 @@ def path_of(path: tuple) -> str:
 
 
 def is_matrix(path: tuple, leaf: Any) -> bool:
-  """Whether a leaf is a kernel of the blocks: attention or feed-forward."""
+  """Whether a leaf is a kernel of the blocks, or a factor of one."""
   del leaf
   name = path_of(path)
-  return name.startswith("layers/") and name.endswith("/kernel")
+  return name.startswith("layers/") and name.endswith(KERNEL_ENDS)
 
 
 def matrices(params: Any) -> Any:
@@ -51,7 +55,19 @@ def projects(name: str) -> bool:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Linear warm-up to the peak, then a cosine to `final` of it."""
+  """The learning rate of each update; ReLoRA's warms up after restarts, too."""
+  schedule = _smooth_schedule(config, steps)
+  if config.name != "relora":
+    return schedule
+  return galore_optax.jagged_schedule(
+    schedule, config.reset_every, config.restart_warmup
+  )
+
+
+def _smooth_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Linear warm-up to the peak, then `decay` to `final` of it."""
+  if config.decay == "linear":
+    return _linear_schedule(config, steps)
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
@@ -59,6 +75,18 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     decay_steps=max(2, steps),
     end_value=config.final * config.learning_rate,
   )
+
+
+def _linear_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """A line up to the peak and one down; without a warm-up only the second."""
+  peak, warmup = config.learning_rate, round(config.warmup * steps)
+  down = optax.linear_schedule(
+    peak, config.final * peak, max(1, steps - warmup)
+  )
+  if not warmup:
+    return down
+  up = optax.linear_schedule(0.0, peak, warmup)
+  return optax.join_schedules([up, down], [warmup])
 
 
 def make_optimizer(
@@ -192,6 +220,8 @@ def _options(c: OptimizerConfig) -> dict[str, Any]:
   """The keyword arguments of `galore_optax.galore`."""
   return {
     "rank": c.rank,
+    # What is not of the blocks is at full rank: an encoder's pooler too.
+    "rules": ((r"^(?!layers/)", None),),
     "update_proj_gap": c.update_proj_gap,
     "scale": c.scale,
     "proj_type": c.proj_type,
@@ -278,6 +308,11 @@ METHODS = {
   "fira": _fira,
   "apollo": _apollo,
   "apollo_mini": _apollo_mini,
+  # What these train instead of the matrices is said in train/adapters.py.
+  "lora": _adamw,
+  "qlora": _adamw,
+  "relora": _adamw,
+  "low_rank": _adamw,
 }
 
 
@@ -296,7 +331,8 @@ def accounting(config: OptimizerConfig, params: Any) -> dict[str, int]:
   """
 
   def state_bytes(like: Any, **fields: Any) -> int:
-    tx = make_optimizer(dataclasses.replace(config, **fields), steps=100)
+    changed = dataclasses.replace(config, **fields)
+    tx = adapters.initial(changed, make_optimizer(changed, steps=100))
     return galore_optax.state_bytes(jax.eval_shape(tx.init, like))
 
   peer: Any = {"accumulate": 1}  # which is GaLore's alone

@@ -87,7 +87,7 @@ def find_files(name: str, pattern: str) -> list[pathlib.Path]:
   """
   path = pathlib.Path(pattern).expanduser()
   if path.is_dir():
-    found = [p for p in path.rglob("*") if p.is_file() and _kind(p)]
+    found = [p for p in path.rglob("*") if p.is_file() and kind_of(p)]
     found = [p for p in found if not _hidden(p.relative_to(path))]
     missing = f"{name} is a folder without files that end in {_endings()}"
   elif path.exists():
@@ -107,7 +107,7 @@ def _hidden(path: pathlib.Path) -> bool:
   return any(part.startswith(".") for part in path.parts)
 
 
-def _kind(path: pathlib.Path) -> str | None:
+def kind_of(path: pathlib.Path) -> str | None:
   """The reader of `datasets` for a file, by the end of its name."""
   name = path.name.lower()
   for kind, endings in KINDS.items():
@@ -134,7 +134,7 @@ def _load_files(
   config: DataConfig,
 ) -> Documents:
   paths = find_files(name, pattern)
-  kinds = {_kind(path): path for path in reversed(paths)}
+  kinds = {kind_of(path): path for path in reversed(paths)}
   if None in kinds:
     raise UserError(f"{name}: {kinds[None]} ends in none of {_endings()}")
   if len(kinds) > 1:

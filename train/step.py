@@ -11,6 +11,7 @@ from flax import nnx
 import galore_optax
 from train import layered, llama
 from train import mesh as meshes
+from train.adapters import Adapters
 from train.config import ModelConfig, TrainConfig
 
 PADDING = -1  # id of the positions that fill up a row
@@ -38,10 +39,31 @@ class Placed(NamedTuple):
   shardings: TrainState  # of NamedShardings
   weights: dict  # of ShapeDtypeStructs: the parameters as the model reads them
   weight_shardings: dict  # of NamedShardings
+  adapters: Adapters | None = None  # of LoRA and its kin
 
   def read(self, params: dict) -> dict:
     """The weights that parameters stand for, none of them quantised."""
+    if self.adapters is not None:
+      return self.adapters.read(params)
     return galore_optax.dequantize_params(params, self.config.dtype)
+
+  def differentiable(self, params: dict) -> tuple[dict, dict, Callable]:
+    """The weights, what is trained, and from one's gradient to the other's.
+
+    What is trained are the weights themselves, or the adapters.
+    """
+    if self.adapters is None:
+      weights = self.read(params)
+      return weights, weights, lambda grads: grads
+    weights, back = self.adapters.differentiable(params)
+    return weights, params["adapters"], back
+
+  def add(self, params: dict, updates: dict, key: jax.Array | None) -> dict:
+    """The parameters after updates of what is trained."""
+    if self.adapters is None:
+      return galore_optax.apply_updates(params, updates, key)
+    adapters = optax.apply_updates(params["adapters"], updates)
+    return params | {"adapters": adapters}
 
 
 # The matrices that `model.weights` quantises: those that GaLore projects.
@@ -94,18 +116,32 @@ def is_predicted(rows: jax.Array) -> jax.Array:
 Method = optax.GradientTransformation | galore_optax.Layerwise
 
 
-def place(config: ModelConfig, tx: Method, mesh: jax.sharding.Mesh) -> Placed:
-  """Shapes and shardings of the whole training state."""
+def place(
+  config: ModelConfig,
+  tx: Method,
+  mesh: jax.sharding.Mesh,
+  adapters: Adapters | None = None,
+) -> Placed:
+  """Shapes and shardings of the whole training state.
+
+  Args:
+    config: the model's.
+    tx: the optimizer, of the adapters where there are any.
+    mesh: where the state shall live.
+    adapters: what is trained in place of the weights.
+  """
   graphdef, boxes = llama.abstract(config)
   weights = nnx.to_pure_dict(boxes)
   shardings = meshes.param_shardings(boxes, mesh)
   count = jax.ShapeDtypeStruct((), jnp.int32)
-  opt_state = jax.eval_shape(tx.init, weights)
+  params, stored = _place_params(config, adapters, weights, shardings)
+  trained, where = weights, shardings
+  if adapters is not None:
+    trained, where = params["adapters"], stored["adapters"]
+  opt_state = jax.eval_shape(tx.init, trained)
   # Without these, `jit` would put a copy of every moment on every device.
-  opt_shardings = galore_optax.state_shardings(tx, weights, shardings)
+  opt_shardings = galore_optax.state_shardings(tx, trained, where)
   whole = meshes.replicated(mesh)
-  params = jax.eval_shape(lambda x: store(config, x), weights)
-  stored = galore_optax.quantized_shardings(params, shardings)
   return Placed(
     config,
     graphdef,
@@ -113,7 +149,19 @@ def place(config: ModelConfig, tx: Method, mesh: jax.sharding.Mesh) -> Placed:
     TrainState(whole, whole, whole, stored, opt_shardings),
     weights,
     shardings,
+    adapters,
   )
+
+
+def _place_params(
+  config: ModelConfig, adapters: Adapters | None, weights: dict, shardings: dict
+) -> tuple[dict, dict]:
+  """Parameters as training keeps them, and where, from those of the weights."""
+  if adapters is None:
+    params = jax.eval_shape(lambda x: store(config, x), weights)
+    return params, galore_optax.quantized_shardings(params, shardings)
+  stored = galore_optax.state_shardings(adapters, weights, shardings)
+  return jax.eval_shape(adapters.init, weights), stored
 
 
 def init_state(
@@ -136,6 +184,9 @@ def init_state(
   def init(params: dict | None) -> TrainState:
     params = llama.init(config, seed) if params is None else params
     zeros = (jnp.zeros((), jnp.int32),) * 3
+    if placed.adapters is not None:
+      params = placed.adapters.init(params, seed)
+      return TrainState(*zeros, params, tx.init(params["adapters"]))
     opt_state = tx.init(params)
     return TrainState(*zeros, store(config, params), opt_state)
 
@@ -223,7 +274,8 @@ def _in_parts(run: Callable, count: int) -> Callable:
       (params, opt_state), found = jax.lax.scan(part, carry, parts)
     loss, norm = found["loss"].mean(), found["grad_norm"].mean()
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    return _finish(state, finite, params, opt_state, loss, norm, rows)
+    tokens = is_predicted(rows).sum()
+    return finish(state, finite, params, opt_state, loss, norm, tokens)
 
   return train_step
 
@@ -260,19 +312,18 @@ def _rounding_key(config: TrainConfig, count: jax.Array) -> jax.Array | None:
   return jax.random.fold_in(jax.random.key(config.seed), count)
 
 
-def _finish(
+def finish(
   state: TrainState,
   finite: jax.Array,
   params: dict,
   opt_state: Any,
   loss: jax.Array,
   norm: jax.Array,
-  rows: jax.Array,
+  tokens: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """The state after a step, and what is told about it."""
   skipped = state.skipped + ~finite
   in_row = jnp.where(finite, 0, state.skips_in_row + 1)
-  tokens = is_predicted(rows).sum()
   metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
   metrics |= {"skipped": skipped, "skips_in_row": in_row}
   new = TrainState(state.step + 1, skipped, in_row, params, opt_state)
@@ -288,21 +339,27 @@ def _whole_step(
   def train_step(
     state: TrainState, rows: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    weights = placed.read(state.params)
-    grads, loss, _ = gradient(weights, rows)
+    weights, trained, back = placed.differentiable(state.params)
+    grads, loss, tokens = gradient(weights, rows)
+    grads = back(grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     key = _rounding_key(config, state.step)
 
     def update() -> tuple[Any, Any]:
-      updates, opt_state = tx.update(grads, state.opt_state, weights)
-      params = galore_optax.apply_updates(state.params, updates, key)
-      return params, opt_state
+      updates, opt_state = tx.update(grads, state.opt_state, trained)
+      params = placed.add(state.params, updates, key)
+      if placed.adapters is None:
+        return params, opt_state
+      count = state.step - state.skipped + 1
+      return placed.adapters.restart_if_due(
+        params, opt_state, count, config.seed
+      )
 
     params, opt_state = jax.lax.cond(
       finite, update, lambda: (state.params, state.opt_state)
     )
-    return _finish(state, finite, params, opt_state, loss, norm, rows)
+    return finish(state, finite, params, opt_state, loss, norm, tokens)
 
   return train_step
 
@@ -359,6 +416,8 @@ def make_eval_step(
   """
 
   def eval_step(params: dict, rows: jax.Array):
+    if placed.adapters is not None:
+      params = placed.read(params)
     if placed.config.weights != "full":
       # Reads the weights of one layer at a time.
       return layered.summed_loss(placed.config, params, rows)
