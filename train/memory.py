@@ -25,7 +25,7 @@ import jax
 
 import galore_optax
 from train import config as configs
-from train import dry_run, layered, optimizer, presets
+from train import dry_run, hlo, layered, optimizer, presets
 from train import mesh as meshes
 from train import step as steps
 from train.errors import UserError
@@ -132,7 +132,8 @@ def measure(
   Returns:
     What `--json` prints. Where the compiler refuses because the program does
     not fit, `peak_bytes` is what it says it would need and the figures it did
-    not get to are None.
+    not get to are None. `collectives` are those of one step, see
+    `hlo.totals`; bytes are of the whole arrays on one device.
   """
   mesh = _mesh(config, target)
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
@@ -155,7 +156,8 @@ def measure(
       sizes = _compile(config, method, placed, target)
     except jax.errors.JaxRuntimeError as error:
       sizes = {"peak_bytes": _needed(error)}
-  found |= {"argument_bytes": None, "temp_bytes": None, **sizes}
+  unknown = {"argument_bytes": None, "temp_bytes": None, "collectives": None}
+  found |= unknown | sizes
   found["compile_seconds"] = round(time.perf_counter() - begin, 1)
   found["components"] = components(exact, sizes)
   room = target.usable if limit is None else limit
@@ -187,8 +189,8 @@ def _compile(
   method: steps.Method,
   placed: steps.Placed,
   target: targets.Target,
-) -> dict[str, int]:
-  """Bytes that the compiler assigns to the step, on each device."""
+) -> dict[str, Any]:
+  """What the compiler assigns to the step, and sends, on each device."""
   mesh = placed.shardings.step.mesh
   rows = jax.ShapeDtypeStruct(
     (config.data.batch, config.data.length + 1),
@@ -219,7 +221,15 @@ def _compile(
     "unaliased_output_bytes": new,
     "code_bytes": code,
     "peak_bytes": arguments + new + temporaries + code,
+    "collectives": _collectives(compiled, config) if mesh.size > 1 else {},
   }
+
+
+def _collectives(compiled: Any, config: configs.Config) -> dict[str, Any]:
+  """Collectives of a step; those of a step that is skipped do not count."""
+  usual = not config.train.layerwise and config.optimizer.accumulate == 1
+  module = hlo.Module(compiled.as_text())
+  return hlo.totals(module.collectives(taken=1 if usual else 0))
 
 
 def _needed(error: Exception) -> int:
@@ -254,7 +264,7 @@ def _bases(opt_state: Any) -> list[Any]:
 
 
 def components(
-  exact: dict[str, int], sizes: dict[str, int]
+  exact: dict[str, int], sizes: dict[str, Any]
 ) -> dict[str, int | None]:
   """What fills the peak.
 
@@ -334,6 +344,7 @@ def render(found: dict[str, Any]) -> str:
   if found["room_bytes"] is not None:
     line("room", found["room_bytes"])
     lines.append("fits" if found["fits"] else "DOES NOT FIT")
+  lines += hlo.lines(found["collectives"] or {})
   lines.append(
     f"Assigned by the compiler in {found['compile_seconds']} s; nothing was"
     " executed."

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from galore_optax import Projection, galore, matrix, paths, plan, state_bytes
-from train.bench import step as bench
+from train.bench import trees as bench
 
 FAST = hypothesis.settings(max_examples=60, deadline=None)
 

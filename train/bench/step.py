@@ -1,208 +1,219 @@
-"""The optimizer step on a LLaMA-shaped tree, next to its peers.
+"""The optimizer's step on LLaMA-shaped trees, next to its peers.
 
-    python -m train.bench.step
-
-prints, for the LLaMA-60M tree with random gradients, the trace and compile
-time, the state's size, the first step, the steady step, and the worst step over
-a whole gap. Steps of the peers are interleaved; every figure is a time of this
-one run, and the ratios are what to read. Times are processor seconds, which a
-busy machine disturbs less than the clock.
+Random gradients, one for all steps: what a step costs does not depend on them.
+Peers take a few steps in turn with ours, which makes all steps of a gap, so
+that every refresh is among them; `optax.adamw` makes as many and shows what
+the machine alone adds to the worst of them.
 """
 
 import argparse
-import dataclasses
-import statistics
-import time
-from collections.abc import Callable
+import gc
+import pathlib
 from typing import Any
 
-import jax
-import optax
+from train.bench import pictures, timing, torch_peers, trees
+from train.bench import runner as runners
+from train.bench.timing import short
 
-from galore_optax import galore_adamw, state_bytes
-
-
-@dataclasses.dataclass
-class Runner:
-  """One optimizer with its compiled step and live state."""
-
-  name: str
-  step: Callable
-  params: dict
-  state: optax.OptState
-  trace_s: float
-  compile_s: float
-  bytes: int
-
-  def run(self, grads: dict) -> float:
-    """Runs one step.
-
-    Args:
-      grads: Gradients, one array a parameter.
-
-    Returns:
-      Processor seconds.
-    """
-    start = time.process_time()
-    self.params, self.state = self.step(grads, self.state, self.params)
-    jax.block_until_ready((self.params, self.state))
-    return time.process_time() - start
+ADAMW = "optax.adamw"
+REFRESHING = ("contrib.galore", "galore-torch")  # all matrices at steps k T
 
 
-def llama_tree(
-  dim: int, hidden: int, layers: int, vocab: int, stacked: bool
-) -> dict:
-  """Shapes of a LLaMA's parameters, one leaf a matrix or stacked by layers."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of this benchmark."""
+  add = parser.add_argument
+  add("--trees", default="60m,130m", help=f"of {', '.join(trees.SIZES)}")
+  add("--layouts", default="unrolled,stacked", help="unrolled, stacked, both")
+  add("--rank", type=int, help="default: the paper's of each size")
+  add("--gap", type=int, default=200, help="update_proj_gap T")
+  add("--peer-steps", type=int, default=20, help="of each peer at most")
+  add("--peer-seconds", type=float, default=60.0, help="of each peer at most")
+  add("--torch", action="store_true", help="galore-torch and torch's AdamW too")
 
-  def block(stack: tuple[int, ...]) -> dict:
-    return {
-      "attn": {name: (*stack, dim, dim) for name in "qkvo"},
-      "mlp": {
-        "gate": (*stack, dim, hidden),
-        "up": (*stack, dim, hidden),
-        "down": (*stack, hidden, dim),
-      },
-      "norm_1": (*stack, dim),
-      "norm_2": (*stack, dim),
+
+QUICK = {"trees": "60m", "gap": 8, "peer_steps": 3, "peer_seconds": 10.0}
+
+
+def measure(flags: argparse.Namespace) -> dict[str, Any]:
+  """One entry for each tree and layout."""
+  if flags.torch:
+    torch_peers.require()
+  found = []
+  for name in flags.trees.split(","):
+    for layout in flags.layouts.split(","):
+      size = trees.find(name)
+      rank = flags.rank or size.rank
+      rows = _measure_tree(flags, size, layout == "stacked", rank)
+      entry = {"tree": name, "layout": layout, "rank": rank, "gap": flags.gap}
+      found.append(entry | {"rows": rows})
+      print(text(found[-1]), flush=True)
+      gc.collect()
+  return {"trees": found}
+
+
+def _measure_tree(
+  flags: argparse.Namespace, size: trees.Size, stacked: bool, rank: int
+) -> dict[str, Any]:
+  """Optimizer to its figures, on one tree."""
+  tree = trees.shapes(size, stacked)
+  grads = trees.random_like(tree, 1, 1e-3)
+  chosen = trees.optimizers(rank, flags.gap)
+  made = {
+    name: runners.start(make, tree, grads) for name, make in chosen.items()
+  }
+  peers = torch_peers.start(grads, rank, flags.gap) if flags.torch else {}
+  calls = {name: x.call for name, x in {**made, **peers}.items()}
+  first = {name: timing.seconds(call) for name, call in calls.items()}
+  times: dict[str, list[float]] = {name: [] for name in calls}
+  budget = timing.Budget(flags.peer_steps, 2, flags.peer_seconds)
+  for _ in range(flags.gap):
+    for name, call in calls.items():
+      if name in (ADAMW, trees.OURS) or budget.asks(times[name]):
+        times[name].append(timing.seconds(call))
+  rows = {
+    name: _figures(name, first[name], times[name], flags.gap) for name in calls
+  }
+  for name, x in made.items():
+    rows[name] |= {
+      "trace": x.trace,
+      "compile": x.compile,
+      "temporaries": x.temporaries,
+      "state_bytes": x.state_bytes,
+      "hlo_lines": x.lines,
     }
+  for name, peer in peers.items():
+    rows[name]["state_bytes"] = peer.state_bytes()
+  return rows
 
-  if stacked:
-    body = {"layers": block((layers,))}
+
+def _figures(
+  name: str, first: float, times: list[float], gap: int
+) -> dict[str, Any]:
+  """Figures of one optimizer from its first step and those after it."""
+  steady = timing.median(times)
+  # Those that refresh everything at once did so in their first step.
+  at_once = name in REFRESHING
+  whole = len(times) == gap
+  if at_once:
+    amortised = ((gap - 1) * steady + first) / gap
   else:
-    body = {f"layer_{i}": block(()) for i in range(layers)}
-  shapes = {"embed": (vocab, dim), "lm_head": (dim, vocab), "norm": (dim,)}
-  return shapes | body
+    amortised = sum(times) / gap if whole else steady
+  return {
+    "first": first,
+    "steady": steady,
+    "worst": first if at_once else max(times),
+    "amortised": amortised,
+    "steps": len(times),
+    "times": times if name in (ADAMW, trees.OURS) else None,
+  }
 
 
-def random_like(shapes: dict, seed: int, scale: float) -> dict:
-  """Normal arrays of these shapes."""
-  leaves, treedef = jax.tree.flatten(
-    shapes, is_leaf=lambda x: isinstance(x, tuple)
+def ratios(entry: dict[str, Any]) -> dict[str, dict[str, float]]:
+  """What is to be read: each optimizer's figures over AdamW's and its own."""
+  rows = entry["rows"]
+  adamw, contrib = rows[ADAMW], rows["contrib.galore"]
+  building = lambda x: x["trace"] + x["compile"]
+  found = {}
+  for name, x in rows.items():
+    found[name] = {
+      "steady / adamw": x["steady"] / adamw["steady"],
+      "amortised / adamw": x["amortised"] / adamw["amortised"],
+      "worst / median": x["worst"] / x["steady"],
+      "first / median": x["first"] / x["steady"],
+    }
+    if "compile" in x:
+      found[name]["build / contrib"] = building(x) / building(contrib)
+    if "state_bytes" in x:
+      found[name]["state / adamw"] = x["state_bytes"] / adamw["state_bytes"]
+  return found
+
+
+RATIOS = (
+  "steady / adamw",
+  "amortised / adamw",
+  "worst / median",
+  "first / median",
+  "build / contrib",
+  "state / adamw",
+)
+SECONDS = ("trace", "compile", "first", "steady", "worst", "amortised")
+
+
+def _cells(entry: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+  """Rows of the table of ratios, and of that of figures."""
+  by_name = ratios(entry)
+  relative = [
+    [name, *(short(found.get(x)) for x in RATIOS)]
+    for name, found in by_name.items()
+  ]
+  absolute = []
+  for name, x in entry["rows"].items():
+    sizes = [
+      timing.mib(x[key]) if key in x else "-"
+      for key in ("temporaries", "state_bytes")
+    ]
+    absolute.append([name, *(short(x.get(key)) for key in SECONDS), *sizes])
+  return relative, absolute
+
+
+ABSOLUTE = [*(f"{x} s" for x in SECONDS), "temp. MiB", "state MiB"]
+
+
+def _title(entry: dict[str, Any]) -> str:
+  return (
+    f"LLaMA-{entry['tree'].upper()}, {entry['layout']},"
+    f" rank {entry['rank']}, T = {entry['gap']}"
   )
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  draw = jax.jit(
-    lambda keys: [
-      scale * jax.random.normal(keys[i], shape)
-      for i, shape in enumerate(leaves)
+
+
+def text(entry: dict[str, Any]) -> str:
+  """What one tree gave, for the terminal: ratios first."""
+  relative, absolute = _cells(entry)
+  return "\n".join(
+    [
+      "",
+      _title(entry),
+      timing.text_table(["", *RATIOS], relative),
+      "",
+      timing.text_table(["", *ABSOLUTE], absolute),
     ]
   )
-  return treedef.unflatten(draw(keys))
 
 
-def contrib_galore(
-  rank: int, gap: int
-) -> optax.GradientTransformationExtraArgs:
-  """`optax.contrib.galore` on the matrices that ours projects."""
-
-  def dimensions(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-      lambda keys, x: (
-        optax.contrib.GaLoreDimensionNumbers()
-        if x.ndim == 2 and {"attn", "mlp"} & {str(k.key) for k in keys}
-        else None
-      ),
-      params,
-    )
-
-  tx = optax.contrib.galore(
-    1e-3,
-    rank=rank,
-    update_proj_gap=gap,
-    weight_decay=0.1,
-    weight_dimension_numbers=dimensions,
-  )
-  return optax.with_extra_args_support(tx)
+def tables(results: dict[str, Any]) -> str:
+  """The same for the page, all trees."""
+  parts = []
+  for entry in results["trees"]:
+    relative, absolute = _cells(entry)
+    parts += [
+      f"**{_title(entry)}**",
+      timing.markdown_table(["", *RATIOS], relative),
+      timing.markdown_table(["", *ABSOLUTE], absolute),
+    ]
+  return "\n\n".join(parts)
 
 
-def start(name: str, tx: optax.GradientTransformation, shapes: dict) -> Runner:
-  """Compiles an optimizer's step and makes its parameters and state."""
-  params = random_like(shapes, 0, 0.02)
-  state = jax.jit(tx.init)(params)
-
-  def step(grads, state, params):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  clock = time.process_time()
-  traced = jax.jit(step, donate_argnums=(1, 2)).trace(params, state, params)
-  trace_s = time.process_time() - clock
-  lowered = traced.lower()
-  clock = time.process_time()
-  compiled = lowered.compile()
-  compile_s = time.process_time() - clock
-  size = state_bytes(state)
-  return Runner(name, compiled, params, state, trace_s, compile_s, size)
+def draw(results: dict[str, Any], path: pathlib.Path) -> None:
+  """Every step of a gap over the median of AdamW's, ours and AdamW's own."""
+  entries = results["trees"]
+  with pictures.axes(path, len(entries)) as axes:
+    for axis, entry in zip(axes, entries, strict=True):
+      _draw_gap(entry, axis)
 
 
-def measure(args: argparse.Namespace) -> None:
-  """Runs the benchmark and prints its table."""
-  shapes = llama_tree(512, 1376, 8, 32000, args.stacked)
-  grads = random_like(shapes, 1, 1e-3)
-  optimizers = {
-    "optax.adamw": optax.adamw(1e-3, weight_decay=0.1),
-    "galore_adamw": galore_adamw(
-      1e-3, rank=args.rank, update_proj_gap=args.gap, weight_decay=0.1
-    ),
-  }
-  if not args.stacked and not args.no_contrib:
-    optimizers["contrib.galore"] = contrib_galore(args.rank, args.gap)
-  runners = [start(name, tx, shapes) for name, tx in optimizers.items()]
-  first = {runner.name: runner.run(grads) for runner in runners}
-  times: dict[str, list[float]] = {runner.name: [] for runner in runners}
-  for step in range(1, args.gap + 1):
-    for runner in runners:
-      # The peers' steps are needed for the median only.
-      if runner.name == "galore_adamw" or step <= args.peer_steps:
-        times[runner.name].append(runner.run(grads))
-  reference = statistics.median(times["optax.adamw"])
-  row = "{:16} {:>9} {:>9} {:>9} {:>9} {:>9} {:>11} {:>9} {:>9}"
-  head = "trace s|compile s|state MiB|first s|median s|median/adamw|worst s"
-  print(row.format("", *head.split("|"), "worst/med"))
-  for runner in runners:
-    median = statistics.median(times[runner.name])
-    worst = max(times[runner.name])
-    if runner.name == "contrib.galore":
-      worst = first[runner.name]  # it refreshes every matrix at step 0
-    print(
-      row.format(
-        runner.name,
-        f"{runner.trace_s:.2f}",
-        f"{runner.compile_s:.2f}",
-        f"{runner.bytes / 2**20:.1f}",
-        f"{first[runner.name]:.3f}",
-        f"{median:.3f}",
-        f"{median / reference:.3f}",
-        f"{worst:.3f}",
-        f"{worst / median:.2f}",
-      )
-    )
-  print(
-    f"\nworst: over the steps 1 to {args.gap}; of contrib.galore its step 0, "
-    "which refreshes every matrix like its every gap-th step"
-  )
-
-
-def main() -> None:
-  """Parses the command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--rank", type=int, default=128)
-  parser.add_argument("--gap", type=int, default=200, help="update_proj_gap")
-  parser.add_argument(
-    "--peer-steps", type=int, default=20, help="steady steps of each peer"
-  )
-  parser.add_argument(
-    "--no-contrib",
-    action="store_true",
-    help="without optax.contrib.galore, whose refresh takes minutes on a busy"
-    " machine",
-  )
-  parser.add_argument(
-    "--stacked", action="store_true", help="layers stacked, as under a scan"
-  )
-  measure(parser.parse_args())
-
-
-if __name__ == "__main__":
-  main()
+def _draw_gap(entry: dict[str, Any], axis: Any) -> None:
+  rows = entry["rows"]
+  unit = rows[ADAMW]["steady"]
+  for name in (ADAMW, trees.OURS):
+    steps = [rows[name]["first"], *rows[name]["times"]]
+    axis.plot([t / unit for t in steps], lw=1, label=name)
+  if entry["layout"] == "unrolled":
+    spike = rows["contrib.galore"]["worst"] / unit
+    axis.plot([0], [spike], "v", color="C2", label="contrib.galore, step 0")
+  axis.set_yscale("log")
+  axis.set_ylim(bottom=0.5)
+  axis.yaxis.set_major_formatter("{x:g}")
+  axis.set_title(_title(entry), fontsize=9)
+  axis.set_xlabel("step")
+  axis.set_ylabel("time / AdamW's median")
+  axis.legend(frameon=False, fontsize=8)

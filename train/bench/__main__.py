@@ -1,0 +1,145 @@
+"""Benchmarks, each side by side with its peers in one process and one run.
+
+    python -m train.bench step      the optimizer's step on LLaMA-shaped trees
+    python -m train.bench refresh   bases: cost and captured energy
+    python -m train.bench compile   tracing and compiling
+    python -m train.bench shard     bytes and collectives on eight devices
+    python -m train.bench cost      the cost model, and what the machine can do
+    python -m train.bench chips     LLaMA-7B on slices of TPUs, compiled only
+    python -m train.bench loop      the training loop beside its bare step
+    python -m train.bench all       all of them but `loop`, and the report
+    python -m train.bench report    docs/benchmarks.md from what was measured
+
+Where the processor computes, times are processor seconds, which a busy machine
+disturbs less than the clock; the ratios are what to read.
+"""
+
+import argparse
+import importlib
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from train.bench import record, report
+from train.errors import UserError
+
+BENCHMARKS = ("step", "refresh", "compile", "shard", "cost", "chips")
+
+
+def main(words: list[str] | None = None) -> int:
+  """The command: 0 measured, 1 a benchmark of `all` failed, 2 wrong input."""
+  words = sys.argv[1:] if words is None else words
+  if words[:1] == ["loop"]:
+    from train.bench import loop
+
+    return loop.main(words[1:])
+  flags = parse(words)
+  try:
+    if flags.benchmark == "report":
+      report.write(flags.out, flags.page)
+      return 0
+    if flags.benchmark == "all":
+      return run_all(flags)
+    run(flags, words)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+  """Reads the command line; `--quick` changes what is not given."""
+  parser = argparse.ArgumentParser(
+    prog="python -m train.bench",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  commands = parser.add_subparsers(dest="benchmark", required=True)
+  for name in BENCHMARKS:
+    module = _module(name)
+    command = commands.add_parser(
+      name,
+      description=module.__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--out", type=pathlib.Path, help=_OUT)
+    _add_common(command)
+    module.add_arguments(command)
+    if "--quick" in words and name in words:
+      command.set_defaults(**module.QUICK)
+  for name in ("all", "report"):
+    command = commands.add_parser(name, help=_HELP[name])
+    command.add_argument("--out", type=pathlib.Path, default=record.FOLDER)
+    command.add_argument("--page", type=pathlib.Path, default=report.PAGE)
+    if name == "all":
+      _add_common(command)
+      command.add_argument("--torch", action="store_true", help=_TORCH)
+      command.add_argument("--only", default=",".join(BENCHMARKS), help=_ONLY)
+  commands.add_parser("loop", help="python -m train.bench loop --help")
+  return parser.parse_args(words)
+
+
+_OUT = "folder for the record and the picture; default: print only"
+_TORCH = "galore-torch and torch's AdamW among the step's peers"
+_ONLY = "of the benchmarks, separated by commas"
+_HELP = {
+  "all": "every benchmark in a process of its own, and the report",
+  "report": "renders the tables of the page from the records",
+}
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--quick", action="store_true", help="smaller, to try")
+  parser.add_argument(
+    "--single-threaded",
+    action="store_true",
+    help="one thread for XLA and for BLAS",
+  )
+
+
+def _module(name: str) -> Any:
+  return importlib.import_module(f"train.bench.{name}")
+
+
+def run(flags: argparse.Namespace, words: list[str]) -> dict[str, Any]:
+  """Measures one benchmark, and keeps what it found if a folder is given."""
+  if flags.single_threaded:
+    record.restart_with_one_thread(words)
+  module = _module(flags.benchmark)
+  record.restart_with_devices(words, getattr(module, "DEVICES", 1))
+  results = module.measure(flags)
+  made = record.make(flags.benchmark, words, flags, results)
+  if flags.out:
+    print(f"\nwrote {record.save(made, flags.out)}")
+    if draw := getattr(module, "draw", None):
+      draw(results, flags.out / f"{flags.benchmark}.png")
+  return made
+
+
+def run_all(flags: argparse.Namespace) -> int:
+  """Every benchmark in a process of its own, then the report."""
+  chosen = flags.only.split(",")
+  if unknown := set(chosen) - set(BENCHMARKS):
+    raise UserError(
+      f"--only: {', '.join(sorted(unknown))} unknown; take"
+      f" {', '.join(BENCHMARKS)}"
+    )
+  failed = []
+  for name in chosen:
+    words = [name, f"--out={flags.out}"]
+    words += ["--quick"] * flags.quick
+    words += ["--single-threaded"] * flags.single_threaded
+    words += ["--torch"] * (flags.torch and name == "step")
+    print(f"\n=== {name}", flush=True)
+    command = [sys.executable, "-m", "train.bench", *words]
+    if subprocess.run(command, check=False).returncode:
+      failed.append(name)
+  report.write(flags.out, flags.page)
+  if failed:
+    print(f"\nfailed, their records are as before: {', '.join(failed)}")
+  return 1 if failed else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

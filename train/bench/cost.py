@@ -1,0 +1,7 @@
+"""Soon."""
+
+QUICK: dict = {}
+
+
+def add_arguments(parser):
+  pass

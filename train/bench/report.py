@@ -1,0 +1,78 @@
+"""The benchmarks' page: tables between markers, from the kept records.
+
+    <!-- step: begin -->
+    ...
+    <!-- step: end -->
+
+What lies between is replaced; everything else on the page is written by hand.
+"""
+
+import importlib
+import pathlib
+import re
+
+from train.bench import record
+from train.errors import UserError
+
+PAGE = pathlib.Path("docs/benchmarks.md")
+_MARKED = re.compile(
+  r"(<!-- (?P<name>\w+)(?::(?P<part>\w+))?: begin -->\n)(?P<old>.*?)"
+  r"(<!-- (?P=name)(?::(?P=part))?: end -->)",
+  re.DOTALL,
+)
+
+
+def write(folder: pathlib.Path, page: pathlib.Path) -> None:
+  """Renders the tables of a page anew.
+
+  Args:
+    folder: holds the records.
+    page: a Markdown file with markers.
+
+  Raises:
+    UserError: the page has no markers, or cannot be read or written.
+  """
+  try:
+    text = page.read_text(encoding="utf-8")
+  except OSError as error:
+    raise UserError(f"--page {page}: cannot read ({error})") from None
+  new, count = render(text, folder)
+  if not count:
+    raise UserError(
+      f"--page {page}: no place for tables, such as a line"
+      " <!-- step: begin --> and a line <!-- step: end -->"
+    )
+  page.write_text(new, encoding="utf-8")
+  print(f"wrote {page}, {count} places")
+
+
+def render(text: str, folder: pathlib.Path) -> tuple[str, int]:
+  """The page's text with the tables of all records that there are.
+
+  Args:
+    text: the page.
+    folder: holds the records.
+
+  Returns:
+    The new text, and how many places were found.
+  """
+
+  def fill(found: re.Match) -> str:
+    name = found["name"]
+    path = folder / f"{name}.json"
+    if not path.is_file():
+      body = f"Not measured yet: `python -m train.bench {name}`.\n"
+    else:
+      kept = record.load(path)
+      body = _tables(name, found["part"], kept)
+    return f"{found[1]}\n{body}\n{found[5]}"
+
+  return _MARKED.subn(fill, text)
+
+
+def _tables(name: str, part: str | None, kept: dict) -> str:
+  """A record's tables and where they come from."""
+  module = importlib.import_module(f"train.bench.{name}")
+  if part:
+    return module.PARTS[part](kept["results"]) + "\n"
+  return f"{module.tables(kept['results'])}\n\n{record.origin(kept)}\n"

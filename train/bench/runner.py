@@ -1,0 +1,97 @@
+"""One optimizer with its compiled step and live state."""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from galore_optax import state_bytes
+from train.bench import timing, trees
+
+
+@dataclasses.dataclass
+class Runner:
+  """What is timed step by step.
+
+  Attributes:
+    trace: seconds that tracing and lowering took.
+    compile: seconds that compiling took.
+    temporaries: bytes that the compiled step takes besides its arguments.
+    state_bytes: bytes of the optimizer's state.
+    lines: lines of the compiled program.
+  """
+
+  trace: float
+  compile: float
+  temporaries: int
+  state_bytes: int
+  lines: int
+  call: Callable[[], Any]
+
+  def run(self) -> float:
+    """Runs one step; seconds."""
+    return timing.seconds(self.call)
+
+
+def step_of(tx: optax.GradientTransformation) -> Callable:
+  """The step that a user compiles: the update, added to the parameters."""
+
+  def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+@dataclasses.dataclass
+class Compiled:
+  """A step that is compiled, and what that took."""
+
+  trace: float
+  compile: float
+  program: Any
+
+  @property
+  def temporaries(self) -> int:
+    """Bytes besides arguments and results."""
+    return self.program.memory_analysis().temp_size_in_bytes
+
+
+def compile_step(
+  make: Callable[[], optax.GradientTransformation], tree: dict
+) -> Compiled:
+  """Traces and compiles an optimizer's step on a tree of shapes."""
+  params = trees.abstract(tree)
+  tx = make()
+  state = jax.eval_shape(tx.init, params)
+  gc.collect()
+  begin = timing.clock()
+  step = jax.jit(step_of(tx), donate_argnums=(1, 2))
+  lowered = step.lower(params, state, params)
+  traced = timing.clock()
+  program = lowered.compile()
+  return Compiled(traced - begin, timing.clock() - traced, program)
+
+
+def start(make: Callable[[], Any], tree: dict, grads: dict) -> Runner:
+  """Compiles an optimizer's step and makes its parameters and state."""
+  compiled = compile_step(make, tree)
+  params = trees.random_like(tree, 0, 0.02)
+  live = [params, jax.jit(make().init)(params)]
+  size = state_bytes(live[1])
+
+  def call() -> list[Any]:
+    live[:] = compiled.program(grads, live[1], live[0])
+    return live
+
+  return Runner(
+    compiled.trace,
+    compiled.compile,
+    compiled.temporaries,
+    size,
+    len(compiled.program.as_text().splitlines()),
+    call,
+  )

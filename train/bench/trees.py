@@ -1,0 +1,174 @@
+"""LLaMA-shaped parameters without the model, and the optimizers to compare."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from galore_optax import galore_adamw
+from train.errors import UserError
+
+BLOCKS = ("attn", "mlp")  # the matrices that are projected
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """Sizes of a LLaMA and the rank it is trained at in the GaLore paper."""
+
+  dim: int
+  hidden: int
+  layers: int
+  vocab: int
+  rank: int
+
+
+SIZES = {
+  "tiny": Size(32, 48, 2, 64, 8),
+  "60m": Size(512, 1376, 8, 32000, 128),
+  "130m": Size(768, 2048, 12, 32000, 256),
+  "350m": Size(1024, 2736, 24, 32000, 256),
+  "1b": Size(2048, 5461, 24, 32000, 512),
+  "7b": Size(4096, 11008, 32, 32000, 1024),
+}
+
+
+def find(name: str) -> Size:
+  """The size of a name.
+
+  Raises:
+    UserError: there is none.
+  """
+  if name not in SIZES:
+    raise UserError(f"--trees {name!r} is unknown; take {', '.join(SIZES)}")
+  return SIZES[name]
+
+
+def shapes(size: Size, stacked: bool) -> dict:
+  """Shapes of the parameters of a size."""
+  return llama_tree(size.dim, size.hidden, size.layers, size.vocab, stacked)
+
+
+def llama_tree(
+  dim: int, hidden: int, layers: int, vocab: int, stacked: bool
+) -> dict:
+  """Shapes of a LLaMA's parameters, one leaf a matrix or stacked by layers."""
+
+  def block(stack: tuple[int, ...]) -> dict:
+    return {
+      "attn": {name: (*stack, dim, dim) for name in "qkvo"},
+      "mlp": {
+        "gate": (*stack, dim, hidden),
+        "up": (*stack, dim, hidden),
+        "down": (*stack, hidden, dim),
+      },
+      "norm_1": (*stack, dim),
+      "norm_2": (*stack, dim),
+    }
+
+  if stacked:
+    body = {"layers": block((layers,))}
+  else:
+    body = {f"layer_{i}": block(()) for i in range(layers)}
+  ends = {"embed": (vocab, dim), "lm_head": (dim, vocab), "norm": (dim,)}
+  return ends | body
+
+
+def is_shape(x: Any) -> bool:
+  """Whether a node of a tree of shapes is one of them."""
+  return isinstance(x, tuple)
+
+
+def abstract(tree: dict) -> dict:
+  """The arrays of a tree of shapes, without memory behind them."""
+  return jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, "float32"), tree, is_leaf=is_shape
+  )
+
+
+def random_like(tree: dict, seed: int, scale: float) -> dict:
+  """Normal arrays of these shapes."""
+  leaves, treedef = jax.tree.flatten(tree, is_leaf=is_shape)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  draw = jax.jit(
+    lambda keys: [
+      scale * jax.random.normal(keys[i], shape)
+      for i, shape in enumerate(leaves)
+    ]
+  )
+  return treedef.unflatten(draw(keys))
+
+
+def in_blocks(keys: tuple, x: Any) -> bool:
+  """Whether a leaf is one of the matrices that are projected."""
+  return x.ndim > 1 and bool(set(BLOCKS) & {str(key.key) for key in keys})
+
+
+def contrib_galore(
+  rank: int, gap: int
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.contrib.galore` on the matrices that ours projects.
+
+  Those that are stacked it cannot project: they keep full-size moments.
+  """
+
+  def dimensions(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda keys, x: (
+        optax.contrib.GaLoreDimensionNumbers()
+        if x.ndim == 2 and in_blocks(keys, x)
+        else None
+      ),
+      params,
+    )
+
+  tx = optax.contrib.galore(
+    1e-3,
+    rank=rank,
+    update_proj_gap=gap,
+    weight_decay=0.1,
+    weight_dimension_numbers=dimensions,
+  )
+  return optax.with_extra_args_support(tx)
+
+
+def contrib_muon() -> optax.GradientTransformationExtraArgs:
+  """`optax.contrib.muon` on the same matrices, stacks included."""
+
+  def dimensions(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda keys, x: (
+        optax.contrib.MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
+        if in_blocks(keys, x)
+        else None
+      ),
+      params,
+    )
+
+  tx = optax.contrib.muon(
+    1e-3, weight_decay=0.1, muon_weight_dimension_numbers=dimensions
+  )
+  return optax.with_extra_args_support(tx)
+
+
+OURS = "galore_adamw"
+OURS_AUTO = "galore_adamw, auto"
+
+
+def optimizers(rank: int, gap: int) -> dict[str, Callable[[], Any]]:
+  """Name to what makes the optimizer, ours and its peers."""
+
+  def ours(**more: Any) -> Any:
+    return galore_adamw(
+      1e-3, rank=rank, update_proj_gap=gap, weight_decay=0.1, **more
+    )
+
+  return {
+    "optax.adamw": lambda: optax.adamw(1e-3, weight_decay=0.1),
+    "optax.adafactor": lambda: optax.adafactor(1e-3),
+    "contrib.galore": lambda: contrib_galore(rank, gap),
+    "contrib.muon": contrib_muon,
+    OURS: ours,
+    OURS_AUTO: lambda: ours(proj_type="auto"),
+  }
