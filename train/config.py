@@ -42,7 +42,7 @@ HUB = "hub:"  # what the name of a set or a tokenizer on the hub starts with
 AttentionName = Literal["auto", "xla", "cudnn", "splash"]
 
 
-def _check(group: str, config: Any, names: Iterable[str], low: float = 0):
+def check_above(group: str, config: Any, names: Iterable[str], low: float = 0):
   """Raises unless every named field of `config` is above `low`."""
   for name in names:
     value = getattr(config, name)
@@ -87,7 +87,7 @@ class ModelConfig:
 
   def __post_init__(self):
     sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "unroll")
-    _check("model", self, (*sizes, "rope_theta", "norm_eps", "init_std"))
+    check_above("model", self, (*sizes, "rope_theta", "norm_eps", "init_std"))
     if self.d_model % (2 * self.n_heads):
       raise UserError(
         f"model.d_model is {self.d_model}, which does not split into"
@@ -130,9 +130,11 @@ class DataConfig:
   cache: str = ""  # tokenizer and tokenised text; "": ~/.cache/galore_optax
 
   def __post_init__(self):
-    _check("data", self, ("length", "batch", "eval_rows", "shuffle_buffer"))
-    _check("data", self, ("holdout_every",), low=1)
-    _check("data", self, ("prefetch",), low=-1)
+    check_above(
+      "data", self, ("length", "batch", "eval_rows", "shuffle_buffer")
+    )
+    check_above("data", self, ("holdout_every",), low=1)
+    check_above("data", self, ("prefetch",), low=-1)
     for name in ("path", "tokenizer"):
       value = getattr(self, name)
       if value.startswith(HUB) and not value.removeprefix(HUB).strip(":"):
@@ -198,13 +200,13 @@ class OptimizerConfig:
     positive = ("learning_rate", "matrix_lr", "eps", "scale")
     positive += ("rank", "update_proj_gap", "accumulate")
     positive += ("lora_alpha", "reset_every")
-    _check("optimizer", self, positive)
+    check_above("optimizer", self, positive)
     for name in ("warmup", "final", "b1", "b2", "pruned"):
       if not 0 <= getattr(self, name) <= 1:
         raise UserError(
           f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}"
         )
-    _check("optimizer", self, ("clip", "weight_decay"), low=-1e-30)
+    check_above("optimizer", self, ("clip", "weight_decay"), low=-1e-30)
     if not 0 <= self.restart_warmup < self.reset_every:
       raise UserError(
         f"optimizer.restart_warmup is {self.restart_warmup}; it must be 0 or"
@@ -231,7 +233,7 @@ class TrainConfig:
   rounding: Literal["stochastic", "nearest"] = "stochastic"  # of 8-bit weights
 
   def __post_init__(self):
-    _check("train", self, ("steps", "accumulate", "max_skips"))
+    check_above("train", self, ("steps", "accumulate", "max_skips"))
     if not 0 <= self.z_loss < math.inf:
       raise UserError(f"train.z_loss must be 0 or above, got {self.z_loss}")
 
@@ -250,9 +252,9 @@ class MeshConfig:
   process: int = -1  # this one, from 0; -1: from the cluster's environment
 
   def __post_init__(self):
-    _check("mesh", self, ("data", "processes"), low=-1)
-    _check("mesh", self, ("process",), low=-2)
-    _check("mesh", self, ("fsdp", "tensor"))
+    check_above("mesh", self, ("data", "processes"), low=-1)
+    check_above("mesh", self, ("process",), low=-2)
+    check_above("mesh", self, ("fsdp", "tensor"))
     if self.coordinator not in ("", "auto") and ":" not in self.coordinator:
       raise UserError(
         f"mesh.coordinator is {self.coordinator!r}; give host:port of process"
@@ -282,10 +284,10 @@ class RunConfig:
   watch_every: int = 0  # steps between two looks; 0: rarely, at refreshes
 
   def __post_init__(self):
-    _check("run", self, ("eval_every", "log_every", "checkpoint_every"))
-    _check("run", self, ("keep", "temperature"))
+    check_above("run", self, ("eval_every", "log_every", "checkpoint_every"))
+    check_above("run", self, ("keep", "temperature"))
     free = ("sample_tokens", "keep_best", "watch_every")
-    _check("run", self, free, low=-1)
+    check_above("run", self, free, low=-1)
     if not self.prompt:
       raise UserError("run.prompt is empty; give it a few words")
 
