@@ -114,6 +114,8 @@ def is_predicted(rows: jax.Array) -> jax.Array:
 # What updates the weights: an Optax transformation, or GaLore's step that
 # updates layer by layer. Both have an `init`.
 Method = optax.GradientTransformation | galore_optax.Layerwise
+# Of weights, a batch and the number of the step: gradient, loss, tokens.
+Gradient = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
 
 
 def place(
@@ -130,7 +132,27 @@ def place(
     mesh: where the state shall live.
     adapters: what is trained in place of the weights.
   """
-  graphdef, boxes = llama.abstract(config)
+  return place_model(config, *llama.abstract(config), tx, mesh, adapters)
+
+
+def place_model(
+  config: ModelConfig,
+  graphdef: nnx.GraphDef,
+  boxes: nnx.State,
+  tx: Method,
+  mesh: jax.sharding.Mesh,
+  adapters: Adapters | None = None,
+) -> Placed:
+  """`place` for any model whose layers are one stack.
+
+  Args:
+    config: how its weights are stored and read.
+    graphdef: its structure.
+    boxes: its parameters' shapes, and the logical names of their axes.
+    tx: see `place`.
+    mesh: see `place`.
+    adapters: see `place`.
+  """
   weights = nnx.to_pure_dict(boxes)
   shardings = meshes.param_shardings(boxes, mesh)
   count = jax.ShapeDtypeStruct((), jnp.int32)
@@ -206,7 +228,8 @@ def make_train_step(
   placed: Placed,
   config: TrainConfig,
   low_rank_parts: int = 1,
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict]]:
+  gradient: Gradient | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
   """The training step, jitted; it consumes the state it is given.
 
   A step whose loss or gradient is not finite changes neither parameters nor
@@ -217,6 +240,8 @@ def make_train_step(
     placed: where the state lives.
     config: what a step is.
     low_rank_parts: parts of a batch that `tx` adds up itself, at low rank.
+    gradient: function of the weights, a batch and the number of the step:
+      gradient, loss, tokens; None: that of the next-token loss.
 
   Returns:
     A function of a state and rows (B, T + 1) int32 that gives the next state
@@ -229,7 +254,7 @@ def make_train_step(
   elif low_rank_parts > 1:
     step = _in_parts(_part_of_step(tx, placed, config), low_rank_parts)
   else:
-    step = _whole_step(tx, placed, config)
+    step = _whole_step(tx, placed, config, gradient)
   return jax.jit(
     step,
     donate_argnums=0,
@@ -331,16 +356,21 @@ def finish(
 
 
 def _whole_step(
-  tx: optax.GradientTransformation, placed: Placed, config: TrainConfig
+  tx: optax.GradientTransformation,
+  placed: Placed,
+  config: TrainConfig,
+  gradient: Gradient | None = None,
 ):
   """The step that knows the whole gradient before the first weight moves."""
-  gradient = make_gradient(placed, config)
+  if gradient is None:
+    of_tokens = make_gradient(placed, config)
+    gradient = lambda weights, rows, step: of_tokens(weights, rows)
 
   def train_step(
     state: TrainState, rows: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     weights, trained, back = placed.differentiable(state.params)
-    grads, loss, tokens = gradient(weights, rows)
+    grads, loss, tokens = gradient(weights, rows, state.step)
     grads = back(grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
