@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 import galore_optax
+from train import adapters, flops, jaxprs, layered, optimizer
 from train import config as configs
-from train import flops, jaxprs, layered, optimizer
 from train import mesh as meshes
 from train import step as steps
 from train.errors import UserError
@@ -59,8 +59,10 @@ def estimate(config: configs.Config) -> dict[str, Any]:
   mesh: Any = abstract_mesh(config.mesh)  # shardings take it as a mesh
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
   method = layered.fuse(config, tx) if config.train.layerwise else tx
-  placed = steps.place(config.model, method, mesh)
-  plan = galore_optax.describe(tx, placed.weights)
+  parts = adapters.make(config.optimizer)
+  placed = steps.place(config.model, method, mesh, parts)
+  like = adapters.initial(config.optimizer, tx)
+  plan = galore_optax.describe(like, placed.weights)
   return {
     "preset": config.preset,
     "optimizer": config.optimizer.name,
@@ -70,7 +72,7 @@ def estimate(config: configs.Config) -> dict[str, Any]:
     "bytes": memory(config, placed, mesh),
     "optimizer_state": optimizer.accounting(config.optimizer, placed.weights),
     "optimizer_state_note": optimizer.accounting_note(placed.weights),
-    "flops": work(config, tx, placed.weights, plan.rows),
+    "flops": work(config, tx, placed, plan.rows),
   }
 
 
@@ -102,6 +104,8 @@ def _plan_row(row: Any, config: configs.OptimizerConfig) -> dict[str, Any]:
   block = row.path.startswith("layers/") and row.path.endswith("/kernel")
   if config.name == "contrib_galore" and block:  # which `describe` cannot know
     side, rank = "long side", config.rank
+  if config.has_adapters and block:
+    side, rank = "factors", min(config.rank, *row.shape[-2:])
   return {
     "path": row.path,
     "shape": list(row.shape),
@@ -121,8 +125,7 @@ def memory(
   Gradient accumulation keeps a float32 sum beside a microbatch's gradient.
   """
   state, where = placed.state, placed.shardings
-  groups = {
-    "weights": (state.params, where.params),
+  groups = weights(placed) | {
     "gradients": gradients(config, placed),
     "optimizer_state": (state.opt_state, where.opt_state),
   }
@@ -138,6 +141,21 @@ def memory(
   for part in (whole, device):
     part["together"] = sum(part.values())
   return {"whole": whole, "device": device}
+
+
+def weights(placed: steps.Placed) -> dict[str, tuple[Any, Any]]:
+  """The weights by group, as shapes, with their shardings.
+
+  With factors that is what is kept, and the weights that a step makes of it.
+  """
+  params, where = placed.state.params, placed.shardings.params
+  if placed.adapters is None:
+    return {"weights": (params, where)}
+  return {
+    "frozen_weights": (params["frozen"], where["frozen"]),
+    "trained_weights": (params["adapters"], where["adapters"]),
+    "made_weights": (placed.weights, placed.weight_shardings),
+  }
 
 
 def gradients(config: configs.Config, placed: steps.Placed) -> tuple[Any, Any]:
@@ -186,13 +204,16 @@ def activation_bytes(config: configs.Config, shards: int) -> int:
 
 
 def work(
-  config: configs.Config, tx: Any, params: Any, rows: tuple
+  config: configs.Config, tx: Any, placed: steps.Placed, rows: tuple
 ) -> dict[str, float]:
   """FLOPs of matrix products: a token's, a step's, and the run's."""
   length = config.data.length
   forward = flops.forward_per_token(config.model, length)
   again = flops.recompute_per_token(config.model, length)
-  update = flops.update_every_step(tx, params)
+  if placed.adapters is None:
+    update = flops.update_every_step(tx, placed.weights)
+  else:
+    update = flops.adapters_every_step(placed.adapters, placed.state.params)
   refresh = flops.refresh(rows, config.optimizer)
   gap = config.optimizer.update_proj_gap
   tokens = config.data.batch * length

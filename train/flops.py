@@ -20,6 +20,7 @@ from jax.extend import core
 
 from train import jaxprs, llama
 from train import step as steps
+from train.adapters import Adapters
 from train.config import ModelConfig, OptimizerConfig
 
 # Dense bfloat16 FLOPs a second of one JAX device, at its `device_kind`, with
@@ -101,6 +102,21 @@ def update_every_step(
   state = jax.eval_shape(tx.init, params)
   traced = jax.make_jaxpr(tx.update)(params, state, params)
   return jaxprs.count_flops(traced.jaxpr, min)
+
+
+def adapters_every_step(adapters: Adapters, params: Any) -> int:
+  """FLOPs of multiplying factors out, and of the gradient's way back.
+
+  Args:
+    adapters: how weights are divided.
+    params: `frozen` and `adapters`, or their shapes.
+  """
+
+  def both(params: Any) -> Any:
+    weights, back = adapters.differentiable(params)
+    return back(weights)
+
+  return jaxprs.count_flops(jax.make_jaxpr(both)(params).jaxpr)
 
 
 def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:

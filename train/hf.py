@@ -23,8 +23,8 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import galore_optax
+from train import adapters, files, folder, llama, tokenizer
 from train import config as configs
-from train import files, folder, llama, tokenizer
 from train import step as steps
 from train import weights as names
 from train.errors import UserError
@@ -160,16 +160,34 @@ def _load_run(path: pathlib.Path, config: dict[str, Any], step: int) -> Weights:
     raise UserError(
       f"{path / CONFIG} is of another version ({error})"
     ) from None
+  parts = _adapters(path, config)
   place = path / folder.FOLDER
   place /= str(step or _newest(place))
   text = _text(path / TOKENIZER)
   return names.from_params(
     str(path),
     model,
-    functools.cache(lambda: _restore(place, model)),
+    functools.cache(lambda: _restore(place, model, parts)),
     tokenizer=text,
     extra=_extra_of_run(text, config),
   )
+
+
+def _adapters(
+  path: pathlib.Path, config: dict[str, Any]
+) -> adapters.Adapters | None:
+  """What a run has trained in place of the weights."""
+  fields = {
+    name.removeprefix("optimizer."): value
+    for name, value in config.items()
+    if name.startswith("optimizer.")
+  }
+  try:
+    return adapters.make(configs.OptimizerConfig(**fields))
+  except TypeError as error:
+    raise UserError(
+      f"{path / CONFIG} is of another version ({error})"
+    ) from None
 
 
 def _extra_of_run(text: str, config: dict[str, Any]) -> dict[str, dict]:
@@ -197,13 +215,16 @@ def describe_tokenizer(end: str, length: int) -> dict[str, Any]:
   }
 
 
-def _restore(place: pathlib.Path, model: configs.ModelConfig) -> dict:
+def _restore(
+  place: pathlib.Path,
+  model: configs.ModelConfig,
+  parts: adapters.Adapters | None,
+) -> dict:
   """Parameters alone, not the optimizer's state, as arrays on the host."""
   # In the host's memory: an accelerator may not hold them beside its work.
   host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  kept = jax.eval_shape(
-    lambda x: steps.store(model, x), nnx.to_pure_dict(llama.abstract(model)[1])
-  )
+  store = parts.init if parts else functools.partial(steps.store, model)
+  kept = jax.eval_shape(store, nnx.to_pure_dict(llama.abstract(model)[1]))
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), kept
   )
@@ -220,6 +241,8 @@ def _restore(place: pathlib.Path, model: configs.ModelConfig) -> dict:
     raise UserError(f"{place} cannot be read ({reason})") from None
   # What was trained in eight bits goes out as the weights it stands for.
   found = loaded["state"]["params"]
+  if parts is not None:
+    return parts.read(found)
   return galore_optax.dequantize_params(found, model.param_dtype)
 
 

@@ -51,6 +51,11 @@ SMALL_RATES: dict[str, Any] = {
   "fira": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
   "apollo": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
   "apollo_mini": {"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
+  # Of few that were tried the best; not tuned.
+  "lora": {"learning_rate": 8e-3},
+  "qlora": {"learning_rate": 8e-3},
+  "relora": {"learning_rate": 8e-3},
+  "low_rank": {"learning_rate": 8e-3},
 }
 # Its alpha stands under a root, and at rank 1 makes up for a factor that is
 # too small.
@@ -116,6 +121,9 @@ def llama_60m(optimizer: OptimizerName) -> Config:
       scale=APOLLO_SCALES.get(optimizer, 0.25),
       rank=128,
       update_proj_gap=200,
+      # As in the script for 130M of ReLoRA's authors.
+      reset_every=2000,
+      restart_warmup=100,
       clip=0.0,
     ),
     train=TrainConfig(steps=10_000),

@@ -14,6 +14,7 @@ import jax
 
 import galore_optax
 from train import (
+  adapters,
   arguments,
   checkpoint,
   data,
@@ -122,6 +123,8 @@ def _method(config: configs.Config) -> str:
   chosen, weights = config.optimizer, config.model.weights
   text = f"{chosen.name}, learning rate {chosen.learning_rate:g}"
   text += f", weights in {weights}" if weights != "full" else ""
+  if chosen.has_adapters:
+    text += f", factors of rank {chosen.rank}"
   if chosen.name == "q_galore" and chosen.b2 == presets.Q_GALORE_B2:
     text += f"\n{'':11}b2 {chosen.b2:g}, as its authors have it; GaLore's is"
     text += f" {configs.OptimizerConfig.b2:g}"
@@ -146,6 +149,8 @@ def report(job: Job, state: steps.TrainState) -> None:
     optimizer.accounting_note(params),
   )
   print(f"\n{table}\n")
+  if job.placed.adapters is not None:
+    print(f"weights    {adapters.weights_text(job.placed.state.params)}\n")
   rare = metrics.refreshes_text(
     galore_optax.refresh_counts(state.opt_state),
     int(state.step),
