@@ -1,0 +1,211 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import galore_optax
+from train import encoder, mesh, optimizer
+from train.config import MeshConfig
+from train.errors import UserError
+
+BERT = encoder.Config(60, 16, 24, 2, 4, max_length=16, head="classify")
+ROBERTA = dataclasses.replace(
+  BERT, family="roberta", position_offset=2, n_types=1, pad_id=1
+)
+FAMILIES = {"bert": BERT, "roberta": ROBERTA}
+IDS = jnp.arange(2, 20).reshape(2, 9)  # each token has a row of its own
+MASK = jnp.array([[1] * 9, [1] * 5 + [0] * 4])
+KEY = jax.random.key(3)
+CLASSIFY = jax.jit(encoder.classify, static_argnums=0)
+
+
+@functools.cache
+def build(config):
+  """Structure, and parameters large enough to tell tokens apart."""
+  params = encoder.init(config, 0)
+  large = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
+  return encoder.abstract(config)[0], large
+
+
+def classify(config, params=None, ids=IDS, mask=MASK, types=None, key=None):
+  graphdef, fresh = build(config)
+  return CLASSIFY(graphdef, params or fresh, ids, mask, types, key)
+
+
+def reach(config, function):
+  """How far each output of row 1 depends on each of its tokens."""
+  graphdef, params = build(config)
+
+  def outputs(table):
+    changed = params | {
+      "embed": params["embed"] | {"words": {"embedding": table}}
+    }
+    return function(graphdef, changed, IDS, MASK)
+
+  table = params["embed"]["words"]["embedding"]
+  jacobian = jax.jit(jax.jacrev(outputs))(table)
+  return np.abs(jacobian[:, IDS[1]]).max(axis=-1)  # (outputs, tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_see_each_other_and_no_padding(family):
+  config = dataclasses.replace(FAMILIES[family], head="none")
+
+  def squares(*args):
+    return (encoder.hidden(*args)[1, :, :7] ** 2).sum(axis=-1)
+
+  found = reach(config, squares)
+  assert (found[:5, :5] > 1e-6).all()
+  assert (found[:5, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("pool", ["first", "mean"])
+def test_logits_are_of_all_tokens_and_of_no_padding(pool):
+  config = dataclasses.replace(BERT, pool=pool)
+  found = reach(config, lambda *args: encoder.classify(*args)[1])
+  assert (found[:, :5] > 1e-6).all() and (found[:, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing_wherever_and_whatever_it_is(family):
+  config = FAMILIES[family]
+  short = classify(config, ids=IDS[1:, :5], mask=MASK[1:, :5])
+  np.testing.assert_allclose(classify(config)[1:], short, atol=1e-5)
+  if family == "roberta":  # which counts tokens, from wherever they begin
+    turned = [jnp.roll(x, 4, axis=1) for x in (IDS, MASK)]
+    config = dataclasses.replace(config, pool="mean")
+    left = classify(config, ids=turned[0], mask=turned[1])[1:]
+    np.testing.assert_allclose(left, classify(config)[1:], atol=1e-5)
+
+
+def test_a_row_of_padding_alone_is_finite_with_its_gradient():
+  config = dataclasses.replace(ROBERTA, pool="mean")
+  mask = MASK.at[1].set(0)
+  found = jax.grad(lambda p: classify(config, p, mask=mask).sum())(
+    build(config)[1]
+  )
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+def test_token_types_count():
+  types = jnp.zeros_like(IDS).at[:, 4:].set(1)
+  plain, typed = classify(BERT), classify(BERT, types=types)
+  assert np.abs(plain - typed).min() > 1e-3
+  zeros = classify(BERT, types=jnp.zeros_like(IDS))
+  np.testing.assert_array_equal(plain, zeros)
+
+
+@functools.cache
+def gradient(config):
+  """Of the logits' squares, with dropout."""
+  return jax.grad(lambda p: (classify(config, p, key=KEY) ** 2).sum())(
+    build(config)[1]
+  )
+
+
+@pytest.mark.parametrize(
+  "how", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}]
+)
+def test_how_layers_are_run_changes_no_gradient(how):
+  """Nor does it what they drop."""
+  plain, other = gradient(BERT), gradient(dataclasses.replace(BERT, **how))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3),
+    plain,
+    other,
+  )
+
+
+RATES = ("dropout", "attention_dropout", "head_dropout")
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_each_dropout_acts_with_a_key_only(rate):
+  off = dict.fromkeys(RATES, 0.0)
+  config = dataclasses.replace(BERT, **off | {rate: 0.5})
+  plain = classify(config)
+  np.testing.assert_array_equal(plain, classify(BERT))
+  first, again = (classify(config, key=KEY) for _ in range(2))
+  np.testing.assert_array_equal(first, again)
+  other = classify(config, key=jax.random.key(4))
+  for a, b in ((plain, first), (plain, other), (first, other)):
+    assert np.abs(a - b).max() > 1e-3
+  silent = dataclasses.replace(BERT, **off)
+  np.testing.assert_allclose(classify(silent, key=KEY), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dtypes_are_those_of_the_config(family):
+  config = FAMILIES[family]
+  half = dataclasses.replace(config, dtype="bfloat16")
+  full, low = classify(config), classify(half)
+  assert low.dtype == jnp.float32
+  assert 0 < np.abs(full - low).max() < 0.2
+  stored = dataclasses.replace(half, param_dtype="bfloat16")
+  kinds = {x.dtype for x in jax.tree.leaves(encoder.init(stored, 0))}
+  assert kinds == {jnp.dtype("bfloat16")}
+
+
+def test_spans_have_a_start_and_an_end_for_each_position():
+  config = dataclasses.replace(BERT, head="spans")
+  start, end = encoder.spans(*build(config), IDS, MASK)
+  assert start.shape == end.shape == IDS.shape
+  assert start.dtype == jnp.float32
+  assert np.abs(start - end).max() > 1e-2
+
+
+def test_the_plan_projects_the_matrices_of_the_layers():
+  params = jax.eval_shape(lambda: encoder.init(BERT, 0))
+  chosen = optimizer.matrices(params)
+  tx = galore_optax.galore_adamw(1e-3, rank=4, rules=encoder.FULL_RANK)
+  table = galore_optax.describe(tx, params)
+  rows = [row.split() for row in str(table).splitlines()[2:-2]]
+  projected = {row[0] for row in rows if "full rank" not in " ".join(row)}
+  assert projected == {
+    optimizer.path_of(path)
+    for path, is_chosen in jax.tree_util.tree_leaves_with_path(chosen)
+    if is_chosen
+  }
+  assert projected == {
+    *(f"layers/attn/{name}/kernel" for name in "qkvo"),
+    *(f"layers/mlp/{name}/kernel" for name in ("up", "down")),
+  }
+
+
+def test_a_mesh_gives_the_same_logits():
+  if jax.device_count() < 8:
+    pytest.skip(f"needs 8 devices, found {jax.device_count()}")
+  devices = mesh.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), batch=8)
+  ids, mask = jnp.tile(IDS, (4, 1)), jnp.tile(MASK, (4, 1))
+  graphdef, params = build(BERT)
+  expected = classify(BERT, ids=ids, mask=mask)
+  boxes = encoder.abstract(BERT)[1]
+  placed = jax.device_put(params, mesh.param_shardings(boxes, devices))
+  up = placed["layers"]["mlp"]["up"]["kernel"]
+  assert up.addressable_shards[0].data.size < up.size
+  with jax.set_mesh(devices):
+    batch = jax.device_put((ids, mask), mesh.batch_sharding(devices))
+    found = CLASSIFY(graphdef, placed, *batch)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "change, said",
+  [
+    ({"n_heads": 3}, "16, which its n_heads 3 do not divide"),
+    ({"labels": 0}, "labels is 0"),
+    ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+  ],
+)
+def test_wrong_configs_are_refused(change, said):
+  with pytest.raises(UserError, match=said):
+    dataclasses.replace(BERT, **change)
+
+
+def test_longer_texts_than_positions_are_refused():
+  ids = jnp.zeros((1, 17), int)
+  with pytest.raises(UserError, match="17 tokens, but the model has 16"):
+    classify(BERT, ids=ids, mask=jnp.ones_like(ids))
