@@ -74,7 +74,7 @@ class Tokenizer:
     self,
     first: Sequence[str],
     second: Sequence[str] | None = None,
-    length: int = 128,
+    length: int = 0,
     cut: Cut = "longest_first",
   ) -> list[Row]:
     """Each text, or each pair of texts, in at most `length` tokens.
@@ -82,13 +82,15 @@ class Tokenizer:
     Args:
       first: texts.
       second: their partners; None: there are none.
-      length: tokens that are kept, those around the texts counted.
+      length: tokens that are kept, those around the texts counted; 0: as
+        many as the model has positions for.
       cut: what a pair that is too long loses tokens from.
 
     Raises:
       UserError: `length` is more than the model has positions for, or leaves
         no room for text.
     """
+    length = length or self.max_length
     self._check_length(length, 1)
     cut = "only_first" if second is None else cut
     self.tokenizer.enable_truncation(length, strategy=cut)

@@ -1,0 +1,200 @@
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.train import encoder_files
+from train import encoder, encoder_weights, hf, hf_encoder
+from train.errors import UserError
+
+BERT = encoder.Config(
+  60, 16, 24, 2, 4, max_length=16, head="classify", labels=3
+)
+ROBERTA = dataclasses.replace(
+  BERT, vocab_size=400, family="roberta", position_offset=2, n_types=1, pad_id=1
+)
+CASES = {
+  "bert": (BERT, encoder_files.write_bert),
+  "roberta": (ROBERTA, encoder_files.write_roberta),
+}
+
+
+def same(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def written(request, tmp_path_factory):
+  """A folder that we wrote, its config and its parameters."""
+  config, write_tokenizer = CASES[request.param]
+  given = tmp_path_factory.mktemp("given")
+  write_tokenizer(given)
+  tokenizer = hf_encoder.encoder_tokenizer.load(given, config)
+  loaded = hf_encoder.Loaded(config, encoder.init(config, 0), tokenizer, ())
+  hf_encoder.save(loaded, given / "out", {"id2label": {"0": "no", "1": "yes"}})
+  return types.SimpleNamespace(out=given / "out", **dataclasses.asdict(loaded))
+
+
+def copy(written, folder, tensors=None, **config):
+  """The folder again, with other tensors or config."""
+  for file in written.out.iterdir():
+    (folder / file.name).write_bytes(file.read_bytes())
+  old = json.loads((folder / hf.CONFIG).read_text())
+  kept = {k: v for k, v in (old | config).items() if v is not None}
+  (folder / hf.CONFIG).write_text(json.dumps(kept))
+  if tensors is not None:
+    save(tensors, folder / hf.ONE)
+  return folder
+
+
+def save(tensors, path):
+  safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+
+
+def tensors_of(written):
+  return safetensors.numpy.load_file(written.out / hf.ONE)
+
+
+def config_of(written):
+  return encoder.Config(**written.config)
+
+
+def test_what_is_written_is_read_back(written):
+  found = hf_encoder.load(written.out, "classify", 3)
+  assert found.config == config_of(written) and found.notes == ()
+  same(found.params, written.params)
+  stored = json.loads((written.out / hf.CONFIG).read_text())
+  assert stored["id2label"]["1"] == "yes"
+  with pytest.raises(UserError, match="is not empty"):
+    hf_encoder.save(found, written.out)
+
+
+def test_a_head_of_other_labels_starts_afresh(written):
+  found = hf_encoder.load(written.out, "classify", 2, seed=1)
+  [note] = found.notes
+  assert note.startswith("head starts afresh: the checkpoint has")
+  assert "(3, 16), not (2, 16)" in note
+  same(found.params["pooler"], written.params["pooler"])
+  head = found.params["head"]
+  assert head["kernel"].shape == (16, 2)
+  assert 0.01 < head["kernel"].std() < 0.04 and (head["bias"] == 0).all()
+  again, other = (
+    hf_encoder.load(written.out, "classify", 2, seed=seed).params["head"]
+    for seed in (1, 2)
+  )
+  same(again, head)
+  assert (other["kernel"] != head["kernel"]).any()
+
+
+def test_what_a_head_has_no_place_for_is_left_out_and_named(written):
+  found = hf_encoder.load(written.out, "spans", remat="full", dropout=0.0)
+  fresh, left = found.notes
+  assert "no qa_outputs.weight" in fresh
+  for name in tensors_of(written):
+    inside = ".embeddings." in name or ".encoder." in name
+    assert (name in left) == (not inside)
+  assert (found.config.remat, found.config.dropout) == ("full", 0.0)
+  assert set(found.params) == {"embed", "layers", "head"}
+
+
+def test_names_of_a_masked_language_model_are_understood(written, tmp_path):
+  """Of older ones: gamma and beta, position_ids, a pooler, the MLM head."""
+  family = config_of(written).family
+  old = {}
+  for name, tensor in tensors_of(written).items():
+    if not name.startswith("classifier."):
+      name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+      old[name.replace("LayerNorm.bias", "LayerNorm.beta")] = tensor
+  old[f"{family}.embeddings.position_ids"] = np.arange(16)[None]
+  old["cls.predictions.bias"] = np.zeros(60, "f")
+  found = hf_encoder.load(copy(written, tmp_path, old), "none")
+  same(found.params["layers"], written.params["layers"])
+  [note] = found.notes
+  assert "position_ids" in note and "cls.predictions.bias" in note
+  bare = {name.removeprefix(f"{family}."): x for name, x in old.items()}
+  save(bare, tmp_path / hf.ONE)
+  same(hf_encoder.load(tmp_path, "none").params, found.params)
+
+
+def test_tensors_become_the_parameters_dtype_and_shards_are_read(
+  written, tmp_path
+):
+  copy(written, tmp_path)
+  (tmp_path / hf.ONE).unlink()
+  index = {}
+  for i, (name, tensor) in enumerate(tensors_of(written).items()):
+    index[name] = f"{i}.safetensors"
+    save({name: tensor}, tmp_path / index[name])
+  (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": index}))
+  found = hf_encoder.load(tmp_path, "classify", 3, param_dtype="bfloat16")
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)),
+    found.params,
+    written.params,
+  )
+  assert found.params["head"]["kernel"].dtype == "bfloat16"
+
+
+K_1 = "encoder.layer.1.attention.self.key.weight"
+WRONG = {
+  "lacks": (K_1, None, rf"lacks {K_1}; its config.json says 2 layers"),
+  "more": ("encoder.layer.2.output.dense.bias", np.ones(3, "f"), "does not"),
+  "shape": (K_1, np.ones((3, 16), "f"), r"is \(3, 16\), not \(16, 16\)"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_tensors_are_named_before_any_is_read(written, kind):
+  config = config_of(written)
+  name, tensor, said = WRONG[kind]
+  shapes = {n: x.shape for n, x in tensors_of(written).items()}
+  full = f"{config.family}.{name}"
+  shapes = {n: s for n, s in shapes.items() if n != full}
+  if tensor is not None:
+    shapes[full] = tensor.shape
+
+  def read(name):
+    raise AssertionError(f"{name} was read")
+
+  with pytest.raises(UserError, match=said):
+    encoder_weights.to_params("here", config, shapes, read)
+
+
+@pytest.mark.parametrize(
+  "field, value, said",
+  [
+    ("model_type", "distilbert", "'distilbert'; only 'bert' and 'roberta'"),
+    ("model_type", None, "model_type is None"),
+    ("hidden_act", "silu", "hidden_act is 'silu'; this model computes 'gelu'"),
+    ("position_embedding_type", "relative_key", "'relative_key'"),
+    ("is_decoder", True, "is_decoder is True"),
+    ("embedding_size", 8, "embedding_size is 8"),
+    ("hidden_size", None, "has no hidden_size"),
+    ("num_attention_heads", 5, "n_heads 5 do not divide"),
+    ("vocab_size", 7, "the model's vocab_size is 7; it is another model's"),
+    ("num_hidden_layers", 3, r"lacks encoder\.layer\.2.*says 3 layers"),
+  ],
+)
+def test_another_architecture_is_refused(written, tmp_path, field, value, said):
+  copy(written, tmp_path, **{field: value})
+  with pytest.raises(UserError, match=said):
+    hf_encoder.load(tmp_path, "classify")
+
+
+def test_what_is_no_checkpoint_is_said(written, tmp_path):
+  with pytest.raises(UserError, match="none is no folder; name one with"):
+    hf_encoder.load(tmp_path / "none")
+  with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    hf_encoder.load(tmp_path)
+  copy(written, tmp_path)
+  (tmp_path / hf.TOKENIZER).unlink()
+  with pytest.raises(UserError, match="has no tokenizer: neither"):
+    hf_encoder.load(tmp_path)
+  copy(written, tmp_path)
+  (tmp_path / hf.ONE).unlink()
+  with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
+    hf_encoder.load(tmp_path)
