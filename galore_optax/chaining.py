@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
@@ -27,11 +28,24 @@ class Marker(optax.GradientTransformationExtraArgs):
     return self.wrap(inner)
 
 
-def marker(wrap: Callable) -> Marker:
+_FILTER = """\
+galore() without an inner optimizer only filters gradients: the moments of the \
+optimizer before or after it are full-size and no memory is saved. \
+`galore_optax.chain(galore(rank=...), optimizer)`, in this order, or \
+`galore(optimizer, rank=...)` saves it."""
+
+_LAST = """\
+galore() comes last in the chain, after the optimizer: it only filters the \
+finished updates, the moments are full-size and no memory is saved. Put it \
+before: `chain(galore(rank=...), optimizer)`."""
+
+
+def marker(wrap: Callable, warning: str = _FILTER) -> Marker:
   """A marker with these settings.
 
   Args:
     wrap: Wraps an inner optimizer.
+    warning: What `init` says where nobody has unwrapped it.
 
   Returns:
     The marker, which is a low-rank filter where nobody unwraps it.
@@ -40,18 +54,26 @@ def marker(wrap: Callable) -> Marker:
 
   def init(params):
     if not layout.is_placeholder(params):
-      warnings.warn(
-        "galore() without an inner optimizer only filters gradients: the "
-        "moments of the optimizer after it are full-size and no memory is "
-        "saved; `galore_optax.chain(galore(...), optimizer)` or "
-        "`galore(optimizer, ...)` saves it.",
-        stacklevel=4,
-      )
+      warnings.warn(warning, stacklevel=4)
     return plain.init(params)
 
   made = Marker(init, plain.update)
   made.wrap = wrap
   return made
+
+
+def check_inner(inner: Any) -> None:
+  """Raises unless `inner` can be an inner optimizer, as far as can be seen."""
+  if isinstance(inner, Marker):
+    raise TypeError(
+      "`inner` is a `galore(...)` without an inner optimizer. Give one of the "
+      "two the optimizer: `galore(optax.adamw(1e-3), rank=128)`."
+    )
+  if not isinstance(inner, optax.GradientTransformation):
+    raise TypeError(
+      "`inner` must be an Optax gradient transformation, got "
+      f"{inner!r}. Ranks go by name: `galore(rank=128)`."
+    )
 
 
 def chain(
@@ -67,8 +89,9 @@ def chain(
       :func:`galore_optax.galore` without an inner optimizer.
 
   Returns:
-    The chained transformation. Where nothing comes after the marker, for
-    instance in a chain within a chain, it only filters, and warns at `init`.
+    The chained transformation. Where nothing comes after the marker, because
+    the optimizer stands before it or in an outer chain, it only filters, and
+    warns at `init`.
 
   Raises:
     ValueError: If there is more than one marker.
@@ -97,6 +120,7 @@ def chain(
   before, after = transforms[: places[0]], transforms[places[0] + 1 :]
   if not after:
     # Nothing to run in the subspace: the marker is a filter, and says so.
-    return optax.chain(*transforms)
+    last = marker(markers[places[0]].wrap, _LAST if before else _FILTER)
+    return optax.chain(*before, last)
   inner = after[0] if len(after) == 1 else optax.chain(*after)
   return optax.chain(*before, markers[places[0]].wrap(inner))

@@ -84,6 +84,23 @@ def check_float_dtype(
     )
 
 
+def check_not_nested(inner_state: Any, kind: type) -> None:
+  """Raises where an inner optimizer's state holds one of our own.
+
+  Args:
+    inner_state: What the inner optimizer's `init` returned.
+    kind: The type of our state.
+  """
+  is_ours = lambda x: isinstance(x, kind)
+  if any(map(is_ours, jax.tree.leaves(inner_state, is_leaf=is_ours))):
+    raise ValueError(
+      "`inner` holds a GaLore already, and a projected gradient cannot be "
+      "projected again. Wrap the plain optimizer once, "
+      "`galore(optax.adamw(1e-3), rank=128)`; `rules` give some leaves another "
+      "rank, gap or scale."
+    )
+
+
 def try_abstractly(f: Callable, *trees: Any) -> None:
   """Calls a function of an inner update for the errors that it raises.
 

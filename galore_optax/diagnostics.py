@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import paths, projector
+from galore_optax import paths, plan, projector, qarray
 from galore_optax.galore import GaLoreState
 
 
@@ -218,6 +218,10 @@ class Row:
     rank: The rank, or None at full rank.
     state_bytes: Bytes of its bases and moments.
     adam_bytes: Bytes of its moments under Adam in float32.
+    reason: Why it is at full rank, where GaLore decided that: `its name` (an
+      embedding, a head, a norm, a bias or a scale), `rule 'REGEX'`, `no matrix`
+      (fewer than two axes), `thin` (one row or column), `no smaller at rank R`,
+      `complex` or `empty`. Otherwise an empty string.
   """
 
   path: str
@@ -227,6 +231,7 @@ class Row:
   rank: int | None
   state_bytes: int
   adam_bytes: int
+  reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -244,6 +249,8 @@ class Description:
   def __str__(self) -> str:
     """The table."""
     head = ("leaf", "shape", "matrix", "side", "rank", "state", "Adam")
+    told = any(row.reason for row in self.rows)
+    head += ("because of",) if told else ()
     lines = [
       (
         row.path,
@@ -253,6 +260,7 @@ class Description:
         str(row.rank or "-"),
         f"{row.state_bytes:,}",
         f"{row.adam_bytes:,}",
+        *((row.reason,) if told else ()),
       )
       for row in self.rows
     ]
@@ -265,6 +273,7 @@ class Description:
       "",
       f"{self.total_bytes:,}",
       f"{adam:,}",
+      *(("",) if told else ()),
     )
     widths = [
       max(map(len, column)) for column in zip(head, *lines, total, strict=False)
@@ -273,7 +282,7 @@ class Description:
     text = []
     for line in (head, rule, *lines, rule, total):
       cells = [
-        cell.rjust(width) if i >= 4 else cell.ljust(width)
+        cell.rjust(width) if 4 <= i <= 6 else cell.ljust(width)
         for i, (cell, width) in enumerate(zip(line, widths, strict=False))
       ]
       text.append("  ".join(cells).rstrip())
@@ -290,10 +299,12 @@ def describe(
   Args:
     tx: Any optimizer, with GaLore anywhere in it or not at all.
     params: Parameters, or their `jax.ShapeDtypeStruct`. Nothing is allocated.
+      Those that are quantised count as the float32 weights they stand for.
 
   Returns:
     A table to print: leaf, shape, matrix view, projected side, rank, bytes of
-    the leaf's optimizer state, and bytes under Adam in float32.
+    the leaf's optimizer state, bytes under Adam in float32, and why a leaf is
+    at full rank, see :class:`Row`.
 
   Raises:
     ValueError: If the optimizer does not fit the parameters.
@@ -303,15 +314,18 @@ def describe(
     >>> from galore_optax import describe, galore
     >>> params = {"mlp": jnp.zeros((8, 512, 1376)), "norm": jnp.zeros((8, 512))}
     >>> print(describe(galore(optax.adam(1e-3), rank=128), params))
-    leaf         shape           matrix           side       rank       state        Adam
-    -----------  --------------  ---------------  ---------  ----  ----------  ----------
+    leaf         shape           matrix           side       rank       state        Adam  because of
+    -----------  --------------  ---------------  ---------  ----  ----------  ----------  ----------
     mlp          (8, 512, 1376)  8 x (512, 1376)  left        128  13,369,344  45,088,768
-    norm         (8, 512)        -                full rank     -      32,768      32,768
-    -----------  --------------  ---------------  ---------  ----  ----------  ----------
+    norm         (8, 512)        -                full rank     -      32,768      32,768  its name
+    -----------  --------------  ---------------  ---------  ----  ----------  ----------  ----------
     total bytes                                                    13,402,120  45,121,536
   """  # noqa: E501
-  state = jax.eval_shape(tx.init, params)
+  params = paths.map_with_path(lambda _, x: _as_read(x), params)
   leaves = paths.leaves_by_path(params)
+  with plan.noting_reasons() as reasons:
+    # A new function each time: a trace that is cached notes nothing.
+    state = jax.eval_shape(lambda x: tx.init(x), params)
   owned = dict.fromkeys(leaves, 0)
   bases: dict[str, Any] = {}
   for x in jax.tree.leaves(state, is_leaf=_is_state):
@@ -322,10 +336,17 @@ def describe(
     if path is not None:
       owned[path] += _leaf_bytes(x)
   rows = tuple(
-    _row(path, leaf, bases.get(path), owned[path])
+    _row(path, leaf, bases.get(path), owned[path], reasons.get(path, ""))
     for path, leaf in leaves.items()
   )
   return Description(rows, state_bytes(state))
+
+
+def _as_read(x: Any) -> Any:
+  """A leaf as optimizers are given it."""
+  if not qarray.is_quantized(x):
+    return x
+  return jax.ShapeDtypeStruct(x.shape, jnp.float32)
 
 
 def _is_state(x: Any) -> bool:
@@ -349,11 +370,11 @@ def _owner(keys: tuple, leaves: Any) -> str | None:
   return next((name for name in names if name in leaves), None)
 
 
-def _row(path: str, leaf: Any, bases: Any, owned: int) -> Row:
+def _row(path: str, leaf: Any, bases: Any, owned: int, reason: str) -> Row:
   shape = tuple(jnp.shape(leaf))
   adam = 2 * math.prod(shape) * 4
   if not bases:
-    return Row(path, shape, "", "", None, owned, adam)
+    return Row(path, shape, "", "", None, owned, adam, reason)
   side = "both" if len(bases) == 2 else next(iter(bases))
   *stack, size, rank = projector.shape_of(next(iter(bases.values())))
   other = math.prod(shape) // (math.prod(stack) * size)

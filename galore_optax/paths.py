@@ -1,6 +1,6 @@
 """The leaves of a pytree by path: the names that rules and states go by."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,16 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
   return dict(
     zip(paths([keys for keys, _ in flat]), (x for _, x in flat), strict=False)
   )
+
+
+def check_arrays(leaves: Mapping[str, Any], advice: str) -> None:
+  """Raises where a leaf is a quantised array, and says what to do instead."""
+  for path, x in leaves.items():
+    if qarray.is_quantized(x):
+      raise TypeError(
+        f"The leaf {path!r} is a QArray ({x.kind}, shape {x.shape}), not an "
+        f"array. {advice}"
+      )
 
 
 def flatten(tree: Any, is_leaf: Callable = lambda _: False) -> tuple:

@@ -1,16 +1,20 @@
 """Which leaf is projected and how: ordered rules to one static site a leaf."""
 
+import collections
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import checks, matrix, projector
+from galore_optax import checks, matrix, paths, projector
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "auto")
 
@@ -140,12 +144,20 @@ class Plan:
 
     Raises:
       ValueError: If a rule matches no leaf or does not fit the leaf it matches.
-      TypeError: If a leaf is neither real nor complex floating point, or a rule
-        asks for the projection of a complex one.
+      TypeError: If a leaf is neither real nor complex floating point or is
+        quantised, or a rule asks for the projection of a complex one.
     """
     self._check_rules([*leaves, *masked])
-    sites = {path: self._site(path, leaf) for path, leaf in leaves.items()}
-    return {path: site for path, site in sites.items() if site is not None}
+    paths.check_arrays(leaves, BEFORE_QUANTISING)
+    found = {path: self._site(path, leaf) for path, leaf in leaves.items()}
+    sites = {path: x for path, x in found.items() if isinstance(x, Site)}
+    reasons = {path: x for path, x in found.items() if isinstance(x, str)}
+    notes = _NOTES.get()
+    if notes is not None:
+      notes.update(reasons)
+    if not sites:
+      _warn_of_nothing(leaves, reasons, whole=not masked)
+    return sites
 
   def bound(
     self, leaves: Mapping[str, Any], kept: Mapping[str, Mapping]
@@ -164,7 +176,9 @@ class Plan:
 
     Raises:
       ValueError: If the gradients are not those of the initialised parameters.
+      TypeError: If they are quantised.
     """
+    paths.check_arrays(leaves, AT_ARRAYS)
     missing = [path for path in kept if path not in leaves]
     if missing:
       raise ValueError(
@@ -204,15 +218,16 @@ class Plan:
           f"are {_some(leaves)}; a pattern is searched in the path (re.search)."
         )
 
-  def _rule(self, path: str) -> tuple[bool, Projection | None]:
-    """Whether a rule of the user's decided, and what was decided."""
+  def _rule(self, path: str) -> tuple[str | None, Projection | None]:
+    """The rule of the user's that decided, if one did, and the decision."""
     for pattern, how in self.rules:
       if re.search(pattern, path):
-        return True, None if how is None else how.filled(self.defaults)
-    return False, None if _FULL_RANK_PATHS.search(path) else self.defaults
+        return pattern, None if how is None else how.filled(self.defaults)
+    return None, None if _FULL_RANK_PATHS.search(path) else self.defaults
 
-  def _site(self, path: str, leaf: Any) -> Site | None:
-    explicit, how = self._rule(path)
+  def _site(self, path: str, leaf: Any) -> Site | str:
+    """The projected leaf, or why it stays at full rank."""
+    rule, how = self._rule(path)
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise TypeError(
@@ -221,32 +236,94 @@ class Plan:
         "`optax.masked`."
       )
     if how is None:
-      return None
+      return "its name" if rule is None else f"rule {rule!r}"
     if jnp.issubdtype(dtype, jnp.complexfloating):
-      if not explicit:
-        return None
+      if rule is None:
+        return "complex"
       raise TypeError(
         f"The leaf {path!r} is {dtype}; projection is for real leaves. Give it "
         "the rule None, and it is optimised at full rank."
       )
-    return self._fit(path, np.shape(leaf), how, explicit)
+    return self._fit(path, np.shape(leaf), how, rule is not None)
 
   def _fit(
     self, path: str, shape: tuple[int, ...], how: Projection, explicit: bool
-  ) -> Site | None:
+  ) -> Site | str:
     try:
       view = matrix.matrix_view(shape, how.rows, how.cols)
       if view is None or 0 in shape:
         if explicit and view is None:
           raise ValueError(f"`rules` project a leaf of shape {shape}")
-        return None
+        return "empty" if 0 in shape else "no matrix"
       rank = resolve_rank(how.rank, view.m, view.n)
     except ValueError as error:
       raise ValueError(f"At the leaf {path!r}: {error}") from error
     sides = choose_sides(how.proj_type or "std", view.m, view.n, rank)
     site = Site(path, view, sides, rank, how.update_proj_gap, how.scale)
     saves = state_elements(view.m, view.n, rank, sides) < 2 * view.m * view.n
-    return site if saves or explicit or self.always else None
+    if saves or explicit or self.always:
+      return site
+    return f"no smaller at rank {rank}" if min(view.m, view.n) > 1 else "thin"
+
+
+# What to do where arrays are needed, for `paths.check_arrays`.
+BEFORE_QUANTISING = (
+  "The optimizer's state is made for arrays: give `init` the parameters before "
+  "`quantize_params`, or `dequantize_params(params)`."
+)
+AT_ARRAYS = (
+  "Take gradients at `dequantize_params(params)`, give `update` that and its "
+  "result, and add the updates with `galore_optax.apply_updates`."
+)
+
+# Where reasons for full rank are written down, while someone asks for them.
+_NOTES: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+  "reasons for full rank", default=None
+)
+
+
+@contextlib.contextmanager
+def noting_reasons() -> Iterator[dict[str, str]]:
+  """Collects why leaves stay at full rank, of all plans that are made inside.
+
+  Yields:
+    Path to reason: `its name`, `rule 'REGEX'`, `no matrix` (fewer than two
+    axes), `empty`, `complex`, `no smaller at rank R`, or `thin` (one row or
+    column).
+  """
+  notes: dict[str, str] = {}
+  token = _NOTES.set(notes)
+  try:
+    yield notes
+  finally:
+    _NOTES.reset(token)
+
+
+def _warn_of_nothing(
+  leaves: Mapping[str, Any], reasons: Mapping[str, str], whole: bool
+) -> None:
+  """Warns that no leaf is projected, with the reasons.
+
+  Of a part of a tree only if its matrices are too small: it may be one that
+  the user meant to keep at full rank, such as the embedding.
+  """
+  small = any(reason.startswith("no smaller") for reason in reasons.values())
+  if not leaves or not (whole or small):
+    return
+  counts = collections.Counter(reasons.values()).most_common()
+  told = ", ".join(f"{reason} ({count})" for reason, count in counts)
+  if small:
+    advice = "Take a smaller `rank`, such as 0.25 of the shorter side."
+  elif "its name" in reasons.values():
+    advice = "`rules` project leaves whatever their names."
+  else:
+    advice = "It projects leaves of two axes or more."
+  warnings.warn(
+    f"galore projects none of the {len(leaves)} leaves and saves nothing; they "
+    f"stay at full rank because of: {told}. {advice} "
+    "`galore_optax.describe(tx, params)` shows every leaf.",
+    stacklevel=2,
+  )
 
 
 def choose_sides(proj_type: str, m: int, n: int, rank: int) -> tuple[str, ...]:

@@ -79,6 +79,13 @@ class QArray:
     lead = tuple(shape)[: len(shape) - 2]
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[-2:]), self)
 
+  def __jax_array__(self) -> jax.Array:
+    """Refuses to be taken for an array; JAX asks for one in arithmetic."""
+    raise TypeError(
+      f"A QArray ({self.kind}, shape {self.shape}) is no array to compute "
+      "with. Read it with `dequantize`, or parameters with `dequantize_params`."
+    )
+
 
 def is_quantized(x: Any) -> bool:
   """Whether a node is a :class:`QArray`."""

@@ -107,6 +107,11 @@ def apply_updates(
   Returns:
     The new parameters, in the formats of the old ones.
 
+  Raises:
+    TypeError: If updates are quantised, as those are of a gradient that was
+      taken at quantised weights.
+    ValueError: If a quantised weight's update is not of its shape.
+
   Example:
     >>> params = quantize_params({"kernel": jnp.ones((512, 256))})
     >>> updates = {"kernel": jnp.full((512, 256), 1e-4)}
@@ -119,6 +124,7 @@ def apply_updates(
     Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section
     3.4.
   """
+  _check_updates(params, updates)
   flat, treedef = jax.tree.flatten(params, is_leaf=qarray.is_quantized)
   changes = treedef.flatten_up_to(updates)
 
@@ -132,6 +138,23 @@ def apply_updates(
   return treedef.unflatten(
     [one(i, x, u) for i, (x, u) in enumerate(zip(flat, changes, strict=True))]
   )
+
+
+def _check_updates(params: Any, updates: Any) -> None:
+  """Raises where an update does not fit a quantised weight."""
+  given = paths.leaves_by_path(updates)
+  paths.check_arrays(
+    given,
+    "Updates are arrays: take the gradient at `dequantize_params(params)`, and "
+    "give the optimizer's `update` that and its result.",
+  )
+  for path, x in paths.leaves_by_path(params).items():
+    u = given.get(path)
+    if qarray.is_quantized(x) and u is not None and jnp.shape(u) != x.shape:
+      raise ValueError(
+        f"The update of the leaf {path!r} is {jnp.shape(u)}, but its weight is "
+        f"{x.shape}."
+      )
 
 
 def _check_rules(rules: Any, params: Any) -> None:

@@ -11,6 +11,7 @@ from galore_optax import (
   find_bases,
   galore,
   q_galore_adamw_8bit,
+  quantize_params,
   refresh_counts,
   stable_rank,
   state_bytes,
@@ -140,3 +141,39 @@ def test_state_in_few_bits_is_described_leaf_by_leaf(low_bits):
   assert rows["bias"].rank is None
   owned = sum(row.state_bytes for row in table.rows)
   assert table.total_bytes - owned == 2 * 4  # step and count
+
+
+def test_every_leaf_at_full_rank_has_its_reason():
+  params = {
+    "attn": jnp.zeros((64, 64)),
+    "bias": jnp.zeros(64),
+    "conv": jnp.zeros((64, 64)),
+    "empty": jnp.zeros((0, 64)),
+    "fft": jnp.zeros((64, 64), complex),
+    "small": jnp.zeros((6, 8)),
+    "row": jnp.zeros((64, 1)),
+    "v": jnp.zeros(64),
+  }
+  tx = galore(optax.adam(1e-3), rank=16, rules=[("conv", None)])
+  for _ in range(2):  # also where the trace is known already
+    table = describe(tx, params)
+    assert {row.path: row.reason for row in table.rows} == {
+      "attn": "",
+      "bias": "its name",
+      "conv": "rule 'conv'",
+      "empty": "empty",
+      "fft": "complex",
+      "row": "thin",
+      "small": "no smaller at rank 6",
+      "v": "no matrix",
+    }
+  line = next(x for x in str(table).splitlines() if x.startswith("small"))
+  assert line.endswith("no smaller at rank 6")
+  plain = describe(optax.adam(1e-3), params)
+  assert "because of" not in str(plain)
+
+
+def test_quantised_weights_are_described_as_what_they_stand_for():
+  params = {"kernel": jnp.zeros((64, 96)), "bias": jnp.zeros(96)}
+  tx = galore(optax.adam(1e-3), rank=4)
+  assert str(describe(tx, quantize_params(params))) == str(describe(tx, params))

@@ -7,9 +7,12 @@ import pytest
 
 from galore_optax import (
   Projection,
+  apply_updates,
   chain,
+  dequantize_params,
   galore,
   galore_adamw,
+  quantize_params,
   state_shardings,
 )
 
@@ -174,3 +177,67 @@ def test_traced_rank():
 def test_state_shardings_want_named_shardings():
   with pytest.raises(ValueError, match=r"one jax\.NamedSharding for each"):
     state_shardings(TX, PARAMS, {"w": jax.P(), "bias": jax.P()})
+
+
+QUANTISED = quantize_params({"attn": {"kernel": jnp.ones((64, 96))}})
+NOT_AN_ARRAY = r"'attn/kernel' is a QArray \(int8, shape \(64, 96\)\)"
+
+
+@pytest.mark.parametrize(
+  ("call", "advice"),
+  [
+    (lambda q: TX.init(q), "before `quantize_params`"),
+    (
+      lambda q: TX.update(q, TX.init(dequantize_params(q))),
+      "gradients at `dequantize_params",
+    ),
+    (
+      lambda q: apply_updates(q, q, jax.random.key(0)),
+      "gradient at `dequantize_params",
+    ),
+  ],
+)
+def test_quantised_weights_where_arrays_belong(call, advice):
+  with pytest.raises(TypeError, match=NOT_AN_ARRAY) as error:
+    call(QUANTISED)
+  assert advice in str(error.value)
+
+
+def test_arithmetic_with_quantised_weights():
+  with pytest.raises(TypeError, match="`dequantize_params`"):
+    jnp.ones(64) @ QUANTISED["attn"]["kernel"]
+
+
+def test_an_update_of_another_shape_than_its_quantised_weight():
+  with pytest.raises(ValueError, match=r"'attn/kernel' is \(1, 96\).*\(64, 96"):
+    apply_updates(QUANTISED, {"attn": {"kernel": jnp.ones((1, 96))}}, None)
+
+
+def test_the_optimizer_before_its_subspace():
+  with pytest.warns(UserWarning, match=r"comes last.*chain\(galore\(rank"):
+    chain(optax.adam(1.0), galore(rank=4)).init(PARAMS)
+  with pytest.warns(UserWarning, match="before or after it are full-size"):
+    optax.chain(optax.adam(1.0), galore(rank=4)).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+  ("params", "options", "words"),
+  [
+    (PARAMS, {"rank": 64}, [r"none of the 2 leaves", "no smaller at rank 16",
+     "its name (1)", "smaller `rank`"]),
+    ({"embed": PARAMS["w"]}, {}, ["its name (1)", "`rules`"]),
+    (PARAMS, {"rules": [("w", None)]}, ["rule 'w' (1)"]),
+    ({"a": jnp.ones(3)}, {}, ["no matrix (1)", "two axes"]),
+  ],
+)  # fmt: skip
+def test_projecting_nothing_is_told_with_the_reason(params, options, words):
+  with pytest.warns(UserWarning, match="projects none") as told:
+    galore(optax.adam(1.0), **({"rank": 4} | options)).init(params)
+  assert all(word in str(told[0].message) for word in words), told[0].message
+
+
+def test_parts_that_are_meant_to_stay_at_full_rank_are_not_told(recwarn):
+  masked = optax.masked(TX, {"w": False, "bias": True})
+  masked.init(PARAMS)
+  TX.init({})
+  assert not list(recwarn)

@@ -94,7 +94,7 @@ def test_literal_optax_chain_trains_and_warns_at_init_only():
     warnings.simplefilter("error")
     grads = jax.tree.map(lambda x: x, params)  # of 0.5 * |x|^2
     updates, state = jax.jit(tx.update)(grads, state, params)
-    jax.eval_shape(optax.chain(galore(optax.adam(1.0))).init, params)
+    jax.eval_shape(optax.chain(galore(optax.adam(1.0), rank=4)).init, params)
     chain(galore(rank=4), optax.adam(1e-2)).init(params)
   after = optax.apply_updates(params, updates)
   assert all(
