@@ -1,0 +1,482 @@
+"""LoRA and its kin against their defining equations, in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from galore_optax import (
+  Adapter,
+  Projection,
+  adamw_8bit,
+  dequantize,
+  jagged_schedule,
+  lora,
+  low_rank,
+  qlora,
+  relora,
+  state_bytes,
+)
+
+KEY = jax.random.key(0)
+RULES = (
+  ("conv", Projection(rows=(0, 1, 2), cols=3)),
+  ("heads", Projection(rank=3, rows=0, cols=(1, 2))),
+  ("skipped", None),
+)
+
+
+def normal(shape, seed=0, dtype="float32"):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=shape) / 8, dtype)
+
+
+PARAMS = {
+  "layers": {"kernel": normal((3, 24, 40)), "norm": jnp.ones((3, 24))},
+  "heads": {"kernel": normal((24, 4, 8), 1)},
+  "conv": {"kernel": normal((3, 3, 4, 16), 2)},
+  "skipped": {"kernel": normal((24, 24), 3)},
+}
+LORA = lora(rank=4, alpha=8.0, rules=RULES, full=("norm",))
+RELORA = relora(rank=4, alpha=8.0, rules=RULES, full=("norm",), pruned=0.75)
+
+
+@functools.cache
+def divide(method):
+  return jax.jit(method.init)
+
+
+@functools.cache
+def join(method):
+  return jax.jit(method.apply)
+
+
+def shaken(adapters, seed=7):
+  """The adapters as if they had been trained."""
+  rng = np.random.default_rng(seed)
+  noise = lambda x: x + jnp.asarray(rng.normal(size=x.shape), x.dtype)
+  return jax.tree.map(noise, adapters)
+
+
+def same(x, y):
+  jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+def test_nothing_changes_at_first():
+  for params in (PARAMS, jax.tree.map(lambda x: x.astype("bfloat16"), PARAMS)):
+    frozen, adapters = divide(LORA)(KEY, params)
+    found = join(LORA)(frozen, adapters)
+    same(found, params)
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    dtypes = jax.tree.map(lambda x: x.dtype, (found, params))
+    assert dtypes[0] == dtypes[1]
+    assert adapters["layers/kernel"].a.dtype == params["layers"]["kernel"].dtype
+  # Had both factors been zero, they would stay so.
+  size = np.abs(adapters["layers/kernel"].a.astype("float32"))
+  assert 0.9 * 24**-0.5 < size.max() <= 24**-0.5 and size.min() < 0.01
+
+
+def test_merged_weights_are_the_sum():
+  frozen, adapters = divide(LORA)(KEY, PARAMS)
+  assert list(adapters) == [
+    "conv/kernel", "heads/kernel", "layers/kernel", "layers/norm"
+  ]  # fmt: skip
+  adapters = shaken(adapters)
+  found = jax.jit(LORA.merge)(frozen, adapters)
+  product = {
+    name: np.float64(x.a) @ np.float64(x.b)
+    for name, x in adapters.items()
+    if isinstance(x, Adapter)
+  }
+  expected = {
+    "layers": {
+      "kernel": PARAMS["layers"]["kernel"] + 8 / 4 * product["layers/kernel"],
+      "norm": adapters["layers/norm"],
+    },
+    "heads": {
+      "kernel": PARAMS["heads"]["kernel"]
+      + 8 / 3 * product["heads/kernel"].reshape(24, 4, 8)
+    },
+    "conv": {
+      "kernel": PARAMS["conv"]["kernel"]
+      + 8 / 4 * product["conv/kernel"].reshape(3, 3, 4, 16)
+    },
+    "skipped": PARAMS["skipped"],
+  }
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+    found,
+    expected,
+  )
+
+
+def test_only_adapters_get_gradients():
+  frozen, adapters = divide(LORA)(KEY, PARAMS)
+  adapters = shaken(adapters)
+  towards = jax.tree.map(lambda x: normal(x.shape, 9), PARAMS)
+
+  @jax.jit
+  def gradient(adapters):
+    loss = lambda x: optax.tree.vdot(LORA.apply(frozen, x), towards)
+    return jax.grad(loss)(adapters)
+
+  grads = gradient(adapters)
+  assert jax.tree.structure(grads) == jax.tree.structure(adapters)
+  x, g = adapters["layers/kernel"], np.float64(towards["layers"]["kernel"])
+  found = grads["layers/kernel"]
+  np.testing.assert_allclose(
+    found.a, 2 * g @ np.swapaxes(x.b, 1, 2), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    found.b, 2 * np.swapaxes(x.a, 1, 2) @ g, rtol=1e-4, atol=1e-5
+  )
+  same(grads["layers/norm"], towards["layers"]["norm"])
+  # What has neither factors nor a pattern in `full` is nobody's to train.
+  assert not any("skipped" in name for name in grads)
+
+
+def steps(method, tx, frozen, adapters, state, count, target):
+  @jax.jit
+  def step(adapters, state):
+    def loss(x):
+      return optax.tree.norm(
+        optax.tree.sub(method.apply(frozen, x), target), squared=True
+      )
+
+    grads = jax.grad(loss)(adapters)
+    updates, state = tx.update(grads, state, adapters)
+    return optax.apply_updates(adapters, updates), state
+
+  for _ in range(count):
+    adapters, state = step(adapters, state)
+  return adapters, state
+
+
+def test_the_rank_of_what_is_learnt_grows_with_each_restart():
+  params = {"kernel": normal((24, 40))}
+  target = {"kernel": normal((24, 40), 5)}
+  method, tx = relora(rank=4, alpha=4.0, full=()), optax.adam(1e-2)
+  frozen, adapters = divide(method)(KEY, params)
+  state, restart, ranks = tx.init(adapters), jax.jit(method.restart), []
+  for i in range(4):
+    adapters, state = steps(method, tx, frozen, adapters, state, 5, target)
+    change = join(method)(frozen, adapters)["kernel"] - params["kernel"]
+    ranks.append(np.linalg.matrix_rank(change, tol=1e-5))
+    before = join(method)(frozen, adapters)
+    kinds = jax.tree.map(lambda x: x.dtype, (frozen, adapters, state))
+    new = restart(jax.random.key(i), frozen, adapters, state)
+    assert jax.tree.structure(new) == jax.tree.structure(
+      (frozen, adapters, state)
+    )
+    assert jax.tree.map(lambda x: x.dtype, new) == kinds
+    assert jnp.any(new[1]["kernel"].a != adapters["kernel"].a)
+    frozen, adapters, state = new
+    same(frozen, before)
+    same(join(method)(frozen, adapters), before)
+    assert not jnp.any(adapters["kernel"].b)
+  assert ranks == [4, 8, 12, 16]
+  assert restart._cache_size() == 1
+
+
+def test_restarts_differ_by_their_key():
+  frozen, adapters = divide(RELORA)(KEY, PARAMS)
+  restart = jax.jit(lambda key: RELORA.restart(key, frozen, adapters, ()))
+  one, same_, other = (restart(jax.random.key(i)) for i in (1, 1, 2))
+  same(one, same_)
+  assert jnp.all(one[1]["layers/kernel"].a != other[1]["layers/kernel"].a)
+
+
+def random_state(tx, adapters):
+  state = tx.init(adapters)
+  rng = np.random.default_rng(0)
+  fill = lambda x: (
+    jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+    else x + 7
+  )
+  return jax.tree.map(fill, state)
+
+
+def test_restarts_prune_the_moments_of_factors_and_nothing_else():
+  frozen, adapters = divide(RELORA)(KEY, PARAMS)
+  state = random_state(optax.adam(1e-3), adapters)
+  _, fresh, new = jax.jit(RELORA.restart)(KEY, frozen, adapters, state)
+  same(fresh["layers/norm"], adapters["layers/norm"])
+  assert new[0].count == state[0].count == 7
+  for name in ("mu", "nu"):
+    old, kept = getattr(state[0], name), getattr(new[0], name)
+    same(kept["layers/norm"], old["layers/norm"])
+    for factor in ("a", "b"):
+      x = np.asarray(getattr(old["layers/kernel"], factor))
+      least = np.quantile(np.abs(x), 0.75, axis=(1, 2), keepdims=True)
+      expected = np.where(np.abs(x) > least, x, 0)
+      np.testing.assert_array_equal(
+        getattr(kept["layers/kernel"], factor), expected
+      )
+      share = np.mean(expected == 0, axis=(1, 2))
+      np.testing.assert_allclose(share, 0.75, atol=0.01)
+
+
+@pytest.mark.parametrize(
+  ("how", "share"),
+  [({"pruned": 1}, 1), ({"pruned": 0}, 0), ({"pruning": "random"}, 0.9)],
+)
+def test_other_ways_to_prune(how, share):
+  method = relora(rank=8, **how)
+  frozen, adapters = divide(method)(KEY, {"kernel": normal((96, 128))})
+  state = random_state(optax.trace(0.9), adapters)
+  _, _, new = jax.jit(method.restart)(KEY, frozen, adapters, state)
+  x, y = state.trace["kernel"].a, new.trace["kernel"].a
+  np.testing.assert_allclose(np.mean(y == 0), share, atol=0.04)
+  assert jnp.all((y == 0) | (y == x))
+
+
+def test_moments_in_eight_bits_are_pruned_too():
+  method = relora(rank=32, alpha=32.0, full=(), pruned=0.9)
+  params, target = ({"kernel": normal((256, 256), i)} for i in (1, 2))
+  frozen, adapters = divide(method)(KEY, params)
+  tx = adamw_8bit(1e-2)
+  adapters, state = steps(
+    method, tx, frozen, adapters, tx.init(adapters), 3, target
+  )
+  new = jax.jit(method.restart)(KEY, frozen, adapters, state)[2]
+  assert jax.tree.structure(new) == jax.tree.structure(state)
+  for old, kept in ((state[0].mu, new[0].mu), (state[0].nu, new[0].nu)):
+    old, kept = (dequantize(x["kernel"].a) for x in (old, kept))
+    assert 0.88 < np.mean(kept == 0) < 0.93
+    hit = np.asarray(kept != 0)
+    np.testing.assert_allclose(kept[hit], old[hit], rtol=0.02)
+
+
+def test_the_jagged_schedule():
+  base = optax.warmup_cosine_decay_schedule(0, 0.5, 10, 100, 0.05)
+  found = jax.vmap(jagged_schedule(base, 25, warmup=5))(jnp.arange(100))
+  plain = np.asarray(jax.vmap(base)(jnp.arange(100)))
+  t = np.arange(100)
+  ramp = np.where(t >= 25, np.minimum(1, t % 25 / 5), 1)
+  np.testing.assert_allclose(found, plain * ramp, rtol=1e-6)
+  at_once = jax.vmap(jagged_schedule(0.5, 25, warmup=0))(jnp.arange(100))
+  np.testing.assert_array_equal(at_once, 0.5)
+  with pytest.raises(ValueError, match="fewer than the 25"):
+    jagged_schedule(base, 25, warmup=25)
+
+
+@pytest.mark.parametrize(
+  "method", [LORA, qlora(4, rules=RULES)], ids=["lora", "qlora"]
+)
+def test_a_stack_is_as_its_matrices(method):
+  """But for the random start, which the factors of a stack share a key for."""
+  frozen, adapters = divide(method)(KEY, PARAMS)
+  adapters = shaken(adapters)
+  whole = join(method)(frozen, adapters)["layers"]["kernel"]
+  one = {"layers": {"kernel": PARAMS["layers"]["kernel"][1]}}
+  alone = lora(4, method.alpha) if method is LORA else qlora(4, method.alpha)
+  frozen, fresh = divide(alone)(KEY, one)
+  x, y = fresh["layers/kernel"], adapters["layers/kernel"]
+  trained = {"layers/kernel": Adapter(y.a[1], y.b[1], x.view, x.scale, x.dtype)}
+  found = join(alone)(frozen, trained)["layers"]["kernel"]
+  # Scales of a stack's matrices may be rounded in other blocks than alone.
+  limit = 1e-6 if method is LORA else 0.004 * np.abs(whole).max()
+  np.testing.assert_allclose(found, whole[1], atol=limit)
+
+
+def spectrum(shape, decay):
+  """Matrices whose i-th singular value is i^-decay."""
+  rng = np.random.default_rng(0)
+  *stack, m, n = shape
+  u, _ = np.linalg.qr(rng.normal(size=(*stack, m, m)))
+  v, _ = np.linalg.qr(rng.normal(size=(*stack, n, m)))
+  values = np.arange(1, m + 1.0) ** -decay
+  return np.float32(u * values @ np.swapaxes(v, -1, -2))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_low_rank_starts_at_the_best_approximation(decay):
+  x = spectrum((2, 32, 48), decay)
+  method = low_rank(rank=8)
+  frozen, adapters = divide(method)(KEY, {"kernel": jnp.asarray(x)})
+  assert not jax.tree.leaves(frozen)
+  found = np.asarray(join(method)(frozen, adapters)["kernel"])
+  values = np.linalg.svd(x, compute_uv=False)
+  best = (values[:, 8:] ** 2).sum(-1)
+  error = ((found - x) ** 2).sum((-2, -1))
+  assert np.all(error >= best * (1 - 1e-4))
+  # Left over, of all that is there: within a hundredth of the least.
+  assert np.all(error - best < 0.01 * (values**2).sum(-1))
+  sizes = [np.linalg.norm(f, axis=(1, 2)) for f in jax.tree.leaves(adapters)]
+  np.testing.assert_allclose(*sizes, rtol=1e-4)
+
+
+def test_low_rank_can_start_at_random_and_has_no_weights_beside_it():
+  method = low_rank(rank=16, start="random")
+  params = {"kernel": normal((96, 128)), "bias": normal((128,))}
+  frozen, adapters = divide(method)(KEY, params)
+  found = join(method)(frozen, adapters)
+  np.testing.assert_allclose(np.std(found["kernel"]), 1 / 8, rtol=0.1)
+  assert np.linalg.matrix_rank(found["kernel"], tol=1e-4) == 16
+  same(adapters["bias"], params["bias"])
+  tx, target = optax.adam(1e-2), {"kernel": normal((96, 128), 4)}
+  target["bias"] = jnp.zeros(128)
+  trained, _ = steps(
+    method, tx, frozen, adapters, tx.init(adapters), 10, target
+  )
+  now = join(method)(frozen, trained)
+  distance = lambda x: optax.tree.norm(optax.tree.sub(x, target))
+  assert distance(now) < 0.95 * distance(found)
+  assert np.linalg.matrix_rank(now["kernel"], tol=1e-4) == 16
+  with pytest.raises(ValueError, match="kept in full"):
+    method.restart(KEY, frozen, adapters, ())
+
+
+def test_half_a_byte_for_each_frozen_weight():
+  """In the program that is compiled, not in the dtypes' names only."""
+  params = {"kernel": normal((512, 384))}
+  for double, bits in ((False, 4.5), (True, 4 + 8 / 64 + 32 / 2**14)):
+    method = qlora(rank=1, double_quantization=double)
+    frozen, adapters = divide(method)(KEY, params)
+    assert state_bytes(frozen) <= 512 * 384 * bits / 8 * 1.002
+    shapes = jax.eval_shape(lambda x: x, (frozen, adapters))
+    compiled = jax.jit(method.apply).lower(*shapes).compile()
+    sizes = compiled.memory_analysis()
+    assert sizes.argument_size_in_bytes < 512 * 384 * bits / 8 + 4 * 1024
+    with pytest.raises(ValueError, match="kept in full"):
+      method.restart(KEY, frozen, adapters, ())
+
+
+def test_four_bits_are_all_that_is_left_of_a_weight():
+  method = qlora(rank=4, alpha=8.0, rules=RULES)
+  frozen, adapters = divide(method)(KEY, PARAMS)
+  adapters = shaken(adapters)
+  change = (
+    2
+    * np.float64(adapters["layers/kernel"].a)
+    @ np.float64(adapters["layers/kernel"].b)
+  )
+  q = frozen["layers"]["kernel"]
+  found = join(method)(frozen, adapters)["layers"]["kernel"]
+  np.testing.assert_allclose(found, dequantize(q) + change, atol=1e-5)
+  off = np.abs(dequantize(q) - PARAMS["layers"]["kernel"])
+  assert 0 < off.max() < 0.16 * np.abs(PARAMS["layers"]["kernel"]).max()
+  same(frozen["skipped"], PARAMS["skipped"])
+
+
+def test_saved_and_restored(tmp_path):
+  for i, method in enumerate((RELORA, qlora(4, rules=RULES, full=("norm",)))):
+    frozen, adapters = divide(method)(KEY, PARAMS)
+    adapters = shaken(adapters)
+    whole = (frozen, adapters, optax.adam(1e-3).init(adapters))
+    path = str(tmp_path / str(i))
+    ocp.save(path, whole)
+    like = jax.eval_shape(lambda whole=whole: whole)
+    found = ocp.load(path, like)
+    same(found, whole)
+    same(join(method)(*found[:2]), join(method)(frozen, adapters))
+
+
+def test_parameters_in_the_boxes_of_flax():
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.up = nnx.Linear(
+        16, 48, kernel_metadata={"out_sharding": ("embed", "mlp")}, rngs=rngs
+      )
+      self.norm = nnx.RMSNorm(48, rngs=rngs)
+
+    def __call__(self, x):
+      return self.norm(self.up(x))
+
+  auto = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh((2, 4), ("embed", "mlp"), axis_types=auto)
+  with jax.set_mesh(mesh):
+    graph, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
+    check_boxes(graph, params)
+
+
+def check_boxes(graph, params):
+  method = lora(rank=2, full=("norm",))
+  frozen, adapters = method.init(KEY, params)
+  assert list(adapters) == ["norm/scale", "up/kernel"]
+  found = method.merge(frozen, shaken(adapters))
+  assert jax.tree.structure(found) == jax.tree.structure(params)
+  x = adapters["up/kernel"]
+  assert (x.a.shape, x.b.shape) == ((16, 2), (2, 48))
+  loss = lambda adapters: jnp.sum(
+    nnx.merge(graph, method.apply(frozen, adapters))(jnp.ones((3, 16))) ** 3
+  )
+  grads = jax.jit(jax.grad(loss))(adapters)
+  assert jnp.any(grads["up/kernel"].b != 0)
+  assert x.a.sharding.spec == jax.P("embed", None)
+
+
+@pytest.mark.parametrize(
+  "method", [lora(4), qlora(4), low_rank(4)], ids=["lora", "qlora", "low_rank"]
+)
+def test_explicit_meshes(method):
+  mesh = jax.make_mesh((2, 4), ("x", "y"))
+  params = {"kernel": normal((2, 64, 128))}
+  spec = jax.P(None, "x", "y")
+  sharded = jax.device_put(params, jax.NamedSharding(mesh, spec))
+  frozen, adapters = divide(method)(KEY, params)
+  with jax.set_mesh(mesh):
+    found = jax.jit(method.init)(KEY, sharded)
+    a, b = found[1]["kernel"].a, found[1]["kernel"].b
+    assert a.sharding.spec == jax.P(None, "x", None)
+    assert b.sharding.spec == jax.P(None, None, "y")
+    whole = jax.jit(method.apply)(*found)["kernel"]
+    assert whole.sharding.spec == spec
+  expected = join(method)(frozen, adapters)["kernel"]
+  np.testing.assert_allclose(whole, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+  ("make", "error", "match"),
+  [
+    (lambda: lora(0), ValueError, "`rank` must be positive"),
+    (lambda: lora(True), TypeError, "`rank` must be a positive int"),
+    (lambda: lora(4, alpha=0.0), ValueError, "`alpha` must be positive"),
+    (lambda: lora(4, dtype="int8"), TypeError, "floating-point dtype"),
+    (lambda: lora(4, full="norm"), TypeError, "regular expressions"),
+    (lambda: lora(4, rules=[("x", 3)]), TypeError, "Projection or None"),
+    (
+      lambda: lora(4, rules=[("x", Projection(scale=0.25))]),
+      ValueError,
+      "sets `scale`, which adapters have no use for",
+    ),
+    (lambda: relora(4, pruned=1.5), ValueError, r"lie in \[0, 1\]"),
+    (lambda: relora(4, pruning="magnitud"), ValueError, "Did you mean"),
+    (lambda: low_rank(4, start="svd"), ValueError, "`start` must be one of"),
+    (lambda: lora(4, full=("bais",)).init(KEY, PARAMS), ValueError, "'bais'"),
+    (
+      lambda: lora(4, rules=[("kernal", None)]).init(KEY, PARAMS),
+      ValueError,
+      "matches no leaf. Did you mean",
+    ),
+    (
+      lambda: lora(4).init(KEY, {"bias": jnp.ones(3)}),
+      ValueError,
+      "No leaf gets factors",
+    ),
+    (
+      lambda: lora(4).init(KEY, {"kernel": jnp.ones((32, 32), "int8")}),
+      TypeError,
+      "only floating-point leaves",
+    ),
+  ],
+)
+def test_what_makes_no_sense_is_refused(make, error, match):
+  with pytest.raises(error, match=match):
+    make()
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+  frozen, adapters = divide(LORA)(KEY, PARAMS)
+  other = {**adapters, "elsewhere": jnp.ones(3)}
+  with pytest.raises(ValueError, match="no leaf 'elsewhere'"):
+    LORA.apply(frozen, other)
+  lost = {k: v for k, v in adapters.items() if k != "layers/norm"}
+  with pytest.raises(ValueError, match="'layers/norm' is neither"):
+    LORA.apply(frozen, lost)

@@ -1,0 +1,53 @@
+"""NF4 is bitsandbytes' code for code; double quantisation errs no more."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from galore_optax import dequantize, nf4, qarray, quantize
+from tests.parity import nf4_run as theirs
+
+
+@pytest.fixture(scope="module")
+def recorded():
+  with np.load(theirs.RECORD) as file:
+    return dict(file)
+
+
+@pytest.fixture(scope="module")
+def ours():
+  return quantize(jnp.asarray(theirs.weight()), "nf4", block=theirs.BLOCK)
+
+
+def test_code_book(recorded):
+  np.testing.assert_array_equal(np.float32(nf4.VALUES), recorded["book"])
+
+
+def test_codes_scales_and_values(recorded, ours):
+  # Theirs number the values from below.
+  np.testing.assert_array_equal(7 - np.int32(ours.codes), recorded["codes"])
+  scales = np.asarray(ours.scale).T.reshape(-1)
+  np.testing.assert_array_equal(scales, recorded["scales"])
+  np.testing.assert_allclose(
+    dequantize(ours), recorded["values_single"], rtol=1e-6
+  )
+
+
+def test_double_quantisation_errs_no_more(recorded, ours):
+  x, once = theirs.weight(), np.asarray(recorded["values_single"])
+  values = dequantize(qarray.quantize_scale(ours))
+  size = lambda x: np.sqrt(np.mean(np.square(x)))
+  added = [size(y - once) for y in (values, recorded["values_double"])]
+  assert 0 < added[0] < added[1]
+  total = [size(y - x) for y in (once, values)]
+  assert total[1] < 1.005 * total[0]
+
+
+def test_live_run_is_the_recorded_one(recorded):
+  pytest.importorskip(
+    "bitsandbytes", reason="needs the extra `parity` (torch, bitsandbytes)"
+  )
+  live = theirs.run()
+  assert live.keys() == recorded.keys()
+  for name, x in live.items():
+    np.testing.assert_allclose(x, recorded[name], rtol=1e-5, err_msg=name)
