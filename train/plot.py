@@ -22,6 +22,16 @@ from train.runs import Run
 
 FILE = "run.png"
 SMOOTH = 1 / 40  # of the points: width of the running mean of a loss
+# Scores of tasks, as an evaluation logs them.
+SCORES = (
+  "accuracy",
+  "f1",
+  "macro_f1",
+  "exact_match",
+  "matthews",
+  "pearson",
+  "spearman",
+)
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -94,7 +104,10 @@ Panel = Callable[[plt.Axes, list[Run], str], None]
 
 def _panels(runs: list[Run]) -> list[Panel]:
   """What there is to draw."""
-  panels: list[Panel] = [_loss, _perplexity, _plain("lr", "learning rate")]
+  panels: list[Panel] = [_loss]
+  panels += [_perplexity] if _has(runs, "held_out_perplexity") else []
+  panels += [_score(name) for name in SCORES if _has(runs, name)]
+  panels.append(_plain("lr", "learning rate"))
   panels += [_norm, _plain("tokens_per_second", "tokens/s", bottom=0)]
   panels += [_bits] if _has(runs, "held_out_bits_per_byte") else []
   if any(run.watched() for run in runs):
@@ -212,6 +225,18 @@ def _norm(place: plt.Axes, runs: list[Run], axis: str) -> None:
   if low > 0 and high > 20 * low:
     place.set_yscale("log")
     _label_decades(place)
+
+
+def _score(name: str) -> Panel:
+  """A panel of a task's score."""
+
+  def panel(place: plt.Axes, runs: list[Run], axis: str) -> None:
+    for i, run in enumerate(runs):
+      at, values = run.series(name, axis)
+      place.plot(at, values, color=_color(runs, i), marker="o", ms=3)
+    place.set_ylabel(f"held-out {name.replace('_', ' ')}")
+
+  return panel
 
 
 def _bits(place: plt.Axes, runs: list[Run], axis: str) -> None:

@@ -6,7 +6,7 @@ the run gets config.json, metrics.jsonl, tokenizer.json, checkpoints/, run.png
 and sample.txt; the same command continues a run that was stopped.
 """
 
-import errno
+import argparse
 import pathlib
 import sys
 
@@ -19,6 +19,7 @@ from train import (
   checkpoint,
   data,
   dry_run,
+  ending,
   files,
   folder,
   hf,
@@ -37,7 +38,6 @@ from train import job as jobs
 from train import mesh as meshes
 from train import sample as samples
 from train import step as steps
-from train.errors import TrainingError, UserError
 from train.job import Job
 
 
@@ -73,22 +73,9 @@ def run(config: configs.Config, out: pathlib.Path, overwrite: bool) -> int:
 
 def conclude(job: Job, outcome: loop.Outcome, start: int) -> int:
   """Says how the run ended; returns the exit status."""
-  step = int(outcome.state.step)
-  saved = job.checkpoints.latest
-  if saved != step:
-    raise TrainingError(
-      f"step {step} is done, but its state could not be saved"
-      f" ({job.checkpoints.failure}); the newest complete checkpoint is of"
-      f" step {saved}. Make room and run the same command: it continues there"
-    )
-  if outcome.stopped:
-    print(
-      f"stopped after step {step}, which is saved; the same command continues"
-      " from there"
-    )
-    return 130
-  if start == step:
-    print(f"the run is complete: all {step} steps were trained before")
+  status = ending.stopped_status(job, outcome, start)
+  if status is not None:
+    return status
   report(job, outcome.state)
   return 0
 
@@ -188,36 +175,21 @@ def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
   flags = arguments.parse(words)
   checkpoint.quiet()
-  try:
-    config = presets.make(flags.preset, flags.optimizer)
-    if flags.source:
-      config = hf.adopt(config, flags.source)
-    config = configs.override(config, flags.settings)
-    default = f"{flags.preset}-{config.optimizer.name}"
-    if flags.dry_run:
-      return dry_run.main(config, flags.json)
-    out = flags.out or pathlib.Path("runs") / default
-    hosts.connect(config.mesh)
-    with hosts.only_first_speaks():
-      return run(config, out, flags.overwrite)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except TrainingError as error:
-    print(f"stopped: {error}", file=sys.stderr)
-    return 1
-  except OSError as error:
-    if error.errno != errno.ENOSPC:
-      raise
-    print(
-      f"stopped: {error.filename or '--out'}: {error.strerror}; make room and"
-      " run the same command, it continues from the newest checkpoint",
-      file=sys.stderr,
-    )
-    return 1
-  except KeyboardInterrupt:
-    print("interrupted before there was anything to save", file=sys.stderr)
-    return 130
+  return ending.guarded(lambda: _command(flags))
+
+
+def _command(flags: argparse.Namespace) -> int:
+  config = presets.make(flags.preset, flags.optimizer)
+  if flags.source:
+    config = hf.adopt(config, flags.source)
+  config = configs.override(config, flags.settings)
+  default = f"{flags.preset}-{config.optimizer.name}"
+  if flags.dry_run:
+    return dry_run.main(config, flags.json)
+  out = flags.out or pathlib.Path("runs") / default
+  hosts.connect(config.mesh)
+  with hosts.only_first_speaks():
+    return run(config, out, flags.overwrite)
 
 
 if __name__ == "__main__":

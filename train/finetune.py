@@ -1,0 +1,249 @@
+"""Fine-tunes an encoder or a LLaMA: `python -m train.finetune`.
+
+  python -m train.finetune --task rotten_tomatoes --from FOLDER
+
+reads the checkpoint in FOLDER, trains it with GaLore on the task, prints its
+scores before, during and after, and what it took in memory. `--help` shows
+the tasks and the fields. The folder of the run gets config.json,
+metrics.jsonl, checkpoints/, result.json, run.png and model/, which
+`transformers` reads; the same command continues a run that was stopped.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from train import (
+  checkpoint,
+  data,
+  ending,
+  folder,
+  hosts,
+  loop,
+  notes,
+  plot,
+  sinks,
+  stopping,
+)
+from train import mesh as meshes
+from train.config import HUB
+from train.errors import UserError
+from train.tuning import encoders, evaluation, examples, recipes, report
+from train.tuning import job as jobs
+from train.tuning.config import Config
+from train.tuning.feed import Feed
+from train.tuning.tasks import TASKS, Task
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m train.finetune",
+    description="Fine-tunes an encoder or a LLaMA on a task.",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog=f"tasks: {', '.join(TASKS)}\n\nfields for --set, with their values"
+    " in the default run:\n"
+    + notes.summary(recipes.make("rotten_tomatoes", "galore", 4)),
+  )
+  parser.add_argument("--task", default="rotten_tomatoes", metavar="NAME")
+  parser.add_argument(
+    "--from",
+    dest="source",
+    required=True,
+    metavar="FOLDER",
+    help=f"weights to start from: a folder of safetensors, or {HUB}NAME",
+  )
+  parser.add_argument(
+    "--optimizer",
+    default="galore",
+    metavar="NAME",
+    help=", ".join(recipes.METHODS) + "; default: galore",
+  )
+  parser.add_argument(
+    "--rank", type=int, default=4, help="of GaLore or LoRA; default: 4"
+  )
+  parser.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    dest="settings",
+    metavar="GROUP.FIELD=VALUE",
+    help="changes one field of the recipe; may be repeated",
+  )
+  parser.add_argument(
+    "--out", type=pathlib.Path, help="default: runs/TASK-OPTIMIZER"
+  )
+  parser.add_argument(
+    "--overwrite", action="store_true", help="delete an earlier run in --out"
+  )
+  return parser.parse_args(words)
+
+
+def make_config(flags: argparse.Namespace) -> Config:
+  """The recipe of the task with what the command line changes of it."""
+  config = recipes.make(flags.task, flags.optimizer, flags.rank)
+  source = flags.source
+  if not source.startswith(HUB):
+    source = str(pathlib.Path(source).expanduser().resolve())
+  train = dataclasses.replace(config.train, init=source)
+  config = dataclasses.replace(config, train=train)
+  return recipes.adopt(config, flags.settings)
+
+
+def read_task(config: Config) -> examples.Examples:
+  """The examples, all of them checked."""
+  names = config.task
+  labels = tuple(filter(None, map(str.strip, names.labels.split(","))))
+  task = TASKS[names.name].named(
+    names.first, names.second, names.label, labels
+  )
+  return examples.load(task, config.data, data.cache_folder(config.data))
+
+
+def make_learner(
+  found: examples.Examples, config: Config
+) -> tuple[Any, Config]:
+  """The model with a head for the task, and its sizes in the config."""
+  learner = encoders.make(config.train.init, found.task, config)
+  model = encoders.shape(learner, config.model)
+  return learner, dataclasses.replace(config, model=model)
+
+
+def make_material(
+  learner: Any, found: examples.Examples, config: Config
+) -> jobs.Material:
+  """The examples as the model reads them, and the order of the batches."""
+  train = learner.prepare(found.train)
+  count, batch = len(train.lengths), config.data.batch
+  if count < batch:
+    raise UserError(
+      f"the training split has {count} rows, fewer than data.batch={batch};"
+      " lower data.batch"
+    )
+  feed = Feed(
+    train.lengths,
+    lambda rows, size: learner.collate(train, rows, size),
+    batch,
+    config.task.group,
+  )
+  evaluated = [learner.prepare(split) for split in found.evaluated]
+  return jobs.Material(found.task, train, evaluated, feed)
+
+
+def timed(config: Config, feed: Feed, settings: list[str]) -> Config:
+  """The config with its steps counted in epochs."""
+  changes = {}
+  if config.task.epochs:
+    changes["steps"] = max(1, round(config.task.epochs * feed.steps))
+  config = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, **changes)
+  )
+  if any(setting.startswith("run.eval_every=") for setting in settings):
+    return config
+  every = max(1, feed.steps // config.task.evaluations)
+  return dataclasses.replace(
+    config, run=dataclasses.replace(config.run, eval_every=every)
+  )
+
+
+def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
+  """Trains, evaluates and reports one run; returns the exit status."""
+  sinks.names(config.run.sinks)
+  found = hosts.first_then_others(lambda: read_task(config))
+  learner, config = make_learner(found, config)
+  material = make_material(learner, found, config)
+  config = timed(config, material.feed, flags.settings)
+  hosts.first_alone(lambda: folder.check_run(out, config, flags.overwrite))
+  mesh = meshes.make_mesh(
+    config.mesh, config.data.batch, accumulate=config.train.accumulate
+  )
+  hosts.first_alone(lambda: folder.claim_run(out, config, flags.overwrite))
+  with jax.set_mesh(mesh), stopping.stop_requests() as stopped:
+    job, state = jobs.prepare(config, out, learner, material, mesh)
+    introduce(job)
+    start = int(state.step)
+    try:
+      outcome = loop.train(job, state, stopping.agreed(stopped, mesh))
+    finally:
+      job.close()
+    status = ending.stopped_status(job, outcome, start)
+    if status is not None:
+      return status
+    conclude(job, outcome)
+  return 0
+
+
+def introduce(job: jobs.Job) -> None:
+  """Says what is going to be trained, on what."""
+  config, material = job.config, job.material
+  assert isinstance(config, Config)
+  count = sum(x.size for x in jax.tree.leaves(job.placed.weights))
+  sizes = ", ".join(
+    f"{prepared.split.name} {len(prepared.split):,}"
+    for prepared in (material.train, *material.evaluated)
+  )
+  lengths = material.train.lengths
+  cut = float((lengths >= config.data.length).mean())
+  print(
+    f"model      {count:,} parameters, {job.learner.describe()}\n"
+    f"task       {_describe(material.task)}\n"
+    f"examples   {sizes}; {np.mean(lengths):.0f} tokens a row, {cut:.1%} of the"
+    f" rows fill data.length={config.data.length}\n"
+    f"optimizer  {config.optimizer.name}, rank {config.optimizer.rank},"
+    f" learning rate {config.optimizer.learning_rate:g},"
+    f" {config.train.steps} steps of {config.data.batch} rows\n"
+    f"folder     {job.out}"
+  )
+
+
+def _describe(task: Task) -> str:
+  labels = f": {', '.join(task.labels)}" if len(task.labels) <= 8 else ""
+  return f"{task.name}{labels}; scored by {', '.join(task.metrics)}"
+
+
+def conclude(job: jobs.Job, outcome: loop.Outcome) -> None:
+  """The end of a run: memory, scores, the model, a picture."""
+  config, state = job.config, outcome.state
+  assert isinstance(config, Config)
+  parts = report.components(job.placed, config, state.opt_state)
+  found = evaluation.last(job.out)
+  print(f"\n{report.table(parts)}\n\nscores     {evaluation.text(found)}")
+  if not hosts.is_first():
+    return
+  report.write(
+    job.out / "result.json", config, {"scores": found, "bytes": parts}
+  )
+  if jax.process_count() == 1 and config.task.export:
+    weights = jax.device_get(job.placed.read(state.params))
+    shutil.rmtree(job.out / "model", ignore_errors=True)
+    job.learner.save(job.out / "model", weights)
+    print(f"model      {job.out / 'model'}")
+  picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
+  print(f"checkpoint {job.out / folder.FOLDER}/{job.checkpoints.latest}")
+  print(f"picture    {picture}")
+
+
+def main(words: list[str] | None = None) -> int:
+  """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
+  flags = arguments(words)
+  checkpoint.quiet()
+  return ending.guarded(lambda: _command(flags))
+
+
+def _command(flags: argparse.Namespace) -> int:
+  config = make_config(flags)
+  default = f"{flags.task}-{config.optimizer.name}"
+  out = flags.out or pathlib.Path("runs") / default
+  hosts.connect(config.mesh)
+  with hosts.only_first_speaks():
+    return run(flags, config, out)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

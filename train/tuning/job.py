@@ -1,0 +1,249 @@
+"""A fine-tuning run's parts, built once before its loop starts."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from train import (
+  adapters,
+  checkpoint,
+  hosts,
+  jaxprs,
+  loader,
+  metrics,
+  optimizer,
+)
+from train import job as jobs
+from train import mesh as meshes
+from train import step as steps
+from train.config import TrainConfig
+from train.errors import UserError
+from train.tuning import evaluation, freeze
+from train.tuning.config import Config
+from train.tuning.examples import Split
+from train.tuning.feed import Batch, Feed
+from train.tuning.tasks import Task
+
+
+class Learner(Protocol):
+  """A model with what a task asks of it: `EncoderLearner`, `LlamaLearner`."""
+
+  task: Task
+  graphdef: nnx.GraphDef
+  boxes: nnx.State
+  full: tuple[str, ...]
+
+  @property
+  def params(self) -> dict: ...
+  def describe(self) -> str: ...
+  def prepare(self, split: Split) -> Any: ...
+  def collate(self, prepared: Any, chosen: Any, count: int) -> Batch: ...
+  def outputs(self, weights: dict, batch: Any) -> Any: ...
+  def loss(
+    self, weights: dict, batch: Any, key: jax.Array | None
+  ) -> jax.Array: ...
+  def count(self, batch: Any) -> jax.Array: ...
+  def tokens(self, batch: Any) -> jax.Array: ...
+  def decide(self, prepared: Any, outputs: dict[int, Any]) -> Any: ...
+  def save(self, out: pathlib.Path, weights: dict) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+  """The examples of a run as its model reads them."""
+
+  task: Task
+  train: Any  # prepared by the learner
+  evaluated: list[Any]
+  feed: Feed
+
+
+class Unwatched:
+  """In the place of the look at subspaces, which knows the LLaMA only."""
+
+  def is_due(self, step: int) -> bool:
+    """Never."""
+    del step
+    return False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job(jobs.Job):
+  """What the loop works with, for a task."""
+
+  learner: Any  # a Learner
+  material: Material
+  best: list[float] = dataclasses.field(default_factory=list)
+
+  def put(self, rows: Any) -> Any:
+    """Moves this process's part of a batch to its devices."""
+    sharding = meshes.batch_sharding(self.mesh)
+    return {k: meshes.put_batch(v, sharding) for k, v in rows.items()}
+
+  def batch_shape(self) -> None:
+    """Batches are as long as their longest row."""
+    return None
+
+  def forward_flops(self) -> float:
+    """FLOPs a token of the forward pass, at the length of the longest row."""
+    material, learner = self.material, self.learner
+    longest = [int(np.argmax(material.train.lengths))]
+    batch = learner.collate(material.train, longest, 1)
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+    run = lambda w, b: learner.loss(w, b, None)
+    traced = jax.make_jaxpr(run)(self.placed.weights, shapes)
+    tokens = int(material.train.lengths[longest[0]])
+    return jaxprs.count_flops(traced.jaxpr) / tokens
+
+  def evaluate(
+    self, state: steps.TrainState, say: Callable[[str], None]
+  ) -> float:
+    """Says and logs the scores; returns one that is the better the lower."""
+    found = evaluation.evaluate(
+      self.learner,
+      self.material.evaluated,
+      self.config.data.batch,
+      lambda batch: jax.device_get(
+        self.eval_step(state.params, self.put(batch))
+      ),
+    )
+    step = int(jax.device_get(state.step))
+    say(f"step {step:>5}  {evaluation.text(found)}")
+    self.log.write(step, **found)
+    return evaluation.rank(self.material.task, found)
+
+
+def make_gradient(
+  learner: Learner, placed: steps.Placed, config: TrainConfig
+) -> steps.Gradient:
+  """The gradient of the mean loss of a batch, in parts if it is asked for."""
+  differentiate = jax.value_and_grad(
+    lambda w, batch, count, key: learner.loss(w, batch, key) / count
+  )
+
+  def gradient(weights: dict, batch: Any, step: jax.Array):
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    count = jnp.maximum(learner.count(batch), 1).astype(jnp.float32)
+    tokens = learner.tokens(batch)
+    if config.accumulate == 1:
+      loss, grads = differentiate(weights, batch, count, key)
+      return grads, loss, tokens
+
+    def add(total: tuple, part: tuple):
+      rows, number = part
+      loss, grads = differentiate(
+        weights, rows, count, jax.random.fold_in(key, number)
+      )
+      return jax.tree.map(jnp.add, total, (grads, loss)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), weights)
+    zeros = jax.lax.with_sharding_constraint(zeros, placed.weight_shardings)
+    parts = {
+      k: meshes.microbatches(v, config.accumulate) for k, v in batch.items()
+    }
+    numbers = jnp.arange(config.accumulate)
+    (grads, loss), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), (parts, numbers))
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, weights)
+    return grads, loss, tokens
+
+  return gradient
+
+
+def reparametrise(
+  learner: Learner, config: Config
+) -> adapters.Adapters | None:
+  """What is trained in place of all weights, if that is anything else.
+
+  Raises:
+    UserError: two ways to leave weights as they are were asked for.
+  """
+  found = adapters.make(config.optimizer, learner.full)
+  if not config.task.freeze:
+    return found
+  if found is not None or config.model.weights != "full":
+    raise UserError(
+      f"task.freeze={config.task.freeze} is for methods that train weights in"
+      f" full precision; optimizer.name={config.optimizer.name} with"
+      f" model.weights={config.model.weights} decides itself"
+    )
+  return freeze.make(config.task.freeze, nnx.to_pure_dict(learner.boxes))
+
+
+def prepare(
+  config: Config,
+  out: pathlib.Path,
+  learner: Learner,
+  material: Material,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Job, steps.TrainState]:
+  """Lays the model out, makes or restores its state, opens its files."""
+  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+  changed = reparametrise(learner, config)
+  placed = steps.place_model(
+    config.model, learner.graphdef, learner.boxes, tx, mesh, changed
+  )
+  restored = checkpoint.restore(out, placed)
+  if restored is None:
+    seed = config.train.seed
+    state = steps.init_state(config.model, tx, placed, seed, learner.params)
+    progress = checkpoint.Progress(0.0, None)
+  else:
+    state, progress = restored
+    print(f"continuing from the checkpoint of step {int(state.step)}")
+  done, part = int(state.step), meshes.part_of_batch(mesh)
+  begin = progress.data or {"batches": 0}
+  shared: Any = {
+    "config": config,
+    "out": out,
+    "corpus": None,
+    "watcher": Unwatched(),
+  }
+  job = Job(
+    **shared,
+    mesh=mesh,
+    part=part,
+    placed=placed,
+    tx=tx,
+    rates=jobs.rates_of(config),
+    train_step=steps.make_train_step(
+      tx,
+      placed,
+      config.train,
+      gradient=make_gradient(learner, placed, config.train),
+    ),
+    eval_step=make_eval_step(learner, placed),
+    feed=loader.Loader(
+      material.feed.batches(begin, config.train.seed, *part),
+      begin,
+      config.data.prefetch,
+    ),
+    checkpoints=checkpoint.Checkpoints(
+      out, config.run.keep, config.run.keep_best
+    ),
+    log=jobs.open_log(config, out, done) if hosts.is_first() else jobs.Silent(),
+    seconds=progress.seconds,
+    learner=learner,
+    material=material,
+  )
+  return job, state
+
+
+def make_eval_step(learner: Learner, placed: steps.Placed) -> Callable:
+  """A function of parameters and a batch: outputs and loss, the same on all."""
+
+  @functools.partial(
+    jax.jit, out_shardings=meshes.replicated(placed.shardings.step.mesh)
+  )
+  def eval_step(params: dict, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
+    weights = placed.read(params)
+    loss = learner.loss(weights, batch, None)
+    return learner.outputs(weights, batch), loss, learner.count(batch)
+
+  return eval_step

@@ -1,0 +1,175 @@
+"""How each task is trained by default: the papers' recipes where there are any.
+
+GLUE: Table 7 of the GaLore paper (arXiv 2403.03507) for RoBERTa-base, 30
+epochs, batches of 16 (CoLA 32), up to 512 tokens, a learning rate that falls
+in a line without a warm-up, alpha 4 at rank 4 and 2 at rank 8. Its baselines'
+rates are not published: AdamW takes GaLore's, LoRA those of its own paper
+(arXiv 2106.09685, Table 9, with alpha = 2r, as theirs at rank 8 is 16 in the
+public code). SQuAD: rank 16 as in the paper, which gives no rate; that, the
+length and the epochs are BERT's.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from train import config as base
+from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from train.errors import UserError
+from train.tuning import tasks
+from train.tuning.config import Config, TaskConfig
+
+
+class Glue(NamedTuple):
+  """A row of the paper's table, and of LoRA's."""
+
+  rank4: float  # learning rate of GaLore at rank 4, alpha 4
+  rank8: float  # at rank 8, alpha 2
+  lora: float
+  batch: int = 16
+
+
+GLUE = {
+  "cola": Glue(3e-5, 1e-5, 4e-4, batch=32),
+  "stsb": Glue(1e-5, 3e-5, 4e-4),
+  "mrpc": Glue(3e-5, 2e-5, 4e-4),
+  "rte": Glue(1e-5, 2e-5, 5e-4),
+  "sst2": Glue(1e-5, 2e-5, 5e-4),
+  "mnli": Glue(1e-5, 1e-5, 5e-4),
+  "qnli": Glue(1e-5, 1e-5, 4e-4),
+  "qqp": Glue(1e-5, 2e-5, 5e-4),
+}
+ADAPTERS = ("lora", "qlora")
+METHODS = (
+  "adamw",
+  "adamw_8bit",
+  "galore",
+  "galore_faithful",
+  "galore_8bit",
+  "q_galore",
+  "fira",
+  *ADAPTERS,
+)
+
+
+class Recipe(NamedTuple):
+  """What a task changes of the common recipe."""
+
+  task: dict[str, Any]
+  data: dict[str, Any]
+  full: float  # learning rate of methods that train the weights
+  adapters: float  # and of those that train factors
+  scale: float  # GaLore's alpha
+
+
+def _glue(name: str, rank: int) -> Recipe:
+  row = GLUE[name]
+  small = rank < 8
+  return Recipe(
+    {"epochs": 30.0},
+    {"batch": row.batch, "length": 512},
+    row.rank4 if small else row.rank8,
+    row.lora,
+    4.0 if small else 2.0,
+  )
+
+
+def _span(epochs: float) -> Recipe:
+  return Recipe(
+    {"epochs": epochs}, {"batch": 32, "length": 384}, 3e-5, 3e-4, 2.0
+  )
+
+
+# Of the small sets, for the encoder and the LLaMA that packages hold.
+SMALL = {
+  "rotten_tomatoes": Recipe(
+    {"epochs": 2.0, "pool": "mean"},
+    {"batch": 32, "length": 64, "holdout_every": 8},
+    1e-4,
+    1e-3,
+    4.0,
+  ),
+  "imdb": Recipe(
+    {"epochs": 2.0, "pool": "mean"},
+    {"batch": 32, "length": 256},
+    1e-4,
+    1e-3,
+    4.0,
+  ),
+  "boolq": Recipe(
+    {"epochs": 3.0, "pool": "mean"},
+    {"batch": 32, "length": 192},
+    1e-4,
+    1e-3,
+    4.0,
+  ),
+  "disflqa": _span(10.0),
+  "squad": _span(2.0),
+  "squad_v2": _span(2.0),
+  "span": _span(2.0),
+  "chat": Recipe(
+    {"epochs": 1.0}, {"batch": 8, "length": 512}, 3e-5, 3e-4, 4.0
+  ),
+}
+GENERAL = Recipe({}, {"batch": 32, "length": 128}, 3e-5, 3e-4, 4.0)
+
+
+def make(task: str, optimizer: str, rank: int) -> Config:
+  """The default run of a task by a method at a rank.
+
+  Raises:
+    UserError: there is no such task, or the method is none for fine-tuning.
+  """
+  tasks.find(task)
+  if optimizer not in METHODS:
+    raise UserError(
+      f"--optimizer {optimizer!r} is none for fine-tuning; the methods are"
+      f" {', '.join(METHODS)}"
+    )
+  if rank < 1:
+    raise UserError(f"--rank must be 1 or more, got {rank}")
+  recipe = _glue(task, rank) if task in GLUE else SMALL.get(task, GENERAL)
+  config = Config(
+    preset=task,
+    task=TaskConfig(name=task, **recipe.task),
+    data=DataConfig(**recipe.data),
+    optimizer=_optimizer(optimizer, rank, recipe),
+    train=TrainConfig(),
+    run=RunConfig(
+      log_every=20, checkpoint_every=500, keep=1, keep_best=0, watch="none"
+    ),
+  )
+  if optimizer == "q_galore":
+    config = dataclasses.replace(
+      config, model=dataclasses.replace(config.model, weights="int8")
+    )
+  return config
+
+
+def _optimizer(name: Any, rank: int, recipe: Recipe) -> OptimizerConfig:
+  adapters = name in ADAPTERS
+  fields: dict[str, Any] = {"lora_alpha": 2.0 * rank} if adapters else {}
+  if name == "fira":
+    # Its updates are of full size whatever alpha is.
+    fields |= {"scale": 1.0}
+  return OptimizerConfig(
+    **(
+      {
+        "name": name,
+        "learning_rate": recipe.adapters if adapters else recipe.full,
+        "warmup": 0.0,
+        "decay": "linear",
+        "final": 0.0,
+        "rank": rank,
+        "update_proj_gap": 500,
+        "scale": recipe.scale,
+      }
+      | fields
+    )
+  )
+
+
+def adopt(config: Config, settings: list[str]) -> Config:
+  """The config with its overrides; a known type for `base.override`."""
+  changed = base.override(config, settings)
+  assert isinstance(changed, Config)
+  return changed
