@@ -68,6 +68,7 @@ class Tokenizer:
     """The tokens that pad and that stand around a text, by their roles."""
     first, *_, last = self.tokenizer.encode("a").tokens
     pad = self.tokenizer.id_to_token(self.pad_id)
+    assert pad is not None  # `load` has looked
     return {"pad_token": pad, "cls_token": first, "sep_token": last}
 
   def texts(
@@ -198,7 +199,7 @@ class Tokenizer:
       )
 
 
-def _array(values: Sequence[int]) -> np.ndarray:
+def _array(values: Sequence) -> np.ndarray:
   return np.asarray(values, np.int32)
 
 
@@ -286,7 +287,7 @@ def _byte_pairs(path: pathlib.Path, settings: dict) -> tokenizers.Tokenizer:
   tokenizer.decoder = decoders.ByteLevel()
   ends = [(token, _id(tokenizer, token)) for token in ("</s>", "<s>")]
   tokenizer.post_processor = processors.RobertaProcessing(
-    *ends, add_prefix_space=prefix
+    ends[0], ends[1], True, prefix
   )
   return _with_special(tokenizer, ("<s>", "<pad>", "</s>", "<unk>"))
 
@@ -314,6 +315,11 @@ def _check(
     raise UserError(
       f"{path} has the id {most}, but the model's vocab_size is"
       f" {config.vocab_size}; it is another model's"
+    )
+  if tokenizer.id_to_token(config.pad_id) is None:
+    raise UserError(
+      f"{path} has no token {config.pad_id}, the model's pad_token_id; it is"
+      " another model's"
     )
   pair = tokenizer.encode("a", "b")
   if not any(pair.special_tokens_mask):

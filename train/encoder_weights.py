@@ -299,7 +299,7 @@ def config_from_hf(
   offset = pad + 1 if family == "roberta" else 0
   dropout = given.get("hidden_dropout_prob", 0.1)
   head_dropout = given.get("classifier_dropout")
-  read = {
+  read: dict[str, Any] = {
     "vocab_size": given["vocab_size"],
     "d_model": given["hidden_size"],
     "d_ff": given["intermediate_size"],
@@ -355,9 +355,6 @@ def config_to_hf(config: Config, extra: Mapping[str, Any]) -> dict[str, Any]:
   prefix = {"bert": "Bert", "roberta": "Roberta"}[config.family]
   labels = {str(i): f"LABEL_{i}" for i in range(config.labels)}
   named = {"id2label": labels} if config.head == "classify" else {}
-  # One output is a regression to `transformers` when it is told so.
-  if config.head == "classify" and config.labels == 1:
-    named["problem_type"] = "regression"
   return {
     **named,
     **extra,

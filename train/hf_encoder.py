@@ -128,7 +128,7 @@ def save(
   """
   if out.is_dir() and any(out.iterdir()):
     raise UserError(f"{out} is not empty; name a new folder")
-  files.make_folder(out, str(out))
+  files.make_folder(out, "the model's folder")
   config = encoder_weights.config_to_hf(
     loaded.config, {**loaded.extra, **(extra or {})}
   )

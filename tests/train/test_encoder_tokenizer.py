@@ -129,6 +129,9 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
   roberta = encoder.Config(60, 16, 24, 2, 4, n_types=1)
   with pytest.raises(UserError, match="numbers the second text 1"):
     encoder_tokenizer.load(tmp_path, roberta)
+  beyond = encoder.Config(60, 16, 24, 2, 4, pad_id=50)
+  with pytest.raises(UserError, match="no token 50, the model's pad_token_id"):
+    encoder_tokenizer.load(tmp_path, beyond)
   bare = tokenizers.processors.Sequence([])
 
   def strip(found):

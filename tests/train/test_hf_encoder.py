@@ -1,5 +1,9 @@
 import dataclasses
 import json
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -7,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.train import encoder_files
+from tests.train import encoder_files, hub
 from train import encoder, encoder_weights, hf, hf_encoder
 from train.errors import UserError
 
@@ -198,3 +202,43 @@ def test_what_is_no_checkpoint_is_said(written, tmp_path):
   (tmp_path / hf.ONE).unlink()
   with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
     hf_encoder.load(tmp_path)
+
+
+USER = """
+import sys
+from train import hf_encoder
+from train.errors import UserError
+
+for name in sys.argv[1:]:
+  try:
+    print(hf_encoder.load(f"hub:{name}", "classify", 3).config.n_layers)
+  except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_repository_of_the_hub_is_read_without_its_other_weights(
+  written, tmp_path
+):
+  """In a process of its own: libraries read the hub's address at import."""
+  folder = tmp_path / "models" / "owner" / "tiny"
+  folder.mkdir(parents=True)
+  copy(written, folder)
+  (folder / "pytorch_model.bin").write_bytes(b"1")
+  server = hub.Hub(tmp_path)
+  server.gated.add("owner/gated")
+  done = subprocess.run(
+    [sys.executable, "-c", USER, "owner/tiny", "owner/none", "owner/gated"],
+    env=os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)},
+    cwd=pathlib.Path(__file__).parents[2],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  server.close()
+  layers, missing, gated = done.stdout.splitlines()
+  assert layers == "2"
+  assert missing.startswith("hub:owner/none is not on the hub")
+  assert "hub:owner/gated is gated" in gated
+  assert not any("pytorch_model.bin" in asked for asked in server.requests)
