@@ -84,6 +84,12 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   return saved
 
 
+def _shown(fields: dict[str, Any], name: str) -> Any:
+  """A value as a message can show it."""
+  value = fields.get(name, "absent")
+  return '""' if value == "" else value
+
+
 def _compare(
   out: pathlib.Path, saved: dict[str, Any], config: configs.Config
 ) -> None:
@@ -94,8 +100,7 @@ def _compare(
   names = [n for n in {**old, **new} if old.get(n) != new.get(n)]
   if names:
     changes = "; ".join(
-      f"{n}: {old.get(n, 'absent')} there, {new.get(n, 'absent')} now"
-      for n in names
+      f"{n}: {_shown(old, n)} there, {_shown(new, n)} now" for n in names
     )
     raise UserError(
       f"--out {out} belongs to another run. {changes}. Use another --out to"

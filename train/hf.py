@@ -314,21 +314,16 @@ def save(weights: Weights, out: pathlib.Path, dtype: str = "") -> None:
       do not fit their config.
   """
   names.check(weights)
-  if out.is_dir() and any(out.iterdir()):
-    raise UserError(f"--out {out} is not empty; name a new folder")
-  files.make_folder(out, "--out")
-  tensors = {}
-  for name in names.their_shapes(weights.model):
-    tensor = weights.read(name)
-    tensors[name] = tensor.astype(names.DTYPES[dtype]) if dtype else tensor
-  stored = {str(x.dtype) for x in tensors.values()}
-  try:
+  with files.new_folder(out, "--out"):
+    tensors = {}
+    for name in names.their_shapes(weights.model):
+      tensor = weights.read(name)
+      tensors[name] = tensor.astype(names.DTYPES[dtype]) if dtype else tensor
+    stored = {str(x.dtype) for x in tensors.values()}
     # "pt" is what transformers wants to be told, whoever wrote the file.
     safetensors.numpy.save_file(tensors, out / ONE, {"format": "pt"})
     for name, text in _texts(weights, stored.pop()).items():
       files.write_text(out / name, text)
-  except OSError as error:
-    raise UserError(f"--out {out} cannot be written ({error})") from None
 
 
 def _texts(weights: Weights, dtype: str) -> dict[str, str]:

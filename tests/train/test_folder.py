@@ -1,9 +1,11 @@
 import dataclasses
+import errno
 import json
+import pathlib
 
 import pytest
 
-from train import config, folder, presets
+from train import config, files, folder, presets
 from train.errors import UserError
 
 BASE = presets.make("sotu_small", "galore")
@@ -67,3 +69,44 @@ def test_a_field_that_a_run_does_not_know_had_its_default(tmp_path):
   changed = config.override(BASE, ["train.z_loss=0.1"])
   with pytest.raises(UserError, match=r"train.z_loss: 0.0 there, 0.1 now"):
     folder.check_run(tmp_path, changed, overwrite=False)
+
+
+def test_an_empty_value_is_shown_as_such(tmp_path):
+  folder.claim_run(tmp_path, BASE, overwrite=False)
+  other = config.override(BASE, ["data.path=my.txt"])
+  with pytest.raises(UserError, match=r'data.path: "" there, my.txt now'):
+    folder.check_run(tmp_path, other, overwrite=False)
+
+
+def test_files_have_the_permissions_of_any_other(tmp_path):
+  (tmp_path / "plain").write_text("")
+  files.write_text(tmp_path / "new" / "a", "one")
+  files.write_text(tmp_path / "new" / "a", "two")
+  assert (tmp_path / "new" / "a").read_text() == "two"
+  modes = {p.stat().st_mode for p in (tmp_path / "plain", tmp_path / "new/a")}
+  assert len(modes) == 1
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+  files.write_text(tmp_path / "a", "old")
+
+  def full(self, target):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(pathlib.Path, "replace", full)
+  with pytest.raises(OSError, match="No space"):
+    files.write_text(tmp_path / "a", "new")
+  assert [p.name for p in tmp_path.iterdir()] == ["a"]
+  assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_folder_that_cannot_be_filled_is_as_before(tmp_path, existed):
+  out = tmp_path / "out"
+  if existed:
+    out.mkdir()
+  full = pytest.raises(UserError, match=r"--out .*No space")
+  with full, files.new_folder(out, "--out"):
+    (out / "half").write_text("x")
+    raise OSError(errno.ENOSPC, "No space left on device")
+  assert out.exists() == existed and not list(tmp_path.rglob("half"))
