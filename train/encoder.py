@@ -22,6 +22,7 @@ shape: B rows, T positions, M = B * T tokens, D d_model, N heads, H head width.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,20 @@ class Embeddings(nnx.Module):
     return counted + self.config.position_offset - 1
 
 
+def _library(config: Config, q_BxTxNxH: jax.Array) -> Literal["cudnn", "xla"]:
+  """What computes the attention; splash gains nothing at such lengths."""
+  if attention.choose(config.attention, q_BxTxNxH) != "cudnn":
+    return "xla"
+  # With a mask cuDNN has a backward pass for even lengths only.
+  length = q_BxTxNxH.shape[1]
+  if length % 2 and config.attention == "cudnn":
+    raise UserError(
+      f"model.attention=cudnn takes texts of an even length, not {length}; pad"
+      " them by one, or use auto"
+    )
+  return "xla" if length % 2 else "cudnn"
+
+
 class Attention(nnx.Module):
   """Self-attention in which every token sees every other, padding excepted."""
 
@@ -160,14 +175,8 @@ class Attention(nnx.Module):
         dtype=jnp.float32,
       ).astype(q.dtype)
     else:
-      form = attention.choose(config.attention, q)
       out = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask_Bx1xTxT,
-        # splash, which is TPUs' choice, gains nothing at such lengths.
-        implementation="cudnn" if form == "cudnn" else "xla",
+        q, k, v, mask=mask_Bx1xTxT, implementation=_library(config, q)
       )
     return self.o(out.reshape(len(x_MxD), -1))
 
@@ -337,11 +346,9 @@ def mean_of_tokens(x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 
 
 def abstract(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
-  """The model's structure and its parameters' shapes, without memory.
+  """The model's structure, and its parameters as boxes without memory.
 
-  Returns:
-    The graph definition, and the parameters as `nnx.Param` boxes that hold
-    `jax.ShapeDtypeStruct`s and the logical names of their axes.
+  As `train.llama.abstract`: each box holds a shape and the axes' names.
   """
   with nnx.use_eager_sharding(False), nnx.logical_axis_rules(RULES):
     model = nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import galore_optax
-from train import encoder, mesh, optimizer
+from train import attention, encoder, mesh, optimizer
 from train.config import MeshConfig
 from train.errors import UserError
 
@@ -203,6 +203,21 @@ def test_a_mesh_gives_the_same_logits():
 def test_wrong_configs_are_refused(change, said):
   with pytest.raises(UserError, match=said):
     dataclasses.replace(BERT, **change)
+
+
+def test_cudnn_is_taken_where_it_takes_the_length(monkeypatch):
+  config = dataclasses.replace(BERT, d_model=32, dtype="bfloat16")
+
+  def chosen(length, **how):
+    q = jax.ShapeDtypeStruct((1, length, 4, 8), jnp.bfloat16)
+    return encoder._library(dataclasses.replace(config, **how), q)
+
+  assert chosen(8) == "xla"  # there is no GPU
+  monkeypatch.setattr(attention, "target", lambda: ("gpu", "NVIDIA H100"))
+  assert (chosen(8), chosen(9)) == ("cudnn", "xla")
+  assert chosen(8, attention="xla") == "xla"
+  with pytest.raises(UserError, match="an even length, not 9"):
+    chosen(9, attention="cudnn")
 
 
 def test_longer_texts_than_positions_are_refused():
