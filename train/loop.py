@@ -44,11 +44,27 @@ class Watch:
   ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
     """Runs a step; now and then with a look at the subspaces."""
     rows, watcher = self._job.put(next(self._job.feed)), self._job.watcher
-    if not watcher.is_due(step - 1 - self._skipped):
-      return compiled(state, rows)
-    look = watcher.before(state, rows)
-    state, values = compiled(state, rows)
-    return state, values | watcher.after(look, state)
+    begin, known = time.perf_counter(), self._programs(compiled)
+    if watcher.is_due(step - 1 - self._skipped):
+      look = watcher.before(state, rows)
+      state, values = compiled(state, rows)
+      values |= watcher.after(look, state)
+    else:
+      state, values = compiled(state, rows)
+    if self._programs(compiled) > known:
+      self._leave_out(time.perf_counter() - begin, step)
+    return state, values
+
+  def _programs(self, compiled: Callable) -> int:
+    """Programs that calls have compiled so far, none if that was done ahead."""
+    return steps.count_programs(compiled) + self._job.watcher.programs()
+
+  def _leave_out(self, seconds: float, step: int) -> None:
+    """Takes the time of a compilation for no time of training."""
+    now, waited = self._mark
+    self._begin, self._mark = self._begin + seconds, (now + seconds, waited)
+    self.resume()
+    self.say(f"compiled   in {seconds:.1f} s, with step {step}")
 
   def resume(self) -> None:
     """Measures the speed from now on: what came before were no steps."""
@@ -227,8 +243,9 @@ def compile_step(job: Job, state: steps.TrainState) -> Callable:
     # One program does not fit batches of several shapes; and one compiled
     # ahead refuses 4-bit arguments (jax 0.10.2: it takes packed and unpacked
     # layouts for different ones). `jit` sees to both.
-    print("compiles   with the first step", flush=True)
+    print("compiling  with the first step ...", flush=True)
     return job.train_step
+  print("compiling  ...", flush=True)
   compiled = job.train_step.lower(state, rows).compile()
   job.watcher.compile(state, rows)
   print(f"compiled   in {time.perf_counter() - begin:.1f} s", flush=True)

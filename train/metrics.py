@@ -17,6 +17,7 @@ from train.progress import Progress as Progress  # where the loop looks for it
 from train.sinks import Sink
 
 FILE = "metrics.jsonl"
+ENOUGH = 64  # batches from which on the papers' count is shown
 
 
 class Throughput:
@@ -113,6 +114,7 @@ def held_out(
   the same rows: they average over batches and count one batch too many, so
   that with n batches the loss is n / (n + 1) of what it is. That figure is
   `held_out_perplexity_papers`, to be compared with theirs and nothing else.
+  Where `held_out_batches`, n, is small it says more about n than the model.
 
   Args:
     losses: summed loss of each batch, in nats.
@@ -126,17 +128,18 @@ def held_out(
     "held_out_loss": loss,
     "held_out_perplexity": _exp(loss),
     "held_out_perplexity_papers": _exp(papers),
+    "held_out_batches": len(means),
     "held_out_bits_per_byte": sum(losses) / math.log(2) / text_bytes,
   }
 
 
 def held_out_text(found: dict[str, float]) -> str:
-  """The figures of an evaluation in a line."""
-  return (
-    f"held-out perplexity {found['held_out_perplexity']:,.2f},"
-    f" papers' count {found['held_out_perplexity_papers']:,.2f},"
-    f" {found['held_out_bits_per_byte']:.3f} bits/byte"
-  )
+  """The figures of an evaluation in a line, without the papers' if few."""
+  parts = [f"held-out perplexity {found['held_out_perplexity']:,.2f}"]
+  if found["held_out_batches"] >= ENOUGH:
+    parts.append(f"papers' count {found['held_out_perplexity_papers']:,.2f}")
+  parts.append(f"{found['held_out_bits_per_byte']:.3f} bits/byte")
+  return ", ".join(parts)
 
 
 def _exp(loss: float) -> float:

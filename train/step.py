@@ -473,3 +473,9 @@ def _all_finite(params: dict) -> jax.Array:
 
 def _mesh(placed: Placed) -> jax.sharding.Mesh:
   return placed.shardings.step.mesh
+
+
+def count_programs(f: Callable) -> int:
+  """Programs that a jitted function has compiled; 0 for a compiled one."""
+  size = getattr(f, "_cache_size", None)
+  return size() if size else 0

@@ -218,6 +218,10 @@ class Watcher:
     )
     self._second = self._second.lower(look, state.opt_state).compile()
 
+  def programs(self) -> int:
+    """Programs that looks have compiled so far, none if that was done ahead."""
+    return sum(map(steps.count_programs, (self._first, self._second)))
+
   def before(self, state: steps.TrainState, rows: jax.Array) -> Look:
     """Keeps gradients and bases of the state that the step will consume."""
     return self._first(state.params, state.opt_state, rows)

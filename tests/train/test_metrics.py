@@ -7,11 +7,15 @@ import json
 import math
 import struct
 import sys
+import time
+import types
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from train import metrics, progress, sinks
+from train import loop, metrics, presets, progress, sinks
 from train.errors import UserError
 
 
@@ -68,7 +72,41 @@ def test_evaluation_weighs_tokens_and_knows_the_papers_count():
   assert bits == pytest.approx(320 / math.log(2) / 400)
   text = metrics.held_out_text(found)
   assert f"perplexity {math.exp(3.2):.2f}" in text
-  assert f"papers' count {papers:.2f}" in text and "1.154 bits/byte" in text
+  assert "papers" not in text and "1.154 bits/byte" in text
+  # Of two batches it says little; of many it is told.
+  many = metrics.held_out([30.0] * 64, [10] * 64, text_bytes=400)
+  assert many["held_out_batches"] == metrics.ENOUGH
+  shown = f"papers' count {math.exp(3 * 64 / 65):.2f}"
+  assert shown in metrics.held_out_text(many)
+
+
+def test_compiling_with_a_step_is_no_time_of_training(capsys):
+  class Feed:
+    waited = 0.0
+
+    def __next__(self):
+      return jnp.ones(4)
+
+  def slow_to_trace(state, rows):
+    time.sleep(0.5)
+    return state + rows.sum(), {"loss": rows.mean()}
+
+  job: Any = types.SimpleNamespace(
+    config=presets.make("sotu_small", "galore"), feed=Feed(), seconds=0.0,
+    put=lambda rows: rows, forward_flops=lambda: 1.0,
+    watcher=types.SimpleNamespace(
+      is_due=lambda updates: False, programs=lambda: 0
+    ),
+  )  # fmt: skip
+  watch, compiled = loop.Watch(job, 0, 0), jax.jit(slow_to_trace)
+  state = jnp.zeros(())
+  for step in (1, 2):
+    state, _ = watch.step(compiled, step, state)
+    watch.speed.update(100)
+  assert watch.seconds() < 0.4 and watch.speed.rate > 100 / 0.4
+  assert watch.wait_share() == 0
+  said = capsys.readouterr().out
+  assert "with step 1" in said and "with step 2" not in said
 
 
 def test_a_hopeless_loss_has_a_perplexity_still():
