@@ -111,6 +111,10 @@ HEAD = [
 ]
 
 
+def _name(x: dict[str, Any]) -> str:
+  return f"{x['target'].removeprefix('tpu:')}, {x['method']}"
+
+
 def _rows(results: dict[str, Any]) -> list[list[str]]:
   rows = []
   for x in results["programs"]:
@@ -118,7 +122,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
     parts = x["components"]
     rows.append(
       [
-        f"{x['target'].removeprefix('tpu:')}, {x['method']}",
+        _name(x),
         *(gib(parts[name]) for name in ("weights", "moments", "bases")),
         gib(x["temp_bytes"]),
         gib(x["peak_bytes"]),

@@ -1,7 +1,426 @@
-"""Soon."""
+"""What GaLore costs, by a model of it and by measurement.
 
-QUICK: dict = {}
+A matrix (m, n) at rank r takes 2 m n r FLOPs to project and as many to lift,
+at every step; a refresh takes, in each of k iterations, 4 m n r for two
+products with the gradient and 3 (4 m r^2 + 4/3 r^3) to make the basis
+orthonormal, once in T steps. The gradient itself takes 6 FLOPs a weight and
+token. Each part is measured while one of depth, width and rank grows, next to
+what this machine's matrix products and memory allow, measured in the same run.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax import projector
+from train import config as configs
+from train import data, folder, loop, presets
+from train import job as jobs
+from train import mesh as meshes
+from train.bench import pictures, refresh, timing, trees
+from train.bench.timing import short
+
+FLOAT = 4  # bytes
+ITERATIONS = refresh.DEFAULT_ITERATIONS
 
 
-def add_arguments(parser):
-  pass
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """A stack of matrices that is projected.
+
+  Attributes:
+    m: short side.
+    n: long side.
+    r: rank.
+    layers: matrices.
+  """
+
+  m: int = 512
+  n: int = 1376
+  r: int = 128
+  layers: int = 1
+
+  def project(self) -> tuple[float, float]:
+    """FLOPs and bytes of P^T G; those of lifting are the same."""
+    m, n, r = self.m, self.n, self.r
+    moved = m * n + m * r + r * n
+    return self.layers * 2.0 * m * n * r, self.layers * FLOAT * float(moved)
+
+  def inner(self) -> tuple[float, float]:
+    """Adam at low rank: two moments read and written, one update."""
+    return 0.0, self.layers * FLOAT * 6.0 * self.r * self.n
+
+  def refresh(self) -> tuple[float, float]:
+    """Subspace iterations of all matrices."""
+    m, n, r = self.m, self.n, self.r
+    passes = 3 * (4 * m * r**2 + 4 / 3 * r**3)
+    flops = ITERATIONS * (4 * m * n * r + passes)
+    moved = ITERATIONS * (2 * m * n + 2 * r * n + 10 * m * r)
+    return self.layers * flops, self.layers * FLOAT * float(moved)
+
+
+BASE = Site()
+SWEEPS = {
+  "depth": [dataclasses.replace(BASE, layers=k) for k in (1, 2, 4, 8)],
+  "width": [
+    Site(256, 688, 64),
+    BASE,
+    Site(1024, 2736, 256),
+    Site(2048, 5461, 512),
+  ],
+  "rank": [dataclasses.replace(BASE, r=k) for k in (32, 64, 128, 256)],
+}
+PARTS = ("project", "lift", "inner", "refresh")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of this benchmark."""
+  add = parser.add_argument
+  add("--preset", default="sotu_small", help="of the pre-training step")
+  add("--set", action="append", default=[], dest="settings", help="a field")
+  add("--steps", type=int, default=100, help="of each optimizer; 0 for none")
+  add("--largest", type=int, default=2048, help="short side of a matrix")
+
+
+QUICK = {"steps": 12, "largest": 512}
+
+
+def measure(flags: argparse.Namespace) -> dict[str, Any]:
+  """Limits of the machine, the parts, and a whole pre-training step."""
+  results: dict[str, Any] = {"limits": limits(), "sweeps": {}}
+  for name, sites in SWEEPS.items():
+    chosen = [site for site in sites if site.m <= flags.largest]
+    results["sweeps"][name] = [_point(site) for site in chosen]
+  results["limits_after"] = limits()
+  results["overhead"] = model_overheads()
+  if flags.steps:
+    results["pretraining"] = pretraining(flags)
+  print(text(results))
+  return results
+
+
+def limits() -> dict[str, float]:
+  """FLOPs and bytes a second that the machine reaches at best."""
+  best_flops = 0.0
+  for size in (1024, 2048):
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    run = functools.partial(jax.jit(_product), a, a)
+    found = timing.interleave({"": run}, timing.Budget(5, 3, 5.0))[""]
+    best_flops = max(best_flops, 2.0 * size**3 / min(found))
+  size = 2**26
+  live = [jnp.ones(size), jnp.ones(size)]
+  add = jax.jit(lambda x, y: x + 0.5 * y, donate_argnums=0)
+
+  def stream() -> Any:
+    live[0] = add(live[0], live[1])
+    return live[0]
+
+  found = timing.interleave({"": stream}, timing.Budget(7, 3, 5.0))[""]
+  return {"flops": best_flops, "bytes": 3.0 * FLOAT * size / min(found)}
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, precision="highest")
+
+
+def _point(site: Site) -> dict[str, Any]:
+  """Seconds of each part, and FLOPs that the compiler counts."""
+  runs, counted = _runs(site)
+  times = timing.interleave(runs, timing.Budget(9, 3, 4.0))
+  point: dict[str, Any] = {"site": dataclasses.asdict(site), "parts": {}}
+  for part in PARTS:
+    flops, moved = getattr(site, "project" if part == "lift" else part)()
+    point["parts"][part] = {
+      "seconds": timing.median(times[part]),
+      "flops": flops,
+      "bytes": moved,
+      "counted_flops": counted.get(part),
+    }
+  return point
+
+
+def _runs(site: Site) -> tuple[dict[str, Callable], dict[str, float]]:
+  """What is timed for each part, compiled; and the compiler's FLOPs."""
+  m, n, r, layers = site.m, site.n, site.r, site.layers
+  g = jax.random.normal(jax.random.key(0), (layers, m, n))
+  start = projector.start_basis(jax.random.key(1), m, r)
+  bases = jnp.broadcast_to(start, (layers, m, r)) + 0.0
+  low = jax.random.normal(jax.random.key(2), (layers, r, n))
+  adam = optax.scale_by_adam()
+
+  def find(g: jax.Array, bases: jax.Array) -> jax.Array:
+    one = lambda pair: projector.find_basis(
+      pair[0], pair[1], "left", "subspace", jnp.int32(ITERATIONS)
+    )
+    return jax.lax.map(one, (g, bases))
+
+  programs = {
+    "project": _compile(
+      lambda g, p: projector.project(g, {"left": p}), g, bases
+    ),
+    "lift": _compile(lambda x, p: projector.lift(x, {"left": p}), low, bases),
+    "refresh": _compile(find, g, bases),
+  }
+  arguments = {
+    "project": (g, bases),
+    "lift": (low, bases),
+    "refresh": (g, bases),
+  }
+  runs: dict[str, Callable] = {
+    name: functools.partial(program, *arguments[name])
+    for name, program in programs.items()
+  }
+  runs["inner"] = _repeated(adam, low)
+  counted = {}
+  for name in ("project", "lift"):  # loops are counted as one turn
+    counted[name] = float(programs[name].cost_analysis().get("flops", 0.0))
+  return runs, counted
+
+
+def _compile(f: Callable, *args: Any) -> Any:
+  return jax.jit(f).lower(*args).compile()
+
+
+def _repeated(adam: optax.GradientTransformation, low: jax.Array) -> Callable:
+  """Adam's step on one projected gradient, its state updated in place."""
+  step = jax.jit(adam.update, donate_argnums=1)
+  live = [jax.jit(adam.init)(low)]
+
+  def run() -> Any:
+    updates, live[0] = step(low, live[0])
+    return updates
+
+  return run
+
+
+def flops_a_step(size: trees.Size, gap: int, tokens: int) -> dict[str, float]:
+  """FLOPs of GaLore and of the gradient for a step of a LLaMA.
+
+  Args:
+    size: of the model.
+    gap: steps between refreshes.
+    tokens: of a step.
+
+  Returns:
+    `project_and_lift`, `refresh` spread over the gap, `gradient`, and `share`,
+    GaLore's part over the gradient's.
+  """
+  attention = Site(size.dim, size.dim, size.rank, 4 * size.layers)
+  mlp = Site(size.dim, size.hidden, size.rank, 3 * size.layers)
+  sites = (attention, mlp)
+  every = sum(2 * site.project()[0] for site in sites)
+  rare = sum(site.refresh()[0] for site in sites) / gap
+  weights = sum(site.layers * site.m * site.n for site in sites)
+  gradient = 6.0 * (weights + size.vocab * size.dim) * tokens  # and the head
+  return {
+    "project_and_lift": every,
+    "refresh": rare,
+    "gradient": gradient,
+    "share": (every + rare) / gradient,
+  }
+
+
+def model_overheads() -> list[dict[str, Any]]:
+  """GaLore's share of a step's FLOPs: model by tokens, at T = 200."""
+  rows = []
+  for name in ("60m", "130m", "350m", "1b", "7b"):
+    size = trees.find(name)
+    shares = {
+      str(tokens): flops_a_step(size, 200, tokens)
+      for tokens in (256, 2048, 16384, 131072)
+    }
+    rows.append({"model": name, "rank": size.rank, "tokens": shares})
+  return rows
+
+
+def pretraining(flags: argparse.Namespace) -> dict[str, Any]:
+  """GaLore's and AdamW's whole training steps on the same batch, in turn."""
+  names = ("adamw", "galore")
+  with contextlib.ExitStack() as stack:
+    runs = {name: _training_step(flags, name, stack) for name in names}
+    with contextlib.redirect_stdout(io.StringIO()):
+      times = timing.interleave(
+        runs, timing.Budget(flags.steps, flags.steps, 0.0)
+      )
+  config = _config(flags, "galore")
+  return {
+    "preset": flags.preset,
+    "rank": config.optimizer.rank,
+    "gap": config.optimizer.update_proj_gap,
+    "tokens": config.data.batch * config.data.length,
+    "steps": flags.steps,
+    "median": {name: timing.median(x) for name, x in times.items()},
+    "mean": {name: sum(x) / len(x) for name, x in times.items()},
+  }
+
+
+def _config(flags: argparse.Namespace, optimizer: Any) -> configs.Config:
+  config = presets.make(flags.preset, optimizer)
+  return configs.override(config, flags.settings)
+
+
+def _training_step(
+  flags: argparse.Namespace, optimizer: str, stack: contextlib.ExitStack
+) -> Callable[[], Any]:
+  """The compiled step of `train.pretrain`, repeated on one batch."""
+  config = _config(flags, optimizer)
+  mesh = meshes.make_mesh(config.mesh, config.data.batch)
+  corpus = data.prepare(config.data, config.model.vocab_size)
+  out = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+  with jax.set_mesh(mesh), contextlib.redirect_stdout(io.StringIO()):
+    folder.claim_run(out, config, overwrite=False)
+    job, state = jobs.prepare(config, out, corpus, mesh)
+    stack.enter_context(contextlib.closing(job))
+    compiled = loop.compile_step(job, state)
+    batch = job.put(next(job.feed))
+  live = [state]
+
+  def run() -> Any:
+    with jax.set_mesh(mesh):
+      live[0], metrics = compiled(live[0], batch)
+    return live[0], metrics
+
+  return run
+
+
+def bound(part: dict[str, Any], best: dict[str, float]) -> float:
+  """The least seconds that the machine's limits allow for a part."""
+  return max(part["flops"] / best["flops"], part["bytes"] / best["bytes"])
+
+
+PART_HEAD = ["grows", "matrix", *(f"{x} ms" for x in PARTS)]
+PART_HEAD += [f"{x}, of the limit" for x in PARTS]
+
+
+def _part_rows(results: dict[str, Any]) -> list[list[str]]:
+  rows = []
+  for sweep, points in results["sweeps"].items():
+    for point in points:
+      site = Site(**point["site"])
+      parts = point["parts"]
+      count = f"{site.layers} x " if site.layers > 1 else ""
+      name = f"{count}{site.m} x {site.n}, r {site.r}"
+      times = [short(1e3 * parts[x]["seconds"]) for x in PARTS]
+      near = [
+        f"{bound(parts[x], results['limits']) / parts[x]['seconds']:.0%}"
+        for x in PARTS
+      ]
+      rows.append([sweep, name, *times, *near])
+  return rows
+
+
+def _growth_rows(results: dict[str, Any]) -> list[list[str]]:
+  """From the first to the last point of a sweep: FLOPs or bytes, and time."""
+  rows = []
+  for sweep, points in results["sweeps"].items():
+    if len(points) < 2:
+      continue
+    first, last = points[0]["parts"], points[-1]["parts"]
+    for part in PARTS:
+      key = "bytes" if part == "inner" else "flops"
+      predicted = last[part][key] / first[part][key]
+      measured = last[part]["seconds"] / first[part]["seconds"]
+      rows.append([f"{sweep}: {part}", short(predicted), short(measured)])
+  return rows
+
+
+def _share_rows(results: dict[str, Any]) -> list[list[str]]:
+  return [
+    [
+      f"{x['model'].upper()}, r {x['rank']}",
+      *(f"{entry['share']:.2%}" for entry in x["tokens"].values()),
+    ]
+    for x in results["overhead"]
+  ]
+
+
+GROWTH_HEAD = ["sweep, first to last", "predicted x", "measured x"]
+
+
+def _share_head(results: dict[str, Any]) -> list[str]:
+  tokens = results["overhead"][0]["tokens"]
+  return ["model", *(f"{int(x):,} tokens" for x in tokens)]
+
+
+def _sentences(results: dict[str, Any]) -> list[str]:
+  """What the machine reaches, and the step as a whole."""
+  before, after = results["limits"], results["limits_after"]
+  lines = [
+    f"Matrix products {before['flops'] / 1e9:.0f} GFLOP/s and memory"
+    f" {before['bytes'] / 1e9:.1f} GB/s a processor second"
+    f" ({after['flops'] / 1e9:.0f} and {after['bytes'] / 1e9:.1f} at the end).",
+    _counted(results),
+  ]
+  if x := results.get("pretraining"):
+    ratio = x["mean"]["galore"] / x["mean"]["adamw"]
+    middle = x["median"]["galore"] / x["median"]["adamw"]
+    lines.append(
+      f"A training step of {x['preset']} ({x['tokens']:,} tokens, rank"
+      f" {x['rank']}, T = {x['gap']}, {x['steps']} steps of each in turn):"
+      f" GaLore / AdamW {ratio:.3f} in the mean, {middle:.3f} in the median."
+    )
+  return lines
+
+
+def _counted(results: dict[str, Any]) -> str:
+  ratios = [
+    part["counted_flops"] / part["flops"]
+    for points in results["sweeps"].values()
+    for point in points
+    for name, part in point["parts"].items()
+    if name in ("project", "lift") and part["counted_flops"]
+  ]
+  return (
+    "FLOPs that the compiler counts for project and lift, over the model's:"
+    f" {min(ratios):.3f} to {max(ratios):.3f}."
+  )
+
+
+def _page_tables(results: dict[str, Any], table: Callable) -> str:
+  parts = [
+    *_sentences(results),
+    table(PART_HEAD, _part_rows(results)),
+    table(GROWTH_HEAD, _growth_rows(results)),
+    table(_share_head(results), _share_rows(results)),
+  ]
+  return "\n\n".join(parts)
+
+
+def text(results: dict[str, Any]) -> str:
+  """All of it for the terminal."""
+  return _page_tables(results, timing.text_table)
+
+
+def tables(results: dict[str, Any]) -> str:
+  """All of it for the page."""
+  return _page_tables(results, timing.markdown_table)
+
+
+def draw(results: dict[str, Any], path: pathlib.Path) -> None:
+  """Time by depth, width and rank, next to what the limits allow."""
+  sweeps = results["sweeps"]
+  keys = {"depth": "layers", "width": "m", "rank": "r"}
+  with pictures.axes(path, len(sweeps)) as axes:
+    for axis, (sweep, points) in zip(axes, sweeps.items(), strict=True):
+      xs = [point["site"][keys[sweep]] for point in points]
+      for i, part in enumerate(PARTS):
+        parts = [point["parts"][part] for point in points]
+        least = [1e3 * bound(x, results["limits"]) for x in parts]
+        times = [1e3 * x["seconds"] for x in parts]
+        axis.loglog(xs, times, "o-", ms=3, lw=1, color=f"C{i}", label=part)
+        axis.loglog(xs, least, ":", lw=1, color=f"C{i}")
+      axis.set_xticks(xs, [str(x) for x in xs])
+      axis.minorticks_off()
+      axis.set_xlabel({"depth": "layers", "width": "m = 4 r"}.get(sweep, sweep))
+      axis.set_ylabel("CPU ms (dotted: the limit)")
+    axes[0].legend(frameon=False, fontsize=7)

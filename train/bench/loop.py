@@ -1,6 +1,6 @@
 """What the training loop costs beside the bare step.
 
-    python -m train.bench.loop --set data.batch=32
+    python -m train.bench loop --set data.batch=32
 
 compiles the step of a run once and alternates between two ways of repeating
 it: the loop of `train.pretrain` (data, metrics, progress, log), and nothing
@@ -152,7 +152,7 @@ def report(config: configs.Config, times: Times, length: int) -> str:
 def main(words: list[str] | None = None) -> int:
   """Parses the command line and prints the table."""
   parser = argparse.ArgumentParser(
-    prog="python -m train.bench.loop",
+    prog="python -m train.bench loop",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

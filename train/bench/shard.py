@@ -164,7 +164,8 @@ def _figures(
     donate_argnums=(1, 2),
     out_shardings=(where, state_where),
   )
-  compiled = step.lower(params, _placed(state, state_where), params).compile()
+  lowered = step.lower(params, _placed(state, state_where), params)
+  compiled: Any = lowered.compile()
   collectives = hlo.Module(compiled.as_text()).collectives()
   leaves = jax.tree.leaves(state)
   places = jax.tree.leaves(state_where)
