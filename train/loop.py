@@ -35,6 +35,7 @@ class Watch:
     )
     self.speed = metrics.Throughput()
     self.say = self.progress.say
+    self._cold = 0  # the last step with which something was compiled
     self._skipped = skipped  # steps so far that left the optimizer as it was
     self._forward = job.forward_flops()
     self.resume()
@@ -63,7 +64,7 @@ class Watch:
     """Takes the time of a compilation for no time of training."""
     now, waited = self._mark
     self._begin, self._mark = self._begin + seconds, (now + seconds, waited)
-    self.resume()
+    self._cold = step
     self.say(f"compiled   in {seconds:.1f} s, with step {step}")
 
   def resume(self) -> None:
@@ -91,7 +92,10 @@ class Watch:
     in_row, skipped = fetched.pop("skips_in_row"), fetched.pop("skipped")
     tokens, config = fetched.pop("tokens"), self._job.config
     seen = {k: fetched.pop(k) for k in values if k.startswith("subspace/")}
-    self.speed.update(tokens)
+    if step == self._cold:
+      self.resume()  # part of it ran beside the compiler
+    else:
+      self.speed.update(tokens)
     self._skipped = skipped
     if in_row:
       self._tell_skip(step, fetched, in_row, skipped)

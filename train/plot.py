@@ -8,13 +8,14 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed, and none touched
 import numpy as np
+from matplotlib import colors, ticker
 from matplotlib import pyplot as plt
-from matplotlib import ticker
 
 from train import runs as runs_lib
 from train.errors import UserError
@@ -33,6 +34,7 @@ SCORES = (
   "spearman",
 )
 STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v")
 
 
 def draw(out: pathlib.Path, title: str) -> pathlib.Path:
@@ -250,7 +252,7 @@ def _energy(place: plt.Axes, runs: list[Run], axis: str) -> None:
   """At refreshes: with the new basis, and in one run with the old one too."""
   alone = len(runs) == 1
   _subspace(place, runs, axis, "energy", refreshed=True)
-  _legend(place)
+  _legend(place, runs)
   if alone:
     _subspace(place, runs, axis, "energy_before", ls=":")
   place.set_ylabel("gradient energy in the subspace")
@@ -277,11 +279,10 @@ def _subspace(
   axis: str,
   name: str,
   refreshed: bool = False,
-  ls: str = "-",
+  ls: str = "",
 ) -> None:
-  """A line a watched matrix: by colour in one run, by dashes in several."""
-  alone = len(runs) == 1
-  names = sorted({matrix for run in runs for matrix in run.watched()})
+  """A line a watched matrix: by colour in one run, by tint in several."""
+  names = _watched(runs)
   for i, run in enumerate(runs):
     for k, matrix in enumerate(names):
       key = f"subspace/{matrix}/"
@@ -289,29 +290,44 @@ def _subspace(
       at, values = run.series(key + name, axis, needed)
       if not len(values):
         continue
-      place.plot(
-        at,
-        values,
-        color=f"C{k % 10}" if alone else _color(runs, i),
-        ls=ls if alone else STYLES[k % len(STYLES)],
-        marker=".",
-        lw=1.2,
-        label=matrix if i == 0 else None,
-      )
+      look = _look(runs, _color(runs, i), k)
+      look |= {"ls": ls} if ls else {}
+      place.plot(at, values, **look)
 
 
-def _legend(place: plt.Axes) -> None:
-  handles, texts = place.get_legend_handles_labels()
-  if len(texts) <= 6:
-    place.legend(handles, texts, frameon=False)
+def _watched(runs: list[Run]) -> list[str]:
+  """The matrices that any of the runs has looked at."""
+  return sorted({matrix for run in runs for matrix in run.watched()})
+
+
+def _look(runs: list[Run], color: Any, k: int) -> Any:
+  """How the k-th matrix is drawn, in a run of this colour."""
+  if len(runs) == 1:
+    return {"color": f"C{k % 10}", "ls": "-", "marker": ".", "lw": 1.2}
+  # Towards white, but for the last one to be seen.
+  share = 0.55 * k / max(1, len(_watched(runs)) - 1)
+  tint = [x + share * (1 - x) for x in colors.to_rgb(color)]
+  marker = MARKERS[k % len(MARKERS)]
+  style = STYLES[k % len(STYLES)]
+  return {"color": tint, "ls": style, "marker": marker, "ms": 3.5, "lw": 1.2}
+
+
+def _legend(place: plt.Axes, runs: list[Run]) -> None:
+  """The matrices; which run a line is of tells the legend of the figure."""
+  names = _watched(runs)
+  if len(names) > 6:
+    return
+  looks = [_look(runs, "0.15", k) for k in range(len(names))]
+  handles = [plt.Line2D([], [], **look) for look in looks]
+  place.legend(handles, names, frameon=False, fontsize="small")
 
 
 def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 2 wrong input."""
   parser = argparse.ArgumentParser(
     prog="python -m train.plot",
-    description="Draws runs on top of each other. The legend tells in which"
-    " fields of their configs they differ.",
+    description="Draws runs on top of each other. The legend names as few"
+    " fields of their configs as tell them apart.",
   )
   parser.add_argument(
     "runs", nargs="+", type=pathlib.Path, metavar="RUN", help="a run's folder"

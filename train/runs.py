@@ -25,6 +25,7 @@ OF_GALORE = (
   "moments",
 )
 MOST = 5  # fields in a label
+LONGEST = 24  # characters of a value in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,24 +101,35 @@ def load(out: pathlib.Path) -> Run:
 
 
 def labels(runs: list[Run]) -> list[str]:
-  """A label for each run: the fields in which they differ.
-
-  The name of the folder comes in where they differ in nothing or too much.
-  """
+  """A label for each run: as few fields as tell them apart, or its folder."""
   if len(runs) == 1:
     config = runs[0].config
     return [f"{config['preset']}, {config['optimizer.name']}"]
-  fields = _differing(runs)
-  texts = [
+  fields = _enough(runs, _differing(runs))
+  if not fields or len(fields) > MOST:
+    return _folders(runs)
+  texts = _texts(runs, fields)
+  return [
+    f"{text} ({folder})" if texts.count(text) > 1 else text
+    for text, folder in zip(texts, _folders(runs), strict=True)
+  ]
+
+
+def _texts(runs: list[Run], fields: list[str]) -> list[str]:
+  return [
     ", ".join(filter(None, (_field(name, run.config) for name in fields)))
     for run in runs
   ]
-  if not fields or len(fields) > MOST:
-    return [str(run.out) for run in runs]
-  return [
-    f"{text} ({run.out.name})" if texts.count(text) > 1 else text
-    for text, run in zip(texts, runs, strict=True)
-  ]
+
+
+def _folders(runs: list[Run]) -> list[str]:
+  """The ends of the folders' paths that differ."""
+  parts = [run.out.resolve().parts for run in runs]
+  for count in range(1, max(map(len, parts)) + 1):
+    ends = [str(pathlib.Path(*part[-count:])) for part in parts]
+    if len(set(ends)) == len({*parts}):
+      return ends
+  raise AssertionError("whole paths differ")
 
 
 def _differing(runs: list[Run]) -> list[str]:
@@ -131,6 +143,19 @@ def _differing(runs: list[Run]) -> list[str]:
   return telling or fields
 
 
+def _enough(runs: list[Run], fields: list[str]) -> list[str]:
+  """As few of the fields as make as many different labels as all of them.
+
+  The method comes first: what differs because of it goes without saying.
+  """
+  kinds = lambda chosen: len(set(_texts(runs, chosen)))
+  found = [name for name in fields if name == "optimizer.name"]
+  while kinds(found) < kinds(fields):
+    rest = [name for name in fields if name not in found]
+    found.append(max(rest, key=lambda name: kinds([*found, name])))
+  return [name for name in fields if name in found]
+
+
 def _field(name: str, config: dict[str, Any]) -> str:
   group, _, short = name.partition(".")
   value = config.get(name)
@@ -140,4 +165,6 @@ def _field(name: str, config: dict[str, Any]) -> str:
   if group == "optimizer" and plain and short in OF_GALORE:
     return ""
   text = f"{value:g}" if isinstance(value, float) else str(value)
+  text = text.rpartition("/")[2] or '""'  # of a path the file
+  text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
   return f"{short} {text}"

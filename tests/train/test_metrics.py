@@ -81,6 +81,8 @@ def test_evaluation_weighs_tokens_and_knows_the_papers_count():
 
 
 def test_compiling_with_a_step_is_no_time_of_training(capsys):
+  loss = {"loss": 1.0, "grad_norm": 1.0}
+
   class Feed:
     waited = 0.0
 
@@ -93,7 +95,9 @@ def test_compiling_with_a_step_is_no_time_of_training(capsys):
 
   job: Any = types.SimpleNamespace(
     config=presets.make("sotu_small", "galore"), feed=Feed(), seconds=0.0,
+    rates=[1.0, 1.0],
     put=lambda rows: rows, forward_flops=lambda: 1.0,
+    log=types.SimpleNamespace(write=lambda *args, **values: None),
     watcher=types.SimpleNamespace(
       is_due=lambda updates: False, programs=lambda: 0
     ),
@@ -102,7 +106,8 @@ def test_compiling_with_a_step_is_no_time_of_training(capsys):
   state = jnp.zeros(())
   for step in (1, 2):
     state, _ = watch.step(compiled, step, state)
-    watch.speed.update(100)
+    counts = {"skips_in_row": 0, "skipped": 0, "tokens": 100}
+    watch.record(step, jax.tree.map(jnp.asarray, counts | loss))
   assert watch.seconds() < 0.4 and watch.speed.rate > 100 / 0.4
   assert watch.wait_share() == 0
   said = capsys.readouterr().out
