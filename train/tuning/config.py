@@ -53,6 +53,7 @@ class Config(base.Config):
   """A whole fine-tuning run; `model` is what the checkpoint says it is."""
 
   task: TaskConfig = TaskConfig()
+  run: base.RunConfig = base.RunConfig(watch="none")
 
   def __post_init__(self):
     super().__post_init__()
@@ -62,6 +63,10 @@ class Config(base.Config):
     ):
       if value:
         raise UserError(f"{name} is for pre-training; use {instead}")
+    if self.run.watch != "none":
+      raise UserError(
+        f"run.watch={self.run.watch} is for pre-training; leave it at none"
+      )
     plain = base.DataConfig()
     for name in ("text_field", "documents", "shuffle_buffer", "stream"):
       if getattr(self.data, name) != getattr(plain, name):

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import galore_optax
 from train import (
   adapters,
   checkpoint,
   hosts,
   jaxprs,
   loader,
-  metrics,
   optimizer,
+  subspace,
 )
 from train import job as jobs
 from train import mesh as meshes
@@ -63,15 +64,6 @@ class Material:
   train: Any  # prepared by the learner
   evaluated: list[Any]
   feed: Feed
-
-
-class Unwatched:
-  """In the place of the look at subspaces, which knows the LLaMA only."""
-
-  def is_due(self, step: int) -> bool:
-    """Never."""
-    del step
-    return False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,7 +195,10 @@ def prepare(
     "config": config,
     "out": out,
     "corpus": None,
-    "watcher": Unwatched(),
+    # With run.watch=none it looks at nothing: a look knows the LLaMA only.
+    "watcher": subspace.Watcher(
+      config, placed, galore_optax.describe(tx, placed.weights)
+    ),
   }
   job = Job(
     **shared,

@@ -59,6 +59,7 @@ class Recipe(NamedTuple):
   full: float  # learning rate of methods that train the weights
   adapters: float  # and of those that train factors
   scale: float  # GaLore's alpha
+  gap: int = 500  # steps between two bases of a matrix
 
 
 def _glue(name: str, rank: int) -> Recipe:
@@ -87,6 +88,7 @@ SMALL = {
     1e-4,
     1e-3,
     4.0,
+    gap=50,
   ),
   "imdb": Recipe(
     {"epochs": 2.0, "pool": "mean"},
@@ -160,7 +162,7 @@ def _optimizer(name: Any, rank: int, recipe: Recipe) -> OptimizerConfig:
         "decay": "linear",
         "final": 0.0,
         "rank": rank,
-        "update_proj_gap": 500,
+        "update_proj_gap": recipe.gap,
         "scale": recipe.scale,
       }
       | fields

@@ -1,0 +1,225 @@
+"""Many fine-tuning runs and their table: `python -m train.tuning.grid`.
+
+  python -m train.tuning.grid pick RESULTS --from FOLDER --methods adamw \
+    --rates 1e-4 3e-4
+  python -m train.tuning.grid run RESULTS --from FOLDER \
+    --methods adamw galore:4 lora:4 --seeds 0 1 2
+  python -m train.tuning.grid table RESULTS
+
+`pick` trains each method with each rate and scores it on a part of the
+training split; `run` takes the best rate of each method from there (or
+`--rates` where one is given), and scores on the validation split. Both add a
+line a run to the file RESULTS and leave out what is in it, so that the same
+command goes on where it was stopped. What other flags mean is said by
+`python -m train.finetune --help`.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from train import ending, finetune
+from train.errors import UserError
+from train.tuning import tasks
+
+Record = dict[str, Any]
+
+
+class Method(NamedTuple):
+  """An optimizer at a rank: `galore:8`; `+` and settings are its own."""
+
+  text: str
+  optimizer: str
+  rank: int
+  settings: tuple[str, ...]
+
+
+def method(text: str) -> Method:
+  """Reads `galore:8` or `galore:8+task.freeze=^embed/`."""
+  name, *settings = text.split("+")
+  optimizer, _, rank = name.partition(":")
+  return Method(text, optimizer, int(rank or 4), tuple(settings))
+
+
+def read(path: pathlib.Path) -> list[Record]:
+  """The runs in a file of results."""
+  if not path.exists():
+    return []
+  lines = path.read_text(encoding="utf-8").splitlines()
+  return [json.loads(line) for line in lines if line.strip()]
+
+
+def words(
+  flags: argparse.Namespace, chosen: Method, rate: float, seed: int
+) -> list[str]:
+  """The command line of one run, without its folder."""
+  settings = [*flags.settings, *chosen.settings]
+  settings += [f"optimizer.learning_rate={rate:g}", f"train.seed={seed}"]
+  if flags.command == "pick":
+    settings += ["data.validation=none"]
+  found = ["--task", flags.task, "--from", flags.source]
+  found += ["--optimizer", chosen.optimizer, "--rank", str(chosen.rank)]
+  return found + [word for s in settings for word in ("--set", s)]
+
+
+def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
+  """The learning rates to train a method with.
+
+  Raises:
+    UserError: none is given, and none was picked.
+  """
+  if flags.rates:
+    return flags.rates
+  metric = tasks.find(flags.task).metrics[0]
+  picked = [
+    record
+    for record in read(flags.results)
+    if record["stage"] == "pick" and record["method"] == chosen.text
+  ]
+  if not picked:
+    raise UserError(
+      f"{flags.results} has no picked learning rate for {chosen.text}; run"
+      " `pick` first, or give one with --rates"
+    )
+  means = _by(picked, "learning_rate")
+  score = lambda rate: statistics.mean(
+    r["scores"][metric] for r in means[rate]
+  )
+  return [max(means, key=score)]
+
+
+def _by(records: list[Record], name: str) -> dict[Any, list[Record]]:
+  found: dict[Any, list[Record]] = {}
+  for record in records:
+    found.setdefault(record[name], []).append(record)
+  return found
+
+
+def plan(flags: argparse.Namespace) -> Iterator[tuple[Method, float, int]]:
+  """The runs that are missing, seed by seed: a stop leaves a fair part."""
+  done = {
+    (r["stage"], r["method"], r["learning_rate"], r["seed"])
+    for r in read(flags.results)
+  }
+  for seed in flags.seeds:
+    for chosen in map(method, flags.methods):
+      for rate in rates(flags, chosen):
+        if (flags.command, chosen.text, rate, seed) not in done:
+          yield chosen, rate, seed
+
+
+def run_all(flags: argparse.Namespace) -> int:
+  """Makes the runs that are missing; the first that fails ends it."""
+  out = flags.work / flags.task
+  for chosen, rate, seed in plan(flags):
+    command = words(flags, chosen, rate, seed)
+    # What a stop has left is of this run, which goes on with it, or goes.
+    same = _same(out, command)
+    status = finetune.main(
+      [*command, "--out", str(out), *([] if same else ["--overwrite"])]
+    )
+    if status:
+      return status
+    found = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    record = {"stage": flags.command, "method": chosen.text} | found
+    record["command"] = " ".join(["python -m train.finetune", *command])
+    flags.results.parent.mkdir(parents=True, exist_ok=True)
+    with flags.results.open("a", encoding="utf-8") as file:
+      file.write(json.dumps(record) + "\n")
+    shutil.rmtree(out)
+  return 0
+
+
+def _same(out: pathlib.Path, command: list[str]) -> bool:
+  """Whether the folder holds a part of this very run; notes it if not."""
+  note = out.with_name(out.name + ".command")
+  text = json.dumps(command)
+  same = note.exists() and note.read_text() == text
+  if not same:
+    shutil.rmtree(out, ignore_errors=True)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(text)
+  return same
+
+
+def table(records: list[Record]) -> str:
+  """The runs as Markdown: mean and spread of the scores, bytes."""
+  runs = [record for record in records if record["stage"] == "run"]
+  if not runs:
+    raise UserError("there is no finished run in the results")
+  metric = tasks.find(runs[0]["task"]).metrics[0]
+  lines = [
+    f"| method | learning rate | {metric} | seeds | weights | adapters |"
+    " gradients | optimizer state | of it blocks |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for name, group in _by(runs, "method").items():
+    values = [record["scores"][metric] for record in group]
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    sizes = group[0]["bytes"]
+    cells = [
+      name,
+      f"{group[0]['learning_rate']:g}",
+      f"{statistics.mean(values):.4f}{spread}",
+      str(len(values)),
+      *(
+        f"{sizes.get(part, 0):,}"
+        for part in (
+          "weights",
+          "adapters",
+          "gradients",
+          "optimizer",
+          "optimizer_blocks",
+        )
+      ),
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def parse(given: list[str] | None) -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m train.tuning.grid",
+    description="Fine-tunes with several methods, rates and seeds.",
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  for name in ("pick", "run", "table"):
+    command = commands.add_parser(name)
+    command.add_argument("results", type=pathlib.Path, metavar="RESULTS")
+    if name == "table":
+      continue
+    command.add_argument("--from", dest="source", required=True)
+    command.add_argument("--task", default="rotten_tomatoes")
+    command.add_argument(
+      "--methods", nargs="+", required=True, metavar="NAME:RANK"
+    )
+    command.add_argument("--rates", nargs="+", type=float, default=[])
+    command.add_argument("--seeds", nargs="+", type=int, default=[0])
+    command.add_argument("--set", action="append", default=[], dest="settings")
+    command.add_argument(
+      "--work", type=pathlib.Path, default=pathlib.Path("runs/grid")
+    )
+  return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> int:
+  """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
+  flags = parse(given)
+  if flags.command == "table":
+
+    def show() -> int:
+      print(table(read(flags.results)))
+      return 0
+
+    return ending.guarded(show)
+  return ending.guarded(lambda: run_all(flags))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
