@@ -7,6 +7,7 @@ strings, whole (`datasets.Dataset`) or read on demand (`IterableDataset`).
 import contextlib
 import dataclasses
 import glob
+import logging
 import os
 import pathlib
 from collections.abc import Iterator
@@ -264,7 +265,8 @@ def reading(name: str) -> Iterator[None]:
   errors that they raise.
   """
   try:
-    yield
+    with _without_log():
+      yield
   except datasets.exceptions.DatasetNotFoundError as error:
     if "gated" in str(error):
       advice = "is gated: accept its terms on its page, then `hf auth login`"
@@ -281,6 +283,18 @@ def reading(name: str) -> Iterator[None]:
       ) from error
     reason = first_line(error.__cause__ or error)
     raise UserError(f"{name} cannot be read: {reason}") from error
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+  """Keeps `datasets` from logging an error that it raises as well."""
+  logger = logging.getLogger("datasets")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def unreachable(name: str, error: Exception) -> str:

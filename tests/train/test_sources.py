@@ -148,7 +148,9 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("choice", ["false", "true"])
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, cache, name, choice):
+def test_a_bad_file_is_named_with_what_is_wrong(
+  tmp_path, cache, name, choice, caplog
+):
   content, message = BAD_FILES[name]
   path = tmp_path / name
   if content is not None:
@@ -158,6 +160,8 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, cache, name, choice):
     data.prepare(config, 300)
   assert name in str(raised.value)
   assert "\n" not in str(raised.value)
+  # What is raised is not logged by `datasets` as well.
+  assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
 def test_too_small_a_file(tmp_path, cache):
