@@ -15,34 +15,48 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog="presets:\n"
     + presets.summary()
-    + "\n\nfields for --set, with their values in the default run:\n"
+    + "\n\nfields for --set, with their values in the default run, and in"
+    " brackets what\nthey take:\n\n"
     + notes.summary(presets.make("sotu_small", "galore")),
   )
-  parser.add_argument(
+  _add_what(parser)
+  _add_where(parser)
+  flags = parser.parse_args(words)
+  if flags.layerwise:
+    flags.settings.insert(0, "train.layerwise=true")
+  if flags.json and not flags.dry_run:
+    parser.error("--json goes with --dry-run")
+  return flags
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+  """The flags that say what is trained, and how."""
+  add = parser.add_argument
+  add(
     "--preset",
     default="sotu_small",
     metavar="NAME",
     help="one of the presets below; default: sotu_small",
   )
-  parser.add_argument(
+  add(
     "--optimizer",
     default="galore",
     metavar="NAME",
     help=", ".join(configs.OPTIMIZERS) + "; default: galore",
   )
-  parser.add_argument(
+  add(
     "--from",
     type=pathlib.Path,
     dest="source",
     metavar="FOLDER",
     help="go on from these weights: LLaMA safetensors, or another run",
   )
-  parser.add_argument(
+  add(
     "--layerwise",
     action="store_true",
     help="update each layer inside the backward pass (train.layerwise=true)",
   )
-  parser.add_argument(
+  add(
     "--set",
     action="append",
     default=[],
@@ -50,23 +64,16 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     metavar="GROUP.FIELD=VALUE",
     help="changes one field of the preset; may be repeated",
   )
-  parser.add_argument(
-    "--out", type=pathlib.Path, help="default: runs/PRESET-OPTIMIZER"
-  )
-  parser.add_argument(
-    "--overwrite", action="store_true", help="delete an earlier run in --out"
-  )
-  parser.add_argument(
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+  """The flags that say where it goes, or that it is only counted."""
+  add = parser.add_argument
+  add("--out", type=pathlib.Path, help="default: runs/PRESET-OPTIMIZER")
+  add("--overwrite", action="store_true", help="delete an earlier run in --out")
+  add(
     "--dry-run",
     action="store_true",
     help="only count what the run would take: bytes, FLOPs",
   )
-  parser.add_argument(
-    "--json", action="store_true", help="with --dry-run: one JSON object"
-  )
-  flags = parser.parse_args(words)
-  if flags.layerwise:
-    flags.settings.insert(0, "train.layerwise=true")
-  if flags.json and not flags.dry_run:
-    parser.error("--json goes with --dry-run")
-  return flags
+  add("--json", action="store_true", help="with --dry-run: one JSON object")

@@ -50,7 +50,8 @@ def summary(config: configs.Config) -> str:
   for group in dataclasses.fields(config):
     value = getattr(config, group.name)
     if dataclasses.is_dataclass(value):
-      parts += ["", *_describe(group.name, value)]
+      about = (type(value).__doc__ or "").strip().splitlines()[0]
+      parts += ["", f"{group.name}: {about}", *_describe(group.name, value)]
   return "\n".join(parts[1:])
 
 
@@ -59,12 +60,8 @@ def _describe(group: str, value: Any) -> list[str]:
   kinds = typing.get_type_hints(type(value))
   lines = []
   for field in dataclasses.fields(value):
-    shown = getattr(value, field.name)
-    shown = '""' if shown == "" else shown
-    text = f"  {group}.{field.name}={shown}"
-    note = notes[field.name]
-    if typing.get_origin(kinds[field.name]) is Literal:
-      note += f" ({', '.join(typing.get_args(kinds[field.name]))})"
+    text = f"  {group}.{field.name}={_shown(getattr(value, field.name))}"
+    note = f"{notes[field.name].rstrip('.')} ({_takes(kinds[field.name])})"
     wrapped = textwrap.wrap(note, WIDTH - COLUMN)
     if len(text) > COLUMN - 2:
       lines.append(text)
@@ -73,3 +70,17 @@ def _describe(group: str, value: Any) -> list[str]:
       lines.append(f"{text:<{COLUMN}}{row}")
       text = ""
   return lines
+
+
+def _shown(value: Any) -> str:
+  """A value as `--set` takes it."""
+  if isinstance(value, bool):
+    return str(value).lower()
+  return '""' if value == "" else str(value)
+
+
+def _takes(kind: Any) -> str:
+  """What a field of this type may be set to."""
+  if typing.get_origin(kind) is Literal:
+    return ", ".join(map(_shown, typing.get_args(kind)))
+  return {bool: "true, false", str: "text"}.get(kind, kind.__name__)

@@ -121,6 +121,17 @@ def test_help_lists_presets_and_fields(capsys):
   assert "0: as many as n_heads" in text
   fields = text.partition("fields for --set")[2]
   assert max(map(len, fields.splitlines())) <= 80
+  # Each group by its name, each field with what it takes.
+  for line in ("model: A LLaMA decoder.", "mesh: Devices along each axis"):
+    assert f"\n{line}" in fields
+  one_line = " ".join(fields.split())
+  for words in (
+    "model.n_layers=4 blocks (int)",
+    "model.tie_embeddings=false the head is the transposed embedding (true,",
+    'float32 at least ("", float32, bfloat16)',
+    "run.prompt=The people of the United States the sample goes on (text)",
+  ):
+    assert words in one_line
 
 
 def test_every_field_says_what_it_means():
