@@ -1,0 +1,376 @@
+"""train.bench: figures of tiny programs, records and the rendered page.
+
+No test asserts a time: a busy machine may take any.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.bench import (
+  __main__ as command,
+)
+from train.bench import (
+  chips,
+  cost,
+  gradients,
+  record,
+  refresh,
+  report,
+  shard,
+  step,
+  timing,
+  torch_peers,
+  trees,
+)
+from train.errors import UserError
+
+TINY_STEP = ["step", "--trees=tiny", "--layouts=unrolled", "--gap=4"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+  """A folder with records of tiny benchmarks, made by the command itself."""
+  out = tmp_path_factory.mktemp("bench")
+  fast = pytest.MonkeyPatch()
+  chosen = ("optax.adamw", "contrib.galore", trees.OURS)
+  usual = trees.optimizers
+  fast.setattr(
+    trees, "optimizers", lambda *args: {k: usual(*args)[k] for k in chosen}
+  )
+  try:
+    assert command.main([*TINY_STEP, "--peer-steps=2", f"--out={out}"]) == 0
+    words = ["compile", "--trees=tiny", "--layouts=stacked", "--rounds=1"]
+    assert command.main([*words, f"--out={out}"]) == 0
+  finally:
+    fast.undo()
+  return out
+
+
+def test_a_record_says_where_it_comes_from(measured):
+  kept = record.load(measured / "step.json")
+  assert kept["command"] == (
+    "python -m train.bench step --trees=tiny --layouts=unrolled --gap=4"
+    " --peer-steps=2"
+  )
+  assert kept["versions"]["jax"] == jax.__version__
+  assert kept["machine"]["cores"] >= 1
+  assert str(measured) not in kept["command"]
+
+
+def test_step_figures(measured):
+  (entry,) = record.load(measured / "step.json")["results"]["trees"]
+  rows = entry["rows"]
+  assert len(rows[trees.OURS]["times"]) == entry["gap"] == 4
+  assert rows["contrib.galore"]["steps"] == 2
+  # Refreshing everything at once, its worst step is its first.
+  assert rows["contrib.galore"]["worst"] == rows["contrib.galore"]["first"]
+  size = trees.SIZES["tiny"]
+  leaves = jax.tree.leaves(trees.shapes(size, False), is_leaf=trees.is_shape)
+  weights = sum(map(math.prod, leaves))
+  adamw = rows["optax.adamw"]["state_bytes"]
+  assert 8 * weights < adamw < 8 * weights + 20
+  assert rows[trees.OURS]["state_bytes"] < adamw
+  found = step.ratios(entry)
+  assert found["optax.adamw"]["steady / adamw"] == 1
+  assert found["contrib.galore"]["build / contrib"] == 1
+
+
+def test_amortised_steps_add_up():
+  """Refreshes at once are in the first step, others among the steps."""
+  at_once = step._figures("contrib.galore", 11.0, [1.0, 1.0], gap=10)
+  assert at_once["amortised"] == (9 * 1.0 + 11.0) / 10
+  spread = step._figures(trees.OURS, 3.0, [1.0, 1.0, 2.0, 1.0], gap=4)
+  assert (spread["amortised"], spread["worst"], spread["steady"]) == (
+    1.25,
+    2,
+    1,
+  )
+
+
+def test_the_page_is_rendered_from_records(measured, tmp_path):
+  page = tmp_path / "page.md"
+  page.write_text(
+    "By hand.\n\n<!-- step: begin -->\nold\n<!-- step: end -->\n\nMore.\n"
+    "<!-- chips: begin -->\n<!-- chips: end -->\n",
+    encoding="utf-8",
+  )
+  words = ["report", f"--out={measured}", f"--page={page}"]
+  assert command.main(words) == 0
+  first = page.read_text(encoding="utf-8")
+  assert first.startswith("By hand.\n\n<!-- step: begin -->\n")
+  assert "old" not in first
+  assert "LLaMA-TINY, unrolled, rank 8, T = 4" in first
+  assert "| optax.adamw | 1.00 | 1.00 |" in first
+  assert "Not measured yet: `python -m train.bench chips`." in first
+  assert command.main(words) == 0
+  assert page.read_text(encoding="utf-8") == first
+
+
+def test_pictures_are_drawn(measured):
+  assert (measured / "step.png").stat().st_size > 5000
+
+
+def test_wrong_pages_and_records(tmp_path, capsys):
+  page = tmp_path / "page.md"
+  page.write_text("<!-- step: begin -->\n<!-- step: end -->\n", "utf-8")
+  (tmp_path / "step.json").write_text('{"schema": 0}', "utf-8")
+  words = ["report", f"--out={tmp_path}", f"--page={page}"]
+  assert command.main(words) == 2
+  assert "schema 0, expected 1" in capsys.readouterr().err
+  page.write_text("nothing here", "utf-8")
+  assert command.main(words) == 2
+  assert "no place for tables" in capsys.readouterr().err
+  assert command.main(["all", "--only=steps"]) == 2
+  assert "steps unknown" in capsys.readouterr().err
+  assert command.main(["step", "--trees=61m"]) == 2
+  assert "60m" in capsys.readouterr().err
+
+
+def test_missing_peers_are_named(monkeypatch, capsys):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  assert command.main([*TINY_STEP, "--torch"]) == 2
+  said = capsys.readouterr().err
+  assert "torch and galore_torch not installed" in said
+  assert ".[train,bench]" in said
+
+
+def test_torch_peers_hold_the_state_that_is_known():
+  if missing := [
+    x for x in torch_peers.MODULES if importlib.util.find_spec(x) is None
+  ]:
+    pytest.skip(f"needs {' and '.join(missing)} (extra bench)")
+  grads = {"mlp": {"up": jnp.ones((2, 12, 20))}, "norm": jnp.ones(12)}
+  peers = torch_peers.start(grads, rank=4, gap=2)
+  for peer in peers.values():
+    peer.call()
+  low = 2 * (12 * 4 + 2 * 4 * 20) + 2 * 12
+  assert peers["galore-torch"].state_bytes() == 4 * low
+  full = 2 * (2 * 12 * 20 + 12)
+  assert 0 <= peers["torch AdamW"].state_bytes() - 4 * full <= 3 * 4
+
+
+def test_quick_changes_defaults_only():
+  flags = command.parse(["step", "--quick", "--gap=6"])
+  assert (flags.trees, flags.gap) == ("60m", 6)
+  assert command.parse(["step"]).trees == "60m,130m"
+
+
+def test_interleaving_keeps_to_its_budget():
+  calls = []
+  runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+  times = timing.interleave(runs, timing.Budget(most=3, least=1, limit=1e9))
+  assert calls == ["a", "b"] * 4  # the first of each is not timed
+  assert [len(x) for x in times.values()] == [3, 3]
+  assert not timing.Budget(most=9, least=2, limit=1.0).asks([0.6, 0.6])
+  assert timing.Budget(most=9, least=2, limit=1.0).asks([2.0])
+
+
+def test_spectra_and_stale_bases_are_what_they_say():
+  made = gradients.Synthetic(24, 40)
+  sigma = np.linalg.svd(made.gradient(0.5), compute_uv=False)
+  np.testing.assert_allclose(sigma, np.arange(1, 25) ** -0.5, rtol=1e-4)
+  old = made.stale_basis(6)
+  np.testing.assert_allclose(old.T @ old, np.eye(6), atol=1e-5)
+  overlap = np.sum((made.left[:, :6].T @ old) ** 2) / 6
+  assert abs(overlap - 0.5) < 1e-4
+  with pytest.raises(ValueError, match="no room"):
+    made.stale_basis(20)
+
+
+def test_energies_of_methods():
+  made = gradients.Synthetic(24, 40)
+  g, old = made.gradient(0.5), made.stale_basis(6)
+  found = refresh.energies(g, old, refresh._best(0.5, 24, 6))
+  by_svd = refresh.energies(g, old)
+  for name in refresh.STARTS:
+    assert abs(found[name] - by_svd[name]) < 1e-4
+    assert found[name] <= 1 + 1e-5
+  for start in ("cold", "warm"):
+    shares = [found[f"{start} {k}"] for k in refresh.ITERATIONS]
+    assert shares == sorted(shares)
+  assert found["warm 1"] > found["cold 1"] > found["random"]
+  assert found["orthogonality"] < 1e-5
+  # The long side of a tall gradient keeps the same energy.
+  tall = refresh.energies(np.ascontiguousarray(g.T), old)
+  assert abs(tall["warm 2"] - by_svd["warm 2"]) < 1e-4
+
+
+def test_recorded_gradients_are_reused(tmp_path, monkeypatch):
+  made = gradients.Synthetic(8, 12)
+  stack = np.stack([made.gradient(0.5)] * 2)
+  found = {
+    f"{time}.{which}/layers/up": stack
+    for time in ("early", "late")
+    for which in ("old", "new")
+  }
+  monkeypatch.setattr(gradients, "record", lambda *_: found)
+  path, when = tmp_path / "new" / "g.npz", gradients.Moments((1, 2), (3, 4))
+  gradients.load_or_record(path, "sotu_small", [], when)
+  monkeypatch.setattr(gradients, "record", None)
+  again = gradients.load_or_record(path, "sotu_small", [], when)
+  rows = refresh._recorded(again, when)
+  assert [x["name"] for x in rows] == [
+    "early (step 2), 8 x 12",
+    "late (step 4), 8 x 12",
+  ]
+  assert rows[0]["matrices"] == 2
+  # The gradient did not change, so its old basis is the best one.
+  assert rows[0]["least"]["stale"] > 0.9999
+  path.write_text("no archive", "utf-8")
+  with pytest.raises(UserError, match="record it anew"):
+    gradients.load_or_record(path, "sotu_small", [], when)
+
+
+@pytest.mark.slow
+def test_gradients_of_a_run():
+  settings = ["model.d_model=32", "model.d_ff=48", "model.n_layers=2"]
+  settings += ["model.n_heads=2", "data.length=16", "data.batch=8"]
+  when = gradients.Moments((1, 2), (3, 4))
+  found = gradients.record("sotu_small", settings, when)
+  assert len(found) == 4 * 7
+  assert all(np.isfinite(x).all() and x.any() for x in found.values())
+
+
+def test_the_cost_model_counts_what_the_compiler_counts():
+  site = cost.Site(16, 24, 4, layers=2)
+  assert site.project()[0] == 2 * 2 * 16 * 24 * 4
+  _, counted = cost._runs(site)
+  assert counted["project"] == site.project()[0]
+  assert counted["lift"] == site.project()[0]
+
+
+def test_share_of_the_gradient():
+  size = trees.Size(dim=64, hidden=96, layers=2, vocab=0, rank=16)
+  found = cost.flops_a_step(size, 10**12, tokens=100)
+  # 4 m n r over 6 m n tokens for every matrix.
+  assert abs(found["share"] - 4 * 16 / (6 * 100)) < 1e-6
+  more = cost.flops_a_step(size, 50, tokens=100)
+  assert more["refresh"] > 0
+  assert more["project_and_lift"] == found["project_and_lift"]
+
+
+def test_limits_bound_a_part():
+  best = {"flops": 100.0, "bytes": 10.0}
+  assert cost.bound({"flops": 200, "bytes": 10}, best) == 2.0
+  assert cost.bound({"flops": 100, "bytes": 30}, best) == 3.0
+
+
+@pytest.fixture(scope="module")
+def sharded():
+  """Programs of a small model on eight devices."""
+  patch = pytest.MonkeyPatch()
+  patch.setattr(shard, "SIZE", trees.Size(64, 160, 1, 32, 24))
+  flags = argparse.Namespace(
+    layouts="fsdp",
+    meshes="auto,explicit",
+    optimizers="optax.adamw;contrib.galore",
+  )
+  try:
+    return shard.measure(flags)
+  finally:
+    patch.undo()
+
+
+def test_sharded_figures(sharded):
+  by_name = {(x["mesh"], x["optimizer"]): x for x in sharded["programs"]}
+  adamw = by_name["auto", "optax.adamw"]
+  assert adamw["gathered"] == {}
+  assert abs(8 * adamw["state_bytes"] / adamw["whole_bytes"] - 1) < 0.1
+  contrib = by_name["auto", "contrib.galore"]
+  assert contrib["gathered"]["G"] > 0
+  assert "ShardingTypeError" in by_name["explicit", "contrib.galore"]["error"]
+  assert "fails: ShardingTypeError" in shard.tables(sharded)
+
+
+def test_layouts_split_what_they_say():
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+  tree = trees.shapes(trees.SIZES["tiny"], stacked=True)
+  layout = shard.Layout({}, "fsdp", "tensor", None, True)
+  found = shard.shardings(layout, tree, mesh)
+  layers = found["layers"]
+  assert layers["attn"]["q"].spec == jax.P(None, "fsdp", "tensor")
+  assert layers["mlp"]["down"].spec == jax.P(None, "tensor", "fsdp")
+  assert found["embed"].spec == jax.P("tensor", "fsdp")
+  assert found["norm"].spec == jax.P(None)
+
+
+def test_chips_are_compiled_once(tmp_path, monkeypatch):
+  """Figures that are there are kept, others come from `train.memory`."""
+  parts = dict.fromkeys(chips.PARTS, 2**30)
+  figures = {
+    "preset": "llama_7b",
+    "target": "tpu:v6e:2x2",
+    "seq": 2048,
+    "batch": 4,
+    "devices": 4,
+    "temp_bytes": None,
+    "peak_bytes": 5 * 2**30,
+    "room_bytes": 10 * 2**30,
+    "components": parts,
+    "collectives": {
+      "every_step": {"all-gather": {"count": 3, "bytes": 2**30}},
+      "when_due": {},
+    },
+  }
+  commands = []
+
+  def run(command, **_):
+    commands.append(command)
+    out = json.dumps(figures | {"method": "galore"})
+    return argparse.Namespace(returncode=0, stdout=out + "\n", stderr="")
+
+  monkeypatch.setattr(chips.subprocess, "run", run)
+  kept = tmp_path / "v6e:2x2-adamw.json"
+  kept.write_text(json.dumps(figures | {"method": "adamw"}), "utf-8")
+  words = ["chips", "--targets=tpu:v6e:2x2", f"--keep={tmp_path}"]
+  assert command.main([*words, f"--out={tmp_path}"]) == 0
+  assert len(commands) == 1
+  assert "--batch=4" in commands[0]
+  results = record.load(tmp_path / "chips.json")["results"]
+  table = chips.tables(results)
+  assert "| v6e:2x2, adamw | 1.00 | 1.00 | 1.00 | - | 5.00 | 50% |" in table
+  assert "3, 1.00 GiB" in table
+  assert (tmp_path / "chips.png").stat().st_size > 5000
+
+
+def test_what_a_chip_s_compiler_says_is_passed_on(monkeypatch, capsys):
+  run = lambda *_, **__: argparse.Namespace(
+    returncode=2, stdout="", stderr="error: needs the compiler\n"
+  )
+  monkeypatch.setattr(chips.subprocess, "run", run)
+  assert command.main(["chips"]) == 2
+  assert "needs the compiler" in capsys.readouterr().err
+  assert command.main(["chips", "--targets=tpu:v5e"]) == 2
+  assert "name the topology" in capsys.readouterr().err
+
+
+def test_all_keeps_the_records_of_what_failed(tmp_path, monkeypatch, capsys):
+  commands = []
+
+  def run(words, **_):
+    commands.append(words[3:])
+    return argparse.Namespace(returncode=int(words[3] == "chips"))
+
+  monkeypatch.setattr(command.subprocess, "run", run)
+  page = tmp_path / "page.md"
+  page.write_text("<!-- step: begin -->\n<!-- step: end -->\n", "utf-8")
+  words = ["all", f"--out={tmp_path}", f"--page={page}", "--only=step,chips"]
+  assert command.main([*words, "--single-threaded", "--torch"]) == 1
+  single = [f"--out={tmp_path}", "--single-threaded"]
+  assert commands == [["step", *single, "--torch"], ["chips", *single]]
+  assert "their records are as before: chips" in capsys.readouterr().out
+
+
+def test_the_page_has_a_place_for_every_benchmark():
+  text = report.PAGE.read_text(encoding="utf-8")
+  for name in command.BENCHMARKS:
+    assert f"<!-- {name}: begin -->" in text
+  _, count = report.render(text, record.FOLDER)
+  assert count >= len(command.BENCHMARKS)
