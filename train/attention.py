@@ -33,6 +33,7 @@ def attend(
   q_BxTxNxH: jax.Array,
   k_BxTxKxH: jax.Array,
   v_BxTxKxH: jax.Array,
+  segments_BxT: jax.Array | None = None,
 ) -> jax.Array:
   """Each position's mix of the values up to its own.
 
@@ -41,6 +42,8 @@ def attend(
     q_BxTxNxH: queries, turned to their positions.
     k_BxTxKxH: keys, turned to their positions.
     v_BxTxKxH: values.
+    segments_BxT: numbers of the texts that share a row, which do not see each
+      other; None: a row is one text. With them the fused forms are not taken.
 
   Returns:
     (B, T, N, H), in the dtype of the queries.
@@ -49,6 +52,16 @@ def attend(
     UserError: the form cannot run on this device, or not on these shapes.
   """
   form = choose(form, q_BxTxNxH)
+  if segments_BxT is not None:
+    same_BxTxT = segments_BxT[:, :, None] == segments_BxT[:, None]
+    return jax.nn.dot_product_attention(
+      q_BxTxNxH,
+      k_BxTxKxH,
+      v_BxTxKxH,
+      mask=same_BxTxT[:, None],
+      is_causal=True,
+      implementation="xla",
+    )
   if form == "splash":
     return splash(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH)
   library = "cudnn" if form == "cudnn" else "xla"

@@ -34,7 +34,7 @@ from train import (
 from train import mesh as meshes
 from train.config import HUB
 from train.errors import UserError
-from train.tuning import encoders, evaluation, examples, recipes, report
+from train.tuning import encoders, evaluation, examples, llamas, recipes, report
 from train.tuning import job as jobs
 from train.tuning.config import Config
 from train.tuning.feed import Feed
@@ -100,9 +100,7 @@ def read_task(config: Config) -> examples.Examples:
   """The examples, all of them checked."""
   names = config.task
   labels = tuple(filter(None, map(str.strip, names.labels.split(","))))
-  task = TASKS[names.name].named(
-    names.first, names.second, names.label, labels
-  )
+  task = TASKS[names.name].named(names.first, names.second, names.label, labels)
   return examples.load(task, config.data, data.cache_folder(config.data))
 
 
@@ -110,6 +108,9 @@ def make_learner(
   found: examples.Examples, config: Config
 ) -> tuple[Any, Config]:
   """The model with a head for the task, and its sizes in the config."""
+  if llamas.is_llama(config.train.init):
+    learner: Any = llamas.make(config.train.init, found.task, config)
+    return learner, dataclasses.replace(config, model=learner.model)
   learner = encoders.make(config.train.init, found.task, config)
   model = encoders.shape(learner, config.model)
   return learner, dataclasses.replace(config, model=model)
@@ -138,12 +139,10 @@ def make_material(
 
 def timed(config: Config, feed: Feed, settings: list[str]) -> Config:
   """The config with its steps counted in epochs."""
-  changes = {}
   if config.task.epochs:
-    changes["steps"] = max(1, round(config.task.epochs * feed.steps))
-  config = dataclasses.replace(
-    config, train=dataclasses.replace(config.train, **changes)
-  )
+    steps = max(1, round(config.task.epochs * feed.steps))
+    train = dataclasses.replace(config.train, steps=steps)
+    config = dataclasses.replace(config, train=train)
   if any(setting.startswith("run.eval_every=") for setting in settings):
     return config
   every = max(1, feed.steps // config.task.evaluations)

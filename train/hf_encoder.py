@@ -69,7 +69,7 @@ def load(
     UserError: there is none, it is of another architecture, or its parts do
       not belong together. Nothing is allocated then.
   """
-  folder = _folder(str(path))
+  folder = fetch(str(path))
   given = hf.read_json(folder / hf.CONFIG)
   config = encoder_weights.config_from_hf(
     given, str(folder / hf.CONFIG), head, labels, **changes
@@ -83,7 +83,12 @@ def load(
   return Loaded(config, params, tokenizer, notes, extra)
 
 
-def _folder(path: str) -> pathlib.Path:
+def fetch(path: str) -> pathlib.Path:
+  """The folder of a checkpoint; of `hub:NAME` a copy is fetched.
+
+  Raises:
+    UserError: there is none.
+  """
   if path.startswith(HUB):
     return _from_hub(path.removeprefix(HUB))
   folder = pathlib.Path(path).expanduser()

@@ -101,9 +101,15 @@ class Attention(nnx.Module):
     self.v = _linear(config, d, keys, ("embed", "heads"), rngs)
     self.o = _linear(config, queries, d, ("heads", "embed"), rngs)
 
-  def __call__(self, x_MxD: jax.Array, length: int) -> jax.Array:
-    """Attends within rows of `length`; (M, D) to (M, D)."""
-    out = attention.attend(self.config.attention, *self._heads(x_MxD, length))
+  def __call__(
+    self,
+    x_MxD: jax.Array,
+    length: int,
+    segments_BxT: jax.Array | None = None,
+  ) -> jax.Array:
+    """Attends within rows of `length`, and segments; (M, D) to (M, D)."""
+    heads = self._heads(x_MxD, length)
+    out = attention.attend(self.config.attention, *heads, segments_BxT)
     return self.o(out.reshape(len(x_MxD), -1))
 
   def extend(
@@ -170,10 +176,15 @@ class Block(nnx.Module):
     self.mlp_norm = _norm(config, rngs)
     self.mlp = Mlp(config, rngs=rngs)
 
-  def __call__(self, x_MxD: jax.Array, length: int) -> jax.Array:
+  def __call__(
+    self,
+    x_MxD: jax.Array,
+    length: int,
+    segments_BxT: jax.Array | None = None,
+  ) -> jax.Array:
     """(M, D) to (M, D), where M = B * length."""
     x_MxD = constrain_batch(x_MxD, len(x_MxD) // length)
-    x_MxD = x_MxD + self.attn(self.attn_norm(x_MxD), length)
+    x_MxD = x_MxD + self.attn(self.attn_norm(x_MxD), length, segments_BxT)
     return x_MxD + self.mlp(self.mlp_norm(x_MxD))
 
   def extend(
@@ -221,11 +232,20 @@ class Llama(nnx.Module):
       size = (config.d_model, config.vocab_size)
       self.lm_head = _linear(config, *size, axes, rngs)
 
-  def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-    """Logits (B, T, V) float32 of token ids (B, T)."""
+  def __call__(
+    self, tokens_BxT: jax.Array, segments_BxT: jax.Array | None = None
+  ) -> jax.Array:
+    """Logits (B, T, V) float32 of token ids (B, T).
+
+    Args:
+      tokens_BxT: token ids.
+      segments_BxT: numbers of the texts that share a row, which do not see
+        each other; None: a row is one text. That positions go on counting
+        makes no difference, as only their distances matter.
+    """
     rows, length = tokens_BxT.shape
     x_MxD = self.embed(tokens_BxT.reshape(-1))
-    return self.head(self._scan_layers(x_MxD, length), rows)
+    return self.head(self._scan_layers(x_MxD, length, segments_BxT), rows)
 
   def head(self, x_MxD: jax.Array, rows: int) -> jax.Array:
     """Logits (B, T, V) float32 of what the last layer gives, (B * T, D)."""
@@ -236,9 +256,14 @@ class Llama(nnx.Module):
       logits_MxV = self.lm_head(x_MxD)
     return logits_MxV.astype(jnp.float32).reshape(rows, len(x_MxD) // rows, -1)
 
-  def _scan_layers(self, x_MxD: jax.Array, length: int) -> jax.Array:
+  def _scan_layers(
+    self,
+    x_MxD: jax.Array,
+    length: int,
+    segments_BxT: jax.Array | None = None,
+  ) -> jax.Array:
     def body(x: jax.Array, layer: Block) -> jax.Array:
-      return layer(x, length)
+      return layer(x, length, segments_BxT)
 
     if self.config.remat != "none":
       body = nnx.remat(body, policy=REMAT[self.config.remat])
@@ -277,9 +302,14 @@ def init(config: ModelConfig, seed: int | jax.Array) -> dict:
   return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def apply(graphdef: nnx.GraphDef, params: dict, tokens: jax.Array) -> jax.Array:
-  """Logits (B, T, V) of token ids (B, T) under `params`."""
-  return nnx.merge(graphdef, params)(tokens)
+def apply(
+  graphdef: nnx.GraphDef,
+  params: dict,
+  tokens: jax.Array,
+  segments: jax.Array | None = None,
+) -> jax.Array:
+  """Logits (B, T, V) of token ids (B, T) under `params`; see `Llama`."""
+  return nnx.merge(graphdef, params)(tokens, segments)
 
 
 # The model in three pieces, for those who walk the layers themselves:

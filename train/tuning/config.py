@@ -48,18 +48,25 @@ class TaskConfig:
       )
 
 
+UNWATCHED = base.RunConfig(watch="none")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(base.Config):
   """A whole fine-tuning run; `model` is what the checkpoint says it is."""
 
   task: TaskConfig = TaskConfig()
-  run: base.RunConfig = base.RunConfig(watch="none")
+  run: base.RunConfig = UNWATCHED
 
   def __post_init__(self):
     super().__post_init__()
     for name, value, instead in (
       ("train.layerwise", self.train.layerwise, "train.accumulate"),
-      ("optimizer.accumulate", self.optimizer.accumulate > 1, "train.accumulate"),
+      (
+        "optimizer.accumulate",
+        self.optimizer.accumulate > 1,
+        "train.accumulate",
+      ),
     ):
       if value:
         raise UserError(f"{name} is for pre-training; use {instead}")

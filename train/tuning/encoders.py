@@ -12,8 +12,7 @@ import optax
 from flax import nnx
 
 from train import encoder, hf_encoder
-from train.config import DataConfig, ModelConfig
-from train.encoder_tokenizer import Row, Window
+from train.config import ModelConfig
 from train.tuning import spans
 from train.tuning.config import Config, TaskConfig
 from train.tuning.examples import Split
@@ -28,7 +27,9 @@ class Prepared:
   """A split as the model reads it."""
 
   split: Split
-  rows: Sequence[Row | Window]  # several a question where its context is long
+  rows: Sequence[
+    Any
+  ]  # a Row each, or Windows: several a question where its context is long
   targets: dict[str, np.ndarray]  # (n,) each
   lengths: np.ndarray  # (n,) tokens
 
@@ -101,9 +102,7 @@ class EncoderLearner:
       return tuple(jnp.where(inside, x, FAR) for x in found)
     return encoder.classify(self.graphdef, weights, *inputs)
 
-  def loss(
-    self, weights: dict, batch: Any, key: jax.Array | None
-  ) -> jax.Array:
+  def loss(self, weights: dict, batch: Any, key: jax.Array | None) -> jax.Array:
     """Summed over the rows: cross-entropy in nats, or squared error."""
     found = self.outputs(weights, batch, key)
     entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -169,7 +168,7 @@ def make(source: str, task: Task, config: Config) -> EncoderLearner:
   loaded = hf_encoder.load(
     source,
     head="spans" if span else "classify",
-    labels=len(task.labels) if task.kind == "classify" else 1 if not span else 2,
+    labels=max(1, len(task.labels)),  # one: a number
     seed=config.train.seed,
     **changes,
   )
@@ -186,9 +185,3 @@ def shape(learner: EncoderLearner, model: ModelConfig) -> ModelConfig:
   names = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "norm_eps")
   sizes = {name: getattr(found, name) for name in names}
   return dataclasses.replace(model, **sizes)
-
-
-def check_length(config: DataConfig, rows: np.ndarray) -> str:
-  """Which share of the rows fills the length, and was perhaps cut."""
-  share = float((rows >= config.length).mean())
-  return f"{share:.1%} of the rows have data.length={config.length} tokens"

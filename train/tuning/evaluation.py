@@ -49,7 +49,9 @@ def _split(
     found, loss, weight = run(made)
     total, count = total + float(loss), count + float(weight)
     for place, row in enumerate(rows):
-      outputs[int(row)] = jax.tree.map(lambda x, i=place: np.asarray(x[i]), found)
+      outputs[int(row)] = jax.tree.map(
+        lambda x, i=place: np.asarray(x[i]), found
+      )
   loss = total / max(count, 1.0)
   values = {"held_out_loss": loss}
   task: Task = learner.task

@@ -151,7 +151,7 @@ def _hub(
 
 
 def _folder(folder: pathlib.Path, cache: pathlib.Path, name: str) -> Tables:
-  """Splits by the names of the files: `train.csv`, `validation-00000.parquet`."""
+  """Splits by the names of files: `train.csv`, `validation-00000.parquet`."""
   found: dict[str, list[str]] = {}
   for path in sources.find_files(name, str(folder)):
     split = path.name.split(".")[0].split("-")[0]
@@ -167,9 +167,7 @@ def _files(pattern: str, cache: pathlib.Path, name: str) -> datasets.Dataset:
   return _read(paths, cache, name)
 
 
-def _read(
-  paths: list[str], cache: pathlib.Path, name: str
-) -> datasets.Dataset:
+def _read(paths: list[str], cache: pathlib.Path, name: str) -> datasets.Dataset:
   kinds = {sources.kind_of(pathlib.Path(path)) for path in paths}
   if kinds - {"csv", "json", "parquet"}:
     raise UserError(
@@ -191,7 +189,9 @@ def _read(
   return cast(datasets.Dataset, table)
 
 
-def _column(table: datasets.Dataset, column: str, field: str, name: str) -> list:
+def _column(
+  table: datasets.Dataset, column: str, field: str, name: str
+) -> list:
   if column not in table.column_names:
     raise UserError(
       f"{name} has no column {column!r}; its columns are"
@@ -254,12 +254,11 @@ def _check_names(table: datasets.Dataset, task: Task, name: str) -> None:
 
 def _label(value: Any, classes: dict[str, int], place: str) -> int:
   """The number of a class that is given as a number, a name or a truth."""
+  number: Any = value
   if isinstance(value, str):
     number = classes.get(value.strip().lower(), value)
   elif isinstance(value, bool):
     number = classes.get(str(value).lower(), int(value))
-  else:
-    number = value
   if isinstance(number, float) and number.is_integer():
     number = int(number)
   if isinstance(number, int) and 0 <= number < len(classes):

@@ -7,7 +7,8 @@ of it is padding, and the few lengths that occur are compiled once each.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class Feed:
   """Training rows and how they become batches."""
 
   lengths: np.ndarray  # (n,) tokens of each row
-  collate: Callable[[Sequence[int], int], Batch]  # rows, and how many to make
+  collate: Callable[[Any, int], Batch]  # rows, and how many to make
   batch: int  # rows in a global batch
   group: bool  # whether rows of like length share a batch
 
@@ -72,7 +73,7 @@ class Feed:
 
 def in_order(
   lengths: np.ndarray,
-  collate: Callable[[Sequence[int], int], Batch],
+  collate: Callable[[Any, int], Batch],
   batch: int,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
   """Batches that cover all rows once, the longest first.

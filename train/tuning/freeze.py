@@ -38,7 +38,9 @@ class Frozen(Adapters):
     del seed
     flat = _flat(weights)
     stays = {path for path in flat if re.search(self.pattern, path)}
-    frozen = {p: x if p in stays else optax.MaskedNode() for p, x in flat.items()}
+    frozen = {
+      p: x if p in stays else optax.MaskedNode() for p, x in flat.items()
+    }
     trained = {p: x for p, x in flat.items() if p not in stays}
     return {"frozen": _nested(frozen), "adapters": _nested(trained)}
 

@@ -87,9 +87,7 @@ def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
       " `pick` first, or give one with --rates"
     )
   means = _by(picked, "learning_rate")
-  score = lambda rate: statistics.mean(
-    r["scores"][metric] for r in means[rate]
-  )
+  score = lambda rate: statistics.mean(r["scores"][metric] for r in means[rate])
   return [max(means, key=score)]
 
 

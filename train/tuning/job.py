@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,32 +28,9 @@ from train.config import TrainConfig
 from train.errors import UserError
 from train.tuning import evaluation, freeze
 from train.tuning.config import Config
-from train.tuning.examples import Split
-from train.tuning.feed import Batch, Feed
+from train.tuning.feed import Feed
+from train.tuning.learner import Learner
 from train.tuning.tasks import Task
-
-
-class Learner(Protocol):
-  """A model with what a task asks of it: `EncoderLearner`, `LlamaLearner`."""
-
-  task: Task
-  graphdef: nnx.GraphDef
-  boxes: nnx.State
-  full: tuple[str, ...]
-
-  @property
-  def params(self) -> dict: ...
-  def describe(self) -> str: ...
-  def prepare(self, split: Split) -> Any: ...
-  def collate(self, prepared: Any, chosen: Any, count: int) -> Batch: ...
-  def outputs(self, weights: dict, batch: Any) -> Any: ...
-  def loss(
-    self, weights: dict, batch: Any, key: jax.Array | None
-  ) -> jax.Array: ...
-  def count(self, batch: Any) -> jax.Array: ...
-  def tokens(self, batch: Any) -> jax.Array: ...
-  def decide(self, prepared: Any, outputs: dict[int, Any]) -> Any: ...
-  def save(self, out: pathlib.Path, weights: dict) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +47,8 @@ class Material:
 class Job(jobs.Job):
   """What the loop works with, for a task."""
 
-  learner: Any  # a Learner
+  learner: Learner
   material: Material
-  best: list[float] = dataclasses.field(default_factory=list)
 
   def put(self, rows: Any) -> Any:
     """Moves this process's part of a batch to its devices."""
@@ -88,7 +64,9 @@ class Job(jobs.Job):
     material, learner = self.material, self.learner
     longest = [int(np.argmax(material.train.lengths))]
     batch = learner.collate(material.train, longest, 1)
-    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+    shapes = {
+      k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()
+    }
     run = lambda w, b: learner.loss(w, b, None)
     traced = jax.make_jaxpr(run)(self.placed.weights, shapes)
     tokens = int(material.train.lengths[longest[0]])
@@ -141,16 +119,16 @@ def make_gradient(
       k: meshes.microbatches(v, config.accumulate) for k, v in batch.items()
     }
     numbers = jnp.arange(config.accumulate)
-    (grads, loss), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), (parts, numbers))
+    (grads, loss), _ = jax.lax.scan(
+      add, (zeros, jnp.float32(0)), (parts, numbers)
+    )
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, weights)
     return grads, loss, tokens
 
   return gradient
 
 
-def reparametrise(
-  learner: Learner, config: Config
-) -> adapters.Adapters | None:
+def reparametrise(learner: Learner, config: Config) -> adapters.Adapters | None:
   """What is trained in place of all weights, if that is anything else.
 
   Raises:
@@ -215,7 +193,7 @@ def prepare(
     ),
     eval_step=make_eval_step(learner, placed),
     feed=loader.Loader(
-      material.feed.batches(begin, config.train.seed, *part),
+      cast(Any, material.feed.batches(begin, config.train.seed, *part)),
       begin,
       config.data.prefetch,
     ),

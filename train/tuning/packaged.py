@@ -59,9 +59,10 @@ def _reviews(source: str) -> list[dict[str, Any]]:
     batched=True,
     input_columns="source",
   )
+  columns: Any = kept
   texts = {
     text.replace("<br />", " "): int(label)
-    for text, label in zip(kept["text"], kept["label"], strict=True)
+    for text, label in zip(columns["text"], columns["label"], strict=True)
   }
   return [{"text": text, "label": label} for text, label in texts.items()]
 

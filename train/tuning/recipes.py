@@ -108,9 +108,7 @@ SMALL = {
   "squad": _span(2.0),
   "squad_v2": _span(2.0),
   "span": _span(2.0),
-  "chat": Recipe(
-    {"epochs": 1.0}, {"batch": 8, "length": 512}, 3e-5, 3e-4, 4.0
-  ),
+  "chat": Recipe({"epochs": 1.0}, {"batch": 8, "length": 512}, 3e-5, 3e-4, 4.0),
 }
 GENERAL = Recipe({}, {"batch": 32, "length": 128}, 3e-5, 3e-4, 4.0)
 
@@ -149,25 +147,19 @@ def make(task: str, optimizer: str, rank: int) -> Config:
 
 def _optimizer(name: Any, rank: int, recipe: Recipe) -> OptimizerConfig:
   adapters = name in ADAPTERS
-  fields: dict[str, Any] = {"lora_alpha": 2.0 * rank} if adapters else {}
-  if name == "fira":
-    # Its updates are of full size whatever alpha is.
-    fields |= {"scale": 1.0}
-  return OptimizerConfig(
-    **(
-      {
-        "name": name,
-        "learning_rate": recipe.adapters if adapters else recipe.full,
-        "warmup": 0.0,
-        "decay": "linear",
-        "final": 0.0,
-        "rank": rank,
-        "update_proj_gap": recipe.gap,
-        "scale": recipe.scale,
-      }
-      | fields
-    )
+  config = OptimizerConfig(
+    name=name,
+    learning_rate=recipe.adapters if adapters else recipe.full,
+    warmup=0.0,
+    decay="linear",
+    final=0.0,
+    rank=rank,
+    update_proj_gap=recipe.gap,
+    scale=recipe.scale,
+    lora_alpha=2.0 * rank,
   )
+  # Fira's updates are of full size whatever alpha is.
+  return dataclasses.replace(config, scale=1.0) if name == "fira" else config
 
 
 def adopt(config: Config, settings: list[str]) -> Config:

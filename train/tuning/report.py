@@ -60,9 +60,7 @@ def table(parts: dict[str, int]) -> str:
   )
 
 
-def write(
-  path: pathlib.Path, config: Config, found: dict[str, Any]
-) -> None:
+def write(path: pathlib.Path, config: Config, found: dict[str, Any]) -> None:
   """Writes what a run came to as one JSON object."""
   head = {
     "task": config.task.name,

@@ -1,0 +1,207 @@
+"""Conversations as tokens: templates, what is learned of them, packed rows.
+
+Only what the assistant says is learned, with the token that ends it. What a
+user writes is never read as one of the template's own tokens.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+
+from train.errors import UserError
+from train.tuning.config import TemplateName
+
+ASSISTANT = "assistant"
+# Names of roles in conversations of other origins.
+ROLES = {
+  "human": "user",
+  "gpt": ASSISTANT,
+  "bot": ASSISTANT,
+  "model": ASSISTANT,
+}
+
+
+class Template(NamedTuple):
+  """What stands around a turn; {role} is replaced."""
+
+  before: str
+  after: str  # learned with the turn; "": the token that ends a text
+  gap: str  # behind it
+  needed: tuple[str, ...] = ()  # tokens that the vocabulary must have
+
+
+TEMPLATES: dict[TemplateName, Template] = {
+  "chatml": Template(
+    "<|im_start|>{role}\n",
+    "<|im_end|>",
+    "\n",
+    ("<|im_start|>", "<|im_end|>"),
+  ),
+  "plain": Template("### {role}:\n", "", "\n\n"),
+}
+
+
+class Row(NamedTuple):
+  """Tokens of a conversation, or of several that share a row."""
+
+  ids: np.ndarray  # (n,) int32
+  learn: np.ndarray  # (n,) bool: whether a token is predicted
+  segments: np.ndarray  # (n,) int32: which conversation it is of, from 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+  """Writes conversations in a template."""
+
+  template: Template
+  marks: tokenizers.Tokenizer  # reads the template's tokens as tokens
+  plain: tokenizers.Tokenizer  # reads them as text
+  end: str  # the token that ends a text
+  begin: tuple[int, ...]  # ids that stand before every text
+
+  def row(self, messages: Sequence[Mapping[str, str]]) -> Row:
+    """A whole conversation."""
+    ids, learn = [*self.begin], [False] * len(self.begin)
+    for message in messages:
+      for text, own, wanted in self._parts(message):
+        source = self.plain if own else self.marks
+        found = source.encode(text, add_special_tokens=False).ids
+        ids += found
+        learn += [wanted] * len(found)
+    return Row(
+      np.array(ids, np.int32), np.array(learn), np.ones(len(ids), np.int32)
+    )
+
+  def _parts(self, message: Mapping[str, str]) -> list[tuple[str, bool, bool]]:
+    """Texts of a turn: whether someone wrote it, whether it is learned."""
+    role, said = message["role"], message["role"] == ASSISTANT
+    template = self.template
+    after = template.after or (self.end if said else "")
+    return [
+      (template.before.format(role=role), False, False),
+      (message["content"], True, said),
+      (after, False, said),
+      (template.gap, False, False),
+    ]
+
+
+def writer(
+  name: TemplateName, text: str, end: str, begin: tuple[int, ...] = ()
+) -> Writer:
+  """A writer with a tokenizer.
+
+  Args:
+    name: of the template.
+    text: of the tokenizer.json.
+    end: the token that ends a text.
+    begin: ids that stand before every text.
+
+  Raises:
+    UserError: the vocabulary lacks what the template is made of.
+  """
+  template = TEMPLATES[name]
+  marks, plain = (tokenizers.Tokenizer.from_str(text) for _ in range(2))
+  for one in (marks, plain):
+    one.no_padding()
+    one.no_truncation()
+  plain.encode_special_tokens = True
+  needed = template.needed or (end,)
+  missing = [token for token in needed if marks.token_to_id(token) is None]
+  if missing:
+    raise UserError(
+      f"task.template={name} needs the tokens {', '.join(needed)}, and the"
+      f" checkpoint's tokenizer has no {missing[0]!r}; the templates are"
+      f" {', '.join(TEMPLATES)}"
+    )
+  return Writer(template, marks, plain, end, begin)
+
+
+def conversation(
+  value: Any, answer: str | None, place: str
+) -> list[dict[str, str]]:
+  """The messages of an example, checked.
+
+  Args:
+    value: a list of `{"role", "content"}`, or of `{"from", "value"}`, or the
+      text of a question.
+    answer: to that question; None where `value` has the answers.
+    place: the example, as messages call it.
+
+  Raises:
+    UserError: it is none of them, or the assistant says nothing in it.
+  """
+  if answer is not None and isinstance(value, str):
+    return [
+      {"role": "user", "content": value},
+      {"role": ASSISTANT, "content": answer},
+    ]
+  if not isinstance(value, Sequence) or isinstance(value, str):
+    raise UserError(
+      f"{place} holds {str(value)[:60]!r}; a conversation is a list of"
+      ' {"role": ..., "content": ...}, or a question and an answer in the'
+      " columns task.first and task.second"
+    )
+  found = [_message(one, place) for one in value]
+  if not any(m["role"] == ASSISTANT and m["content"] for m in found):
+    raise UserError(
+      f"{place}: the assistant says nothing that could be learned"
+    )
+  return found
+
+
+def _message(value: Any, place: str) -> dict[str, str]:
+  if isinstance(value, Mapping):
+    role = value.get("role", value.get("from"))
+    content = value.get("content", value.get("value"))
+    if isinstance(role, str) and isinstance(content, str):
+      return {"role": ROLES.get(role, role), "content": content}
+  raise UserError(
+    f'{place}: {str(value)[:60]!r} is no message {{"role": ..., "content":'
+    " ...}"
+  )
+
+
+def cut(rows: Sequence[Row], length: int) -> tuple[list[Row], int]:
+  """Rows of at most `length` tokens, and how many had nothing left to learn."""
+  short = [Row(*(x[:length] for x in row)) for row in rows]
+  kept = [row for row in short if row.learn[1:].any()]
+  return kept, len(rows) - len(kept)
+
+
+def pack(rows: Sequence[Row], length: int) -> list[Row]:
+  """Several conversations in a row, none of them cut.
+
+  Each goes into the fullest open row that has room for it, in the order of
+  their lengths. Their numbers keep them apart.
+  """
+  order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+  inside: list[list[int]] = []
+  with_room: list[list[int]] = [[] for _ in range(length + 1)]
+  for i in order:
+    size = len(rows[i].ids)
+    left = next((n for n in range(size, length + 1) if with_room[n]), None)
+    if left is None:
+      left, place = length, len(inside)
+      inside.append([])
+    else:
+      place = with_room[left].pop()
+    inside[place].append(i)
+    with_room[left - size].append(place)
+  return [_join([rows[i] for i in sorted(some)]) for some in inside]
+
+
+def _join(rows: Sequence[Row]) -> Row:
+  learn = [row.learn.copy() for row in rows]
+  for one in learn:
+    one[0] = False  # it would be predicted from another conversation
+  numbers = [
+    np.full(len(row.ids), i, np.int32) for i, row in enumerate(rows, 1)
+  ]
+  return Row(
+    np.concatenate([row.ids for row in rows]),
+    np.concatenate(learn),
+    np.concatenate(numbers),
+  )

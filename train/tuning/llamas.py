@@ -1,0 +1,285 @@
+"""A LLaMA on conversations, or on classes by the likelihood of their names.
+
+For a class the model is asked with a prompt; each class's name is put in the
+place of the answer, and the one that is likelier wins. What is learned is the
+name of the right one.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from train import hf, hf_encoder, llama, tokenizer, weights
+from train.config import HUB, ModelConfig
+from train.errors import UserError
+from train.tuning import chat
+from train.tuning.config import Config, TaskConfig
+from train.tuning.examples import Split
+from train.tuning.feed import Batch
+from train.tuning.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A split as the model reads it."""
+
+  split: Split
+  rows: list[chat.Row]
+  # (n,) Of classes: the example that a row is of, and the class it names; a
+  # row of the right one is learned.
+  example: np.ndarray
+  named: np.ndarray
+  right: np.ndarray
+  lengths: np.ndarray  # tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LlamaLearner:
+  """A LLaMA on a task of conversations or of classes."""
+
+  task: Task
+  config: TaskConfig
+  length: int  # tokens of a row, at most
+  packed: bool
+  model: ModelConfig
+  source: weights.Weights
+  writer: chat.Writer
+  graphdef: nnx.GraphDef
+  boxes: nnx.State
+
+  full = ()  # the head is that of the pre-training: factors are all it takes
+
+  @property
+  def params(self) -> dict:
+    """The weights to start from, on the host."""
+    return weights.to_params(self.source)
+
+  def describe(self) -> str:
+    """The model in half a line."""
+    c = self.model
+    return f"llama, {c.n_layers} layers, d_model {c.d_model}, {c.dtype}"
+
+  def prepare(self, split: Split) -> Prepared:
+    """Tokenises a split; what is trained on keeps the right answers only."""
+    if self.task.kind == "chat":
+      return self._conversations(split)
+    return self._classes(split)
+
+  def _conversations(self, split: Split) -> Prepared:
+    answers = split.second or [None] * len(split)
+    rows = [
+      self.writer.row(
+        chat.conversation(value, answer, f"{split.name}, row {i}")
+      )
+      for i, (value, answer) in enumerate(
+        zip(split.first, answers, strict=True)
+      )
+    ]
+    rows, lost = chat.cut(rows, self.length)
+    if lost:
+      print(
+        f"note       {split.name}: {lost} of {len(split)} conversations say"
+        f" nothing to learn in their first data.length={self.length} tokens"
+      )
+    if not rows:
+      raise UserError(
+        f"{split.name}: no conversation has an answer in its first"
+        f" data.length={self.length} tokens; raise it"
+      )
+    rows = chat.pack(rows, self.length) if self.packed else rows
+    whole = np.arange(len(rows))
+    return _prepared(split, rows, whole, np.zeros_like(whole), whole >= 0)
+
+  def _classes(self, split: Split) -> Prepared:
+    names = self.task.labels
+    second = split.second or [""] * len(split)
+    rows, example, named, right = [], [], [], []
+    for i, (first, other) in enumerate(zip(split.first, second, strict=True)):
+      for k, name in enumerate(names):
+        if split.name == "train" and k != split.answers[i]:
+          continue
+        row = self.writer.row(
+          chat.conversation(self._prompt(first, other), name, "")
+        )
+        rows.append(self._shorten(row))
+        example.append(i)
+        named.append(k)
+        right.append(k == split.answers[i])
+    return _prepared(
+      split, rows, np.array(example), np.array(named), np.array(right)
+    )
+
+  def _prompt(self, first: str, second: str) -> str:
+    text = self.config.prompt or (
+      "{first}\n" + "{second}\n" * bool(second) + "\nAnswer with one of:"
+      f" {', '.join(self.task.labels)}."
+    )
+    try:
+      return text.format(first=first, second=second)
+    except (KeyError, IndexError, ValueError) as error:
+      raise UserError(
+        f"task.prompt={text!r}: {error}; write {{first}} and {{second}}"
+      ) from None
+
+  def _shorten(self, row: chat.Row) -> chat.Row:
+    """A long text loses what is in the middle of it: the answer must stay."""
+    over = len(row.ids) - self.length
+    if over <= 0:
+      return row
+    tail = len(row.ids) - int(np.flatnonzero(row.learn)[0]) + 32
+    if tail >= self.length:
+      raise UserError(
+        f"data.length={self.length} has no room for an answer; raise it"
+      )
+    keep = np.r_[: self.length - tail, len(row.ids) - tail : len(row.ids)]
+    return chat.Row(*(x[keep] for x in row))
+
+  def collate(
+    self, prepared: Prepared, chosen: Sequence[int], count: int
+  ) -> Batch:
+    """Rows as a batch; those that are missing are padding and not `valid`."""
+    rows = [prepared.rows[i] for i in chosen]
+    longest = max(len(row.ids) for row in rows)
+    multiple = self.config.multiple
+    # One more than a multiple: the last token is predicted, never read.
+    width = -(-(longest - 1) // multiple) * multiple + 1
+    batch = {
+      "ids": np.zeros((count, width), np.int32),
+      "learn": np.zeros((count, width), bool),
+      "segments": np.zeros((count, width), np.int32),
+      "right": np.zeros(count, bool),
+    }
+    for i, row in enumerate(rows):
+      for name, values in row._asdict().items():
+        batch[name][i, : len(values)] = values
+    batch["right"][: len(rows)] = prepared.right[np.asarray(chosen)]
+    return batch
+
+  def outputs(self, given: dict, batch: Any) -> jax.Array:
+    """(B,) The log-likelihood of what is learned of each row."""
+    return -self._losses(given, batch).sum(axis=1)
+
+  def _losses(self, given: dict, batch: Any) -> jax.Array:
+    """(B, T) Cross-entropy of what is learned, 0 elsewhere."""
+    ids, segments = batch["ids"], batch["segments"]
+    logits = llama.apply(self.graphdef, given, ids[:, :-1], segments[:, :-1])
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
+    return jnp.where(batch["learn"][:, 1:], log_z - chosen, 0.0)
+
+  def loss(self, given: dict, batch: Any, key: jax.Array | None) -> jax.Array:
+    """Summed over the learned tokens of the right rows, in nats."""
+    del key  # there is no dropout
+    return (self._losses(given, batch).sum(axis=1) * batch["right"]).sum()
+
+  def count(self, batch: Any) -> jax.Array:
+    """By what the summed loss is divided: tokens that are learned."""
+    return (batch["learn"][:, 1:] & batch["right"][:, None]).sum()
+
+  def tokens(self, batch: Any) -> jax.Array:
+    """Tokens that are read."""
+    return (batch["segments"] > 0).sum()
+
+  def decide(self, prepared: Prepared, outputs: dict[int, Any]) -> np.ndarray:
+    """The likeliest class of each example."""
+    found = np.full((len(prepared.split), len(self.task.labels)), -np.inf)
+    for row, value in outputs.items():
+      found[prepared.example[row], prepared.named[row]] = value
+    return found.argmax(axis=1)
+
+  def save(self, out: pathlib.Path, given: dict) -> None:
+    """Writes the trained model as a folder that `transformers` reads."""
+    trained = weights.from_params(
+      str(out),
+      self.model,
+      lambda: given,
+      tokenizer=self.source.tokenizer,
+      extra=self.source.extra,
+    )
+    hf.save(trained, out)
+
+
+def _prepared(
+  split: Split,
+  rows: list[chat.Row],
+  example: np.ndarray,
+  named: np.ndarray,
+  right: np.ndarray,
+) -> Prepared:
+  lengths = np.array([len(row.ids) for row in rows])
+  return Prepared(split, rows, example, named, right, lengths)
+
+
+def is_llama(source: str) -> bool:
+  """Whether a checkpoint is a LLaMA: of any other kind encoders tell."""
+  path = pathlib.Path(source)
+  if path.suffix == ".gguf":
+    return True
+  if source.startswith(HUB):
+    path = hf_encoder.fetch(source)
+  try:
+    found = json.loads((path / hf.CONFIG).read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return False
+  return found.get("model_type") == "llama" or "model.d_model" in found
+
+
+def make(source: str, task: Task, config: Config) -> LlamaLearner:
+  """A LLaMA from a checkpoint, ready for the task.
+
+  Raises:
+    UserError: it cannot be read, or the task is none for it.
+  """
+  if task.kind not in ("chat", "classify"):
+    raise UserError(
+      f"--task {task.name} asks for a {task.kind}, and {source} is a LLaMA,"
+      " which does conversations (chat) and classes; use an encoder"
+    )
+  path = pathlib.Path(source)
+  found = hf.load(path if path.suffix == ".gguf" else hf_encoder.fetch(source))
+  weights.check(found)
+  if not found.tokenizer:
+    raise UserError(f"{source} has no {hf.TOKENIZER}; put it there")
+  kept = {name: getattr(config.model, name) for name in hf.OURS}
+  model = dataclasses.replace(found.model, **kept)
+  source_weights = dataclasses.replace(found, model=model)
+  graphdef, boxes = llama.abstract(model)
+  return LlamaLearner(
+    task,
+    config.task,
+    config.data.length,
+    config.data.rows == "packed",
+    model,
+    source_weights,
+    _writer(found, config),
+    graphdef,
+    boxes,
+  )
+
+
+def _writer(found: weights.Weights, config: Config) -> chat.Writer:
+  """With the tokens that begin and end a text in this checkpoint."""
+  described = found.extra.get("tokenizer_config.json", {})
+
+  def token(name: str) -> str:
+    value = described.get(name) or ""
+    return value["content"] if isinstance(value, dict) else value
+
+  vocabulary = tokenizer.tokenizers.Tokenizer.from_str(found.tokenizer)
+  known = [t for t in tokenizer.ENDS if vocabulary.token_to_id(t) is not None]
+  end = token("eos_token") or next(iter(known), "")
+  begin = vocabulary.token_to_id(token("bos_token") or "")
+  wanted = begin is not None and described.get("add_bos_token", False)
+  return chat.writer(
+    config.task.template,
+    found.tokenizer,
+    end,
+    (begin,) if wanted and begin is not None else (),
+  )
