@@ -362,10 +362,17 @@ def test_all_keeps_the_records_of_what_failed(tmp_path, monkeypatch, capsys):
   page = tmp_path / "page.md"
   page.write_text("<!-- step: begin -->\n<!-- step: end -->\n", "utf-8")
   words = ["all", f"--out={tmp_path}", f"--page={page}", "--only=step,chips"]
-  assert command.main([*words, "--single-threaded", "--torch"]) == 1
+  words += ["--single-threaded", "--torch"]
+  assert command.main([*words, "--tpu-python=py"]) == 1
   single = [f"--out={tmp_path}", "--single-threaded"]
-  assert commands == [["step", *single, "--torch"], ["chips", *single]]
+  assert commands == [
+    ["step", *single, "--torch"],
+    ["chips", *single, "--python=py"],
+  ]
   assert "their records are as before: chips" in capsys.readouterr().out
+  monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: None)
+  assert command.main(words) == 0
+  assert "chips left out" in capsys.readouterr().out
 
 
 def test_the_page_has_a_place_for_every_benchmark():

@@ -8,6 +8,7 @@ rank is such that no shard of a basis has the shape of another array's.
 import argparse
 import collections
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -80,8 +81,10 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         entry = {"layout": name, "mesh": kind, "optimizer": optimizer}
         entry |= compile_on(LAYOUTS[name], kind, optimizer)
         found.append(entry)
-        print(text({"programs": [entry]}), flush=True)
-  return {"programs": found, "devices": DEVICES, "rank": SIZE.rank}
+        print(f"compiled {name}, {kind}, {optimizer}", file=sys.stderr)
+  results = {"programs": found, "devices": DEVICES, "rank": SIZE.rank}
+  print(text(results))
+  return results
 
 
 def shardings(layout: Layout, tree: dict, mesh: jax.sharding.Mesh) -> dict:
