@@ -112,6 +112,7 @@ def _plan_row(row: Any, config: configs.OptimizerConfig) -> dict[str, Any]:
     "side": side,
     "rank": rank,
     "state_bytes": row.state_bytes,
+    "reason": row.reason if rank is None else "",
   }
 
 
@@ -266,6 +267,11 @@ def plan_table(rows: list[dict[str, Any]]) -> list[str]:
       f"{row['path']:<{width}}  {shape:<18} {row['side']:<9}"
       f" {row['rank'] or '-':>4} {size(row['state_bytes']):>15}"
     )
+  # Of names and rules, which are the rest, the table tells enough.
+  small = [row["path"] for row in rows if row["reason"].startswith("no small")]
+  if small:
+    text = f"not smaller at this rank, so left at full: {small[0]}"
+    lines.append(text + (f" and {len(small) - 1} more" if small[1:] else ""))
   return lines
 
 

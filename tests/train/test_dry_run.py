@@ -56,6 +56,8 @@ def test_state_bytes_are_those_of_describe(giant):
   rows = sum(row["state_bytes"] for row in giant["plan"])
   assert 0 <= state - rows < 100  # counters
   assert giant["optimizer_state"]["this run (galore)"] == state
+  assert not any(row["reason"] for row in giant["plan"] if row["rank"])
+  assert all(row["reason"] for row in giant["plan"] if not row["rank"])
   # Like for like: the weights' dtype and contrib's side, on both.
   states = giant["optimizer_state"]
   assert states["adamw, float32"] - 2 * states["adamw"] < 100
@@ -154,3 +156,18 @@ def test_peaks_are_found_by_the_names_that_devices_give():
   for kind in ("cpu", "NVIDIA A1000", "NVIDIA GeForce RTX 3090 Ti", "TPU v3"):
     assert math.isnan(flops.peak(kind)), kind
   assert math.isnan(flops.utilisation(1e4, 1e9))  # of these CPU devices
+
+
+def test_matrices_too_small_for_the_rank_are_told():
+  rows = [
+    {"path": path, "shape": [8, 8], "side": "full rank", "rank": None,
+     "state_bytes": 512, "reason": reason}
+    for path, reason in (
+      ("layers/q", "no smaller at rank 8"),
+      ("layers/k", "no smaller at rank 8"),
+      ("embed", "its name"),
+    )
+  ]  # fmt: skip
+  last = dry_run.plan_table(rows)[-1]
+  assert last.endswith("left at full: layers/q and 1 more")
+  assert dry_run.plan_table(rows[2:])[-1].startswith("embed")
