@@ -326,7 +326,7 @@ def _factors(
     # One after the other: batches of factorisations can hang on CPU.
     basis = projector.start_basis(key, m, rank)
     find = lambda g: projector.find_basis(
-      g, basis, "left", "subspace", _ITERATIONS
+      g, basis, "left", "subspace", jnp.int32(_ITERATIONS)
     )
     a = jax.lax.map(find, x)
     b = projector.project(x, {"left": a})

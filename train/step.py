@@ -58,7 +58,7 @@ class Placed(NamedTuple):
     weights, back = self.adapters.differentiable(params)
     return weights, params["adapters"], back
 
-  def add(self, params: dict, updates: dict, key: jax.Array | None) -> dict:
+  def add(self, params: dict, updates: Any, key: jax.Array | None) -> dict:
     """The parameters after updates of what is trained."""
     if self.adapters is None:
       return galore_optax.apply_updates(params, updates, key)
