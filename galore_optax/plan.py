@@ -322,7 +322,7 @@ def _warn_of_nothing(
     f"galore projects none of the {len(leaves)} leaves and saves nothing; they "
     f"stay at full rank because of: {told}. {advice} "
     "`galore_optax.describe(tx, params)` shows every leaf.",
-    stacklevel=2,
+    stacklevel=4,  # of the call of `init`, where nothing stands between
   )
 
 
