@@ -158,6 +158,7 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   learner, config = make_learner(found, config)
   material = make_material(learner, found, config)
   config = timed(config, material.feed, flags.settings)
+  jobs.check(learner, config)
   hosts.first_alone(lambda: folder.check_run(out, config, flags.overwrite))
   mesh = meshes.make_mesh(
     config.mesh, config.data.batch, accumulate=config.train.accumulate

@@ -13,6 +13,7 @@ from flax import nnx
 
 from train import encoder, hf_encoder
 from train.config import ModelConfig
+from train.errors import UserError
 from train.tuning import spans
 from train.tuning.config import Config, TaskConfig
 from train.tuning.examples import Split
@@ -52,6 +53,12 @@ class EncoderLearner:
   def params(self) -> dict:
     """The weights to start from, on the host."""
     return self.loaded.params
+
+  @property
+  def random(self) -> bool:
+    """Whether anything drops out."""
+    c = self.loaded.config
+    return max(c.dropout, c.attention_dropout, c.head_dropout) > 0
 
   def describe(self) -> str:
     """The model in half a line."""
@@ -155,6 +162,11 @@ def make(source: str, task: Task, config: Config) -> EncoderLearner:
   Raises:
     UserError: it cannot be read, or is of another architecture.
   """
+  if task.kind == "chat":
+    raise UserError(
+      f"--task {task.name} is for a LLaMA, and {source} is an encoder, which"
+      " writes no text"
+    )
   changes: dict[str, Any] = {"pool": config.task.pool}
   model = config.model
   for name in ("dtype", "param_dtype", "remat", "unroll"):

@@ -7,8 +7,9 @@
   python -m train.tuning.grid table RESULTS
 
 `pick` trains each method with each rate and scores it on a part of the
-training split; `run` takes the best rate of each method from there (or
-`--rates` where one is given), and scores on the validation split. Both add a
+training split; `run` takes the best rate of each method from there (of the
+same optimizer at another rank, if need be; or `--rates` where one is given),
+and scores on the validation split. Both add a
 line a run to the file RESULTS and leave out what is in it, so that the same
 command goes on where it was stopped. What other flags mean is said by
 `python -m train.finetune --help`.
@@ -76,10 +77,10 @@ def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
   if flags.rates:
     return flags.rates
   metric = tasks.find(flags.task).metrics[0]
-  picked = [
-    record
-    for record in read(flags.results)
-    if record["stage"] == "pick" and record["method"] == chosen.text
+  tried = [r for r in read(flags.results) if r["stage"] == "pick"]
+  # At another rank the same optimizer's rate serves, if there is none at this.
+  picked = [r for r in tried if r["method"] == chosen.text] or [
+    r for r in tried if r["optimizer"] == chosen.optimizer
   ]
   if not picked:
     raise UserError(

@@ -99,7 +99,9 @@ def make_gradient(
   )
 
   def gradient(weights: dict, batch: Any, step: jax.Array):
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    key = None
+    if learner.random:
+      key = jax.random.fold_in(jax.random.key(config.seed), step)
     count = jnp.maximum(learner.count(batch), 1).astype(jnp.float32)
     tokens = learner.tokens(batch)
     if config.accumulate == 1:
@@ -108,9 +110,8 @@ def make_gradient(
 
     def add(total: tuple, part: tuple):
       rows, number = part
-      loss, grads = differentiate(
-        weights, rows, count, jax.random.fold_in(key, number)
-      )
+      own = None if key is None else jax.random.fold_in(key, number)
+      loss, grads = differentiate(weights, rows, count, own)
       return jax.tree.map(jnp.add, total, (grads, loss)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), weights)
@@ -144,6 +145,12 @@ def reparametrise(learner: Learner, config: Config) -> adapters.Adapters | None:
       f" model.weights={config.model.weights} decides itself"
     )
   return freeze.make(config.task.freeze, nnx.to_pure_dict(learner.boxes))
+
+
+def check(learner: Learner, config: Config) -> None:
+  """Raises a UserError where the method cannot be made, before any folder."""
+  optimizer.make_optimizer(config.optimizer, config.train.steps)
+  reparametrise(learner, config)
 
 
 def prepare(

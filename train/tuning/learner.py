@@ -22,6 +22,11 @@ class Learner(Protocol):
   full: tuple[str, ...]
 
   @property
+  def random(self) -> bool:
+    """Whether the loss takes a key: there is dropout."""
+    ...
+
+  @property
   def params(self) -> dict:
     """The weights to start from, on the host."""
     ...

@@ -61,6 +61,11 @@ class LlamaLearner:
     """The weights to start from, on the host."""
     return weights.to_params(self.source)
 
+  @property
+  def random(self) -> bool:
+    """Nothing drops out."""
+    return False
+
   def describe(self) -> str:
     """The model in half a line."""
     c = self.model

@@ -1,0 +1,38 @@
+"""Scores of tasks are those of torchmetrics on fixed answers."""
+
+import importlib.util
+import json
+
+import pytest
+
+from tests.parity import scores_run as theirs
+from train.tuning import scores, spans
+from train.tuning.examples import Span
+
+
+@pytest.fixture(scope="module")
+def ours():
+  x = theirs.numbers()
+  names = ("accuracy", "f1", "matthews")
+  found = scores.score(names, x["found"], x["right"])
+  found |= scores.score(["macro_f1"], x["guessed"], x["three"])
+  found |= scores.score(["pearson", "spearman"], x["near"], x["score"])
+  answers = [Span(tuple(rights), (0,) * 2) for _, rights in theirs.ANSWERS]
+  texts = [text for text, _ in theirs.ANSWERS]
+  squad = spans.score(texts, answers)
+  return found | {f"squad_{name}": value for name, value in squad.items()}
+
+
+def test_scores_are_those_recorded(ours):
+  recorded = json.loads(theirs.RECORD.read_text())
+  assert ours == pytest.approx(recorded, abs=1e-6)
+  assert 0.2 < ours["squad_exact_match"] < ours["squad_f1"] < 1
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("torchmetrics") is None,
+  reason="torchmetrics is not installed; compared with its record only",
+)
+def test_the_record_is_what_torchmetrics_gives():
+  recorded = json.loads(theirs.RECORD.read_text())
+  assert theirs.run() == pytest.approx(recorded, abs=1e-6)

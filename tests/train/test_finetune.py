@@ -1,0 +1,337 @@
+"""Fine-tuning from the command to its files, on tiny models and sets."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train import tuning_files
+from train import (
+  finetune,
+  hf,
+  hf_encoder,
+  loop,
+  metrics,
+  plot,
+  runs,
+  stopping,
+)
+from train.tuning import job as jobs
+from train.tuning import recipes, tasks
+
+BATCHES = []  # that the first method saw
+SMALL = {
+  "data.batch": 4,
+  "data.length": 32,
+  "optimizer.learning_rate": 0.01,
+  "optimizer.update_proj_gap": 3,
+  "run.log_every": 1,
+  "mesh.data": 1,
+}
+
+
+MNLI = {
+  "task__epochs": 4,
+  "task__pool": "mean",
+  "task__dropout": 0.05,
+  "optimizer__learning_rate": 0.05,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device(tmp_path_factory):
+  """One device, as on a user's machine; every program compiled once."""
+  found, cache = jax.devices, str(tmp_path_factory.mktemp("compiled"))
+  names = {
+    "jax_compilation_cache_dir": cache,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "devices", lambda *kinds: found(*kinds)[:1])
+    # Pictures are dear, and drawn in a test of their own.
+    patch.setattr(finetune.plot, "draw", lambda out, title: out / title)
+    for name, value in names.items():
+      jax.config.update(name, value)
+    yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+  return tuning_files.write_bert(tmp_path_factory.mktemp("bert") / "out")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+  return tuning_files.write_llama(tmp_path_factory.mktemp("llama") / "out")
+
+
+def words(task, source, data, out, optimizer="galore", **changes):
+  settings = SMALL | {"data.path": data, "data.cache": data.parent / "cache"}
+  settings |= {k.replace("__", "."): v for k, v in changes.items()}
+  found = ["--task", task, "--from", str(source), "--optimizer", optimizer]
+  found += ["--rank", "2", "--out", str(out)]
+  return found + [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
+
+
+def run(*args, **changes):
+  """A run that must succeed; returns what it came to."""
+  assert finetune.main(words(*args, **changes)) == 0
+  return json.loads((args[3] / "result.json").read_text())
+
+
+def losses(out):
+  records = metrics.read(out / metrics.FILE)
+  return [(r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def mnli(bert, tmp_path_factory):
+  """GaLore on pairs with three labels; the folders of the run and the set."""
+  folder = tmp_path_factory.mktemp("mnli")
+  data = tuning_files.write_glue(folder / "data", "mnli")
+  found = run("mnli", bert, data, folder / "run", **MNLI)
+  return folder / "run", data, found
+
+
+def test_both_validation_splits_are_scored_each_epoch(mnli):
+  out, _, found = mnli
+  assert found["steps"] == 24  # four epochs of 24 rows, four in a batch
+  assert set(found["scores"]) == {
+    "held_out_loss",
+    "accuracy",
+    "validation_mismatched_held_out_loss",
+    "validation_mismatched_accuracy",
+  }
+  evaluated = [r for r in metrics.read(out / metrics.FILE) if "accuracy" in r]
+  assert [r["step"] for r in evaluated] == [0, 6, 12, 18, 24]
+  trained = [loss for _, loss in losses(out)]
+  assert np.mean(trained[-6:]) < np.mean(trained[:6]) - 0.1
+
+
+def test_the_picture_has_a_panel_of_the_score(mnli, tmp_path, monkeypatch):
+  panels = []
+  monkeypatch.setattr(
+    plot.plt.Axes, "set_ylabel", lambda self, text: panels.append(text)
+  )
+  path = plot.overlay([runs.load(mnli[0])], tmp_path / "run.png", "steps")
+  assert path.exists() and "held-out accuracy" in panels
+  assert not any("perplexity" in panel for panel in panels)
+
+
+def test_the_model_that_is_written_scores_as_the_run_did(mnli, tmp_path):
+  out, data, found = mnli
+  loaded = hf_encoder.load(out / "model", head="classify", labels=3)
+  assert loaded.notes == ()
+  extra = json.loads((out / "model" / hf.CONFIG).read_text())
+  assert extra["id2label"]["1"] == "neutral"
+  again = run(
+    "mnli",
+    out / "model",
+    data,
+    tmp_path / "run",
+    **(MNLI | {"task__epochs": 0, "optimizer__learning_rate": 1e-30}),
+    train__steps=1,
+  )
+  assert again["scores"] == pytest.approx(found["scores"], abs=1e-5)
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
+  mnli, bert, tmp_path, monkeypatch
+):
+  out, data, _ = mnli
+  given = words("mnli", bert, data, tmp_path / "run", **MNLI)
+  calls = []
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      stopping,
+      "agreed",
+      lambda *_: lambda: calls.append(0) or len(calls) == 5,
+    )
+    assert finetune.main(given) == 130
+  assert [n for n, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
+  assert finetune.main(given) == 0
+  assert losses(tmp_path / "run") == losses(out)
+  first, second = (
+    json.loads((folder / "result.json").read_text())
+    for folder in (out, tmp_path / "run")
+  )
+  assert first == second
+  before = losses(out)
+  assert finetune.main(given) == 0  # complete: nothing is trained again
+  assert losses(tmp_path / "run") == before
+
+
+def test_regression_with_lora_trains_factors_and_head_only(bert, tmp_path):
+  data = tuning_files.write_glue(tmp_path / "data", "stsb", train=12)
+  found = run("stsb", bert, data, tmp_path / "run", "lora", task__epochs=1)
+  assert set(found["scores"]) == {"held_out_loss", "pearson", "spearman"}
+  sizes = found["bytes"]
+  # Rank 2 in two layers: of 16 x 16 four times, of 16 x 24 twice.
+  assert sizes["adapters"] == 4 * 2 * 2 * (4 * 32 + 2 * 40)
+  head = 4 * (16 * 16 + 16 + 16 + 1)
+  assert sizes["gradients"] == sizes["adapters"] + head
+  assert sizes["optimizer_blocks"] == 2 * sizes["adapters"]
+  start, trained = (
+    hf_encoder.load(f, head="classify", labels=1).params
+    for f in (bert, tmp_path / "run" / "model")
+  )
+  same = lambda name: np.array_equal(
+    start["embed"][name]["embedding"], trained["embed"][name]["embedding"]
+  )
+  assert same("words") and same("positions")
+  kernel = lambda tree: tree["layers"]["attn"]["q"]["kernel"]
+  assert not np.array_equal(kernel(start), kernel(trained))
+
+
+@pytest.mark.parametrize("name", ["squad", "squad_v2"])
+def test_spans_of_long_contexts_are_found_in_windows(bert, tmp_path, name):
+  data = tuning_files.write_squad(tmp_path / "data", name == "squad_v2")
+  found = run(
+    name,
+    bert,
+    data,
+    tmp_path / "run",
+    "adamw",
+    task__epochs=0,
+    train__steps=3,
+    task__query=8,
+    task__stride=8,
+    task__freeze="^embed/",
+  )
+  expected = {"held_out_loss", "f1", "exact_match"}
+  if name == "squad_v2":
+    expected |= {"has_answer_f1", "has_answer_exact_match"}
+    expected |= {"no_answer_accuracy"}
+  assert set(found["scores"]) == expected
+  # What is frozen has neither gradient nor moments.
+  assert found["bytes"]["gradients"] < found["bytes"]["weights"]
+  assert found["bytes"]["optimizer"] < 2.1 * found["bytes"]["gradients"]
+
+
+def test_a_llama_learns_conversations_packed_and_with_4_bit_weights(
+  llama, tmp_path
+):
+  data = tuning_files.write_lines(
+    tmp_path / "chat.jsonl", tuning_files.conversations(40)
+  )
+  found = run(
+    "chat",
+    llama,
+    data,
+    tmp_path / "run",
+    "qlora",
+    data__length=64,
+    data__holdout_every=5,
+    task__epochs=1,
+  )
+  start = metrics.read(tmp_path / "run" / metrics.FILE)[0]["perplexity"]
+  assert found["scores"]["perplexity"] < start
+  assert hf.load(tmp_path / "run" / "model").model.n_layers == 2
+
+
+def test_a_llama_tells_classes_by_their_likelihood(llama, tmp_path):
+  rows = tuning_files.glue_rows(tasks.TASKS["sst2"], 48)
+  data = tuning_files.write_lines(tmp_path / "some.jsonl", rows)
+  found = run(
+    "classify",
+    llama,
+    data,
+    tmp_path / "run",
+    "adamw",
+    data__length=64,
+    data__holdout_every=4,
+    task__first="sentence",
+    task__labels="peace,people",
+    task__prompt="{first} ",
+    task__epochs=3,
+  )
+  start = metrics.read(tmp_path / "run" / metrics.FILE)[0]
+  assert found["scores"]["held_out_loss"] < start["held_out_loss"]
+  assert 0 <= found["scores"]["accuracy"] <= 1
+
+
+def refused(capsys, given):
+  """The error of a command that must not begin to train."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "train", lambda *_: pytest.fail("it trains"))
+    assert finetune.main(given) == 2
+  return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("task", "changes", "said"),
+  [
+    ("colla", {}, "--task 'colla' is unknown; the tasks are cola, stsb"),
+    ("cola", {"task__first": "text"}, "no column 'text'; its columns are"),
+    ("cola", {"task__label": "mark"}, "no column 'mark'"),
+    ("cola", {"data__validation": "test"}, "not published"),
+    ("cola", {"data__validation": "dev"}, "no split 'dev'"),
+    ("cola", {"data__batch": 99}, "24 rows, fewer than data.batch=99"),
+    ("cola", {"task__freeze": "^nothing"}, "fits none of the model's weights"),
+    ("cola", {"train__layerwise": "true"}, "train.layerwise is for pre-"),
+    ("cola", {"task__pool": "last"}, "must be one of first, mean"),
+    ("chat", {"task__first": "sentence"}, "an encoder"),
+    ("span", {}, "no column 'question'"),
+  ],
+)
+def test_what_is_wrong_is_said_before_any_training(
+  bert, tmp_path, capsys, task, changes, said
+):
+  data = tuning_files.write_glue(tmp_path / "data", "cola")
+  given = words(task, bert, data, tmp_path / "run", **changes)
+  assert said in refused(capsys, given)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_label_outside_the_set_is_named_with_its_row(bert, tmp_path, capsys):
+  data = tuning_files.write_glue(tmp_path / "data", "cola")
+  rows = tuning_files.glue_rows(tasks.TASKS["cola"], 24)
+  rows[17]["label"] = 2
+  tuning_files.write_lines(data / "train.jsonl", rows)
+  said = refused(capsys, words("cola", bert, data, tmp_path / "run"))
+  assert "row 17" in said and "the label 2 is none of unacceptable" in said
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+  bert, llama, tmp_path, capsys
+):
+  data = tuning_files.write_glue(tmp_path / "data", "stsb")
+  other = tmp_path / "gpt2"
+  other.mkdir()
+  for file in bert.iterdir():
+    (other / file.name).write_bytes(file.read_bytes())
+  config = json.loads((other / hf.CONFIG).read_text())
+  config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+  (other / hf.CONFIG).write_text(json.dumps(config))
+  out = tmp_path / "run"
+  assert "gpt2" in refused(capsys, words("stsb", other, data, out))
+  said = refused(capsys, words("stsb", llama, data, out))
+  assert "is a LLaMA" in said and "use an encoder" in said
+  said = refused(capsys, words("stsb", bert, data, out, "muon"))
+  assert "none for fine-tuning" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_every_method_sees_the_same_batches_and_counts_its_bytes(
+  bert, tmp_path, method, monkeypatch
+):
+  data = tuning_files.write_glue(tmp_path / "data", "cola")
+  seen = []
+  put = jobs.Job.put
+  monkeypatch.setattr(
+    jobs.Job, "put", lambda self, b: seen.append(b["ids"].sum()) or put(self, b)
+  )
+  found = run("cola", bert, data, tmp_path / "run", method, task__epochs=1)
+  assert found["optimizer"] == method
+  # Evaluations at both ends; between them the same rows for all.
+  assert [int(x) for x in seen] == [int(x) for x in BATCHES or seen]
+  BATCHES[:] = seen
+  sizes = found["bytes"]
+  if method in ("q_galore", "qlora"):
+    assert sizes["weights"] < 84_000
