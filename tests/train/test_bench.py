@@ -20,6 +20,7 @@ from train.bench import (
   chips,
   cost,
   gradients,
+  model,
   record,
   refresh,
   report,
@@ -239,7 +240,7 @@ def test_gradients_of_a_run():
 
 
 def test_the_cost_model_counts_what_the_compiler_counts():
-  site = cost.Site(16, 24, 4, layers=2)
+  site = model.Site(16, 24, 4, layers=2)
   assert site.project()[0] == 2 * 2 * 16 * 24 * 4
   _, counted = cost._runs(site)
   assert counted["project"] == site.project()[0]
@@ -248,18 +249,18 @@ def test_the_cost_model_counts_what_the_compiler_counts():
 
 def test_share_of_the_gradient():
   size = trees.Size(dim=64, hidden=96, layers=2, vocab=0, rank=16)
-  found = cost.flops_a_step(size, 10**12, tokens=100)
+  found = model.flops_a_step(size, 10**12, tokens=100)
   # 4 m n r over 6 m n tokens for every matrix.
   assert abs(found["share"] - 4 * 16 / (6 * 100)) < 1e-6
-  more = cost.flops_a_step(size, 50, tokens=100)
+  more = model.flops_a_step(size, 50, tokens=100)
   assert more["refresh"] > 0
   assert more["project_and_lift"] == found["project_and_lift"]
 
 
 def test_limits_bound_a_part():
   best = {"flops": 100.0, "bytes": 10.0}
-  assert cost.bound({"flops": 200, "bytes": 10}, best) == 2.0
-  assert cost.bound({"flops": 100, "bytes": 30}, best) == 3.0
+  assert model.bound({"flops": 200, "bytes": 10}, best) == 2.0
+  assert model.bound({"flops": 100, "bytes": 30}, best) == 3.0
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,8 @@
-"""What GaLore costs, by a model of it and by measurement.
+"""What GaLore costs, by the model of it and by measurement.
 
-A matrix (m, n) at rank r takes 2 m n r FLOPs to project and as many to lift,
-at every step; a refresh takes, in each of k iterations, 4 m n r for two
-products with the gradient and 3 (4 m r^2 + 4/3 r^3) to make the basis
-orthonormal, once in T steps. The gradient itself takes 6 FLOPs a weight and
-token. Each part is measured while one of depth, width and rank grows, next to
-what this machine's matrix products and memory allow, measured in the same run.
+Each part is measured while one of depth, width and rank grows, next to what
+this machine's matrix products and memory allow, measured in the same run; and
+GaLore's whole training step is measured next to AdamW's.
 """
 
 import argparse
@@ -27,56 +24,17 @@ from train import config as configs
 from train import data, folder, loop, presets
 from train import job as jobs
 from train import mesh as meshes
-from train.bench import pictures, refresh, timing, trees
+from train.bench import model, pictures, timing
 from train.bench.timing import short
 
-FLOAT = 4  # bytes
-ITERATIONS = refresh.DEFAULT_ITERATIONS
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-  """A stack of matrices that is projected.
-
-  Attributes:
-    m: short side.
-    n: long side.
-    r: rank.
-    layers: matrices.
-  """
-
-  m: int = 512
-  n: int = 1376
-  r: int = 128
-  layers: int = 1
-
-  def project(self) -> tuple[float, float]:
-    """FLOPs and bytes of P^T G; those of lifting are the same."""
-    m, n, r = self.m, self.n, self.r
-    moved = m * n + m * r + r * n
-    return self.layers * 2.0 * m * n * r, self.layers * FLOAT * float(moved)
-
-  def inner(self) -> tuple[float, float]:
-    """Adam at low rank: two moments read and written, one update."""
-    return 0.0, self.layers * FLOAT * 6.0 * self.r * self.n
-
-  def refresh(self) -> tuple[float, float]:
-    """Subspace iterations of all matrices."""
-    m, n, r = self.m, self.n, self.r
-    passes = 3 * (4 * m * r**2 + 4 / 3 * r**3)
-    flops = ITERATIONS * (4 * m * n * r + passes)
-    moved = ITERATIONS * (2 * m * n + 2 * r * n + 10 * m * r)
-    return self.layers * flops, self.layers * FLOAT * float(moved)
-
-
-BASE = Site()
+BASE = model.Site()
 SWEEPS = {
   "depth": [dataclasses.replace(BASE, layers=k) for k in (1, 2, 4, 8)],
   "width": [
-    Site(256, 688, 64),
+    model.Site(256, 688, 64),
     BASE,
-    Site(1024, 2736, 256),
-    Site(2048, 5461, 512),
+    model.Site(1024, 2736, 256),
+    model.Site(2048, 5461, 512),
   ],
   "rank": [dataclasses.replace(BASE, r=k) for k in (32, 64, 128, 256)],
 }
@@ -102,7 +60,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     chosen = [site for site in sites if site.m <= flags.largest]
     results["sweeps"][name] = [_point(site) for site in chosen]
   results["limits_after"] = limits()
-  results["overhead"] = model_overheads()
+  results["overhead"] = model.overheads()
   if flags.steps:
     results["pretraining"] = pretraining(flags)
   print(text(results))
@@ -126,14 +84,14 @@ def limits() -> dict[str, float]:
     return live[0]
 
   found = timing.interleave({"": stream}, timing.Budget(7, 3, 5.0))[""]
-  return {"flops": best_flops, "bytes": 3.0 * FLOAT * size / min(found)}
+  return {"flops": best_flops, "bytes": 3.0 * model.FLOAT * size / min(found)}
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.matmul(a, b, precision="highest")
 
 
-def _point(site: Site) -> dict[str, Any]:
+def _point(site: model.Site) -> dict[str, Any]:
   """Seconds of each part, and FLOPs that the compiler counts."""
   runs, counted = _runs(site)
   times = timing.interleave(runs, timing.Budget(9, 3, 4.0))
@@ -149,7 +107,7 @@ def _point(site: Site) -> dict[str, Any]:
   return point
 
 
-def _runs(site: Site) -> tuple[dict[str, Callable], dict[str, float]]:
+def _runs(site: model.Site) -> tuple[dict[str, Callable], dict[str, float]]:
   """What is timed for each part, compiled; and the compiler's FLOPs."""
   m, n, r, layers = site.m, site.n, site.r, site.layers
   g = jax.random.normal(jax.random.key(0), (layers, m, n))
@@ -160,7 +118,7 @@ def _runs(site: Site) -> tuple[dict[str, Callable], dict[str, float]]:
 
   def find(g: jax.Array, bases: jax.Array) -> jax.Array:
     one = lambda pair: projector.find_basis(
-      pair[0], pair[1], "left", "subspace", jnp.int32(ITERATIONS)
+      pair[0], pair[1], "left", "subspace", jnp.int32(model.ITERATIONS)
     )
     return jax.lax.map(one, (g, bases))
 
@@ -201,46 +159,6 @@ def _repeated(adam: optax.GradientTransformation, low: jax.Array) -> Callable:
     return updates
 
   return run
-
-
-def flops_a_step(size: trees.Size, gap: int, tokens: int) -> dict[str, float]:
-  """FLOPs of GaLore and of the gradient for a step of a LLaMA.
-
-  Args:
-    size: of the model.
-    gap: steps between refreshes.
-    tokens: of a step.
-
-  Returns:
-    `project_and_lift`, `refresh` spread over the gap, `gradient`, and `share`,
-    GaLore's part over the gradient's.
-  """
-  attention = Site(size.dim, size.dim, size.rank, 4 * size.layers)
-  mlp = Site(size.dim, size.hidden, size.rank, 3 * size.layers)
-  sites = (attention, mlp)
-  every = sum(2 * site.project()[0] for site in sites)
-  rare = sum(site.refresh()[0] for site in sites) / gap
-  weights = sum(site.layers * site.m * site.n for site in sites)
-  gradient = 6.0 * (weights + size.vocab * size.dim) * tokens  # and the head
-  return {
-    "project_and_lift": every,
-    "refresh": rare,
-    "gradient": gradient,
-    "share": (every + rare) / gradient,
-  }
-
-
-def model_overheads() -> list[dict[str, Any]]:
-  """GaLore's share of a step's FLOPs: model by tokens, at T = 200."""
-  rows = []
-  for name in ("60m", "130m", "350m", "1b", "7b"):
-    size = trees.find(name)
-    shares = {
-      str(tokens): flops_a_step(size, 200, tokens)
-      for tokens in (256, 2048, 16384, 131072)
-    }
-    rows.append({"model": name, "rank": size.rank, "tokens": shares})
-  return rows
 
 
 def pretraining(flags: argparse.Namespace) -> dict[str, Any]:
@@ -293,11 +211,6 @@ def _training_step(
   return run
 
 
-def bound(part: dict[str, Any], best: dict[str, float]) -> float:
-  """The least seconds that the machine's limits allow for a part."""
-  return max(part["flops"] / best["flops"], part["bytes"] / best["bytes"])
-
-
 PART_HEAD = ["grows", "matrix", *(f"{x} ms" for x in PARTS)]
 PART_HEAD += [f"{x}, of the limit" for x in PARTS]
 
@@ -306,13 +219,13 @@ def _part_rows(results: dict[str, Any]) -> list[list[str]]:
   rows = []
   for sweep, points in results["sweeps"].items():
     for point in points:
-      site = Site(**point["site"])
+      site = model.Site(**point["site"])
       parts = point["parts"]
       count = f"{site.layers} x " if site.layers > 1 else ""
       name = f"{count}{site.m} x {site.n}, r {site.r}"
       times = [short(1e3 * parts[x]["seconds"]) for x in PARTS]
       near = [
-        f"{bound(parts[x], results['limits']) / parts[x]['seconds']:.0%}"
+        f"{model.bound(parts[x], results['limits']) / parts[x]['seconds']:.0%}"
         for x in PARTS
       ]
       rows.append([sweep, name, *times, *near])
@@ -415,7 +328,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
       xs = [point["site"][keys[sweep]] for point in points]
       for i, part in enumerate(PARTS):
         parts = [point["parts"][part] for point in points]
-        least = [1e3 * bound(x, results["limits"]) for x in parts]
+        least = [1e3 * model.bound(x, results["limits"]) for x in parts]
         times = [1e3 * x["seconds"] for x in parts]
         axis.loglog(xs, times, "o-", ms=3, lw=1, color=f"C{i}", label=part)
         axis.loglog(xs, least, ":", lw=1, color=f"C{i}")

@@ -16,8 +16,7 @@ from train.errors import UserError
 
 PAGE = pathlib.Path("docs/benchmarks.md")
 _MARKED = re.compile(
-  r"(<!-- (?P<name>\w+)(?::(?P<part>\w+))?: begin -->\n)(?P<old>.*?)"
-  r"(<!-- (?P=name)(?::(?P=part))?: end -->)",
+  r"(<!-- (?P<name>\w+): begin -->\n).*?(<!-- (?P=name): end -->)",
   re.DOTALL,
 )
 
@@ -63,16 +62,13 @@ def render(text: str, folder: pathlib.Path) -> tuple[str, int]:
     if not path.is_file():
       body = f"Not measured yet: `python -m train.bench {name}`.\n"
     else:
-      kept = record.load(path)
-      body = _tables(name, found["part"], kept)
-    return f"{found[1]}\n{body}\n{found[5]}"
+      body = _tables(name, record.load(path))
+    return f"{found[1]}\n{body}\n{found[3]}"
 
   return _MARKED.subn(fill, text)
 
 
-def _tables(name: str, part: str | None, kept: dict) -> str:
+def _tables(name: str, kept: dict) -> str:
   """A record's tables and where they come from."""
   module = importlib.import_module(f"train.bench.{name}")
-  if part:
-    return module.PARTS[part](kept["results"]) + "\n"
   return f"{module.tables(kept['results'])}\n\n{record.origin(kept)}\n"
