@@ -265,7 +265,7 @@ class _GaLore:
 
   def _project(self, g: jax.Array, bases: projector_lib.Bases) -> jax.Array:
     """R, without directions of noise, 0 where the gradient is not finite."""
-    low = _finite(projector_lib.project(g, bases))
+    low = projector_lib.project(g, bases)
     low = projector_lib.drop_null(low, bases, self.null_tolerance)
     return low.astype(self._dtype(g.dtype))
 
@@ -495,8 +495,8 @@ def galore(
       :math:`\mu \leftarrow C \mu` and :math:`\nu \leftarrow (C \circ C) \nu`.
       `keep`: left as they are, which is the paper's way. `reset`: zeros.
     iterations: Subspace iterations of a refresh.
-    null_tolerance: Directions in which the projected gradient is at most this
-      fraction of its largest one are zeroed: there it is rounding noise, which
+    null_tolerance: Directions in which the projected gradient is less than this
+      fraction of its whole norm are zeroed: there it is rounding noise, which
       Adam would scale up. 0 keeps all.
     params_mode: What an `inner` that reads the parameters is given. `split`:
       what it adds for the parameters alone, such as decoupled weight decay, is
@@ -544,7 +544,8 @@ def galore(
       matrix is projected, also if that saves nothing.
 
   Returns:
-    A gradient transformation. Gradients that are not finite count as zero.
+    A gradient transformation. Gradients that are not finite count as zero, of
+    projected matrices the whole matrix.
     `init` raises ValueError or TypeError for rules, leaves or an inner
     optimizer that do not fit, and `update` for gradients that do not.
 

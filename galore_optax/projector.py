@@ -7,7 +7,7 @@ has one of them, a two-sided site both.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,8 +23,7 @@ METHODS = ("subspace", "svd", "random")
 # passes bring any condition number up to 1e6 down to where the third is exact.
 _SHIFTS = (1e-6, 1e-7, 0.0)
 
-# Shift of the Gram operator. It keeps the eigenvectors, gives every Y full
-# rank whatever the gradient is, and bounds the condition number of Y by 1e6.
+# Shift of the Gram operator: bounds the condition number of an iterate by 1e6.
 _GRAM_SHIFT = 1e-6
 
 # Rows that are eliminated together on CPU.
@@ -222,20 +221,24 @@ def drop_null(low: jax.Array, bases: Bases, tolerance: jax.Array) -> jax.Array:
   as Adam would blow them up to full-size updates in random directions.
 
   Args:
-    low: Projected gradients R.
+    low: Projected gradients R. One that is not finite anywhere counts as zero.
     bases: The bases they were made with.
-    tolerance: Directions whose norm is at most this fraction of the largest
-      direction's are zeroed; scalar.
+    tolerance: Directions whose norm is below this fraction of the Frobenius
+      norm are zeroed; scalar.
 
   Returns:
     R with the null directions exactly zero.
   """
   axes = [axis for side, axis in (("left", -1), ("right", -2)) if side in bases]
+  energy = low * low
+  keep = jnp.bool_(True)
   for axis in axes:
-    norm = jnp.linalg.norm(low, axis=axis, keepdims=True)
-    largest = jnp.max(norm, axis=-1 if axis == -2 else -2, keepdims=True)
-    low = jnp.where(norm > tolerance * largest, low, 0)
-  return low
+    here = jnp.sum(energy, axis)
+    # Comparisons with nan are false. Sums compile faster than maxima.
+    whole = jnp.sum(here, -1)[..., None]
+    told = (here >= tolerance**2 * whole) & (whole < jnp.inf)
+    keep &= jnp.expand_dims(told, axis)
+  return jnp.where(keep, low, 0)
 
 
 def start_basis(key: jax.Array, size: int, rank: int) -> jax.Array:
@@ -293,66 +296,128 @@ def find_basis(
     >>> bool(jnp.allclose(lifted, g, atol=1e-4))
     True
   """
+  if method == "svd":
+    return svd_basis(g, old, side)[0]
+  return iterate(lambda basis: gram(g, basis, side), old, iterations)[0]
+
+
+def svd_basis(
+  g: jax.Array, old: jax.Array, side: str
+) -> tuple[jax.Array, jax.Array]:
+  """Singular vectors, signed so that every backend gives the same ones.
+
+  Args:
+    g: One gradient (m, n).
+    old: The basis so far.
+    side: `left` or `right`.
+
+  Returns:
+    The basis, and whether the gradient told anything.
+  """
   g = g.astype(jnp.float32)
   largest = jnp.max(jnp.abs(g))
-  usable = jnp.isfinite(largest) & (largest > 0)
-  g = jnp.where(usable, g / jnp.where(usable, largest, 1), 0)
-  start = old.astype(jnp.float32)
-  if method == "svd":
-    found = _svd_basis(g, side, old.shape[-1])
-  else:
-    found = _subspace_basis(g, start, side, iterations)
-  usable &= jnp.isfinite(jnp.sum(found))
-  return jnp.where(usable, found, start).astype(old.dtype)
+  told = jnp.isfinite(largest) & (largest > 0)
+  g = jnp.where(told, g / jnp.where(told, largest, 1), 0)
+  rank = old.shape[-1]
+  u, _, vh = _svd(g)
+  found = u[:, :rank] if side == "left" else vh[:rank].T
+  peak = jnp.argmax(jnp.abs(found), axis=0)
+  sign = jnp.sign(jnp.take_along_axis(found, peak[None], axis=0))
+  found = found * jnp.where(sign == 0, 1, sign)
+  return _where_told(told, found, old)
 
 
-def _svd_basis(g: jax.Array, side: str, rank: int) -> jax.Array:
-  """Singular vectors, signed so that every backend gives the same ones."""
-  u, _, vh = jnp.linalg.svd(g, full_matrices=False)
-  basis = u[:, :rank] if side == "left" else vh[:rank].T
-  peak = jnp.argmax(jnp.abs(basis), axis=0)
-  sign = jnp.sign(jnp.take_along_axis(basis, peak[None], axis=0))
-  return basis * jnp.where(sign == 0, 1, sign)
+def gram(g: jax.Array, basis: jax.Array, side: str) -> jax.Array:
+  r"""A gradient's Gram operator on a basis, but for a positive factor.
+
+  Args:
+    g: One gradient (m, n).
+    basis: Its basis on that side.
+    side: `left`, for :math:`G G^\top P`, or `right`, for :math:`G^\top G Q`.
+
+  Returns:
+    The image, float32 of the shape of the basis.
+  """
+  low = project(g, {side: basis})
+  # Scaled, so that the squares of tiny and huge gradients stay in range.
+  low = _scaled(low, jnp.sum(jnp.abs(low)))
+  spec = "mn,rn->mr" if side == "left" else "mn,mr->nr"
+  return _matmul(spec, g, low)
 
 
-def _subspace_basis(
-  g: jax.Array, basis: jax.Array, side: str, iterations: jax.Array
-) -> jax.Array:
-  """Subspace iteration with the shifted Gram operator of the gradient."""
-  energy = jnp.sum(g * g)
-  energy = jnp.where(energy > 0, energy, 1)
+def iterate(
+  gram_of: Callable[[jax.Array], jax.Array],
+  old: jax.Array,
+  iterations: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  r"""Subspace iteration from a basis, with a shifted Gram operator.
 
-  def iterate(_, basis):
-    bases = {side: basis}
-    low = project(g, bases)
-    if side == "left":
-      y = _matmul("mn,rn->mr", g, low)
-    else:
-      y = _matmul("mn,mr->nr", g, low)
-    return _orthonormalize(y / energy + _GRAM_SHIFT * basis)
+  :math:`P \leftarrow \mathrm{orth}(Y / \|Y\|_F + \epsilon P)` with
+  :math:`Y = G G^\top P`. The shift keeps the eigenvectors, gives every iterate
+  full rank whatever the gradient is, and bounds its condition number.
 
-  return jax.lax.fori_loop(0, iterations, iterate, basis)
+  Args:
+    gram_of: From a basis to its image, see :func:`gram`.
+    old: The basis so far.
+    iterations: Number of iterations, int32 scalar.
+
+  Returns:
+    The basis, and whether the gradient told anything: one that is zero or not
+    finite does not, and leaves the basis `old`.
+  """
+
+  def once(_, carry):
+    basis, told = carry
+    y = gram_of(basis)
+    size = jnp.sum(jnp.abs(y))
+    y = _scaled(y, size)  # squares must stay in range
+    y = _scaled(y, jnp.sqrt(jnp.sum(y * y)))
+    told &= (size > 0) & jnp.isfinite(size)
+    return _orthonormalize(y + _GRAM_SHIFT * basis), told
+
+  start = (old.astype(jnp.float32), jnp.bool_(True))
+  found, told = jax.lax.fori_loop(0, iterations, once, start)
+  return _where_told(told, found, old)
 
 
+def _scaled(x: jax.Array, size: jax.Array) -> jax.Array:
+  return x / jnp.where(size > 0, size, 1)
+
+
+def _where_told(
+  told: jax.Array, found: jax.Array, old: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The basis that was found, unless there was nothing to find."""
+  told &= jnp.isfinite(jnp.sum(found))
+  return jnp.where(told, found, old.astype(jnp.float32)).astype(old.dtype), told
+
+
+@jax.custom_batching.sequential_vmap
+def _svd(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """An exact decomposition that never becomes a batched one under `vmap`."""
+  return tuple(jnp.linalg.svd(g, full_matrices=False))
+
+
+@jax.custom_batching.sequential_vmap
 def _orthonormalize(y: jax.Array) -> jax.Array:
   """Shifted CholeskyQR of (m, r), with the r x r factor inverted.
 
   Multiplying by the inverse instead of solving against y leaves nothing but
   matrix products of the long dimension: no all-gather when it is sharded.
+  Under `vmap` it walks: batched factorisations hang on CPU.
   """
-  norm = jnp.linalg.norm(y, axis=0, keepdims=True)
-  y = y / jnp.where(norm > 0, norm, 1)
-  eye = jnp.eye(y.shape[-1], dtype=y.dtype)
 
   def one_pass(i, y):
     gram = _matmul("mr,ms->rs", y, y)
+    eye = jnp.eye(len(gram), dtype=gram.dtype)
+    size = jax.lax.rsqrt(jnp.sum(gram * eye, axis=0))  # of the columns
     shift = sum(jnp.where(i == k, s, 0) for k, s in enumerate(_SHIFTS))
     inverse = jax.lax.platform_dependent(
-      gram + shift * jnp.trace(gram) * eye,
+      gram * size * size[:, None] + len(gram) * shift * eye,
       cpu=_eliminate,
       default=_inverse_cholesky,
     )
-    return _matmul("mr,sr->ms", y, inverse)
+    return _matmul("mr,sr->ms", y, inverse * size)
 
   return jax.lax.fori_loop(0, len(_SHIFTS), one_pass, y)
 

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import layout, plan, projector, qarray, schedule
+from galore_optax import layout, plan, projector, qarray, schedule, sharding
 
 POLICIES = ("staggered", "synchronous", "adaptive")
 MOMENTS = ("rotate", "keep", "reset")
@@ -58,39 +59,79 @@ class Moment:
     """Whether a single layer is updated."""
     return not isinstance(self.layers, int)
 
-  def number(self, group: "_Group") -> Any:
-    """Number of a group's first matrix, as if all layers were one stack."""
-    return group.first * self.layers + self.layer * sum(group.counts)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-  """Leaves whose refresh is one and the same computation.
-
-  One compiled body serves a group, which keeps compile time flat in the number
-  of layers. Only leaves of one name, but for the numbers in it, share a body:
-  they can be expected to be sharded alike.
-  """
-
-  members: tuple[plan.Site, ...]
-  first: int  # number of the first matrix
-
-  @property
-  def counts(self) -> list[int]:
-    """Number of matrices of each member."""
-    return [site.view.count for site in self.members]
-
-  @property
-  def places(self) -> tuple[np.ndarray, np.ndarray]:
-    """Of each matrix in the group, its member and its number there."""
-    members = np.repeat(np.arange(len(self.counts)), self.counts)
-    numbers = np.concatenate([np.arange(count) for count in self.counts])
-    return members.astype(np.int32), numbers.astype(np.int32)
-
 
 # What a refresh changes of a leaf: its bases by side, its moments by place,
 # and its schedule where that adapts.
 _Slot = tuple[Mapping[str, Any], Mapping[str, Any], schedule.State | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+  """Leaves whose bases are found by one and the same computation.
+
+  Factorisations compile slowly, and are compiled once for all leaves whose
+  bases have one form, be they left or right. Products with the gradients and
+  the moments are compiled for each kind, the leaves that are alike in these,
+  too. On a mesh, leaves of a group have one name, but for the numbers in it:
+  they can be expected to be sharded alike.
+
+  Attributes:
+    kinds: The leaves by kind.
+    first: Number of each leaf's first matrix among all; they are numbered in
+      the order of the leaves, whatever the groups.
+  """
+
+  kinds: tuple[tuple[plan.Site, ...], ...]
+  first: tuple[int, ...]
+
+  @property
+  def members(self) -> list[plan.Site]:
+    """All leaves."""
+    return [site for kind in self.kinds for site in kind]
+
+  @property
+  def counts(self) -> list[int]:
+    """Number of matrices of each leaf."""
+    return [site.view.count for site in self.members]
+
+  @property
+  def count(self) -> int:
+    """Number of matrices."""
+    return sum(self.counts)
+
+  @property
+  def order(self) -> np.ndarray:
+    """The matrices in the order of their numbers."""
+    starts = np.cumsum([0, *self.counts])
+    ranges = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
+    by_number = sorted(zip(self.first, ranges, strict=True), key=lambda x: x[0])
+    return np.concatenate([x for _, x in by_number]).astype(np.int32)
+
+  def numbers(self, now: Moment) -> jax.Array:
+    """Number of each matrix, as if a leaf's layers were one stack."""
+    return jnp.concatenate(
+      [
+        first * now.layers + now.layer * count + jnp.arange(count)
+        for first, count in zip(self.first, self.counts, strict=True)
+      ]
+    ).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+  """Where a matrix of a group is.
+
+  Attributes:
+    member: Number of its leaf.
+    kind: Number of the leaf's kind.
+    within: Number of the leaf in its kind.
+    index: Number of the matrix in its leaf.
+  """
+
+  member: jax.Array
+  kind: jax.Array
+  within: jax.Array
+  index: jax.Array
 
 
 def refresh(
@@ -126,18 +167,8 @@ def refresh(
   }
   new: dict[str, _Slot] = {}
   units = sum(site.view.count for site in sites.values()) * now.layers
-  for group in _groups(sites, slots, grads, apart=now.single):
-    names = [site.path for site in group.members]
-    changed = _refresh_group(
-      how,
-      now,
-      units,
-      group,
-      orders,
-      [grads[path] for path in names],
-      [slots[path] for path in names],
-    )
-    new |= dict(zip(names, changed, strict=True))
+  for group in _groups(sites, slots, grads, how.method):
+    new |= _refresh_group(how, now, units, group, orders, grads, slots)
   moments = {
     place: {p: slot[1][place] for p, slot in new.items() if place in slot[1]}
     for place in found
@@ -187,73 +218,71 @@ def _groups(
   sites: Mapping[str, plan.Site],
   slots: Mapping[str, _Slot],
   grads: Mapping[str, jax.Array],
-  apart: bool,
+  method: str,
 ) -> list[_Group]:
-  """The sites in groups, in the order in which their matrices are numbered.
-
-  Apart, every leaf is a group of its own in that order: of a single layer, a
-  leaf's matrices have successive numbers, but those of two leaves do not.
-  """
-  members: dict[Any, list[plan.Site]] = {}
+  """The sites in groups."""
+  found: dict[Any, dict[Any, list[tuple[plan.Site, int]]]] = {}
+  first = 0
   for path, site in sites.items():
+    bases, moments, _ = slots[path]
     gap = site.gap if isinstance(site.gap, int | float) else id(site.gap)
-    dtypes = [x.dtype.name for x in jax.tree.leaves(slots[path])]
-    key = (
-      re.sub(r"\d+", "#", path),
-      (site.view.m, site.view.n, site.rank, site.sides, gap),
-      (grads[path].dtype.name, *slots[path][1], *dtypes),
+    name = re.sub(r"\d+", "#", path) if sharding.on_mesh(grads[path]) else None
+    kind = (site.sides, _form(site, (grads[path], moments)), *moments)
+    # An exact decomposition is made of the gradient itself.
+    alone = kind if method == "svd" else len(site.sides)
+    key = (name, gap, alone, _form(site, list(bases.values())))
+    found.setdefault(key, {}).setdefault(kind, []).append((site, first))
+    first += site.view.count
+  return [
+    _Group(
+      tuple(tuple(site for site, _ in kind) for kind in kinds.values()),
+      tuple(first for kind in kinds.values() for _, first in kind),
     )
-    members.setdefault(key, []).append(site)
-  groups, first = [], 0
-  found = list(members.values())
-  for group in [[site] for x in found for site in x] if apart else found:
-    groups.append(_Group(tuple(group), first))
-    first += sum(groups[-1].counts)
-  return groups
+    for kinds in found.values()
+  ]
+
+
+def _form(site: plan.Site, tree: Any) -> tuple:
+  """What the arrays of one matrix look like."""
+  stack = len(site.view.stack)
+  return tuple((x.dtype.name, x.shape[stack:]) for x in jax.tree.leaves(tree))
 
 
 def due(
-  policy: str, step: jax.Array, gap: Any, first: int, count: int, units: int
+  policy: str, step: jax.Array, gap: Any, units: Any
 ) -> tuple[jax.Array, jax.Array]:
-  r"""The matrices of a group that are due at a step.
+  r"""The matrices that are due at a step.
 
-  Matrices are numbered through all groups. At step 0 all are due. After that,
-  staggered, matrix i of N is due at :math:`t \equiv \lfloor i T / N \rfloor
-  \pmod T`: at most :math:`\lceil N / T \rceil` matrices at any step.
+  At step 0 all are due. After that, staggered, matrix i of N is due at
+  :math:`t \equiv \lfloor i T / N \rfloor \pmod T`: at most
+  :math:`\lceil N / T \rceil` matrices at any step.
 
   Args:
     policy: `staggered` or `synchronous`.
     step: Steps so far, int32 scalar.
     gap: Steps between two refreshes T.
-    first: Number of the group's first matrix.
-    count: Number of the group's matrices.
     units: Number of all matrices N.
 
   Returns:
-    First matrix due, and the one after the last, counted within the group;
-    int32 scalars.
+    Number of the first matrix due, and of the one after the last; int32
+    scalars.
 
   Example:
-    Two groups of three matrices, T = 6: at step 3 it is the fourth's turn, the
-    second group's first.
+    Of six matrices, T = 6, it is the fourth's turn at step 3.
 
-    >>> low, high = due("staggered", jnp.int32(3), 6, first=3, count=3, units=6)
+    >>> low, high = due("staggered", jnp.int32(3), 6, units=6)
     >>> int(low), int(high)
-    (0, 1)
+    (3, 4)
   """
   gap = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
-  phase = step % gap
+  phase = jax.lax.rem(step, gap)
+  units = jnp.asarray(units, jnp.int32)
   if policy == "synchronous":
-    low, high = 0, jnp.where(phase == 0, units, 0)
-  else:
-    low = jnp.where(step == 0, 0, _ceil_div(phase * units, gap))
-    high = jnp.where(step == 0, units, _ceil_div((phase + 1) * units, gap))
-  low, high = (jnp.clip(unit - first, 0, count) for unit in (low, high))
+    return jnp.int32(0), jnp.where(phase == 0, units, 0)
+  ceil_div = lambda a: jax.lax.div(a + gap - 1, gap)
+  low = jnp.where(step == 0, 0, ceil_div(phase * units))
+  high = jnp.where(step == 0, units, ceil_div((phase + 1) * units))
   return low, high
-
-
-def _ceil_div(a: Any, b: Any) -> Any:
-  return -(-a // b)
 
 
 def _refresh_group(
@@ -262,94 +291,189 @@ def _refresh_group(
   units: Any,
   group: _Group,
   orders: Mapping[str, int],
-  grads: list[jax.Array],
-  slots: list[_Slot],
-) -> list[_Slot]:
+  grads: Mapping[str, jax.Array],
+  slots: Mapping[str, _Slot],
+) -> dict[str, _Slot]:
   """Refreshes the matrices of a group that are due.
 
   Matrices are walked by a loop, whatever their number: batched factorisations
   hang on CPU, and whole stacks go through the branches to be updated in place.
   """
+  names = [site.path for site in group.members]
   # A basis is a constant of differentiation, as it is between refreshes.
-  grads = [_flat(jax.lax.stop_gradient(g)) for g in grads]
-  flat = [_flat_slot(slot) for slot in slots]
-  low, high, order = _due(how, now, units, group, flat)
+  flat_grads = {p: _flat(jax.lax.stop_gradient(grads[p])) for p in names}
+  flat = {path: _flat_slot(slots[path]) for path in names}
 
-  def one(k: jax.Array, flat: list[_Slot]) -> list[_Slot]:
-    unit = k if order is None else _take(order, k)
-    member, i = (_take(jnp.asarray(x), unit) for x in group.places)
-    g, slot = _read(grads, flat, member, i)
-    gap = group.members[0].gap
-    number = schedule.Number(now.number(group) + unit, units)
-    new = _refresh_one(how, now.step, number, gap, g, slot, orders)
-    return _write(flat, member, i, new)
+  def one(unit: jax.Array, flat: dict[str, _Slot]) -> dict[str, _Slot]:
+    number = schedule.Number(_take(group.numbers(now), unit), units)
+    place = _place(group, unit)
+    return _refresh_one(
+      how, now, number, group, place, flat_grads, flat, orders
+    )
 
-  flat = jax.lax.cond(
-    low < high,
-    lambda flat: jax.lax.fori_loop(low, high, one, flat),
+  flat = _walk(how, now, units, group, one, flat)
+  return {
+    path: jax.tree.map(lambda x, like: x.reshape(like.shape), x, slots[path])
+    for path, x in flat.items()
+  }
+
+
+def _walk(
+  how: Refresh,
+  now: Moment,
+  units: Any,
+  group: _Group,
+  one: Callable,
+  flat: dict[str, _Slot],
+) -> dict[str, _Slot]:
+  """Calls `one` on the matrices of a group that are due, one after another."""
+  low, high = due(how.policy, now.step, group.members[0].gap, units)
+  numbers = group.numbers(now)
+  if how.policy != "adaptive" and not now.single:
+    # In the order of their numbers, those that are due follow each other.
+    order = jnp.asarray(group.order)
+    low, high = (jnp.sum(numbers < x, dtype=jnp.int32) for x in (low, high))
+    go = lambda k, flat: one(_take(order, k), flat)
+    return jax.lax.cond(
+      (low < high) & now.active,
+      lambda flat: jax.lax.fori_loop(low, high, go, flat),
+      lambda flat: flat,
+      flat,
+    )
+  if how.policy == "adaptive":
+    hit = jnp.concatenate([when.due(now.step) for _, _, when in flat.values()])
+  else:
+    hit = (low <= numbers) & (numbers < high)
+
+  def perhaps(unit: jax.Array, flat: dict[str, _Slot]) -> dict[str, _Slot]:
+    return jax.lax.cond(
+      _take(hit, unit), lambda flat: one(unit, flat), lambda flat: flat, flat
+    )
+
+  return jax.lax.cond(
+    jnp.any(hit) & now.active,
+    lambda flat: jax.lax.fori_loop(0, group.count, perhaps, flat),
     lambda flat: flat,
     flat,
   )
-  return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, slots)
 
 
-def _due(
-  how: Refresh, now: Moment, units: Any, group: _Group, slots: list[_Slot]
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """Which matrices of a group are due: from, to, and in which order."""
-  count = sum(group.counts)
-  if how.policy != "adaptive":
-    gap, first = group.members[0].gap, now.number(group)
-    low, high = due(how.policy, now.step, gap, first, count, units)
-    return low, jnp.where(now.active, high, low), None
-  schedules = [when for _, _, when in slots if when is not None]
-  hit = jnp.concatenate([when.due(now.step) for when in schedules])
-  order = jnp.argsort(~hit, stable=True).astype(jnp.int32)
-  return jnp.int32(0), jnp.where(now.active, hit.sum(dtype=jnp.int32), 0), order
+def _place(group: _Group, unit: jax.Array) -> _Place:
+  """Where a matrix is, from its number in the group."""
+  spread = lambda of_leaf: _take(
+    jnp.asarray(np.repeat(of_leaf, group.counts).astype(np.int32)), unit
+  )
+  sizes = [len(kind) for kind in group.kinds]
+  index = np.concatenate([np.arange(count) for count in group.counts])
+  return _Place(
+    member=spread(np.arange(len(group.members))),
+    kind=spread(np.repeat(np.arange(len(sizes)), sizes)),
+    within=spread(np.concatenate([np.arange(size) for size in sizes])),
+    index=_take(jnp.asarray(index.astype(np.int32)), unit),
+  )
 
 
 def _refresh_one(
   how: Refresh,
-  step: jax.Array,
+  now: Moment,
   number: schedule.Number,
-  gap: Any,
-  g: jax.Array,
-  slot: _Slot,
+  group: _Group,
+  place: _Place,
+  grads: Mapping[str, jax.Array],
+  flat: dict[str, _Slot],
   orders: Mapping[str, int],
-) -> _Slot:
-  """The slot of one matrix, refreshed."""
-  kept, moments, when = slot
-  iterations = jnp.asarray(how.iterations).astype(jnp.int32)
+) -> dict[str, _Slot]:
+  """The slots of a group with one matrix refreshed."""
+  # What the sides are called in all leaves of the group: as in the first.
+  sides = group.members[0].sides
+  kept, when = _read(
+    [
+      (dict(zip(sides, bases.values(), strict=True)), when)
+      for bases, _, when in (flat[site.path] for site in group.members)
+    ],
+    place.member,
+    place.index,
+  )
   old = jax.lax.stop_gradient(projector.read(kept))
-  new = {
-    side: _FIND[how.method, side](g, basis, iterations)
-    for side, basis in old.items()
+  found = {
+    side: _find(how, k, group, place, grads, old[side])
+    for k, side in enumerate(sides)
   }
+  new = {side: basis for side, (basis, _) in found.items()}
   written = projector.write(new, kept)
   turn = projector.overlap(projector.read(written), old)
-  turned = {
-    place: _carry_over(how, moment, turn, orders[place])
-    for place, moment in moments.items()
-  }
   if when is not None:
     similarity = schedule.similarity(how.adaptive.measure, new, old, turn)
-    largest = jnp.max(jnp.abs(g))
-    told = jnp.isfinite(largest) & (largest > 0)
-    when = when.refreshed(how.adaptive, step, number, gap, similarity, told)
-  return written, turned, when
+    told = functools.reduce(jnp.logical_and, (x for _, x in found.values()))
+    gap = group.members[0].gap
+    when = when.refreshed(how.adaptive, now.step, number, gap, similarity, told)
+  for k, kind in enumerate(group.kinds):
+    as_kind = dict(zip(sides, kind[0].sides, strict=True))
+    bases = {as_kind[side]: x for side, x in written.items()}
+    turned = {as_kind[side]: x for side, x in turn.items()}
+    carry = functools.partial(
+      _update_kind, how, place, orders, bases, turned, when
+    )
+    before = [flat[site.path] for site in kind]
+    after = (
+      carry(before)
+      if len(group.kinds) == 1
+      else jax.lax.cond(place.kind == k, carry, lambda slots: slots, before)
+    )
+    flat = flat | {s.path: x for s, x in zip(kind, after, strict=True)}
+  return flat
 
 
-def _read(
-  grads: list[jax.Array], slots: list[_Slot], member: jax.Array, i: jax.Array
-) -> tuple[jax.Array, _Slot]:
-  """Matrix i of a member: its gradient and slot."""
-  take = lambda k: jax.tree.map(
-    lambda stack: _take(stack, i), (grads[k], slots[k])
+def _find(
+  how: Refresh,
+  k: int,
+  group: _Group,
+  place: _Place,
+  grads: Mapping[str, jax.Array],
+  old: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """The new basis of a matrix on its k-th side, and whether there was one."""
+
+  def with_gradient(f: Callable, basis: jax.Array) -> Any:
+    def of_kind(kind: tuple[plan.Site, ...], basis: jax.Array) -> Any:
+      stacks = [grads[site.path] for site in kind]
+      g = _read(stacks, place.within, place.index)
+      return f(g, basis, kind[0].sides[k])
+
+    branches = [functools.partial(of_kind, kind) for kind in group.kinds]
+    return jax.lax.switch(place.kind, branches, basis)
+
+  if how.method == "svd":
+    return with_gradient(projector.svd_basis, old)
+  iterations = jnp.asarray(how.iterations).astype(jnp.int32)
+  return projector.iterate(
+    lambda basis: with_gradient(projector.gram, basis), old, iterations
   )
-  if len(grads) == 1:
-    return take(0)
+
+
+def _update_kind(
+  how: Refresh,
+  place: _Place,
+  orders: Mapping[str, int],
+  bases: Mapping[str, Any],
+  turn: projector.Bases,
+  when: schedule.State | None,
+  slots: list[_Slot],
+) -> list[_Slot]:
+  """The slots of a kind with a matrix's basis replaced, its moments turned."""
+  stacks = [moments for _, moments, _ in slots]
+  moments = {
+    where: _carry_over(how, moment, turn, orders[where])
+    for where, moment in _read(stacks, place.within, place.index).items()
+  }
+  return _write(slots, place.within, place.index, (bases, moments, when))
+
+
+def _read(stacks: list[Any], member: jax.Array, i: jax.Array) -> Any:
+  """Matrix i of a member's stack."""
+  take = lambda stack: jax.tree.map(lambda x: _take(x, i), stack)
   return jax.lax.switch(
-    member, [functools.partial(take, k) for k in range(len(grads))]
+    member, [functools.partial(take, stack) for stack in stacks]
   )
 
 
@@ -404,20 +528,3 @@ def _flat_slot(slot: _Slot) -> _Slot:
   bases, moments, when = slot
   bases, moments = jax.tree.map(_flat, (bases, moments))
   return bases, moments, None if when is None else when.flat()
-
-
-def _finder(method: str, side: str) -> Any:
-  """`find_basis` that never becomes a batched factorisation under `vmap`."""
-
-  @jax.custom_batching.sequential_vmap
-  def find(grad, old, iterations):
-    return projector.find_basis(grad, old, side, method, iterations)
-
-  return find
-
-
-_FIND = {
-  (method, side): _finder(method, side)
-  for method in projector.METHODS
-  for side in ("left", "right")
-}

@@ -153,6 +153,15 @@ def _is_arrays(tree: Any) -> bool:
   return all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
 
 
+def on_mesh(x: Any) -> bool:
+  """Whether an array, or what a traced one stands for, is on several devices.
+
+  Of a traced one that is known unless it has its sharding from nothing but the
+  `in_shardings` of `jax.jit`.
+  """
+  return jax.typeof(x).sharding.mesh.size > 1
+
+
 def quantized_shardings(params: Any, param_shardings: Any) -> Any:
   """Shardings for parameters of which some are quantised.
 
