@@ -24,8 +24,8 @@ from train import targets  # before jax: see there  # isort: skip
 import jax
 
 import galore_optax
+from train import adapters, dry_run, hlo, layered, optimizer, presets
 from train import config as configs
-from train import dry_run, hlo, layered, optimizer, presets
 from train import mesh as meshes
 from train import step as steps
 from train.errors import UserError
@@ -150,7 +150,8 @@ def measure(
   }
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
-    placed = steps.place(config.model, method, mesh)
+    parts = adapters.make(config.optimizer)
+    placed = steps.place(config.model, method, mesh, parts)
     exact = argument_parts(config, placed)
     try:
       sizes = _compile(config, method, placed, target)

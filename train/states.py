@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import galore_optax
-from train import llama, optimizer, presets
+from train import adapters, llama, optimizer, presets
 
 PRESETS = ("llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
 
@@ -36,14 +36,15 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
   ),
   "q_galore": ("q_galore", {}),
   "q_galore, auto": ("q_galore", {"proj_type": "auto"}),
+  "lora": ("lora", {}),
 }
 
-# GB, as printed: full-rank Adam and GaLore. None for 7B.
+# GB, as printed: full-rank Adam, GaLore, and LoRA with its kin. None for 7B.
 PAPER = {
-  "llama_60m": (0.23, 0.13),
-  "llama_130m": (0.51, 0.28),
-  "llama_350m": (1.37, 0.54),
-  "llama_1b": (5.20, 1.78),
+  "llama_60m": (0.23, 0.13, 0.17),
+  "llama_130m": (0.51, 0.28, 0.37),
+  "llama_350m": (1.37, 0.54, 0.72),
+  "llama_1b": (5.20, 1.78, 2.38),
 }
 
 
@@ -57,6 +58,7 @@ def table() -> dict[str, dict[str, int]]:
       changes: dict[str, Any] = {"name": method, **options}
       chosen = dataclasses.replace(config.optimizer, **changes)
       tx = optimizer.make_optimizer(chosen, steps=100)
+      tx = adapters.initial(chosen, tx)
       state = jax.eval_shape(tx.init, shapes)
       found[name][preset] = galore_optax.state_bytes(state)
   return found
@@ -70,7 +72,8 @@ def render(found: dict[str, dict[str, int]]) -> str:
   for name, row in found.items():
     cells = "".join(f"{row[p] / 1e9:>10.3f}" for p in PRESETS)
     lines.append(f"{name:<{width}}{cells}")
-  for i, name in enumerate(("paper: full rank", "paper: GaLore")):
+  rows = ("paper: full rank", "paper: GaLore", "paper: LoRA")
+  for i, name in enumerate(rows):
     cells = [
       f"{PAPER[p][i]:>10.2f}" if p in PAPER else f"{'-':>10}" for p in PRESETS
     ]

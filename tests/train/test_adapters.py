@@ -27,6 +27,7 @@ from train import (
   optimizer,
   presets,
   pretrain,
+  states,
   step,
   weights,
 )
@@ -371,6 +372,15 @@ def test_a_dry_run_counts_what_is_trained(capsys):
   text = capsys.readouterr().out
   assert "frozen weights" in text and max(map(len, text.splitlines())) <= 80
   assert json.loads(json.dumps(found))
+
+
+def test_published_sizes_are_those_of_the_paper(monkeypatch):
+  monkeypatch.setattr(states, "ROWS", {"lora": ("lora", {})})
+  found = states.table()["lora"]
+  # Its figures of Table 6b are estimates, of two digits.
+  for preset, (_, _, paper) in states.PAPER.items():
+    assert found[preset] / 1e9 == pytest.approx(paper, abs=0.006, rel=0.03)
+  assert "paper: LoRA" in states.render({"lora": found})
 
 
 def test_a_run_of_another_version_is_named(tmp_path):
