@@ -114,9 +114,9 @@ def run(flags: argparse.Namespace, words: list[str]) -> dict[str, Any]:
   results = module.measure(flags)
   made = record.make(flags.benchmark, words, flags, results)
   if flags.out:
-    print(f"\nwrote {record.save(made, flags.out)}")
-    if draw := getattr(module, "draw", None):
-      draw(results, flags.out / f"{flags.benchmark}.png")
+    path = record.save(made, flags.out)
+    report.draw(path)
+    print(f"\nwrote {path}")
   return made
 
 

@@ -6,6 +6,7 @@ import io
 import pathlib
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -108,7 +109,8 @@ def load_or_record(
   found = record(preset, settings, when)
   if path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, allow_pickle=False, **found)
+    arrays: dict[str, Any] = dict(found)
+    np.savez(path, **arrays)
   return found
 
 

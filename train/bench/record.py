@@ -39,22 +39,33 @@ def make(
     flags: what they were read as.
     results: the benchmark's own part.
   """
-  kept = [word for word in words if not word.startswith("--out")]
+  options = {k: v for k, v in sorted(vars(flags).items()) if k not in _LOCAL}
   return {
     "benchmark": benchmark,
     "schema": SCHEMA,
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "command": f"python -m train.bench {shlex.join(kept)}",
+    "command": f"python -m train.bench {shlex.join(_kept(words))}",
     "machine": machine(),
     "versions": versions(),
-    "options": {k: _plain(v) for k, v in sorted(vars(flags).items())},
+    "options": options,
     "results": results,
   }
 
 
-def _plain(value: Any) -> Any:
-  simple = value is None or isinstance(value, bool | int | float | str | list)
-  return value if simple else str(value)
+# Where something lies on this machine, which changes no result.
+_LOCAL = ("out", "gradients", "keep", "python")
+
+
+def _kept(words: list[str]) -> list[str]:
+  """The words without options that name a place on this machine."""
+  kept, skip = [], False
+  for word in words:
+    name, given, _ = word.partition("=")
+    local = name.startswith("--") and name[2:] in _LOCAL
+    if not (local or skip):
+      kept.append(word)
+    skip = local and not given
+  return kept
 
 
 def machine() -> dict[str, Any]:
@@ -124,12 +135,12 @@ def _as_text(record: dict[str, Any]) -> str:
 
 
 def _rounded(x: Any) -> Any:
-  """Four digits of every number: more is noise."""
+  """Six digits of every number: more is noise."""
   if isinstance(x, dict):
     return {k: _rounded(v) for k, v in x.items()}
   if isinstance(x, list | tuple):
     return [_rounded(v) for v in x]
-  return float(f"{x:.4g}") if isinstance(x, float) else x
+  return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:

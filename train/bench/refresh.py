@@ -32,6 +32,7 @@ SHAPES = (
   (2048, 5461, 512),
 )
 DEFAULT_ITERATIONS = inspect.signature(galore).parameters["iterations"].default
+FLOOR = 1e-4  # what a picture shows of the energy that is lost
 SVD = "svd"
 RANDOM = "random"
 
@@ -291,15 +292,15 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
       for x in shown:
         lost = [1 - x["least"][f"{start} {k}"] for k in ITERATIONS]
         style = "o-" if x in recorded else "s--"
-        lost = np.maximum(lost, 1e-6)
+        lost = np.maximum(lost, FLOOR)
         axis.plot(ITERATIONS, lost, style, ms=3, lw=1, label=x["name"])
       axis.axhline(0.01, color="0.6", lw=1)
       axis.set_yscale("log")
-      axis.set_ylim(5e-7, 0.5)
+      axis.set_ylim(0.7 * FLOOR, 5)
       axis.set_xticks(ITERATIONS)
       axis.set_xlabel(f"iterations from a {start} start")
-      axis.set_ylabel("lost of the best basis's energy")
-    cold.legend(frameon=False, fontsize=6, loc="lower left")
+      axis.set_ylabel(f"energy lost, of the best basis's (or {FLOOR:g})")
+    warm.legend(frameon=False, fontsize=6, ncols=2, loc="upper right")
     _draw_costs(results, costs)
 
 

@@ -22,7 +22,7 @@ _MARKED = re.compile(
 
 
 def write(folder: pathlib.Path, page: pathlib.Path) -> None:
-  """Renders the tables of a page anew.
+  """Renders the tables of a page, and the pictures beside the records.
 
   Args:
     folder: holds the records.
@@ -42,7 +42,18 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
       " <!-- step: begin --> and a line <!-- step: end -->"
     )
   page.write_text(new, encoding="utf-8")
-  print(f"wrote {page}, {count} places")
+  drawn = [draw(path) for path in sorted(folder.glob("*.json"))]
+  print(f"wrote {page}, {count} places; drew {sum(drawn)} pictures")
+
+
+def draw(path: pathlib.Path) -> bool:
+  """Draws a record beside its file; whether there is a picture of its kind."""
+  kept = record.load(path)
+  module = importlib.import_module(f"train.bench.{kept['benchmark']}")
+  if not getattr(module, "draw", None):
+    return False
+  module.draw(kept["results"], path.with_suffix(".png"))
+  return True
 
 
 def render(text: str, folder: pathlib.Path) -> tuple[str, int]:
