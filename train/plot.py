@@ -165,7 +165,8 @@ def _loss(place: plt.Axes, runs: list[Run], axis: str) -> None:
     place.plot(at, smooth(values), color=color, lw=1.5)
     at, values = run.series("held_out_loss", axis)
     place.plot(at, values, color=color, ls="", marker="o", ms=3)
-  place.set_ylabel("loss (nats a token)")
+  of_tasks = any("task.name" in run.config for run in runs)
+  place.set_ylabel("loss" if of_tasks else "loss (nats a token)")
   kinds = [
     plt.Line2D([], [], color="0.3", lw=1.5),
     plt.Line2D([], [], color="0.3", ls="", marker="o", ms=3),

@@ -229,8 +229,10 @@ def test_a_llama_learns_conversations_packed_and_with_4_bit_weights(
     data__holdout_every=5,
     task__epochs=1,
   )
-  start = metrics.read(tmp_path / "run" / metrics.FILE)[0]["perplexity"]
-  assert found["scores"]["perplexity"] < start
+  start = metrics.read(tmp_path / "run" / metrics.FILE)[0][
+    "held_out_perplexity"
+  ]
+  assert found["scores"]["held_out_perplexity"] < start
   assert hf.load(tmp_path / "run" / "model").model.n_layers == 2
 
 

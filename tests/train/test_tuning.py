@@ -270,6 +270,9 @@ def test_other_forms_of_conversations_are_read():
   given = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
   pair = chat.conversation("a", "b", "row 0")
   assert chat.conversation(given, None, "row 0") == pair
+  named = chat.opened(pair, "be brief")
+  assert [m["role"] for m in named] == ["system", "user", "assistant"]
+  assert chat.opened(named, "be long") == named
   for wrong in ("a text", [{"role": "user", "content": "a"}], [3]):
     with pytest.raises(UserError, match="row 5"):
       chat.conversation(wrong, None, "row 5")

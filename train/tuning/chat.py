@@ -119,6 +119,13 @@ def writer(
   return Writer(template, marks, plain, end, begin)
 
 
+def opened(messages: list[dict[str, str]], system: str) -> list[dict[str, str]]:
+  """A conversation with a system's message, if it has none of its own."""
+  if not system or messages[0]["role"] == "system":
+    return messages
+  return [{"role": "system", "content": system}, *messages]
+
+
 def conversation(
   value: Any, answer: str | None, place: str
 ) -> list[dict[str, str]]:

@@ -34,6 +34,7 @@ class TaskConfig:
   null_threshold: float = 0.0  # by how much "no answer" must win
   # How a LLaMA is asked for a class: the texts for {first} and {second}.
   prompt: str = ""
+  system: str = ""  # message that opens conversations that have none such
   export: bool = True  # write the trained model to the run's folder model/
   template: TemplateName = "chatml"  # how turns of a conversation are written
 

@@ -56,7 +56,7 @@ def _split(
   values = {"held_out_loss": loss}
   task: Task = learner.task
   if task.kind == "chat":
-    return values | {"perplexity": math.exp(min(loss, 700))}
+    return values | {"held_out_perplexity": math.exp(min(loss, 700))}
   answers = learner.decide(prepared, outputs)
   if task.kind == "span":
     return values | spans.score(answers, prepared.split.answers)

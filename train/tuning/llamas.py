@@ -80,9 +80,7 @@ class LlamaLearner:
   def _conversations(self, split: Split) -> Prepared:
     answers = split.second or [None] * len(split)
     rows = [
-      self.writer.row(
-        chat.conversation(value, answer, f"{split.name}, row {i}")
-      )
+      self._row(chat.conversation(value, answer, f"{split.name}, row {i}"))
       for i, (value, answer) in enumerate(
         zip(split.first, answers, strict=True)
       )
@@ -110,9 +108,7 @@ class LlamaLearner:
       for k, name in enumerate(names):
         if split.name == "train" and k != split.answers[i]:
           continue
-        row = self.writer.row(
-          chat.conversation(self._prompt(first, other), name, "")
-        )
+        row = self._row(chat.conversation(self._prompt(first, other), name, ""))
         rows.append(self._shorten(row))
         example.append(i)
         named.append(k)
@@ -120,6 +116,9 @@ class LlamaLearner:
     return _prepared(
       split, rows, np.array(example), np.array(named), np.array(right)
     )
+
+  def _row(self, messages: list[dict[str, str]]) -> chat.Row:
+    return self.writer.row(chat.opened(messages, self.config.system))
 
   def _prompt(self, first: str, second: str) -> str:
     text = self.config.prompt or (

@@ -137,7 +137,7 @@ OTHERS = (
   Task("classify", "classify", "text", metrics=("accuracy", "macro_f1")),
   Task("regress", "regress", "text", metrics=("pearson", "spearman")),
   _span("span", "", unanswerable=True),
-  Task("chat", "chat", "messages", label="", metrics=("perplexity",)),
+  Task("chat", "chat", "messages", label="", metrics=("held_out_perplexity",)),
 )
 TASKS = {task.name: task for task in (*GLUE, *OTHERS)}
 
