@@ -299,7 +299,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
       axis.set_ylim(0.7 * FLOOR, 5)
       axis.set_xticks(ITERATIONS)
       axis.set_xlabel(f"iterations from a {start} start")
-      axis.set_ylabel(f"energy lost, of the best basis's (or {FLOOR:g})")
+      axis.set_ylabel(f"share of energy lost, at least {FLOOR:g}", fontsize=8)
     warm.legend(frameon=False, fontsize=6, ncols=2, loc="upper right")
     _draw_costs(results, costs)
 
