@@ -82,6 +82,11 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--overwrite", action="store_true", help="delete an earlier run in --out"
   )
+  parser.add_argument(
+    "--dry-run",
+    action="store_true",
+    help="only check everything and count the bytes that a run would take",
+  )
   return parser.parse_args(words)
 
 
@@ -158,15 +163,21 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   learner, config = make_learner(found, config)
   material = make_material(learner, found, config)
   config = timed(config, material.feed, flags.settings)
-  jobs.check(learner, config)
-  hosts.first_alone(lambda: folder.check_run(out, config, flags.overwrite))
   mesh = meshes.make_mesh(
     config.mesh, config.data.batch, accumulate=config.train.accumulate
   )
+  tx, placed = jobs.lay_out(learner, config, mesh)
+  if flags.dry_run:
+    introduce(learner, material, placed, config)
+    parts = report.components(placed, config, placed.state.opt_state)
+    print(f"\n{report.table(parts)}")
+    return 0
+  hosts.first_alone(lambda: folder.check_run(out, config, flags.overwrite))
   hosts.first_alone(lambda: folder.claim_run(out, config, flags.overwrite))
   with jax.set_mesh(mesh), stopping.stop_requests() as stopped:
-    job, state = jobs.prepare(config, out, learner, material, mesh)
-    introduce(job)
+    job, state = jobs.prepare(config, out, learner, material, mesh, tx, placed)
+    introduce(learner, material, placed, config)
+    print(f"folder     {out}")
     start = int(state.step)
     try:
       outcome = loop.train(job, state, stopping.agreed(stopped, mesh))
@@ -179,11 +190,11 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   return 0
 
 
-def introduce(job: jobs.Job) -> None:
+def introduce(
+  learner: Any, material: jobs.Material, placed: Any, config: Config
+) -> None:
   """Says what is going to be trained, on what."""
-  config, material = job.config, job.material
-  assert isinstance(config, Config)
-  count = sum(x.size for x in jax.tree.leaves(job.placed.weights))
+  count = sum(x.size for x in jax.tree.leaves(placed.weights))
   sizes = ", ".join(
     f"{prepared.split.name} {len(prepared.split):,}"
     for prepared in (material.train, *material.evaluated)
@@ -191,19 +202,19 @@ def introduce(job: jobs.Job) -> None:
   lengths = material.train.lengths
   cut = float((lengths >= config.data.length).mean())
   print(
-    f"model      {count:,} parameters, {job.learner.describe()}\n"
+    f"model      {count:,} parameters, {learner.describe()}\n"
     f"task       {_describe(material.task)}\n"
     f"examples   {sizes}; {np.mean(lengths):.0f} tokens a row, {cut:.1%} of the"
     f" rows fill data.length={config.data.length}\n"
     f"optimizer  {config.optimizer.name}, rank {config.optimizer.rank},"
     f" learning rate {config.optimizer.learning_rate:g},"
-    f" {config.train.steps} steps of {config.data.batch} rows\n"
-    f"folder     {job.out}"
+    f" {config.train.steps} steps of {config.data.batch} rows"
   )
 
 
 def _describe(task: Task) -> str:
-  labels = f": {', '.join(task.labels)}" if len(task.labels) <= 8 else ""
+  few = 0 < len(task.labels) <= 8
+  labels = f": {', '.join(task.labels)}" if few else ""
   return f"{task.name}{labels}; scored by {', '.join(task.metrics)}"
 
 

@@ -147,10 +147,19 @@ def reparametrise(learner: Learner, config: Config) -> adapters.Adapters | None:
   return freeze.make(config.task.freeze, nnx.to_pure_dict(learner.boxes))
 
 
-def check(learner: Learner, config: Config) -> None:
-  """Raises a UserError where the method cannot be made, before any folder."""
-  optimizer.make_optimizer(config.optimizer, config.train.steps)
-  reparametrise(learner, config)
+def lay_out(
+  learner: Learner, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[Any, steps.Placed]:
+  """The optimizer, and the state on a mesh before it takes any memory.
+
+  Raises:
+    UserError: the method cannot be made, or not for this model.
+  """
+  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+  changed = reparametrise(learner, config)
+  return tx, steps.place_model(
+    config.model, learner.graphdef, learner.boxes, tx, mesh, changed
+  )
 
 
 def prepare(
@@ -159,13 +168,10 @@ def prepare(
   learner: Learner,
   material: Material,
   mesh: jax.sharding.Mesh,
+  tx: Any,
+  placed: steps.Placed,
 ) -> tuple[Job, steps.TrainState]:
-  """Lays the model out, makes or restores its state, opens its files."""
-  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-  changed = reparametrise(learner, config)
-  placed = steps.place_model(
-    config.model, learner.graphdef, learner.boxes, tx, mesh, changed
-  )
+  """Makes or restores a run's state, opens its files."""
   restored = checkpoint.restore(out, placed)
   if restored is None:
     seed = config.train.seed
