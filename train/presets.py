@@ -51,7 +51,7 @@ SMALL_RATES: dict[str, Any] = {
   "fira": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
   "apollo": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
   "apollo_mini": {"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
-  # Of few that were tried the best; not tuned.
+  # GaLore's rate; not tuned.
   "lora": {"learning_rate": 8e-3},
   "qlora": {"learning_rate": 8e-3},
   "relora": {"learning_rate": 8e-3},
