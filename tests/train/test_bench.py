@@ -132,8 +132,22 @@ def test_wrong_pages_and_records(tmp_path, capsys):
   assert "no place for tables" in capsys.readouterr().err
   assert command.main(["all", "--only=steps"]) == 2
   assert "steps unknown" in capsys.readouterr().err
-  assert command.main(["step", "--trees=61m"]) == 2
-  assert "60m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["step", "--trees=61m"], "'61m' is unknown; take some of tiny, 60m"),
+    (["compile", "--layouts=flat"], "'flat' is unknown"),
+    (["shard", "--meshes=both"], "'both' is unknown; take some of auto"),
+    (["refresh", "--sizes=512"], "write m x n x rank"),
+    (["refresh", "--sizes=64x32x8"], "needs m <= n"),
+    (["cost", "--largest=64"], "at least 512"),
+  ],
+)
+def test_wrong_words(words, said, capsys):
+  assert command.main(words) == 2
+  assert said in capsys.readouterr().err
 
 
 def test_missing_peers_are_named(monkeypatch, capsys):

@@ -7,7 +7,7 @@ in turn.
 import argparse
 from typing import Any
 
-from train.bench import runner, timing, trees
+from train.bench import runner, timing, trees, words
 from train.bench.timing import short
 
 NAMES = ("optax.adamw", "contrib.galore", trees.OURS)
@@ -28,9 +28,10 @@ QUICK = {"rounds": 1}
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Median seconds of tracing and compiling, and the programs' sizes."""
   found = []
-  for name in flags.trees.split(","):
-    size = trees.find(name)
-    for layout in flags.layouts.split(","):
+  layouts = words.choose("--layouts", flags.layouts, words.LAYOUTS)
+  for name in words.choose("--trees", flags.trees, trees.SIZES):
+    size = trees.SIZES[name]
+    for layout in layouts:
       tree = trees.shapes(size, layout == "stacked")
       rows = _rounds(tree, trees.optimizers(size.rank, flags.gap), flags.rounds)
       found.append({"tree": name, "layout": layout, "rows": rows})

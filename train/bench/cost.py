@@ -26,6 +26,7 @@ from train import job as jobs
 from train import mesh as meshes
 from train.bench import model, pictures, timing
 from train.bench.timing import short
+from train.errors import UserError
 
 BASE = model.Site()
 SWEEPS = {
@@ -55,6 +56,8 @@ QUICK = {"steps": 12, "largest": 512}
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Limits of the machine, the parts, and a whole pre-training step."""
+  if flags.largest < BASE.m:
+    raise UserError(f"--largest {flags.largest}: at least {BASE.m}")
   results: dict[str, Any] = {"limits": limits(), "sweeps": {}}
   for name, sites in SWEEPS.items():
     chosen = [site for site in sites if site.m <= flags.largest]

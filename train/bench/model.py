@@ -82,7 +82,7 @@ def overheads() -> list[dict[str, Any]]:
   """GaLore's share of a step's FLOPs: model by tokens, at T = 200."""
   rows = []
   for name in ("60m", "130m", "350m", "1b", "7b"):
-    size = trees.find(name)
+    size = trees.SIZES[name]
     shares = {
       str(tokens): flops_a_step(size, 200, tokens)
       for tokens in (256, 2048, 16384, 131072)

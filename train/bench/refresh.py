@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_optax import galore, projector
-from train.bench import gradients, pictures, timing
+from train.bench import gradients, pictures, timing, words
 from train.bench.timing import short
 
 ALPHAS = (0.25, 0.5, 1.0)
@@ -58,8 +58,7 @@ QUICK = {"sizes": _words(SHAPES[:2]), "early": (1, 5), "late": (10, 15)}
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Cost by shape, and captured energy by gradient."""
   costs, quality = [], []
-  for word in flags.sizes.split(","):
-    m, n, rank = (int(x) for x in word.split("x"))
+  for m, n, rank in words.sizes("--sizes", flags.sizes):
     synthetic = gradients.Synthetic(m, n)
     stale = synthetic.stale_basis(rank)
     g = synthetic.gradient(0.5)

@@ -16,8 +16,7 @@ import optax
 
 from galore_optax import state_shardings
 from train import hlo
-from train.bench import runner, timing, trees
-from train.errors import UserError
+from train.bench import runner, timing, trees, words
 
 DEVICES = 8
 SIZE = trees.Size(dim=512, hidden=1376, layers=2, vocab=4096, rank=96)
@@ -73,11 +72,11 @@ QUICK = {"layouts": "fsdp;tensor", "meshes": "auto"}
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Compiles each optimizer's step for each layout and kind of mesh."""
   found = []
-  for name in flags.layouts.split(";"):
-    if name not in LAYOUTS:
-      raise UserError(f"--layouts {name!r} is unknown; take {list(LAYOUTS)}")
-    for kind in flags.meshes.split(","):
-      for optimizer in flags.optimizers.split(";"):
+  kinds = words.choose("--meshes", flags.meshes, KINDS)
+  optimizers = words.choose("--optimizers", flags.optimizers, NAMES, ";")
+  for name in words.choose("--layouts", flags.layouts, LAYOUTS, ";"):
+    for kind in kinds:
+      for optimizer in optimizers:
         entry = {"layout": name, "mesh": kind, "optimizer": optimizer}
         entry |= compile_on(LAYOUTS[name], kind, optimizer)
         found.append(entry)

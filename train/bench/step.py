@@ -11,7 +11,7 @@ import gc
 import pathlib
 from typing import Any
 
-from train.bench import pictures, timing, torch_peers, trees
+from train.bench import pictures, timing, torch_peers, trees, words
 from train.bench import runner as runners
 from train.bench.timing import short
 
@@ -39,9 +39,10 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
   if flags.torch:
     torch_peers.require()
   found = []
-  for name in flags.trees.split(","):
-    for layout in flags.layouts.split(","):
-      size = trees.find(name)
+  layouts = words.choose("--layouts", flags.layouts, words.LAYOUTS)
+  for name in words.choose("--trees", flags.trees, trees.SIZES):
+    for layout in layouts:
+      size = trees.SIZES[name]
       rank = flags.rank or size.rank
       rows = _measure_tree(flags, size, layout == "stacked", rank)
       entry = {"tree": name, "layout": layout, "rank": rank, "gap": flags.gap}

@@ -8,7 +8,6 @@ import jax
 import optax
 
 from galore_optax import galore_adamw
-from train.errors import UserError
 
 BLOCKS = ("attn", "mlp")  # the matrices that are projected
 
@@ -32,17 +31,6 @@ SIZES = {
   "1b": Size(2048, 5461, 24, 32000, 512),
   "7b": Size(4096, 11008, 32, 32000, 1024),
 }
-
-
-def find(name: str) -> Size:
-  """The size of a name.
-
-  Raises:
-    UserError: there is none.
-  """
-  if name not in SIZES:
-    raise UserError(f"--trees {name!r} is unknown; take {', '.join(SIZES)}")
-  return SIZES[name]
 
 
 def shapes(size: Size, stacked: bool) -> dict:
