@@ -102,6 +102,7 @@ class _GaLore:
       params,
     )
     inner_state = self.inner.init(low)
+    checks.check_not_nested(inner_state, GaLoreState)
     kept = layout.stow(self.inner, inner_state, sites)
     if self.params_mode == "split":
       self._check_separable(params, inner_state, sites)
@@ -399,6 +400,7 @@ def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:
   """Raises where gradients and parameters differ in structure or shape."""
   if params is None:
     return
+  paths.check_arrays(paths.leaves_by_path(params), plan.AT_ARRAYS)
   shapes = {p: jnp.shape(x) for p, x in paths.leaves_by_path(params).items()}
   found = {path: jnp.shape(x) for path, x in leaves.items()}
   for path in {**shapes, **found}:
@@ -444,6 +446,7 @@ def galore(
   adaptive: schedule.Adaptive | None = None,
   accumulation_steps: int | None = None,
   recovery: str | None = None,
+  param_shardings: Any = None,
   faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore: runs an optimizer in the gradients' dominant subspaces.
@@ -474,7 +477,8 @@ def galore(
     proj_type: Which side is projected. `std`, the paper's rule: the shorter
       one. `reverse_std`: the longer one, whose state is smaller. `left`: rows.
       `right`: columns. `full`: both. `auto`: the one-sided projection with the
-      smallest state.
+      smallest state; with `param_shardings`, of two sides the one that is whole
+      on every device, where projection needs no communication.
     rules: Ordered pairs `(regex, Projection or None)`. The first whose regex
       is found in a leaf's path (`re.search` in `layers/attn/q/kernel`) decides
       how the leaf is projected; None leaves it at full rank. Leaves without a
@@ -539,6 +543,10 @@ def galore(
       limited likewise; `apollo_mini`: with one φ for the whole matrix, for
       which rank 1 is enough. Published with α of 1 and 128, and with
       `projector="random"`, see :func:`galore_optax.apollo_adamw`.
+    param_shardings: `jax.NamedSharding` for each parameter, where they are on a
+      mesh: decides the sides of `proj_type="auto"`, and tells of stacked layers
+      that are divided among devices, of which a refresh then takes one without
+      gathering the others.
     faithful: The paper's algorithm exactly: `projector="svd"`,
       `refresh="synchronous"`, `moments="keep"`, `null_tolerance=0`, and every
       matrix is projected, also if that saves nothing.
@@ -606,14 +614,15 @@ def galore(
   def wrap(
     inner: optax.GradientTransformation,
   ) -> optax.GradientTransformationExtraArgs:
-    if not isinstance(inner, optax.GradientTransformation):
-      raise TypeError(
-        "`inner` must be an Optax gradient transformation, got "
-        f"{inner!r}. Ranks go by name: `galore(rank=128)`."
-      )
+    chaining.check_inner(inner)
     settings = _GaLore(
       inner=optax.with_extra_args_support(inner),
-      plan=plan.Plan(plan.check_rules(rules), defaults, always=faithful),
+      plan=plan.Plan(
+        plan.check_rules(rules),
+        defaults,
+        always=faithful,
+        partitions=sharding.partitions(param_shardings),
+      ),
       refresh=how,
       null_tolerance=null_tolerance,
       params_mode=params_mode,

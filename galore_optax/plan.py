@@ -93,6 +93,7 @@ class Site:
     rank: Number of directions r.
     gap: Steps between two refreshes, possibly traced.
     scale: Factor on the lifted update, possibly traced.
+    spread: Whether the stack's matrices are known to be divided among devices.
   """
 
   path: str
@@ -101,6 +102,7 @@ class Site:
   rank: int
   gap: Any
   scale: Any
+  spread: bool = False
 
   def basis_shape(self, side: str) -> tuple[int, ...]:
     """Shape of a side's basis, (..., m, r) or (..., n, r)."""
@@ -124,11 +126,13 @@ class Plan:
       that matches decides, None leaves the leaf at full rank.
     defaults: The projection of the leaves without a rule of their own.
     always: Whether also matrices are projected whose state would not shrink.
+    partitions: Path to the partition of a leaf, as far as they are known.
   """
 
   rules: tuple[tuple[str, Projection | None], ...]
   defaults: Projection
   always: bool = False
+  partitions: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
 
   def sites(
     self, leaves: Mapping[str, Any], masked: Sequence[str] = ()
@@ -199,7 +203,7 @@ class Plan:
     shapes = {side: projector.shape_of(x) for side, x in bases.items()}
     rank = shapes[sides[0]][-1]
     if how is not None and view is not None:
-      site = Site(path, view, sides, rank, how.update_proj_gap, how.scale)
+      site = self._place(path, view, sides, rank, how)
       if shapes == {side: site.basis_shape(side) for side in sides}:
         return site
     raise ValueError(
@@ -207,6 +211,28 @@ class Plan:
       f"fit the state's basis of shape {shapes[sides[0]]}. Pass gradients "
       "of the parameters that `init` was called with, to the same optimizer."
     )
+
+  def _place(
+    self,
+    path: str,
+    view: matrix.MatrixView,
+    sides: tuple[str, ...],
+    rank: int,
+    how: Projection,
+  ) -> Site:
+    *stack, _, _ = view.spec(self.partitions.get(path, ()))
+    return Site(
+      path, view, sides, rank, how.update_proj_gap, how.scale, any(stack)
+    )
+
+  def _sides(
+    self, path: str, view: matrix.MatrixView, rank: int, proj_type: str
+  ) -> tuple[str, ...]:
+    """The sides with a basis; of `auto`, the one that no device divides."""
+    *_, rows, cols = view.spec(self.partitions.get(path, ()))
+    if proj_type == "auto" and bool(rows) != bool(cols):
+      return ("right",) if rows else ("left",)
+    return choose_sides(proj_type, view.m, view.n, rank)
 
   def _check_rules(self, leaves: Sequence[str]) -> None:
     for pattern, _ in self.rules:
@@ -258,8 +284,8 @@ class Plan:
       rank = resolve_rank(how.rank, view.m, view.n)
     except ValueError as error:
       raise ValueError(f"At the leaf {path!r}: {error}") from error
-    sides = choose_sides(how.proj_type or "std", view.m, view.n, rank)
-    site = Site(path, view, sides, rank, how.update_proj_gap, how.scale)
+    sides = self._sides(path, view, rank, how.proj_type or "std")
+    site = self._place(path, view, sides, rank, how)
     saves = state_elements(view.m, view.n, rank, sides) < 2 * view.m * view.n
     if saves or explicit or self.always:
       return site

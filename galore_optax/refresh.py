@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -227,7 +227,12 @@ def _groups(
     bases, moments, _ = slots[path]
     gap = site.gap if isinstance(site.gap, int | float) else id(site.gap)
     name = re.sub(r"\d+", "#", path) if sharding.on_mesh(grads[path]) else None
-    kind = (site.sides, _form(site, (grads[path], moments)), *moments)
+    kind = (
+      site.sides,
+      site.spread,
+      _form(site, (grads[path], moments)),
+      *moments,
+    )
     # An exact decomposition is made of the gradient itself.
     alone = kind if method == "svd" else len(site.sides)
     key = (name, gap, alone, _form(site, list(bases.values())))
@@ -391,6 +396,7 @@ def _refresh_one(
       (dict(zip(sides, bases.values(), strict=True)), when)
       for bases, _, when in (flat[site.path] for site in group.members)
     ],
+    group.members,
     place.member,
     place.index,
   )
@@ -412,7 +418,7 @@ def _refresh_one(
     bases = {as_kind[side]: x for side, x in written.items()}
     turned = {as_kind[side]: x for side, x in turn.items()}
     carry = functools.partial(
-      _update_kind, how, place, orders, bases, turned, when
+      _update_kind, how, kind, place, orders, bases, turned, when
     )
     before = [flat[site.path] for site in kind]
     after = (
@@ -437,7 +443,7 @@ def _find(
   def with_gradient(f: Callable, basis: jax.Array) -> Any:
     def of_kind(kind: tuple[plan.Site, ...], basis: jax.Array) -> Any:
       stacks = [grads[site.path] for site in kind]
-      g = _read(stacks, place.within, place.index)
+      g = _read(stacks, kind, place.within, place.index)
       return f(g, basis, kind[0].sides[k])
 
     branches = [functools.partial(of_kind, kind) for kind in group.kinds]
@@ -453,6 +459,7 @@ def _find(
 
 def _update_kind(
   how: Refresh,
+  kind: Sequence[plan.Site],
   place: _Place,
   orders: Mapping[str, int],
   bases: Mapping[str, Any],
@@ -464,29 +471,55 @@ def _update_kind(
   stacks = [moments for _, moments, _ in slots]
   moments = {
     where: _carry_over(how, moment, turn, orders[where])
-    for where, moment in _read(stacks, place.within, place.index).items()
+    for where, moment in _read(stacks, kind, place.within, place.index).items()
   }
-  return _write(slots, place.within, place.index, (bases, moments, when))
+  new = (bases, moments, when)
+  return _write(slots, kind, place.within, place.index, new)
 
 
-def _read(stacks: list[Any], member: jax.Array, i: jax.Array) -> Any:
+def _read(
+  stacks: list[Any],
+  sites: Sequence[plan.Site],
+  member: jax.Array,
+  i: jax.Array,
+) -> Any:
   """Matrix i of a member's stack."""
-  take = lambda stack: jax.tree.map(lambda x: _take(x, i), stack)
+
+  def take(stack: Any, spread: bool) -> Any:
+    return jax.tree.map(lambda x: (_gather if spread else _take)(x, i), stack)
+
   return jax.lax.switch(
-    member, [functools.partial(take, stack) for stack in stacks]
+    member,
+    [
+      functools.partial(take, stack, site.spread)
+      for stack, site in zip(stacks, sites, strict=True)
+    ],
   )
 
 
 def _write(
-  slots: list[_Slot], member: jax.Array, i: jax.Array, new: _Slot
+  slots: list[_Slot],
+  sites: Sequence[plan.Site],
+  member: jax.Array,
+  i: jax.Array,
+  new: _Slot,
 ) -> list[_Slot]:
   """The slots with matrix i of a member replaced."""
-  put = lambda slot: jax.tree.map(lambda x, y: _put(x, y, i), slot, new)
+
+  def put(slot: _Slot, spread: bool) -> _Slot:
+    place = _scatter if spread else _put
+    return jax.tree.map(lambda x, y: place(x, y, i), slot, new)
+
   if len(slots) == 1:
-    return [put(slots[0])]
+    return [put(slots[0], sites[0].spread)]
   return [
-    jax.lax.cond(member == k, put, lambda slot: slot, slot)
-    for k, slot in enumerate(slots)
+    jax.lax.cond(
+      member == k,
+      functools.partial(put, spread=site.spread),
+      lambda slot: slot,
+      slot,
+    )
+    for k, (slot, site) in enumerate(zip(slots, sites, strict=True))
   ]
 
 
@@ -506,6 +539,30 @@ def _put(stack: jax.Array, x: jax.Array, i: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(
     stack, x, i, 0, allow_negative_indices=False
   )
+
+
+def _gather(stack: jax.Array, i: jax.Array) -> jax.Array:
+  """Matrix i of a stack that is divided among devices.
+
+  An index would make the compiler gather the stack; a sum in which all other
+  matrices count as zero is reduced where they are.
+  """
+  wide = jnp.promote_types(stack.dtype, jnp.int32)
+  kept = jnp.where(_is(i, stack), stack, jnp.zeros_like(stack))
+  return jnp.sum(kept.astype(wide), axis=0, dtype=wide).astype(stack.dtype)
+
+
+def _scatter(stack: jax.Array, x: jax.Array, i: jax.Array) -> jax.Array:
+  """A stack that is divided among devices, with matrix i replaced."""
+  return jnp.where(_is(i, stack), x[None], stack)
+
+
+def _is(i: jax.Array, stack: jax.Array) -> jax.Array:
+  """Which matrix of a stack is number i, to broadcast against the stack."""
+  number = jax.lax.broadcasted_iota(
+    jnp.int32, (len(stack), *(1,) * (stack.ndim - 1)), 0
+  )
+  return number == i
 
 
 def _carry_over(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_optax import qarray
+from galore_optax import paths, qarray
 
 
 def place(x: jax.Array, like: Any, spec: Callable[[tuple], tuple]) -> jax.Array:
@@ -151,6 +151,19 @@ def is_explicit(tree: Any) -> bool:
 
 def _is_arrays(tree: Any) -> bool:
   return all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+
+
+def partitions(param_shardings: Any) -> dict[str, tuple]:
+  """Path to partition of the parameters.
+
+  Args:
+    param_shardings: `jax.NamedSharding` for each parameter, or None.
+  """
+  if param_shardings is None:
+    return {}
+  _one_mesh(param_shardings)
+  leaves = paths.leaves_by_path(param_shardings)
+  return {path: tuple(x.spec) for path, x in leaves.items()}
 
 
 def on_mesh(x: Any) -> bool:
