@@ -31,6 +31,7 @@ def galore_adamw(
   moments: str = "rotate",
   state_dtype: Any = None,
   recovery: str | None = None,
+  param_shardings: Any = None,
   faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore around AdamW.
@@ -66,6 +67,7 @@ def galore_adamw(
     moments: What becomes of the moments then.
     state_dtype: Dtype of the moments.
     recovery: What becomes of the rest of the gradient; `fira` adds it.
+    param_shardings: `jax.NamedSharding` for each parameter, on a mesh.
     faithful: The paper's algorithm exactly.
 
   Returns:
@@ -119,6 +121,7 @@ def galore_adamw(
     moments=moments,
     state_dtype=state_dtype,
     recovery=recovery,
+    param_shardings=param_shardings,
     faithful=faithful,
   )
 

@@ -393,7 +393,7 @@ def _where_told(
 
 
 @jax.custom_batching.sequential_vmap
-def _svd(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _svd(g: jax.Array) -> tuple[jax.Array, ...]:
   """An exact decomposition that never becomes a batched one under `vmap`."""
   return tuple(jnp.linalg.svd(g, full_matrices=False))
 

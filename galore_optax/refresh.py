@@ -346,7 +346,8 @@ def _walk(
       flat,
     )
   if how.policy == "adaptive":
-    hit = jnp.concatenate([when.due(now.step) for _, _, when in flat.values()])
+    times = [when for _, _, when in flat.values() if when is not None]
+    hit = jnp.concatenate([when.due(now.step) for when in times])
   else:
     hit = (low <= numbers) & (numbers < high)
 

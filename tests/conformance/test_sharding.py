@@ -255,3 +255,52 @@ def test_extra_arguments_on_an_explicit_mesh():
     update = jax.jit(lambda g, s, p, v: tx.update(g, s, p, value=v, name="a"))
     _, after = update(params, state, params, jnp.float32(3.0))
   assert optax.tree.get(after, "best_value") == 3.0
+
+
+def _updates(tx, spec):
+  """Three updates of a stack of matrices on a mesh, and the compiled one."""
+  mesh = jax.make_mesh((8,), ("x",), (_AUTO,))
+  sharding = jax.NamedSharding(mesh, spec)
+  params, grads = (
+    {"w": jax.device_put(cases.normal({"w": (8, 16, 24)}, k)["w"], sharding)}
+    for k in (0, 1)
+  )
+  placed = state_shardings(tx, params, {"w": sharding})
+  update = jax.jit(tx.update, out_shardings=({"w": sharding}, placed))
+  state = jax.jit(tx.init, out_shardings=placed)(params)
+  text = update.lower(grads, state, params).compile().as_text()
+  found = []
+  for _ in range(3):
+    updates, state = update(grads, state, params)
+    found.append(jax.device_get(updates["w"]))
+  return found, text
+
+
+@pytest.mark.parametrize(
+  ("spec", "sides"),
+  [
+    (jax.P("x"), ["right"]),  # layers are divided: refreshed where they are
+    (jax.P(None, "x"), ["right"]),
+    (jax.P(None, None, "x"), ["left"]),
+  ],
+  ids=str,
+)
+def test_told_of_shardings_nothing_is_gathered(spec, sides):
+  """No gradient, basis or moment; and the updates are those of one device."""
+  mesh = jax.make_mesh((8,), ("x",), (_AUTO,))
+  make = functools.partial(galore_adamw, 1e-2, rank=2, update_proj_gap=4)
+  shardings = {"w": jax.NamedSharding(mesh, spec)}
+  tx = make(proj_type="auto", param_shardings=shardings)
+  state = tx.init({"w": jnp.zeros((8, 16, 24))})
+  assert list(cases.bases(state)["w"]) == sides
+  found, text = _updates(tx, spec)
+  assert "all-gather" not in text and "all-reduce" in text
+  wanted, _ = _updates(make(proj_type=sides[0]), jax.P())
+  for x, y in zip(found, wanted, strict=True):
+    cases.assert_close(x, y, 1e-4, 1e-5)
+
+
+def test_untold_stacks_of_divided_layers_are_gathered():
+  """What `param_shardings` is for; if this fails, it has become needless."""
+  tx = galore_adamw(1e-2, rank=2, update_proj_gap=4)
+  assert "all-gather" in _updates(tx, jax.P("x"))[1]
