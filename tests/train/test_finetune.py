@@ -13,13 +13,16 @@ from train import (
   hf_encoder,
   loop,
   metrics,
+  optimizer,
   plot,
   runs,
   stopping,
 )
+from train import mesh as meshes
 from train.tuning import job as jobs
 from train.tuning import recipes, tasks
 
+DEVICES = jax.devices()
 BATCHES = []  # that the first method saw
 SMALL = {
   "data.batch": 4,
@@ -337,3 +340,27 @@ def test_every_method_sees_the_same_batches_and_counts_its_bytes(
   sizes = found["bytes"]
   if method in ("q_galore", "qlora"):
     assert sizes["weights"] < 84_000
+
+
+@pytest.mark.parametrize("change", [{}, {"task__freeze": "^embed/"}])
+def test_weights_and_moments_are_split_over_devices(bert, tmp_path, change):
+  """Laid out only: nothing is compiled."""
+  data = tuning_files.write_glue(tmp_path / "data", "cola")
+  given = words(
+    "cola", bert, data, tmp_path, "adamw", mesh__data=2, mesh__fsdp=2, **change
+  )
+  config = finetune.make_config(finetune.arguments(given))
+  learner, config = finetune.make_learner(finetune.read_task(config), config)
+  mesh = meshes.make_mesh(config.mesh, 4, DEVICES[:4])
+  _, placed = jobs.lay_out(learner, config, mesh)
+  found = {
+    optimizer.path_of(path): sharding.spec
+    for path, sharding in jax.tree_util.tree_leaves_with_path(
+      (placed.shardings.params, placed.shardings.opt_state)
+    )
+  }
+  kernels = [x for name, x in found.items() if "attn/q/kernel" in name]
+  assert len(kernels) == 3  # of the weight and its two moments
+  assert all("fsdp" in str(spec) for spec in kernels)
+  frozen = [n for n in found if n.endswith("embed/words/embedding")]
+  assert len(frozen) == (1 if change else 3)
