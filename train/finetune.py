@@ -27,6 +27,7 @@ from train import (
   hosts,
   loop,
   notes,
+  optimizer,
   plot,
   sinks,
   stopping,
@@ -206,10 +207,18 @@ def introduce(
     f"task       {_describe(material.task)}\n"
     f"examples   {sizes}; {np.mean(lengths):.0f} tokens a row, {cut:.1%} of the"
     f" rows fill data.length={config.data.length}\n"
-    f"optimizer  {config.optimizer.name}, rank {config.optimizer.rank},"
+    f"optimizer  {_method(config)},"
     f" learning rate {config.optimizer.learning_rate:g},"
     f" {config.train.steps} steps of {config.data.batch} rows"
   )
+
+
+def _method(config: Config) -> str:
+  """The optimizer, with its rank where it has one."""
+  chosen = config.optimizer
+  if chosen.has_adapters or optimizer.projects(chosen.name):
+    return f"{chosen.name}, rank {chosen.rank}"
+  return chosen.name
 
 
 def _describe(task: Task) -> str:

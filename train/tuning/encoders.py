@@ -152,6 +152,11 @@ class EncoderLearner:
       extra["label2id"] = {name: i for i, name in names.items()}
     if self.task.kind == "regress":
       extra["problem_type"] = "regression"
+    if self.config.pool == "mean" and self.task.kind != "span":
+      print(
+        "note       transformers would give the head the first token; this"
+        " one has learned with task.pool=mean"
+      )
     trained = dataclasses.replace(self.loaded, params=weights)
     hf_encoder.save(trained, out, extra)
 

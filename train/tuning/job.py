@@ -28,7 +28,7 @@ from train.config import TrainConfig
 from train.errors import UserError
 from train.tuning import evaluation, freeze
 from train.tuning.config import Config
-from train.tuning.feed import Feed
+from train.tuning.feed import Batch, Feed
 from train.tuning.learner import Learner
 from train.tuning.tasks import Task
 
@@ -76,13 +76,16 @@ class Job(jobs.Job):
     self, state: steps.TrainState, say: Callable[[str], None]
   ) -> float:
     """Says and logs the scores; returns one that is the better the lower."""
+    index, parts = self.part
+    size = self.config.data.batch // parts
+    own = slice(index * size, (index + 1) * size)
+
+    def run(batch: Batch) -> tuple[Any, Any, Any]:
+      mine = self.put({k: v[own] for k, v in batch.items()})
+      return jax.device_get(self.eval_step(state.params, mine))
+
     found = evaluation.evaluate(
-      self.learner,
-      self.material.evaluated,
-      self.config.data.batch,
-      lambda batch: jax.device_get(
-        self.eval_step(state.params, self.put(batch))
-      ),
+      self.learner, self.material.evaluated, self.config.data.batch, run
     )
     step = int(jax.device_get(state.step))
     say(f"step {step:>5}  {evaluation.text(found)}")

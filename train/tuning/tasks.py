@@ -133,7 +133,7 @@ OTHERS = (
     metrics=("accuracy", "f1"),
     path=f"{PACKAGE}boolq",
   ),
-  dataclasses.replace(_span("disflqa", f"{PACKAGE}disflqa", unanswerable=True)),
+  _span("disflqa", f"{PACKAGE}disflqa", unanswerable=True),
   Task("classify", "classify", "text", metrics=("accuracy", "macro_f1")),
   Task("regress", "regress", "text", metrics=("pearson", "spearman")),
   _span("span", "", unanswerable=True),
