@@ -218,8 +218,14 @@ PART_HEAD = ["grows", "matrix", *(f"{x} ms" for x in PARTS)]
 PART_HEAD += [f"{x}, of the limit" for x in PARTS]
 
 
+def _best(results: dict[str, Any]) -> dict[str, float]:
+  """The limits, of before and after the higher ones."""
+  before, after = results["limits"], results["limits_after"]
+  return {key: max(before[key], after[key]) for key in before}
+
+
 def _part_rows(results: dict[str, Any]) -> list[list[str]]:
-  rows = []
+  rows, best = [], _best(results)
   for sweep, points in results["sweeps"].items():
     for point in points:
       site = model.Site(**point["site"])
@@ -324,14 +330,14 @@ def tables(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
   """Time by depth, width and rank, next to what the limits allow."""
-  sweeps = results["sweeps"]
+  sweeps, best = results["sweeps"], _best(results)
   keys = {"depth": "layers", "width": "m", "rank": "r"}
   with pictures.axes(path, len(sweeps)) as axes:
     for axis, (sweep, points) in zip(axes, sweeps.items(), strict=True):
       xs = [point["site"][keys[sweep]] for point in points]
       for i, part in enumerate(PARTS):
         parts = [point["parts"][part] for point in points]
-        least = [1e3 * model.bound(x, results["limits"]) for x in parts]
+        least = [1e3 * model.bound(x, best) for x in parts]
         times = [1e3 * x["seconds"] for x in parts]
         axis.loglog(xs, times, "o-", ms=3, lw=1, color=f"C{i}", label=part)
         axis.loglog(xs, least, ":", lw=1, color=f"C{i}")
