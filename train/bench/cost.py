@@ -234,7 +234,7 @@ def _part_rows(results: dict[str, Any]) -> list[list[str]]:
       name = f"{count}{site.m} x {site.n}, r {site.r}"
       times = [short(1e3 * parts[x]["seconds"]) for x in PARTS]
       near = [
-        f"{model.bound(parts[x], results['limits']) / parts[x]['seconds']:.0%}"
+        f"{model.bound(parts[x], best) / parts[x]['seconds']:.0%}"
         for x in PARTS
       ]
       rows.append([sweep, name, *times, *near])
