@@ -31,6 +31,7 @@ OptimizerName = Literal[
   "fira",
   "apollo",
   "apollo_mini",
+  "q_apollo_mini",
   "lora",
   "qlora",
   "relora",

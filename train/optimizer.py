@@ -51,7 +51,7 @@ def is_galore(name: str) -> bool:
 
 def projects(name: str) -> bool:
   """Whether a method projects the block matrices, by this library or not."""
-  return "galore" in name or name in ("fira", "apollo", "apollo_mini")
+  return "galore" in name or "apollo" in name or name == "fira"
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -290,6 +290,12 @@ def _apollo_mini(c: OptimizerConfig, lr: optax.Schedule):
   return _galore(c, lr, recovery="apollo_mini", rank=1, **_RANDOM)
 
 
+def _q_apollo_mini(c: OptimizerConfig, lr: optax.Schedule):
+  # Its moments of the matrices are of rank 1: the eight bits are for those of
+  # the embedding and the head.
+  return _galore_8bit(c, lr, recovery="apollo_mini", rank=1, **_RANDOM)
+
+
 METHODS = {
   "adamw": _adamw,
   "adafactor": _adafactor,
@@ -308,6 +314,7 @@ METHODS = {
   "fira": _fira,
   "apollo": _apollo,
   "apollo_mini": _apollo_mini,
+  "q_apollo_mini": _q_apollo_mini,
   # What these train instead of the matrices is said in train/adapters.py.
   "lora": _adamw,
   "qlora": _adamw,

@@ -51,6 +51,7 @@ SMALL_RATES: dict[str, Any] = {
   "fira": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
   "apollo": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
   "apollo_mini": {"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
+  "q_apollo_mini": {"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
   # GaLore's rate; not tuned.
   "lora": {"learning_rate": 8e-3},
   "qlora": {"learning_rate": 8e-3},
@@ -59,7 +60,7 @@ SMALL_RATES: dict[str, Any] = {
 }
 # Its alpha stands under a root, and at rank 1 makes up for a factor that is
 # too small.
-APOLLO_SCALES = {"apollo": 1.0, "apollo_mini": 128.0}
+APOLLO_SCALES = {"apollo": 1.0, "apollo_mini": 128.0, "q_apollo_mini": 128.0}
 Q_GALORE_B2 = 0.95  # of Q-GaLore's scripts; all others take 0.999
 SMALL_GALORE: dict[str, Any] = {"learning_rate": 8e-3, "scale": 0.25}
 
@@ -342,9 +343,10 @@ def make(preset: str, optimizer: str) -> Config:
       f" {', '.join(OPTIMIZERS)}"
     )
   config = PRESETS[preset](optimizer)
-  if optimizer == "q_galore":
-    # As in its scripts: 8-bit weights, and a shorter second moment.
+  if optimizer in ("q_galore", "q_apollo_mini"):
     config = _change(config, "model", weights="int8")
+  if optimizer == "q_galore":
+    # As in its scripts, a shorter second moment.
     config = _change(config, "optimizer", b2=Q_GALORE_B2)
   return config
 

@@ -36,6 +36,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
   ),
   "q_galore": ("q_galore", {}),
   "q_galore, auto": ("q_galore", {"proj_type": "auto"}),
+  "q_apollo_mini": ("q_apollo_mini", {}),
   "lora": ("lora", {}),
 }
 

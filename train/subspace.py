@@ -33,7 +33,8 @@ from train.errors import UserError
 # At most one step in so many is looked at by default.
 RARE = 50
 MOST = 12  # matrices
-RANDOM = ("apollo", "apollo_mini")  # methods whose bases know no gradient
+# Methods whose bases know no gradient.
+RANDOM = ("apollo", "apollo_mini", "q_apollo_mini")
 
 
 class Matrix(NamedTuple):

@@ -33,6 +33,7 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
       rank=8,
       update_proj_gap=3,
       clip=settings["clip"],
+      scale=settings.get("scale", 0.25),
       accumulate=parts,
     ),
     train=configs.TrainConfig(
@@ -130,6 +131,23 @@ def test_weights_in_eight_bits_learn(batch, layerwise):
   )
   assert losses[-1] < losses[0] - 0.5
   assert held == pytest.approx(losses[-1], abs=0.6)
+
+
+def test_apollo_mini_learns_in_eight_bits(batch):
+  losses, _, held = _run(
+    batch, name="q_apollo_mini", weights="int8", layerwise=True, scale=128.0
+  )
+  assert losses[-1] < losses[0] - 0.5
+  assert held == pytest.approx(losses[-1], abs=0.6)
+
+
+@pytest.mark.parametrize("name", ["sotu_small", "llama_7b"])
+def test_apollo_mini_in_eight_bits_has_apollo_mini_s_rates(name):
+  """Apart from the weights' format it is the same recipe."""
+  config = presets.make(name, "q_apollo_mini")
+  assert config.model.weights == "int8"
+  like = presets.make(name, "apollo_mini").optimizer
+  assert dataclasses.replace(config.optimizer, name="apollo_mini") == like
 
 
 def test_codes_are_what_is_kept(batch):

@@ -136,6 +136,8 @@ def test_published_sizes(monkeypatch):
   assert abs(size["galore, all bfloat16"] - 2 * (full + low)) < 100
   assert abs(size["galore"] - 4 * (full + low)) < 100
   assert size["q_galore"] < 0.36 * size["adamw"]
+  # A byte for each moment of embedding and head, and a scale for 256 of them.
+  assert 1 < size["q_apollo_mini"] / (2 * embeddings) < 1.03
   assert "paper: GaLore" in states.render(found)
 
 

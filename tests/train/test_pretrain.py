@@ -154,6 +154,7 @@ def test_notes_are_read_beside_and_above_the_fields():
   [
     ("q_galore", ["weights in int8", "b2 0.95, as its authors", "of attn.q.0"]),
     ("apollo", ["2 x 32 x 48", "not watched: random projections"]),
+    ("q_apollo_mini", ["weights in int8", "random projections"]),
     ("fira", ["2 x 32 x 48", "of attn.q.0"]),
     ("adamw", []),
   ],
@@ -161,7 +162,7 @@ def test_notes_are_read_beside_and_above_the_fields():
 def test_a_run_says_what_its_method_does(name, said, capsys, tmp_path):
   model = dataclasses.replace(TINY, weights="full")
   config = dataclasses.replace(presets.make("sotu_small", name), model=model)
-  if name == "q_galore":
+  if name.startswith("q_"):
     config = configs.override(config, ["model.weights=int8"])
   config = configs.override(config, ["optimizer.rank=4"])
   grid = mesh.make_mesh(config.mesh, 8, jax.devices()[:1])
