@@ -35,6 +35,7 @@ from train import (
 from train import mesh as meshes
 from train.config import HUB
 from train.errors import UserError
+from train.rows import spread
 from train.tuning import encoders, evaluation, examples, llamas, recipes, report
 from train.tuning import job as jobs
 from train.tuning.config import Config
@@ -139,7 +140,11 @@ def make_material(
     batch,
     config.task.group,
   )
-  evaluated = [learner.prepare(split) for split in found.evaluated]
+  most = config.data.eval_rows
+  evaluated = [
+    learner.prepare(split.part(spread(len(split), most), split.name))
+    for split in found.evaluated
+  ]
   return jobs.Material(found.task, train, evaluated, feed)
 
 

@@ -202,6 +202,7 @@ def test_spans_of_long_contexts_are_found_in_windows(bert, tmp_path, name):
     "adamw",
     task__epochs=0,
     train__steps=3,
+    data__eval_rows=4,
     task__query=8,
     task__stride=8,
     task__freeze="^embed/",

@@ -6,7 +6,7 @@ made: what is wrong is said with the file's own names.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import datasets
@@ -40,8 +40,9 @@ class Split:
   def __len__(self) -> int:
     return len(self.first)
 
-  def part(self, chosen: Sequence[int], name: str) -> "Split":
+  def part(self, chosen: Iterable[int], name: str) -> "Split":
     """Those of the given numbers."""
+    chosen = list(chosen)
     second = self.second
     return Split(
       name,

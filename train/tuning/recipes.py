@@ -39,6 +39,7 @@ GLUE = {
   "qqp": Glue(1e-5, 2e-5, 5e-4),
 }
 ADAPTERS = ("lora", "qlora")
+EVERY = 10**9  # examples that are evaluated, at most: all of them
 METHODS = (
   "adamw",
   "adamw_8bit",
@@ -131,7 +132,7 @@ def make(task: str, optimizer: str, rank: int) -> Config:
   config = Config(
     preset=task,
     task=TaskConfig(name=task, **recipe.task),
-    data=DataConfig(**recipe.data),
+    data=DataConfig(eval_rows=EVERY, **recipe.data),
     optimizer=_optimizer(optimizer, rank, recipe),
     train=TrainConfig(),
     run=RunConfig(
