@@ -191,7 +191,9 @@ def test_regression_with_lora_trains_factors_and_head_only(bert, tmp_path):
   assert not np.array_equal(kernel(start), kernel(trained))
 
 
-@pytest.mark.parametrize("name", ["squad", "squad_v2"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("squad", marks=pytest.mark.slow), "squad_v2"]
+)
 def test_spans_of_long_contexts_are_found_in_windows(bert, tmp_path, name):
   data = tuning_files.write_squad(tmp_path / "data", name == "squad_v2")
   found = run(

@@ -126,7 +126,9 @@ def run_all(flags: argparse.Namespace) -> int:
       return status
     found = json.loads((out / "result.json").read_text(encoding="utf-8"))
     record = {"stage": flags.command, "method": chosen.text} | found
-    record["command"] = " ".join(["python -m train.finetune", *command])
+    # Where a checkpoint lies on this machine says nothing to others.
+    shown = ["$CHECKPOINT" if w == flags.source else w for w in command]
+    record["command"] = " ".join(["python -m train.finetune", *shown])
     flags.results.parent.mkdir(parents=True, exist_ok=True)
     with flags.results.open("a", encoding="utf-8") as file:
       file.write(json.dumps(record) + "\n")
