@@ -1,0 +1,334 @@
+"""The runner of the papers' tables: order, search, resuming, report."""
+
+import json
+import math
+import re
+
+import jax
+import pytest
+
+from tests.train import conftest
+from train import config as configs
+from train import data, folder, holdout, mesh
+from train.errors import UserError
+from train.experiments import __main__ as command
+from train.experiments import plan, records, report, runner, tables, training
+from train.experiments import texts as texts_lib
+
+TOO_MUCH = 1e38  # a learning rate
+TINIEST = tables.QUICK._replace(
+  settings=(
+    "model.vocab_size=300",
+    "model.d_model=32",
+    "model.d_ff=48",
+    "model.n_layers=1",
+    "model.n_heads=2",
+    "data.length=16",
+    "data.batch=4",
+    "optimizer.rank=8",
+    "optimizer.scale=1",
+    "train.max_skips=2",
+  ),
+  rates=(8e-3, TOO_MUCH),
+  tokens=640,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  """Eight devices compile longer, and change nothing here."""
+  make = mesh.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    single = lambda config, batch: make(config, batch, jax.devices()[:1])
+    patch.setattr(mesh, "make_mesh", single)
+    yield
+
+
+def point_of(run: plan.Run) -> plan.Point:
+  return run.rate, run.multiplier
+
+
+def fake(run: plan.Run, loss: float, **fields) -> plan.Record:
+  """A record as a run leaves it; the test loss tells the opposite."""
+  return {
+    "key": run.key,
+    "entry": run.entry.name,
+    "status": "done",
+    "validation_loss": loss,
+    "test_loss": 10 - loss + 0.1 * run.seed,
+    "seed": run.seed,
+    "tokens": run.tokens,
+    "steps": 10,
+    "text": run.text,
+    "bytes": {"optimizer": 2**20, "weights": 2**20},
+    "cpu_seconds_a_step": 0.5,
+    "curve": [[1, 5.0], [10, 4.0]],
+    "validation_curve": [[0, 5.0], [10, 4.0]],
+    "date": "2026-01-01",
+    "machine": {"processor": "a chip", "cores": 2},
+    "versions": {"jax": "1", "optax": "2"},
+    **fields,
+  }
+
+
+def loss_of(run: plan.Run) -> float:
+  """Least at rate 4e-3 and multiplier 0.5."""
+  far = abs(math.log2(run.rate / 4e-3)) + abs(math.log2(run.multiplier / 0.5))
+  return 4 + 0.1 * far
+
+
+def finished(table: tables.Table) -> tuple[plan.Plan, list[plan.Run]]:
+  """The whole table, run by run as the runner would, with made-up losses."""
+  found, order = {}, []
+  while runs := plan.Plan(table, 1000, "speeches", found).missing():
+    order.append(runs[0])
+    found[runs[0].key] = fake(runs[0], loss_of(runs[0]))
+  return plan.Plan(table, 1000, "speeches", found), order
+
+
+def test_every_entry_is_searched_alike_and_repeated_at_its_best():
+  found, order = finished(tables.METHODS)
+  assert len(order) == found.total == found.done()
+  for entry in tables.METHODS.entries:
+    own = [run for run in order if run.entry == entry]
+    searched = [run for run in own if run.seed == 0]
+    points = {point_of(run) for run in searched}
+    assert points == {(8e-3, m) for m in tables.MULTIPLIERS} | {
+      (rate, 0.5) for rate in tables.RATES
+    }
+    assert found.chosen(entry) == (4e-3, 0.5)
+    repeated = [run for run in own if run.seed]
+    assert [(*point_of(r), r.seed) for r in repeated] == [
+      (4e-3, 0.5, 1),
+      (4e-3, 0.5, 2),
+    ]
+    # Repeats wait until the search is over.
+    assert order.index(repeated[0]) > max(map(order.index, searched))
+
+
+def test_the_telling_comparisons_come_first():
+  _, order = finished(tables.METHODS)
+  first = tables.METHODS.groups[0]
+  assert [run.entry for run in order[: len(first)]] == list(first)
+  size = len(first) * (finished(tables.METHODS)[0].total // 15)
+  assert {run.entry for run in order[:size]} == set(first)
+  seeds = {run.seed for run in order[:size]}
+  assert seeds == {0, 1, 2}
+
+
+def test_nothing_is_selected_on_the_reported_text():
+  found, order = finished(tables.QUICK)
+  before = found.chosen(tables.BASELINE)
+  for run in order:  # the best there is on the reported text
+    worst = -loss_of(run) if point_of(run) != before else 99.0
+    found.found[run.key]["test_loss"] = worst
+  assert found.chosen(tables.BASELINE) == before
+
+
+def test_a_diverged_run_is_not_chosen_and_is_reported():
+  found, _ = finished(tables.QUICK)
+  entry = tables.BASELINE
+  best = found.chosen(entry)
+  run = found.run(entry, best, 0)
+  found.found[run.key] = fake(run, 0.0, status="diverged") | {
+    "validation_loss": None
+  }
+  assert found.chosen(entry) not in (None, best)
+  assert "diverged" in report.grid(found)
+
+
+@pytest.mark.parametrize("table", tables.TABLES.values(), ids=lambda t: t.name)
+def test_every_entry_is_a_run_that_the_script_takes(table, tmp_path):
+  parts = texts_lib.Parts(*(tmp_path / name for name in "abc"))
+  found = plan.Plan(table, 256_000, "speeches", {})
+  keys = set()
+  for entry in table.entries:
+    run = found.run(entry, (8e-3, 0.25), 0)
+    config = training.config_of(run, parts)
+    assert config.optimizer.name == entry.optimizer
+    assert (config.optimizer.learning_rate, config.optimizer.matrix_lr) == (
+      8e-3,
+      0.25,
+    )
+    gap = config.optimizer.update_proj_gap
+    assert gap == max(1, config.train.steps // entry.gaps)
+    keys.add(run.key)
+  assert len(keys) == len(table.entries)
+  names = [entry.name for entry in table.entries]
+  assert len(set(names)) == len(names)
+
+
+def test_the_model_is_of_the_size_it_is_said_to_be():
+  run = plan.Plan(tables.METHODS, 10**6, "speeches", {}).missing()[0]
+  model = training.config_of(run, texts_lib.Parts(*[None] * 3)).model  # type: ignore
+  d, ff = model.d_model, model.d_ff
+  assert 2e6 <= model.n_layers * (4 * d * d + 3 * d * ff) <= 10e6 and d >= 192
+
+
+def test_the_parts_of_a_text_share_no_document(tmp_path):
+  path = tmp_path / "text.txt"
+  text = conftest.speech(80)
+  path.write_text(f"{text}\n\n{conftest.speech(60)}", encoding="utf-8")
+  parts = texts_lib.prepare(str(path), tmp_path / "cache")
+  kept = [
+    {
+      holdout.digest(json.loads(line)["text"])
+      for line in part.read_text(encoding="utf-8").splitlines()
+    }
+    for part in parts
+  ]
+  assert all(kept) and len(set.union(*kept)) == 80
+  assert sum(map(len, kept)) == 80
+  assert texts_lib.prepare(str(path), tmp_path / "cache") == parts
+
+
+def test_a_text_that_is_not_there(tmp_path):
+  with pytest.raises(UserError, match="reviews"):
+    texts_lib.prepare("nothing", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A tiny text, and a table that was stopped in its first run."""
+  base = tmp_path_factory.mktemp("experiments")
+  (base / "speech.txt").write_text(conftest.speech(120), encoding="utf-8")
+  return base
+
+
+@pytest.fixture(scope="module")
+def ran(place, tmp_path_factory):
+  """The table, run to its end after a stop in the first run."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    patch.setitem(tables.TABLES, "quick", TINIEST)
+    words = ["run", "quick", "--text", str(place / "speech.txt"), "--nice", "0"]
+    words += ["--work", str(place / "work"), "--results", str(place / "out")]
+    asked = [0]
+
+    class Stopping(training.Clock):
+      def __call__(self):
+        asked[0] += 1
+        return super().__call__() or asked[0] == 4
+
+    patch.setattr(training, "Clock", Stopping)
+    first = command.main(words)
+    left = {path.name for path in (place / "work").iterdir()}
+    before = records.read(place / "out" / "quick.jsonl")
+    second = command.main(words)
+    steps, third = asked[0], command.main(words)
+    assert asked[0] == steps  # nothing was run again
+  return first, second, third, left, before
+
+
+def test_a_stopped_table_goes_on_where_it_was(place, ran):
+  first, second, third, left, before = ran
+  assert (first, second, third) == (130, 0, 0)
+  assert len(left) == 2 and before == []  # the lock, and the run under way
+  found = records.read(place / "out" / "quick.jsonl")
+  assert len(found) == 6 and {path.name for path in place.glob("work/*")} == {
+    "lock"
+  }
+  done = [record for record in found if record["status"] == "done"]
+  assert len(done) == 4
+  assert all(len(record["curve"]) == 10 for record in done)
+
+
+def test_all_methods_see_the_same_batches(place, ran, monkeypatch):
+  """Before the first update, two methods of one seed have one loss."""
+  found = records.read(place / "out" / "quick.jsonl")
+  starts = {}
+  for record in found:
+    if record["status"] == "done":
+      starts.setdefault(record["seed"], set()).add(record["curve"][0][1])
+  assert {len(losses) for losses in starts.values()} == {1}
+  assert starts[0] != starts[1]
+
+
+def test_the_report_says_what_was_found(place, ran, capsys):
+  page = place / "page.md"
+  marks = "<!-- {0}: begin -->\nold\n<!-- {0}: end -->\n"
+  names = ("methods", "quick", "quick_grid", "other")
+  page.write_text("\n".join(marks.format(name) for name in names))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(tables.TABLES, "quick", TINIEST)
+    words = ["report", "--page", str(page), "--results", str(place / "out")]
+    assert command.main(words) == 0
+  text = page.read_text()
+  assert "Not measured yet: `python -m train.experiments run methods" in text
+  assert text.count("old") == 1  # what is not ours stays
+  assert "6 of 6 runs are there" in text
+  rows = re.findall(r"^\| (AdamW, full rank|GaLore, our.*?) \|", text, re.M)
+  assert len(rows) == 2 + 4  # the table, and two rates of each in the grid
+  found = records.read(place / "out" / "quick.jsonl")
+  pair = [
+    math.exp(r["test_loss"])
+    for r in found
+    if r["entry"] == "adamw" and r["status"] == "done"
+  ]
+  assert len(pair) == 2 and f"{sum(pair) / 2:.2f} ± " in text
+  assert list((place / "evidence").glob("quick-*.png"))
+
+
+def test_the_score_is_that_of_the_training_script(place, ran, monkeypatch):
+  """The validation loss belongs to the config that the record names."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+  found = records.read(place / "out" / "quick.jsonl")[0]
+  words = found["command"].split(" --set ")
+  parts = texts_lib.prepare(
+    str(place / "speech.txt"), data.cache_folder(configs.DataConfig())
+  )
+  assert f"data.path={parts.train.name}" in words
+  assert f"data.validation={parts.validation.name}" in words
+  assert "train.steps=10" in words
+
+
+def test_a_run_that_diverges_is_recorded(place, ran):
+  found = records.read(place / "out" / "quick.jsonl")
+  lost = [record for record in found if record["status"] == "diverged"]
+  assert {record["learning_rate"] for record in lost} == {TOO_MUCH}
+  assert {record["entry"] for record in lost} == {"adamw", "galore"}
+  assert "no finite gradient" in lost[0]["why"]
+  text = str(place / "speech.txt")
+  known = runner.plan(TINIEST, TINIEST.tokens, text, place / "out")
+  assert known.chosen(tables.OURS) == (8e-3, 0.25)
+  assert report.grid(known).count("diverged") == 2
+
+
+def test_what_is_left_of_another_run_is_started_over(place, tmp_path):
+  run = plan.Plan(TINIEST, 640, "x", {}).missing()[0]
+  out = tmp_path / run.key
+  out.mkdir()
+  (out / folder.CONFIG).write_text("{ torn", encoding="utf-8")
+  parts = texts_lib.Parts(*(tmp_path / f"{n}.txt" for n in "abc"))
+  with pytest.raises(UserError, match=r"data\.path"):  # there is no text
+    training.train(run, parts, tmp_path, lambda: False)
+  assert json.loads((out / folder.CONFIG).read_text())["train.seed"] == 0
+
+
+def test_two_runners_do_not_share_a_folder(tmp_path):
+  with (
+    runner._alone(tmp_path),
+    pytest.raises(UserError, match="another runner"),
+    runner._alone(tmp_path),
+  ):
+    pass
+
+
+@pytest.mark.parametrize(
+  "words, said",
+  [
+    (["run", "quick", "--budget", "-1"], "hours above 0"),
+    (["run", "quick", "--text", "nowhere.txt", "--nice", "0"], "nowhere.txt"),
+    (["report", "--page", "nowhere.md"], "nowhere.md"),
+  ],
+)
+def test_wrong_input_is_said_in_a_sentence(words, said, capsys):
+  assert command.main(words) == 2
+  assert said in capsys.readouterr().err
+
+
+def test_a_torn_line_is_named(tmp_path):
+  path = tmp_path / "methods.jsonl"
+  path.write_text('{"key": 1}\n{"key"', encoding="utf-8")
+  with pytest.raises(UserError, match=re.escape(str(path))):
+    records.read(path)

@@ -1,0 +1,1 @@
+"""The papers' tables in small, on real text: `python -m train.experiments`."""

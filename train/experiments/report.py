@@ -1,0 +1,250 @@
+"""The page of evidence: tables between markers, from the finished runs.
+
+    <!-- methods: begin -->
+    ...
+    <!-- methods: end -->
+
+What lies between is replaced; everything else on the page is written by hand.
+`<!-- methods_grid: begin -->` marks the place of a table's whole search.
+"""
+
+import math
+import pathlib
+import re
+import statistics
+from collections.abc import Callable, Sequence
+
+from train import files
+from train.errors import UserError
+from train.experiments import figures, records
+from train.experiments.plan import Plan, Record
+from train.experiments.tables import TABLES, Entry, Table
+
+PAGE = pathlib.Path("docs/evidence.md")
+GRID = "_grid"
+_MARKED = re.compile(
+  r"(<!-- (?P<name>\w+): begin -->\n).*?(<!-- (?P=name): end -->)", re.DOTALL
+)
+HEAD = (
+  "",
+  "perplexity",
+  "against the first row",
+  "seeds",
+  "optimizer state, MiB",
+  "of the first row",
+  "CPU s a step",
+  "learning rate",
+  "multiplier",
+  "searched",
+)
+
+
+def write(folder: pathlib.Path, page: pathlib.Path) -> None:
+  """Rewrites the tables of a page, and its figures in `evidence/` beside it.
+
+  Args:
+    folder: of the results.
+    page: a Markdown file with markers.
+
+  Raises:
+    UserError: the page cannot be read, or has no markers of a table.
+  """
+  try:
+    text = page.read_text(encoding="utf-8")
+  except OSError as error:
+    raise UserError(f"--page {page}: cannot read ({error})") from None
+  found = records.read_all(folder)
+  new, places = render(text, folder, found)
+  if not places:
+    raise UserError(
+      f"--page {page}: no place for tables, such as a line"
+      " <!-- methods: begin --> and a line <!-- methods: end -->"
+    )
+  for table in TABLES.values():
+    for plan in plans(table, folder, found):
+      figures.draw(plan, page.parent / "evidence")
+  files.write_text(page, new)
+  print(f"wrote {page}, {places} places, from {len(found)} runs")
+
+
+def render(
+  text: str, folder: pathlib.Path, found: dict[str, Record]
+) -> tuple[str, int]:
+  """The page's text with tables of what was found, and how many places.
+
+  Args:
+    text: the page.
+    folder: of the results.
+    found: all runs by their keys.
+  """
+  places = 0
+
+  def fill(hit: re.Match) -> str:
+    nonlocal places
+    name = hit["name"].removesuffix(GRID)
+    if name not in TABLES:
+      return hit[0]
+    places += 1
+    part = grid if hit["name"].endswith(GRID) else section
+    body = _sections(TABLES[name], folder, found, part)
+    return f"{hit[1]}\n{body}\n\n{hit[3]}"
+
+  return _MARKED.sub(fill, text), places
+
+
+def plans(
+  table: Table, folder: pathlib.Path, found: dict[str, Record]
+) -> list[Plan]:
+  """A plan for each text and size that runs of the table have, longest first.
+
+  What is shared with another table does not make a size of this one.
+  """
+  own = records.read(folder / f"{table.name}.jsonl")
+  sizes = sorted({(-r["tokens"], r["text"]) for r in own})
+  return [Plan(table, -size, text, found) for size, text in sizes]
+
+
+def _sections(
+  table: Table,
+  folder: pathlib.Path,
+  found: dict[str, Record],
+  part: Callable[[Plan], str],
+) -> str:
+  parts = [part(plan) for plan in plans(table, folder, found)]
+  if not parts:
+    return f"Not measured yet: `python -m train.experiments run {table.name}`."
+  return "\n\n".join(parts)
+
+
+def section(plan: Plan) -> str:
+  """A table, its pictures and where it comes from."""
+  pictures = [
+    f"![{title}](evidence/{path})" for path, title in figures.names(plan)
+  ]
+  return "\n\n".join([_title(plan), table(plan), origin(plan), *pictures])
+
+
+def _title(plan: Plan) -> str:
+  full = plan.tokens >= plan.table.tokens
+  short = (
+    "" if full else f", {plan.tokens / plan.table.tokens:.0%} of full size"
+  )
+  text = plan.text if plan.text.isalnum() else pathlib.Path(plan.text).name
+  return f"**{plan.table.title}, {plan.tokens:,} tokens a run{short}, {text}**"
+
+
+def table(plan: Plan) -> str:
+  """Perplexity on the text that nothing was selected by, and what it took."""
+  first = plan.seeds(plan.table.entries[0])
+  rows = [_row(plan, entry, first) for entry in plan.table.entries]
+  return _markdown(HEAD, rows)
+
+
+def _row(plan: Plan, entry: Entry, first: list[Record]) -> list[str]:
+  found, point = plan.seeds(entry), plan.chosen(entry)
+  if point is None:
+    return [entry.label, "not measured yet", *[""] * (len(HEAD) - 2)]
+  done = [r for r in found if r["status"] == "done"]
+  size = found[0]["bytes"]["optimizer"]
+  cpu = [r["cpu_seconds_a_step"] for r in done if "cpu_seconds_a_step" in r]
+  return [
+    entry.label,
+    _perplexity(found, done),
+    _paired(done, first),
+    f"{len(found)} of {len(plan.table.seeds)}",
+    f"{size / 2**20:.2f}",
+    f"{size / first[0]['bytes']['optimizer']:.0%}" if first else "",
+    f"{statistics.median(cpu):.3g}" if cpu else "",
+    f"{point[0]:g}{_edge(point[0], plan.table.rates)}",
+    f"{point[1]:g}{_edge(point[1], plan.table.multipliers)}",
+    f"{plan.tried(entry)} of {plan.points}",
+  ]
+
+
+def _perplexity(found: list[Record], done: list[Record]) -> str:
+  if not done:
+    return "diverged"
+  values = [perplexity(r["test_loss"]) for r in done]
+  lost = len(found) - len(done)
+  note = f", {lost} diverged" if lost else ""
+  return f"{_spread(values, '{:.2f}')}{note}"
+
+
+def perplexity(loss: float) -> float:
+  """Of a loss in nats a token; finite whatever the loss is."""
+  return math.exp(min(loss, 700))
+
+
+def _paired(done: list[Record], first: list[Record]) -> str:
+  """How much lower or higher, seed by seed on the same batches."""
+  base = {r["seed"]: r["test_loss"] for r in first if r["status"] == "done"}
+  shared = [r for r in done if r["seed"] in base]
+  changes = [100 * math.expm1(r["test_loss"] - base[r["seed"]]) for r in shared]
+  return f"{_spread(changes, '{:+.1f}')} %" if changes else ""
+
+
+def _spread(values: Sequence[float], style: str) -> str:
+  mean = style.format(statistics.mean(values))
+  if len(values) < 2:
+    return mean
+  return f"{mean} ± {statistics.stdev(values):.2g}"
+
+
+def _edge(value: float, tried: Sequence[float]) -> str:
+  """A star where a better value may lie outside of what was searched."""
+  at_edge = len(tried) > 1 and value in (min(tried), max(tried))
+  return "\\*" if at_edge else ""
+
+
+def grid(plan: Plan) -> str:
+  """Every point of the search, with its validation perplexity."""
+  rows = []
+  for entry in plan.table.entries:
+    for point in dict.fromkeys(plan.multipliers() + plan.rates(entry)):
+      found = plan.record(entry, point, plan.table.seeds[0])
+      if found is None:
+        continue
+      chosen = "chosen" if point == plan.chosen(entry) else ""
+      score = "diverged"
+      if found["status"] == "done":
+        score = f"{perplexity(found['validation_loss']):.2f}"
+      rows.append(
+        [entry.label, f"{point[0]:g}", f"{point[1]:g}", score, chosen]
+      )
+  head = ("", "learning rate", "multiplier", "validation perplexity", "")
+  return f"{_title(plan)}\n\n{_markdown(head, rows)}"
+
+
+def origin(plan: Plan) -> str:
+  """Where the numbers of a table come from, and how many are missing."""
+  own = [r for r in plan.found.values() if _belongs(r, plan)]
+  machines_ = sorted({_machine(r) for r in own})
+  steps = sorted({r["steps"] for r in own})
+  command = f"python -m train.experiments run {plan.table.name}"
+  command += f" --tokens {plan.tokens} --text {plan.text}"
+  dates = sorted({r["date"] for r in own})
+  return (
+    f"`{command}`: {plan.done()} of {plan.total} runs are there."
+    f" {plan.tokens:,} tokens and {'/'.join(map(str, steps))} steps a run;"
+    f" seeds {', '.join(map(str, plan.table.seeds))}; {'; '.join(machines_)};"
+    f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    " ± is the standard deviation over seeds; \\* marks a value at the edge of"
+    " the search."
+  )
+
+
+def _belongs(found: Record, plan: Plan) -> bool:
+  return (found["tokens"], found["text"]) == (plan.tokens, plan.text)
+
+
+def _machine(found: Record) -> str:
+  machine, versions = found["machine"], found["versions"]
+  return (
+    f"{machine['processor']}, {machine['cores']} cores,"
+    f" jax {versions['jax']}, optax {versions['optax']}"
+  )
+
+
+def _markdown(head: Sequence[str], rows: list[list[str]]) -> str:
+  lines = [list(head), ["---", *["--:"] * (len(head) - 1)], *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)

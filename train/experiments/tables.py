@@ -1,0 +1,184 @@
+"""What is compared: the tables, as plain data.
+
+A table is a list of entries, each a method with the settings that make it what
+it is. All of a table share model, text, batches and the search for a learning
+rate. Nothing here says how long a run is: that is one number, `--tokens`.
+"""
+
+from typing import NamedTuple
+
+Settings = tuple[str, ...]
+
+# A LLaMA of 3.2M parameters, 2.4M of them in the matrices of its blocks, on
+# top of the preset `sotu_small`.
+PRESET = "sotu_small"
+MODEL: Settings = (
+  "model.d_model=256",
+  "model.d_ff=688",
+  "model.n_layers=3",
+  "model.n_heads=4",
+  "model.unroll=3",
+  "optimizer.rank=64",
+  "optimizer.scale=1",
+)
+# For `quick`, which shows that the runner works and nothing else.
+TINY: Settings = (
+  "model.vocab_size=512",
+  "model.d_model=64",
+  "model.d_ff=176",
+  "model.n_layers=2",
+  "model.n_heads=2",
+  "model.unroll=2",
+  "data.length=64",
+  "optimizer.rank=16",
+  "optimizer.scale=1",
+)
+TOKENS = 1_000_000
+# The learning rate that multipliers are searched at, then the others; the
+# multipliers in the order in which they are tried.
+RATES = (8e-3, 4e-3, 1.6e-2, 2e-3)
+MULTIPLIERS = (0.25, 0.125, 0.5, 0.0625, 1.0)
+SEEDS = (0, 1, 2)
+
+
+class Entry(NamedTuple):
+  """A row of a table."""
+
+  name: str
+  label: str
+  optimizer: str
+  settings: Settings = ()
+  gaps: int = 10  # refreshes of a basis (restarts of ReLoRA: half) in a run
+
+
+class Table(NamedTuple):
+  """Entries that are compared with each other."""
+
+  name: str
+  title: str
+  groups: tuple[tuple[Entry, ...], ...]  # the more telling comparisons first
+  settings: Settings = MODEL
+  rates: tuple[float, ...] = RATES
+  multipliers: tuple[float, ...] = MULTIPLIERS
+  seeds: tuple[int, ...] = SEEDS
+  tokens: int = TOKENS
+  evaluations: int = 2  # of the validation text in a run
+
+  @property
+  def entries(self) -> tuple[Entry, ...]:
+    """All rows, in the order of their groups."""
+    return tuple(entry for group in self.groups for entry in group)
+
+
+BASELINE = Entry("adamw", "AdamW, full rank", "adamw")
+OURS = Entry("galore", "GaLore, our defaults", "galore")
+FAITHFUL = Entry("galore_faithful", "GaLore, as published", "galore_faithful")
+
+METHODS = Table(
+  "methods",
+  "Methods",
+  (
+    (
+      BASELINE,
+      OURS,
+      FAITHFUL,
+      Entry("fira", "Fira", "fira"),
+      Entry("contrib_galore", "optax.contrib.galore", "contrib_galore"),
+      Entry("lora", "LoRA", "lora"),
+      Entry("relora", "ReLoRA, no warm start", "relora"),
+      Entry("low_rank", "Low-Rank", "low_rank"),
+    ),
+    (
+      Entry("apollo", "APOLLO", "apollo"),
+      Entry(
+        "apollo_mini", "APOLLO-Mini", "apollo_mini", ("optimizer.scale=128",)
+      ),
+      Entry("galore_8bit", "8-bit GaLore", "galore_8bit"),
+      Entry("q_galore", "Q-GaLore, 8-bit weights", "q_galore"),
+      Entry("muon", "Muon, full rank", "muon"),
+      Entry("adafactor", "Adafactor, full rank", "adafactor"),
+      Entry("galore_adafactor", "GaLore around Adafactor", "galore_adafactor"),
+    ),
+  ),
+)
+
+
+def _change(name: str, label: str, *settings: str, gaps: int = 10) -> Entry:
+  """GaLore with our defaults but for these settings."""
+  whole = tuple(f"optimizer.{s}" if "." not in s else s for s in settings)
+  return Entry(name, label, "galore", whole, gaps)
+
+
+RANKS = (1, 4, 16, 64, 128, 256)
+RANK_ENTRIES = tuple(
+  _change(f"rank_{rank}", f"rank {rank}", f"optimizer.rank={rank}")
+  for rank in RANKS
+)
+
+ABLATIONS = Table(
+  "ablations",
+  "Ablations of GaLore with our defaults",
+  (
+    (OURS, *(e for e in RANK_ENTRIES if e.name != "rank_64")),
+    (
+      _change("synchronous", "all bases in one step", "refresh=synchronous"),
+      _change("keep", "moments kept at a refresh", "moments=keep"),
+      _change("reset", "moments zeroed at a refresh", "moments=reset"),
+      _change("svd", "bases by exact SVD", "projector=svd"),
+      _change("gaps_2", "2 refreshes in a run", gaps=2),
+      _change("gaps_50", "50 refreshes in a run", gaps=50),
+    ),
+    (
+      _change("reverse_std", "longer side projected", "proj_type=reverse_std"),
+      _change("full", "both sides projected", "proj_type=full"),
+      _change("basis_bfloat16", "bases in bfloat16", "basis_dtype=bfloat16"),
+      _change("basis_int8", "bases in 8 bits", "basis_dtype=int8"),
+      _change("basis_int4", "bases in 4 bits", "basis_dtype=int4"),
+      Entry("moments_8bit", "moments in 8 bits", "galore_8bit"),
+      _change(
+        "weights_int8",
+        "8-bit weights, stochastic rounding",
+        "model.weights=int8",
+      ),
+      _change(
+        "weights_int8_nearest",
+        "8-bit weights, rounded to nearest",
+        "model.weights=int8",
+        "train.rounding=nearest",
+      ),
+    ),
+  ),
+  rates=(8e-3,),
+  multipliers=(0.25, 0.125, 0.5),
+)
+
+LONG = Table(
+  "long",
+  "Many refreshes: 60 gaps",
+  (
+    (
+      OURS._replace(gaps=60),
+      FAITHFUL._replace(gaps=60),
+      BASELINE,
+      Entry("q_galore", "Q-GaLore, 8-bit weights", "q_galore", gaps=60),
+    ),
+  ),
+  rates=(8e-3,),
+  multipliers=(0.25, 0.125),
+  seeds=(0, 1),
+  tokens=3 * TOKENS,
+  evaluations=30,
+)
+
+QUICK = Table(
+  "quick",
+  "A trial of the runner",
+  ((BASELINE, OURS),),
+  settings=TINY,
+  rates=(8e-3, 4e-3),
+  multipliers=(0.25,),
+  seeds=(0, 1),
+  tokens=100_000,
+)
+
+TABLES = {t.name: t for t in (METHODS, ABLATIONS, LONG, QUICK)}
