@@ -342,7 +342,7 @@ def gram(g: jax.Array, basis: jax.Array, side: str) -> jax.Array:
   # Scaled, so that the squares of tiny and huge gradients stay in range.
   low = _scaled(low, jnp.sum(jnp.abs(low)))
   spec = "mn,rn->mr" if side == "left" else "mn,mr->nr"
-  return _matmul(spec, g, low)
+  return _matmul(spec, g, low).astype(jnp.float32)
 
 
 def iterate(
