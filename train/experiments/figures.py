@@ -32,7 +32,7 @@ def draw(plan: Plan, folder: pathlib.Path) -> None:
 def _curves(plan: Plan) -> list[tuple[Entry, Record]]:
   """The first finished run of each entry at the point chosen for it."""
   found = []
-  for entry in plan.table.entries:
+  for entry in filter(plan.complete, plan.table.entries):
     done = [r for r in plan.seeds(entry) if r["status"] == "done"]
     if done:
       found.append((entry, done[0]))
@@ -64,6 +64,8 @@ def _ranks(plan: Plan) -> list[tuple[int, list[float], int]]:
   for rank in RANKS:
     entry = by_name.get(f"rank_{rank}") or (OURS if rank == 64 else None)
     if entry is None or plan.table.name != "ablations":
+      continue
+    if not plan.complete(entry):
       continue
     done = [r for r in plan.seeds(entry) if r["status"] == "done"]
     if done:

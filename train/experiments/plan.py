@@ -1,23 +1,23 @@
 """Which runs a table takes, in which order, and what they have decided.
 
-The search is the same for every entry, on the first seed: all multipliers of
-the matrices' learning rate at the first learning rate, then the other learning
-rates at the best of them. The best by the validation text is run with the
-other seeds. What comes next depends on what was found, so the plan is made
-anew after each run.
+The search is the same for every entry, on the first seed: down and up a line
+of multipliers of the matrices' learning rate until the best has a worse one on
+either side, then likewise along the learning rates at that multiplier. The
+best by the validation text is run with the other seeds. What comes next
+depends on what was found, so the plan is made anew after each run.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from train.experiments.tables import Entry, Table
 
 Record = dict[str, Any]
 Point = tuple[float, float]  # learning rate, multiplier
+USUAL = 6  # runs of a search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,42 +82,58 @@ class Plan:
     """What was found there, if it was run."""
     return self.found.get(self.run(entry, point, seed).key)
 
-  def multipliers(self) -> list[Point]:
-    """Points of the first part of the search."""
-    return [(self.table.rates[0], m) for m in self.table.multipliers]
+  def search(self, entry: Entry) -> tuple[list[Point], Point | None]:
+    """The points of an entry that were tried, and the next to try."""
+    start = self.table.rates.start
+    line = [(start, m) for m in self.table.multipliers.values()]
+    tried, wanted = self._climb(
+      entry, line, (start, self.table.multipliers.start)
+    )
+    if wanted:
+      return tried, wanted
+    best = self._best(entry, tried)
+    line = [(rate, best[1]) for rate in self.table.rates.values()]
+    others, wanted = self._climb(entry, line, best)
+    return list(dict.fromkeys(tried + others)), wanted
 
-  def rates(self, entry: Entry) -> list[Point]:
-    """Points of the second part, at the best multiplier so far."""
-    best = self.best(entry, self.multipliers())
-    return [(rate, best[1]) for rate in self.table.rates[1:]] if best else []
-
-  def best(self, entry: Entry, points: list[Point]) -> Point | None:
-    """The point of the lowest validation loss; None: none was run."""
+  def _climb(
+    self, entry: Entry, line: list[Point], start: Point
+  ) -> tuple[list[Point], Point | None]:
+    """What of a line was tried; next comes a neighbour of the best of it."""
     seed = self.table.seeds[0]
-    known = [(p, self.record(entry, p, seed)) for p in points]
-    tried = [(_loss(record), p) for p, record in known if record]
-    return min(tried)[1] if tried else None
+    tried = [p for p in line if self.record(entry, p, seed)]
+    if start not in tried:
+      return tried, start
+    at = line.index(self._best(entry, tried))
+    near = [line[i] for i in (at - 1, at + 1) if 0 <= i < len(line)]
+    return tried, next((p for p in near if p not in tried), None)
+
+  def _best(self, entry: Entry, tried: list[Point]) -> Point:
+    """The point of the lowest validation loss."""
+    seed = self.table.seeds[0]
+    loss = lambda p: _loss(self.record(entry, p, seed) or {})
+    return min(tried, key=lambda point: (loss(point), point))
 
   def chosen(self, entry: Entry) -> Point | None:
-    """The best of what was tried."""
-    return self.best(entry, self.multipliers() + self.rates(entry))
+    """The best of what was tried; None: nothing was."""
+    tried, _ = self.search(entry)
+    return self._best(entry, tried) if tried else None
 
-  def tried(self, entry: Entry) -> int:
-    """How many points of the search were run."""
-    points = self.multipliers() + self.rates(entry)
-    seed = self.table.seeds[0]
-    return sum(self.record(entry, p, seed) is not None for p in points)
+  def complete(self, entry: Entry) -> bool:
+    """Whether the search has ended."""
+    return self.search(entry)[1] is None
 
-  @property
-  def points(self) -> int:
-    """How many points the search of an entry has."""
-    return len(self.table.multipliers) + len(self.table.rates) - 1
+  def planned(self, entry: Entry) -> int:
+    """How many runs an entry takes; until its search has ended a guess."""
+    tried, wanted = self.search(entry)
+    grid = len(self.table.multipliers.values()) + len(self.table.rates.values())
+    guess = max(len(tried) + 1, min(USUAL, grid - 1))
+    return (guess if wanted else len(tried)) + len(self.table.seeds) - 1
 
   @property
   def total(self) -> int:
-    """How many runs the table takes."""
-    each = self.points + len(self.table.seeds) - 1
-    return each * len(self.table.entries)
+    """How many runs the table takes, as far as that is known."""
+    return sum(map(self.planned, self.table.entries))
 
   def seeds(self, entry: Entry) -> list[Record]:
     """What was found at the chosen point, seed by seed."""
@@ -128,52 +144,36 @@ class Plan:
     return [record for record in known if record]
 
   def missing(self) -> list[Run]:
-    """What can be run now, in the order in which it should."""
-    runs = []
+    """What can be run now; the first is what should be."""
     for group in self.table.groups:
-      for part in (self._search, self._others, self._repeats):
-        wanted = [run for run in part(group) if run.key not in self.found]
-        runs += wanted
-        if wanted:  # what comes after depends on these
-          return runs
-    return runs
+      runs = self._searches(group) or self._repeats(group)
+      if runs:
+        return runs
+    return []
 
-  def _search(self, group: tuple[Entry, ...]) -> Iterator[Run]:
-    for point in self.multipliers():
-      for entry in group:
-        yield self.run(entry, point, self.table.seeds[0])
+  def _searches(self, group: tuple[Entry, ...]) -> list[Run]:
+    """A run of each entry whose search has not ended, the least tried first."""
+    found = [(entry, *self.search(entry)) for entry in group]
+    found.sort(key=lambda each: len(each[1]))
+    seed = self.table.seeds[0]
+    return [self.run(entry, point, seed) for entry, _, point in found if point]
 
-  def _others(self, group: tuple[Entry, ...]) -> Iterator[Run]:
-    yield from _in_turn(self.rates, group, self.run, self.table.seeds[:1])
-
-  def _repeats(self, group: tuple[Entry, ...]) -> Iterator[Run]:
-    def points(entry: Entry) -> list[Point]:
-      chosen = self.chosen(entry)
-      return [chosen] if chosen else []
-
-    for seed in self.table.seeds[1:]:
-      yield from _in_turn(points, group, self.run, (seed,))
+  def _repeats(self, group: tuple[Entry, ...]) -> list[Run]:
+    chosen = [(entry, self.chosen(entry)) for entry in group]
+    runs = [
+      self.run(entry, point, seed)
+      for seed in self.table.seeds[1:]
+      for entry, point in chosen
+      if point
+    ]
+    return [run for run in runs if run.key not in self.found]
 
   def done(self) -> int:
     """How many of the table's runs are there."""
     return sum(
-      self.tried(entry) + max(0, len(self.seeds(entry)) - 1)
+      len(self.search(entry)[0]) + max(0, len(self.seeds(entry)) - 1)
       for entry in self.table.entries
     )
-
-
-def _in_turn(
-  points: Callable[[Entry], list[Point]],
-  group: tuple[Entry, ...],
-  make: Callable[[Entry, Point, int], Run],
-  seeds: tuple[int, ...],
-) -> Iterator[Run]:
-  """Runs of all entries: the first point of each, then the second."""
-  found = [(entry, points(entry)) for entry in group]
-  for index in range(max(len(each) for _, each in found)):
-    for entry, each in found:
-      if index < len(each):
-        yield from (make(entry, each[index], seed) for seed in seeds)
 
 
 def _loss(record: Record) -> float:

@@ -18,7 +18,7 @@ from train import files
 from train.errors import UserError
 from train.experiments import figures, records
 from train.experiments.plan import Plan, Record
-from train.experiments.tables import TABLES, Entry, Table
+from train.experiments.tables import TABLES, Entry, Line, Table
 
 PAGE = pathlib.Path("docs/evidence.md")
 GRID = "_grid"
@@ -35,7 +35,7 @@ HEAD = (
   "CPU s a step",
   "learning rate",
   "multiplier",
-  "searched",
+  "points searched",
 )
 
 
@@ -135,7 +135,8 @@ def _title(plan: Plan) -> str:
 
 def table(plan: Plan) -> str:
   """Perplexity on the text that nothing was selected by, and what it took."""
-  first = plan.seeds(plan.table.entries[0])
+  base = plan.table.entries[0]
+  first = plan.seeds(base) if plan.complete(base) else []
   rows = [_row(plan, entry, first) for entry in plan.table.entries]
   return _markdown(HEAD, rows)
 
@@ -144,20 +145,22 @@ def _row(plan: Plan, entry: Entry, first: list[Record]) -> list[str]:
   found, point = plan.seeds(entry), plan.chosen(entry)
   if point is None:
     return [entry.label, "not measured yet", *[""] * (len(HEAD) - 2)]
+  whole = plan.complete(entry)
   done = [r for r in found if r["status"] == "done"]
   size = found[0]["bytes"]["optimizer"]
   cpu = [r["cpu_seconds_a_step"] for r in done if "cpu_seconds_a_step" in r]
   return [
     entry.label,
-    _perplexity(found, done),
-    _paired(done, first),
-    f"{len(found)} of {len(plan.table.seeds)}",
+    # Nothing that is not tuned stands beside what is.
+    _perplexity(found, done) if whole else "search not done",
+    _paired(done, first) if whole else "",
+    f"{len(found) if whole else 0} of {len(plan.table.seeds)}",
     f"{size / 2**20:.2f}",
     f"{size / first[0]['bytes']['optimizer']:.0%}" if first else "",
     f"{statistics.median(cpu):.3g}" if cpu else "",
-    f"{point[0]:g}{_edge(point[0], plan.table.rates)}",
-    f"{point[1]:g}{_edge(point[1], plan.table.multipliers)}",
-    f"{plan.tried(entry)} of {plan.points}",
+    f"{point[0]:g}{_edge(point[0], plan.table.rates)}" if whole else "",
+    f"{point[1]:g}{_edge(point[1], plan.table.multipliers)}" if whole else "",
+    f"{len(plan.search(entry)[0])}{'' if whole else ' so far'}",
   ]
 
 
@@ -190,9 +193,10 @@ def _spread(values: Sequence[float], style: str) -> str:
   return f"{mean} ± {statistics.stdev(values):.2g}"
 
 
-def _edge(value: float, tried: Sequence[float]) -> str:
-  """A star where a better value may lie outside of what was searched."""
-  at_edge = len(tried) > 1 and value in (min(tried), max(tried))
+def _edge(value: float, line: Line) -> str:
+  """A star where a better value may lie outside of what is searched."""
+  values = line.values()
+  at_edge = len(values) > 1 and value in (values[0], values[-1])
   return "\\*" if at_edge else ""
 
 
@@ -200,11 +204,11 @@ def grid(plan: Plan) -> str:
   """Every point of the search, with its validation perplexity."""
   rows = []
   for entry in plan.table.entries:
-    for point in dict.fromkeys(plan.multipliers() + plan.rates(entry)):
-      found = plan.record(entry, point, plan.table.seeds[0])
-      if found is None:
-        continue
-      chosen = "chosen" if point == plan.chosen(entry) else ""
+    for point in sorted(plan.search(entry)[0]):
+      found = plan.found[plan.run(entry, point, plan.table.seeds[0]).key]
+      chosen = ""
+      if point == plan.chosen(entry):
+        chosen = "chosen" if plan.complete(entry) else "best so far"
       score = "diverged"
       if found["status"] == "done":
         score = f"{perplexity(found['validation_loss']):.2f}"
@@ -224,7 +228,7 @@ def origin(plan: Plan) -> str:
   command += f" --tokens {plan.tokens} --text {plan.text}"
   dates = sorted({r["date"] for r in own})
   return (
-    f"`{command}`: {plan.done()} of {plan.total} runs are there."
+    f"`{command}`: {plan.done()} of about {plan.total} runs are there."
     f" {plan.tokens:,} tokens and {'/'.join(map(str, steps))} steps a run;"
     f" seeds {', '.join(map(str, plan.table.seeds))}; {'; '.join(machines_)};"
     f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."

@@ -34,11 +34,29 @@ TINY: Settings = (
   "optimizer.scale=1",
 )
 TOKENS = 1_000_000
-# The learning rate that multipliers are searched at, then the others; the
-# multipliers in the order in which they are tried.
-RATES = (8e-3, 4e-3, 1.6e-2, 2e-3)
-MULTIPLIERS = (0.25, 0.125, 0.5, 0.0625, 1.0)
 SEEDS = (0, 1, 2)
+
+
+class Line(NamedTuple):
+  """Numbers that are searched from `start` on, each a factor from the next."""
+
+  start: float
+  low: float
+  high: float
+  factor: float = 2.0
+
+  def values(self) -> list[float]:
+    """All of them, from the lowest."""
+    found = [self.start]
+    while found[0] / self.factor >= self.low:
+      found.insert(0, found[0] / self.factor)
+    while found[-1] * self.factor <= self.high:
+      found.append(found[-1] * self.factor)
+    return found
+
+
+RATES = Line(8e-3, 1e-3, 6.4e-2)
+MULTIPLIERS = Line(0.25, 1 / 64, 4.0)
 
 
 class Entry(NamedTuple):
@@ -58,8 +76,8 @@ class Table(NamedTuple):
   title: str
   groups: tuple[tuple[Entry, ...], ...]  # the more telling comparisons first
   settings: Settings = MODEL
-  rates: tuple[float, ...] = RATES
-  multipliers: tuple[float, ...] = MULTIPLIERS
+  rates: Line = RATES
+  multipliers: Line = MULTIPLIERS
   seeds: tuple[int, ...] = SEEDS
   tokens: int = TOKENS
   evaluations: int = 2  # of the validation text in a run
@@ -81,6 +99,8 @@ METHODS = Table(
     (
       BASELINE,
       OURS,
+    ),
+    (
       FAITHFUL,
       Entry("fira", "Fira", "fira"),
       Entry("contrib_galore", "optax.contrib.galore", "contrib_galore"),
@@ -148,8 +168,8 @@ ABLATIONS = Table(
       ),
     ),
   ),
-  rates=(8e-3,),
-  multipliers=(0.25, 0.125, 0.5),
+  rates=Line(8e-3, 8e-3, 8e-3),
+  multipliers=Line(0.25, 1 / 16, 1.0),
 )
 
 LONG = Table(
@@ -163,8 +183,8 @@ LONG = Table(
       Entry("q_galore", "Q-GaLore, 8-bit weights", "q_galore", gaps=60),
     ),
   ),
-  rates=(8e-3,),
-  multipliers=(0.25, 0.125),
+  rates=Line(8e-3, 8e-3, 8e-3),
+  multipliers=Line(0.25, 1 / 16, 1.0),
   seeds=(0, 1),
   tokens=3 * TOKENS,
   evaluations=30,
@@ -175,8 +195,8 @@ QUICK = Table(
   "A trial of the runner",
   ((BASELINE, OURS),),
   settings=TINY,
-  rates=(8e-3, 4e-3),
-  multipliers=(0.25,),
+  rates=Line(8e-3, 4e-3, 8e-3),
+  multipliers=Line(0.25, 0.25, 0.25),
   seeds=(0, 1),
   tokens=100_000,
 )

@@ -53,7 +53,7 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
   ).data
   steps = max(1, round(run.tokens / (shape.batch * shape.length)))
   gap = max(1, steps // run.entry.gaps)
-  every = max(1, steps // run.evaluations)
+  every = -(-steps // run.evaluations)
   return [
     *run.settings,
     f"data.path={parts.train}",
