@@ -410,10 +410,10 @@ def _orthonormalize(y: jax.Array) -> jax.Array:
   def one_pass(i, y):
     gram = _matmul("mr,ms->rs", y, y)
     eye = jnp.eye(len(gram), dtype=gram.dtype)
-    size = jax.lax.rsqrt(jnp.sum(gram * eye, axis=0))  # of the columns
+    size = jax.lax.rsqrt(jnp.sum(gram * eye, axis=0))[None]  # of the columns
     shift = sum(jnp.where(i == k, s, 0) for k, s in enumerate(_SHIFTS))
     inverse = jax.lax.platform_dependent(
-      gram * size * size[:, None] + len(gram) * shift * eye,
+      gram * size * size.T + len(gram) * shift * eye,
       cpu=_eliminate,
       default=_inverse_cholesky,
     )
