@@ -30,6 +30,11 @@ from galore_optax.galore import GaLoreState, galore
 from galore_optax.layered import Layered, stack, unstack
 from galore_optax.layerwise import Layerwise, LayerwiseState, layerwise
 from galore_optax.lowrank import lora, low_rank, qlora, relora
+from galore_optax.orthogonal import (
+  polar_factor,
+  scale_by_orthogonal_momentum,
+  sumo,
+)
 from galore_optax.plan import Projection
 from galore_optax.qarray import QArray, dequantize, quantize
 from galore_optax.restart import jagged_schedule
@@ -75,6 +80,7 @@ __all__ = [
   "layerwise",
   "lora",
   "low_rank",
+  "polar_factor",
   "q_galore_adamw_8bit",
   "qlora",
   "quantize",
@@ -83,9 +89,11 @@ __all__ = [
   "refresh_counts",
   "relora",
   "scale_by_adam_8bit",
+  "scale_by_orthogonal_momentum",
   "stable_rank",
   "stack",
   "state_bytes",
   "state_shardings",
+  "sumo",
   "unstack",
 ]

@@ -244,6 +244,10 @@ class Plan:
           f"are {_some(leaves)}; a pattern is searched in the path (re.search)."
         )
 
+  def projects(self, path: str) -> bool:
+    """Whether rules and names let a leaf be projected, if it is a matrix."""
+    return self._rule(path)[1] is not None
+
   def _rule(self, path: str) -> tuple[str | None, Projection | None]:
     """The rule of the user's that decided, if one did, and the decision."""
     for pattern, how in self.rules:

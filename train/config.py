@@ -32,6 +32,7 @@ OptimizerName = Literal[
   "apollo",
   "apollo_mini",
   "q_apollo_mini",
+  "sumo",
   "lora",
   "qlora",
   "relora",

@@ -16,6 +16,7 @@ from train import adapters
 from train.config import OptimizerConfig
 from train.errors import UserError
 
+SUMO_DECAY = 0.95  # of its momentum
 # Of the paths of kernels, and of the factors that are trained for them.
 KERNEL_ENDS = ("/kernel", "/kernel/a", "/kernel/b")
 
@@ -51,7 +52,7 @@ def is_galore(name: str) -> bool:
 
 def projects(name: str) -> bool:
   """Whether a method projects the block matrices, by this library or not."""
-  return "galore" in name or "apollo" in name or name == "fira"
+  return "galore" in name or "apollo" in name or name in ("fira", "sumo")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -296,6 +297,25 @@ def _q_apollo_mini(c: OptimizerConfig, lr: optax.Schedule):
   return _galore_8bit(c, lr, recovery="apollo_mini", rank=1, **_RANDOM)
 
 
+def _sumo(c: OptimizerConfig, lr: optax.Schedule):
+  """Orthogonalised momentum for the block matrices, AdamW for the rest."""
+  kinds = {
+    "matrix": galore_optax.scale_by_orthogonal_momentum(SUMO_DECAY),
+    "other": optax.scale_by_adam(c.b1, c.b2, c.eps),
+  }
+
+  def label(params: Any) -> Any:
+    name = lambda hit: "matrix" if hit else "other"
+    return jax.tree.map(name, matrices(params))
+
+  inner = optax.chain(
+    optax.partition(kinds, label),
+    optax.add_decayed_weights(c.weight_decay, decayed),
+    optax.scale_by_learning_rate(lr),
+  )
+  return galore_optax.galore(inner, **_options(c))
+
+
 METHODS = {
   "adamw": _adamw,
   "adafactor": _adafactor,
@@ -315,6 +335,7 @@ METHODS = {
   "apollo": _apollo,
   "apollo_mini": _apollo_mini,
   "q_apollo_mini": _q_apollo_mini,
+  "sumo": _sumo,
   # What these train instead of the matrices is said in train/adapters.py.
   "lora": _adamw,
   "qlora": _adamw,

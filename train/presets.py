@@ -53,6 +53,7 @@ SMALL_RATES: dict[str, Any] = {
   "apollo_mini": {"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
   "q_apollo_mini": {"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
   # GaLore's rate; not tuned.
+  "sumo": {"learning_rate": 8e-3, "scale": 0.2},
   "lora": {"learning_rate": 8e-3},
   "qlora": {"learning_rate": 8e-3},
   "relora": {"learning_rate": 8e-3},
@@ -96,8 +97,12 @@ def llama_60m(optimizer: OptimizerName) -> Config:
   """
   # The papers name no rate for their full-rank baselines: 1e-3 is the middle
   # of their grid, not tuned. The GaLore methods take .01 with alpha = .25, and
-  # so does Fira; APOLLO takes .01 with an alpha of its own.
-  galore = "galore" in optimizer or optimizer in ("fira", *APOLLO_SCALES)
+  # so do Fira and SUMO; APOLLO takes .01 with an alpha of its own.
+  galore = "galore" in optimizer or optimizer in (
+    "fira",
+    "sumo",
+    *APOLLO_SCALES,
+  )
   return Config(
     preset="llama_60m",
     model=ModelConfig(

@@ -31,6 +31,8 @@ from galore_optax import (
   galore_lion,
   galore_sgd,
   q_galore_adamw_8bit,
+  scale_by_orthogonal_momentum,
+  sumo,
 )
 
 RANK, GAP, RATE, DECAY = 2, 2, 1e-2, 0.1
@@ -86,6 +88,22 @@ def _sgd(rate=RATE, **settings):
 def _lion(rate=RATE, **settings):
   del settings
   return optax.lion(rate)
+
+
+def _orthogonal(rate=RATE, **settings):
+  del settings
+  kinds = {
+    "matrix": scale_by_orthogonal_momentum(),
+    "other": optax.scale_by_adam(),
+  }
+  label = lambda params: jax.tree.map(
+    lambda x: "matrix" if jnp.ndim(x) > 1 else "other", params
+  )
+  return optax.chain(
+    optax.partition(kinds, label),
+    optax.add_decayed_weights(DECAY),
+    optax.scale_by_learning_rate(rate),
+  )
 
 
 def _clipped(rate=RATE, **settings):
@@ -151,10 +169,11 @@ OPTIMIZERS = {
     min_size=0,
   ),
   "apollo_mini": _alias(apollo_mini_adamw, _adamw, weight_decay=DECAY, rank=1),
+  "sumo": _alias(sumo, _orthogonal, weight_decay=DECAY),
   "adamw_8bit": Case(_adamw_8bit, _adamw_8bit),
   CONTROL: Case(_adamw, _adamw),
 }
-STATES = ("galore_adamw_8bit", "adamw_8bit", "fira", "apollo_mini")
+STATES = ("galore_adamw_8bit", "adamw_8bit", "fira", "apollo_mini", "sumo")
 FULL_RANK = (CONTROL, "adamw_8bit")
 GALORE = [name for name in OPTIMIZERS if name not in (*STATES, CONTROL)]
 ALIASES = [name for name in GALORE if OPTIMIZERS[name].alias]

@@ -133,9 +133,13 @@ def test_weights_in_eight_bits_learn(batch, layerwise):
   assert held == pytest.approx(losses[-1], abs=0.6)
 
 
-def test_apollo_mini_learns_in_eight_bits(batch):
+@pytest.mark.parametrize(
+  ("name", "weights", "scale"),
+  [("q_apollo_mini", "int8", 128.0), ("sumo", "full", 0.2)],
+)
+def test_other_methods_learn_layer_by_layer(batch, name, weights, scale):
   losses, _, held = _run(
-    batch, name="q_apollo_mini", weights="int8", layerwise=True, scale=128.0
+    batch, name=name, weights=weights, layerwise=True, scale=scale
   )
   assert losses[-1] < losses[0] - 0.5
   assert held == pytest.approx(losses[-1], abs=0.6)
