@@ -447,6 +447,7 @@ def galore(
   accumulation_steps: int | None = None,
   recovery: str | None = None,
   param_shardings: Any = None,
+  share_refresh: bool = True,
   faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore: runs an optimizer in the gradients' dominant subspaces.
@@ -547,6 +548,10 @@ def galore(
       mesh: decides the sides of `proj_type="auto"`, and tells of stacked layers
       that are divided among devices, of which a refresh then takes one without
       gathering the others.
+    share_refresh: Whether leaves whose bases have one shape share one compiled
+      refresh, which compiles faster. It needs their gradients at one time. If
+      False, each leaf has its own, and where layers are separate leaves a
+      compiler can update each as soon as its gradient is there, and drop that.
     faithful: The paper's algorithm exactly: `projector="svd"`,
       `refresh="synchronous"`, `moments="keep"`, `null_tolerance=0`, and every
       matrix is projected, also if that saves nothing.
@@ -607,6 +612,7 @@ def galore(
     moments=chosen["moments"],
     iterations=iterations,
     adaptive=adaptive or schedule.Adaptive(),
+    share=share_refresh,
   )
   recovery_lib.check(recovery, how, accumulation_steps, params_mode)
   recovery_lib.check_basis(how, basis_dtype)

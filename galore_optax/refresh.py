@@ -29,6 +29,7 @@ class Refresh:
     method: How a basis is found, see :func:`galore_optax.projector.find_basis`.
     moments: What becomes of the moments, see :func:`galore_optax.galore`.
     iterations: Iterations of a refresh, possibly traced.
+    share: Whether leaves share a compiled refresh, see :class:`_Group`.
   """
 
   policy: str
@@ -36,6 +37,7 @@ class Refresh:
   moments: str
   iterations: Any
   adaptive: schedule.Adaptive
+  share: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,7 @@ def refresh(
   }
   new: dict[str, _Slot] = {}
   units = sum(site.view.count for site in sites.values()) * now.layers
-  for group in _groups(sites, slots, grads, how.method):
+  for group in _groups(how, sites, slots, grads):
     new |= _refresh_group(how, now, units, group, orders, grads, slots)
   moments = {
     place: {p: slot[1][place] for p, slot in new.items() if place in slot[1]}
@@ -215,10 +217,10 @@ def _moments_of(
 
 
 def _groups(
+  how: Refresh,
   sites: Mapping[str, plan.Site],
   slots: Mapping[str, _Slot],
   grads: Mapping[str, jax.Array],
-  method: str,
 ) -> list[_Group]:
   """The sites in groups."""
   found: dict[Any, dict[Any, list[tuple[plan.Site, int]]]] = {}
@@ -234,8 +236,9 @@ def _groups(
       *moments,
     )
     # An exact decomposition is made of the gradient itself.
-    alone = kind if method == "svd" else len(site.sides)
-    key = (name, gap, alone, _form(site, list(bases.values())))
+    alike = kind if how.method == "svd" else len(site.sides)
+    alone = None if how.share else path
+    key = (name, gap, alike, alone, _form(site, list(bases.values())))
     found.setdefault(key, {}).setdefault(kind, []).append((site, first))
     first += site.view.count
   return [

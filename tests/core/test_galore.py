@@ -381,3 +381,20 @@ def test_describe_adds_up():
   assert rows["layers"].matrix == "3 x (16, 24)"
   assert rows["w"].side == "right"
   assert rows["embed"].rank is None
+
+
+def test_refreshes_of_their_own_are_those_that_are_shared():
+  """Also where a wide and a tall leaf, and stacks, share one."""
+  shapes = {"wide": (8, 24), "tall": (24, 8), "stack": (3, 8, 16)}
+  params = normal(shapes, 0)
+  found = []
+  for share in (True, False):
+    tx = galore(
+      optax.adam(1e-2), rank=2, update_proj_gap=3, share_refresh=share
+    )
+    update, state = jax.jit(tx.update), tx.init(params)
+    for step in range(5):
+      updates, state = update(normal(shapes, step), state, params)
+    found.append(updates)
+  for path in shapes:
+    np.testing.assert_allclose(found[0][path], found[1][path], atol=1e-6)

@@ -4,8 +4,11 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
+import galore_optax
 from train import memory, states, targets
 from train.errors import UserError
 
@@ -152,3 +155,58 @@ def test_the_target_s_own_compiler(name, module, capsys):
   assert memory.main([*words, "--json"]) == 0
   found = json.loads(capsys.readouterr().out)
   assert found["temp_bytes"] > 0
+
+
+def _temporaries(tx, device):
+  """Bytes of a usual step of eight layers that are leaves, and of gradients."""
+  width, bf16 = 1024, jnp.bfloat16
+  layer = {"up": (width, 4 * width), "down": (4 * width, width)}
+  shapes = {f"layer_{i}": layer for i in range(8)}
+  placed = jax.sharding.SingleDeviceSharding(device)
+  struct = lambda shape, dtype: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=placed
+  )
+  params = jax.tree.map(
+    lambda shape: struct(shape, bf16),
+    shapes,
+    is_leaf=lambda x: type(x) is tuple,
+  )
+
+  @jax.checkpoint
+  def block(layer, x):
+    return x + jax.nn.silu(x @ layer["up"]) @ layer["down"]
+
+  def loss(params, x):
+    for i in range(8):
+      x = block(params[f"layer_{i}"], x)
+    return jnp.mean(x.astype(jnp.float32) ** 2)
+
+  def step(params, state, x):
+    updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = jax.tree.map(
+    lambda x: struct(x.shape, x.dtype), jax.eval_shape(tx.init, params)
+  )
+  lowered = (
+    jax.jit(step, donate_argnums=(0, 1))
+    .trace(params, state, struct((256, width), bf16))
+    .lower(lowering_platforms=("cuda",))
+  )
+  found = lowered.compile().memory_analysis().temp_size_in_bytes
+  return found, sum(2 * x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
+def test_layers_that_are_leaves_are_updated_one_by_one():
+  """The compiler drops each gradient, unless a shared refresh waits for all."""
+  if importlib.util.find_spec("jax_cuda12_plugin") is None:
+    pytest.skip("needs jax_cuda12_plugin (extra gpu-aot)")
+  targets.set_up()
+  (device,) = targets.find("gpu:rtx4090").devices
+  make = lambda share: galore_optax.galore(
+    optax.adamw(1e-3), rank=64, share_refresh=share
+  )
+  apart, gradients = _temporaries(make(False), device)
+  shared, _ = _temporaries(make(True), device)
+  assert apart < 0.6 * gradients < gradients < shared
