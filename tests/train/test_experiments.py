@@ -5,14 +5,25 @@ import math
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from tests.train import conftest
 from train import config as configs
 from train import data, folder, holdout, mesh
+from train.bench import gradients
 from train.errors import UserError
 from train.experiments import __main__ as command
-from train.experiments import plan, records, report, runner, tables, training
+from train.experiments import (
+  mechanism,
+  plan,
+  records,
+  report,
+  runner,
+  tables,
+  theory,
+  training,
+)
 from train.experiments import texts as texts_lib
 
 TOO_MUCH = 8e-3 * 1e40  # a learning rate
@@ -329,6 +340,47 @@ def test_what_is_left_of_another_run_is_started_over(place, tmp_path):
   with pytest.raises(UserError, match=r"data\.path"):  # there is no text
     training.train(run, parts, tmp_path, lambda: False)
   assert json.loads((out / folder.CONFIG).read_text())["train.seed"] == 0
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_stable_rank_falls_as_the_theory_says(count):
+  layer = theory.draw(6, 8, count, seed=1)
+  found = theory.descend(layer, np.array([0, 1, 20, 10**6]))
+  rate = 1 / np.linalg.eigvalsh(layer.operator())[-1]
+  w, ranks = np.zeros((6, 8)), []
+  for _ in range(21):  # the same by gradient descent itself
+    g = layer.gradient(w)
+    ranks.append(theory.stable_rank(g))
+    w = w + rate * g
+  seen = [ranks[0], ranks[1], ranks[20]]
+  np.testing.assert_allclose(found["stable_rank"][:3], seen, rtol=1e-6)
+  pairs = zip(found["stable_rank"], found["bound"], strict=True)
+  assert all(rank <= bound * (1 + 1e-9) for rank, bound in pairs)
+  assert found["stable_rank"][-1] == pytest.approx(found["limit"][0])
+  assert found["limit"][0] < 0.7 * seen[0]
+
+
+def test_looks_at_gradients_are_shown(tmp_path, monkeypatch):
+  shapes = {"attn/q/kernel": (2, 8, 8), "mlp/up/kernel": (2, 8, 12)}
+  draw = np.random.default_rng(0)
+  left = draw.standard_normal((2, 8, 1))
+  made = {
+    f"{stage}/layers/{path}": left * np.ones((2, 1, shape[2]))
+    if stage == "late.new"
+    else draw.standard_normal(shape)
+    for stage in mechanism.STAGES
+    for path, shape in shapes.items()
+  }
+  monkeypatch.setattr(gradients, "record", lambda *_: made)
+  monkeypatch.setattr(mechanism, "CASES", {"one": 1})
+  kept = mechanism.run(tmp_path)
+  assert kept["gradients"]["late.new"]["mlp/up"]["stable_rank"] == 1
+  page = tmp_path / "page.md"
+  page.write_text("<!-- mechanism: begin -->\n<!-- mechanism: end -->\n")
+  report.write(tmp_path, page)
+  assert "| 150 | 1.0 (1.0, 1.0) | 100% |" in page.read_text()
+  assert (tmp_path / "evidence" / "spectra.png").stat().st_size > 1000
+  assert (tmp_path / "evidence" / "theory.png").stat().st_size > 1000
 
 
 def test_two_runners_do_not_share_a_folder(tmp_path):

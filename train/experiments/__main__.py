@@ -2,13 +2,15 @@
 
   python -m train.experiments run methods --tokens 256k --budget 2
   python -m train.experiments report
+  python -m train.experiments mechanism
   python -m train.experiments quick
 
 `run` trains what a table lacks, one run after the other, and adds a line a run
 to docs/results/experiments/TABLE.jsonl. It can be stopped (Ctrl-C, SIGTERM,
 kill -9) at any time: the same command goes on where it was. `report` rewrites
-the tables and figures of docs/evidence.md from those lines. `quick` tries the
-whole on a tiny model, in minutes.
+the tables and figures of docs/evidence.md from those lines. `mechanism` looks
+at the singular values of gradients, for the same page. `quick` tries the whole
+on a tiny model, in minutes.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import sys
 
 from train import checkpoint, ending
 from train.errors import UserError
-from train.experiments import records, report, runner, tables, texts
+from train.experiments import mechanism, records, report, runner, tables, texts
 
 WORK = pathlib.Path("runs/experiments")
 
@@ -51,8 +53,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   quick = commands.add_parser("quick", help="try it on a tiny model")
   _add_running(quick)
   quick.add_argument("--results", type=pathlib.Path, default=WORK / "quick")
-  for name in ("report",):
-    command = commands.add_parser(name)
+  for name, what in (
+    ("report", "rewrite the page from what was found"),
+    ("mechanism", "look at gradients, then report"),
+  ):
+    command = commands.add_parser(name, help=what)
     command.add_argument("--results", type=pathlib.Path, default=records.FOLDER)
     command.add_argument("--page", type=pathlib.Path, default=report.PAGE)
   return parser.parse_args(words)
@@ -95,6 +100,9 @@ def act(flags: argparse.Namespace) -> int:
   """Does what was asked for."""
   if flags.command in ("run", "quick"):
     return run(flags)
+  if flags.command == "mechanism":
+    checkpoint.quiet()
+    mechanism.run(flags.results)
   report.write(flags.results, flags.page)
   return 0
 

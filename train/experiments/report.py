@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from train import files
 from train.errors import UserError
-from train.experiments import figures, records
+from train.experiments import figures, mechanism, records
 from train.experiments.plan import Plan, Record
 from train.experiments.tables import TABLES, Entry, Line, Table
 
@@ -60,6 +60,9 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
       f"--page {page}: no place for tables, such as a line"
       " <!-- methods: begin --> and a line <!-- methods: end -->"
     )
+  looks = mechanism.load(folder)
+  if looks:
+    mechanism.draw(looks, page.parent / "evidence")
   for table in TABLES.values():
     for plan in plans(table, folder, found):
       figures.draw(plan, page.parent / "evidence")
@@ -82,11 +85,14 @@ def render(
   def fill(hit: re.Match) -> str:
     nonlocal places
     name = hit["name"].removesuffix(GRID)
-    if name not in TABLES:
+    if name == "mechanism":
+      body = _mechanism(folder)
+    elif name in TABLES:
+      part = grid if hit["name"].endswith(GRID) else section
+      body = _sections(TABLES[name], folder, found, part)
+    else:
       return hit[0]
     places += 1
-    part = grid if hit["name"].endswith(GRID) else section
-    body = _sections(TABLES[name], folder, found, part)
     return f"{hit[1]}\n{body}\n\n{hit[3]}"
 
   return _MARKED.sub(fill, text), places
@@ -114,6 +120,13 @@ def _sections(
   if not parts:
     return f"Not measured yet: `python -m train.experiments run {table.name}`."
   return "\n\n".join(parts)
+
+
+def _mechanism(folder: pathlib.Path) -> str:
+  found = mechanism.load(folder)
+  if not found:
+    return "Not measured yet: `python -m train.experiments mechanism`."
+  return mechanism.text(found)
 
 
 def section(plan: Plan) -> str:
