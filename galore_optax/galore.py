@@ -18,6 +18,7 @@ from galore_optax import (
   paths,
   plan,
   qarray,
+  reproject,
   schedule,
   sharding,
 )
@@ -104,6 +105,8 @@ class _GaLore:
     inner_state = self.inner.init(low)
     checks.check_not_nested(inner_state, GaLoreState)
     kept = layout.stow(self.inner, inner_state, sites)
+    if self.refresh.moments == "ldadam":
+      reproject.check(inner_state)
     if self.params_mode == "split":
       self._check_separable(params, inner_state, sites)
     state = GaLoreState(jnp.zeros([], jnp.int32), bases, kept)
@@ -164,6 +167,7 @@ class _GaLore:
       state.projector,
       state.schedule or {},
       state.inner_state,
+      self._bias_ratios(updates, state, params, extra_args),
     )
     state = state._replace(
       projector=kept,
@@ -181,6 +185,21 @@ class _GaLore:
       return step(low_updates, state, extra_args)
     return self._accumulate(
       step, sites, updates, low_updates, state, extra_args
+    )
+
+  def _bias_ratios(
+    self,
+    updates: optax.Updates,
+    state: GaLoreState,
+    params: optax.Params | None,
+    extra_args: Mapping[str, Any],
+  ) -> dict[str, jax.Array]:
+    """What carrying second moments over takes beside the turn of the bases."""
+    if self.refresh.moments != "ldadam":
+      return {}
+    inner_state = layout.unstow(self.inner, state.inner_state)
+    return reproject.bias_ratios(
+      self.inner, inner_state, updates, params, extra_args
     )
 
   def _step(
@@ -499,6 +518,15 @@ def galore(
       carried over into the new basis by :math:`C = P_{new}^\top P_{old}`,
       :math:`\mu \leftarrow C \mu` and :math:`\nu \leftarrow (C \circ C) \nu`.
       `keep`: left as they are, which is the paper's way. `reset`: zeros.
+      `ldadam`, for `inner` with `optax.scale_by_adam`: the second moment is
+      carried over as a variance and a squared mean,
+
+      .. math::
+
+        \nu \leftarrow (1 - \beta_2^t) \left| (C \circ C)(\hat\nu - \hat\mu^2)
+          + (C \hat\mu)^2 \right|
+
+      with the bias-corrected moments after t steps.
     iterations: Subspace iterations of a refresh.
     null_tolerance: Directions in which the projected gradient is less than this
       fraction of its whole norm are zeroed: there it is rounding noise, which
@@ -584,7 +612,10 @@ def galore(
     `recovery="fira"` Chen et al., `Fira: Can We Achieve Full-rank Training of
     LLMs Under Low-rank Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024;
     for `recovery="apollo"` Zhu et al., `APOLLO: SGD-like Memory, AdamW-level
-    Performance <https://arxiv.org/abs/2412.05270>`_, 2024.
+    Performance <https://arxiv.org/abs/2412.05270>`_, 2024; for
+    `moments="ldadam"` Robert et al., `LDAdam: Adaptive Optimization from
+    Low-Dimensional Gradient Statistics <https://arxiv.org/abs/2410.16103>`_,
+    2024.
   """
   chosen = {"projector": projector, "refresh": refresh, "moments": moments}
   checks.check_choice("projector", projector, projector_lib.METHODS)

@@ -5,7 +5,7 @@ factorisation, which on CPU hangs when it is batched, and a stack of matrices
 goes through the same products as one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -149,9 +149,7 @@ def scale_by_orthogonal_momentum(
         )
     return optax.EmptyState()
 
-  def update(
-    updates: optax.Updates, state: optax.EmptyState, params: Any = None
-  ) -> tuple[optax.Updates, optax.EmptyState]:
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     del params
     scaled = lambda x: max(x.shape[-2:]) ** 0.5 * polar_factor(x)
     return jax.tree.map(scaled, updates), state
@@ -248,7 +246,7 @@ def sumo(
     <https://arxiv.org/abs/2505.24749>`_, 2025, Algorithm 1.
   """
   checks.check_choice("projector", projector, ("subspace", "svd"))
-  kinds = {
+  kinds: dict[Hashable, Any] = {
     "matrix": scale_by_orthogonal_momentum(decay, nesterov),
     "other": optax.scale_by_adam(b1, b2, eps),
   }

@@ -213,6 +213,34 @@ def rotate(moment: jax.Array, turn: Bases, order: int) -> jax.Array:
   return moment.astype(dtype)
 
 
+def rotate_variance(
+  nu: jax.Array, mu: jax.Array, turn: Bases, ratio: jax.Array
+) -> jax.Array:
+  r"""Carries Adam's second moment over as mean and variance (LDAdam).
+
+  With the first moment μ and :math:`\kappa = (1 - \beta_2^t) / (1 -
+  \beta_1^t)^2`, for which :math:`\nu - \kappa \mu^2` is the variance,
+
+  .. math::
+
+    \nu \leftarrow \left| (C \circ C)(\nu - \kappa \mu^2)
+      + \kappa (C \mu)^2 \right|
+
+  Args:
+    nu: The second moment, of the shape of the projected gradient.
+    mu: The first moment, before it is carried over.
+    turn: Overlap of the new bases with the old ones, see :func:`overlap`.
+    ratio: κ, scalar.
+
+  Returns:
+    The second moment in the new bases, same shape and dtype.
+  """
+  mu = mu.astype(jnp.promote_types(mu.dtype, jnp.float32))
+  spread = rotate(nu - ratio * mu * mu, turn, 2)
+  mean = rotate(mu, turn, 1)
+  return jnp.abs(spread + ratio * mean * mean).astype(nu.dtype)
+
+
 def drop_null(low: jax.Array, bases: Bases, tolerance: jax.Array) -> jax.Array:
   """Zeroes the directions in which a projected gradient is rounding noise.
 

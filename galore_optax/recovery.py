@@ -89,10 +89,10 @@ def _check_random(method: str | None, how: Any, params_mode: str) -> None:
       'projector="random" has no subspace that could settle, got '
       'refresh="adaptive". Leave one of the two out.'
     )
-  if how.moments == "reset":
+  if how.moments in ("reset", "ldadam"):
     raise ValueError(
       'projector="random" keeps the moments when it is drawn anew, got '
-      'moments="reset". Leave one of the two out.'
+      f'moments="{how.moments}". Leave one of the two out.'
     )
   if params_mode == "project":
     raise ValueError(

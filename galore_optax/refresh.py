@@ -14,7 +14,7 @@ import numpy as np
 from galore_optax import layout, plan, projector, qarray, schedule, sharding
 
 POLICIES = ("staggered", "synchronous", "adaptive")
-MOMENTS = ("rotate", "keep", "reset")
+MOMENTS = ("rotate", "keep", "reset", "ldadam")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,7 @@ def refresh(
   bases: Mapping[str, Mapping[str, Any]],
   schedules: Mapping[str, schedule.State],
   inner_state: Any,
+  ratios: Mapping[str, Any] | None = None,
 ) -> tuple[dict, dict, Any]:
   """Finds the bases that are due anew, and carries their moments over.
 
@@ -155,6 +156,8 @@ def refresh(
     bases: Path to side to basis as it is kept.
     schedules: Path to schedule, empty unless the policy is `adaptive`.
     inner_state: The inner optimizer's state as it is kept.
+    ratios: Place of a second moment to what :mod:`galore_optax.reproject` has
+      for it, where moments are carried over in LDAdam's way.
 
   Returns:
     The new bases, schedules and inner state.
@@ -162,7 +165,8 @@ def refresh(
   if how.method == "random":
     return _redraw(sites, now, bases), dict(schedules), inner_state
   found = {} if how.moments == "keep" else layout.moments(inner_state)
-  orders = {place: order for place, (order, _) in found.items()}
+  ratios = ratios or {}
+  orders = {p: (order, ratios.get(p)) for p, (order, _) in found.items()}
   slots = {
     path: (bases[path], _moments_of(site, found), schedules.get(path))
     for path, site in sites.items()
@@ -298,7 +302,7 @@ def _refresh_group(
   now: Moment,
   units: Any,
   group: _Group,
-  orders: Mapping[str, int],
+  orders: Mapping[str, tuple[int, Any]],
   grads: Mapping[str, jax.Array],
   slots: Mapping[str, _Slot],
 ) -> dict[str, _Slot]:
@@ -390,7 +394,7 @@ def _refresh_one(
   place: _Place,
   grads: Mapping[str, jax.Array],
   flat: dict[str, _Slot],
-  orders: Mapping[str, int],
+  orders: Mapping[str, tuple[int, Any]],
 ) -> dict[str, _Slot]:
   """The slots of a group with one matrix refreshed."""
   # What the sides are called in all leaves of the group: as in the first.
@@ -465,7 +469,7 @@ def _update_kind(
   how: Refresh,
   kind: Sequence[plan.Site],
   place: _Place,
-  orders: Mapping[str, int],
+  orders: Mapping[str, tuple[int, Any]],
   bases: Mapping[str, Any],
   turn: projector.Bases,
   when: schedule.State | None,
@@ -473,10 +477,15 @@ def _update_kind(
 ) -> list[_Slot]:
   """The slots of a kind with a matrix's basis replaced, its moments turned."""
   stacks = [moments for _, moments, _ in slots]
-  moments = {
-    where: _carry_over(how, moment, turn, orders[where])
-    for where, moment in _read(stacks, kind, place.within, place.index).items()
-  }
+  old = _read(stacks, kind, place.within, place.index)
+  moments = {}
+  for where, moment in old.items():
+    order, ratio = orders[where]
+    if ratio is None:
+      moments[where] = _carry_over(how, moment, turn, order)
+    else:
+      mean = old[where.removesuffix("nu") + "mu"]
+      moments[where] = projector.rotate_variance(moment, mean, turn, ratio)
   new = (bases, moments, when)
   return _write(slots, kind, place.within, place.index, new)
 

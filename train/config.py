@@ -186,7 +186,8 @@ class OptimizerConfig:
   # When bases are renewed: a few at each step, or all at once.
   refresh: Literal["staggered", "synchronous", "adaptive"] = "staggered"
   # What happens to a matrix's moments when its basis is renewed.
-  moments: Literal["rotate", "keep", "reset"] = "rotate"
+  # ldadam is for the methods around AdamW.
+  moments: Literal["rotate", "keep", "reset", "ldadam"] = "rotate"
   accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
   # What GaLore's bases are stored in; the integers with a scale a block.
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
@@ -209,6 +210,12 @@ class OptimizerConfig:
           f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}"
         )
     check_above("optimizer", self, ("clip", "weight_decay"), low=-1e-30)
+    if self.moments == "ldadam" and self.name not in ("galore", "fira"):
+      raise UserError(
+        f"optimizer.moments=ldadam is for AdamW in a subspace, not for"
+        f" optimizer.name={self.name}; use galore or fira, or"
+        " optimizer.moments=rotate"
+      )
     if not 0 <= self.restart_warmup < self.reset_every:
       raise UserError(
         f"optimizer.restart_warmup is {self.restart_warmup}; it must be 0 or"

@@ -299,7 +299,7 @@ def _q_apollo_mini(c: OptimizerConfig, lr: optax.Schedule):
 
 def _sumo(c: OptimizerConfig, lr: optax.Schedule):
   """Orthogonalised momentum for the block matrices, AdamW for the rest."""
-  kinds = {
+  kinds: dict[Any, Any] = {
     "matrix": galore_optax.scale_by_orthogonal_momentum(SUMO_DECAY),
     "other": optax.scale_by_adam(c.b1, c.b2, c.eps),
   }

@@ -217,7 +217,8 @@ def test_accumulation_is_that_of_the_mean():
   np.testing.assert_allclose(found[3]["w"], wanted[1]["w"], atol=1e-5)
 
 
-def test_layer_by_layer_equals_the_usual_step():
+@pytest.mark.parametrize("name", ["sumo", "ldadam"])
+def test_layer_by_layer_equals_the_usual_step(name):
   model = Layered(
     first=lambda params, batch: batch @ params["inner"],
     layer=lambda w, x: x + jnp.tanh(x @ w),
@@ -231,7 +232,11 @@ def test_layer_by_layer_equals_the_usual_step():
     "outer": normal(16, 1),
   }
   rules = [("layers", Projection()), ("", None)]
-  tx = sumo(RATE, MU, rules=rules, weight_decay=DECAY, **OPTIONS)
+  options = {"rules": rules, **OPTIONS}
+  if name == "sumo":
+    tx = sumo(RATE, MU, weight_decay=DECAY, **options)
+  else:
+    tx = galore(optax.adam(RATE), moments="ldadam", **options)
   init, step = layerwise(tx, model)
   fused, plain = params, params
   state, other = init(params), tx.init(params)

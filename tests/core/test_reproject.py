@@ -1,0 +1,172 @@
+"""LDAdam's moments at a refresh: against NumPy, and its refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import (
+  Projection,
+  adamw_8bit,
+  find_bases,
+  galore,
+  scale_by_orthogonal_momentum,
+)
+
+GAP, RANK, RATE, DECAY, ALPHA = 3, 3, 1e-2, 0.1, 0.5
+B1, B2, EPS = 0.8, 0.95, 1e-8
+STEPS = 3 * GAP + 2
+OPTIONS = {"rank": RANK, "update_proj_gap": GAP, "scale": ALPHA}
+OPTIONS |= {"moments": "ldadam"}
+
+
+class LDAdam:
+  """One matrix under Adam whose statistics are carried over, in float64.
+
+  On bases that are given, in the order of the published code: corrected
+  moments, their variance, the squares of the turn, the absolute value.
+  """
+
+  def __init__(self):
+    self.steps, self.mu, self.nu, self.basis = 0, 0.0, 0.0, None
+
+  def update(self, weight, grad, basis):
+    """The change of the weight."""
+    grad, basis = np.float64(grad), np.float64(basis)
+    left = grad.shape[0] <= grad.shape[1]
+    if self.steps and not np.array_equal(basis, self.basis):
+      self._carry(basis.T @ self.basis, left)
+    self.basis = basis
+    low = basis.T @ grad if left else grad @ basis
+    self.steps += 1
+    self.mu = B1 * self.mu + (1 - B1) * low
+    self.nu = B2 * self.nu + (1 - B2) * low**2
+    mean, square = self._corrected()
+    normal = mean / (np.sqrt(square) + EPS)
+    lifted = basis @ normal if left else normal @ basis.T
+    return -RATE * (ALPHA * lifted + DECAY * weight)
+
+  def _corrected(self):
+    return self.mu / (1 - B1**self.steps), self.nu / (1 - B2**self.steps)
+
+  def _carry(self, turn, left):
+    apply = lambda c, x: c @ x if left else x @ c.T
+    mean, square = self._corrected()
+    variance = apply(turn**2, square - mean**2)
+    square = np.abs(variance + apply(turn, mean) ** 2)
+    self.mu, self.nu = apply(turn, self.mu), square * (1 - B2**self.steps)
+
+
+def gradients(shape, seed=0):
+  """With a mean, so that squared means are a good part of the moments."""
+  rng = np.random.default_rng(seed)
+  mean = rng.normal(size=shape)
+  for _ in range(STEPS):
+    yield np.float32(mean + rng.normal(size=shape))
+
+
+def adamw():
+  return optax.adamw(RATE, B1, B2, EPS, weight_decay=DECAY)
+
+
+INNER = {
+  "adamw": adamw(),
+  "partition": optax.partition({"a": adamw()}, "a"),
+  "inject": optax.inject_hyperparams(optax.adamw)(
+    RATE, B1, B2, EPS, weight_decay=DECAY
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ("shape", "inner"),
+  [
+    ((10, 16), "adamw"),
+    ((16, 10), "partition"),
+    ((2, 2, 8, 12), "adamw"),
+    ((8, 12), "inject"),
+  ],
+)
+def test_follows_the_reference_over_four_refreshes(shape, inner):
+  tx = galore(INNER[inner], **OPTIONS)
+  params = np.random.default_rng(1).normal(size=shape)
+  ours = jnp.asarray(params, jnp.float32)
+  theirs = params.reshape(-1, *shape[-2:])
+  models = [LDAdam() for _ in theirs]
+  state, update = tx.init({"w": ours}), jax.jit(tx.update)
+  for grad in gradients(shape):
+    updates, state = update({"w": grad}, state, {"w": ours})
+    (basis,) = find_bases(state)["w"].values()
+    basis = np.asarray(basis).reshape(-1, *basis.shape[-2:])
+    rows = zip(models, theirs, grad.reshape(theirs.shape), basis, strict=True)
+    change = np.stack([model.update(w, g, p) for model, w, g, p in rows])
+    found = np.asarray(updates["w"]).reshape(theirs.shape)
+    np.testing.assert_allclose(found, change, atol=1e-3 * RATE)
+    ours, theirs = ours + updates["w"], theirs + change
+
+
+def last(inner, grads, **options):
+  """The last update of a run."""
+  tx = galore(inner, **OPTIONS | options)
+  params = {"w": jnp.zeros(grads[0].shape)}
+  state, update = tx.init(params), jax.jit(tx.update)
+  for grad in grads:
+    updates, state = update({"w": grad}, state, params)
+  return np.asarray(updates["w"])
+
+
+def test_is_not_the_rotation_of_the_moments_by_themselves():
+  grads = list(gradients((8, 12)))
+  found = last(adamw(), grads)
+  assert np.abs(found - last(adamw(), grads, moments="rotate")).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"basis_dtype": "int4"},
+    {"recovery": "fira"},
+    {"proj_type": "full"},
+    {"refresh": "adaptive"},
+    {"state_dtype": "bfloat16"},
+  ],
+)
+def test_goes_with_other_options(options):
+  found = last(adamw(), list(gradients((8, 12))), **options)
+  assert np.isfinite(found).all() and found.any()
+
+
+@pytest.mark.parametrize(
+  ("inner", "options", "message"),
+  [
+    (optax.lion(1.0), {}, r"moments=\"ldadam\" is for .*optax.scale_by_adam"),
+    (adamw_8bit(1.0, min_size=0), {}, r"moments that are arrays"),
+    (scale_by_orthogonal_momentum(), {}, r"Use moments=\"rotate\""),
+    (
+      optax.MultiSteps(adamw(), 2).gradient_transformation(),
+      {},
+      r"`optax\.MultiSteps` around",
+    ),
+    (adamw(), {"faithful": True}, r"means moments='keep', got 'ldadam'"),
+    (
+      adamw(),
+      {"projector": "random", "recovery": "apollo"},
+      r"keeps the moments.*\"ldadam\"",
+    ),
+  ],
+)
+def test_what_it_does_not_go_with(inner, options, message):
+  with pytest.raises(ValueError, match=message):
+    galore(inner, **OPTIONS | options).init({"w": jnp.zeros((8, 12))})
+
+
+def test_leaves_of_other_shapes_are_no_obstacle():
+  """A bias at full rank, and a kernel read as a matrix of other axes."""
+  params = {"bias": jnp.ones(5), "w": jnp.ones((8, 3, 4))}
+  rules = [("w", Projection(rows=0, cols=(1, 2)))]
+  tx = galore(adamw(), rules=rules, **OPTIONS)
+  state, update = tx.init(params), jax.jit(tx.update)
+  for _ in range(GAP + 1):
+    updates, state = update(params, state, params)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
