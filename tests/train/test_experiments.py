@@ -306,6 +306,16 @@ def test_the_report_says_what_was_found(place, ran, capsys):
   assert list((place / "evidence").glob("quick-*.png"))
 
 
+def test_quick_ends_with_its_table(place, ran, monkeypatch, capsys):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+  monkeypatch.setitem(tables.TABLES, "quick", TINIEST)
+  words = ["quick", "--text", str(place / "speech.txt"), "--nice", "0"]
+  words += ["--work", str(place / "work"), "--results", str(place / "out")]
+  assert command.main(words) == 0  # all of it is there
+  said = capsys.readouterr().out
+  assert "all 6 runs are there" in said and "| AdamW, full rank | " in said
+
+
 def test_the_score_is_that_of_the_training_script(place, ran, monkeypatch):
   """The validation loss belongs to the config that the record names."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
@@ -381,6 +391,26 @@ def test_looks_at_gradients_are_shown(tmp_path, monkeypatch):
   assert "| 150 | 1.0 (1.0, 1.0) | 100% |" in page.read_text()
   assert (tmp_path / "evidence" / "spectra.png").stat().st_size > 1000
   assert (tmp_path / "evidence" / "theory.png").stat().st_size > 1000
+
+
+def test_a_run_whose_checkpoints_are_damaged_starts_over(tmp_path, monkeypatch):
+  run = plan.Plan(TINIEST, 640, "x", {}).missing()[0]
+  config = training.config_of(run, texts_lib.Parts(*"abc"))
+  seen = []
+
+  def prepare(_, out, *__):
+    seen.append((out / folder.FOLDER).exists())
+    if seen[-1]:
+      raise UserError("no checkpoint can be read")
+    return "job", "state"
+
+  monkeypatch.setattr(training.jobs, "prepare", prepare)
+  (tmp_path / folder.FOLDER / "5").mkdir(parents=True)
+  assert training._prepare(config, tmp_path, None, None) == ("job", "state")
+  assert seen == [True, False]
+  monkeypatch.setattr(training.jobs, "prepare", lambda *_: 1 / 0)
+  with pytest.raises(ZeroDivisionError):  # anything else is not hidden
+    training._prepare(config, tmp_path, None, None)
 
 
 def test_two_runners_do_not_share_a_folder(tmp_path):

@@ -118,6 +118,7 @@ METHODS = Table(
       Entry("muon", "Muon, full rank", "muon"),
       Entry("adafactor", "Adafactor, full rank", "adafactor"),
       Entry("galore_adafactor", "GaLore around Adafactor", "galore_adafactor"),
+      Entry("sumo", "SUMO: GaLore around an exact Muon", "sumo"),
     ),
   ),
 )

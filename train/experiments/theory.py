@@ -36,7 +36,7 @@ class Layer:
   def operator(self) -> np.ndarray:
     """S, on matrices with their columns stacked: (m n, m n)."""
     pairs = zip(self.c, self.b, strict=True)
-    return sum(np.kron(c, b) for c, b in pairs) / len(self.b)
+    return np.mean([np.kron(c, b) for c, b in pairs], axis=0)
 
 
 def draw(m: int, n: int, count: int, seed: int) -> Layer:

@@ -125,7 +125,7 @@ def train(
     contextlib.redirect_stderr(log),
     jax.set_mesh(mesh),
   ):
-    job, state = jobs.prepare(config, out, corpus, mesh)
+    job, state = _prepare(config, out, corpus, mesh)
     try:
       found = _finish(job, state, parts, stopped)
     finally:
@@ -134,6 +134,22 @@ def train(
   if found is None:
     return None
   return _heading(run, config, parts) | found
+
+
+def _prepare(
+  config: configs.Config,
+  out: pathlib.Path,
+  corpus: data.Corpus,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Job, Any]:
+  """The run's parts; anew if what a kill has left cannot be read."""
+  try:
+    return jobs.prepare(config, out, corpus, mesh)
+  except UserError:
+    if not (out / folder.FOLDER).exists():
+      raise
+    folder.claim_run(out, config, overwrite=True)
+    return jobs.prepare(config, out, corpus, mesh)
 
 
 def _finish(
