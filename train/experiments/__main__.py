@@ -47,9 +47,14 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   )
   commands = parser.add_subparsers(dest="command", required=True)
   run = commands.add_parser("run", help="train what a table lacks")
-  run.add_argument("table", choices=tables.TABLES)
+  run.add_argument("table", choices=tables.TABLES, help="see tables.py")
   _add_running(run)
-  run.add_argument("--results", type=pathlib.Path, default=records.FOLDER)
+  run.add_argument(
+    "--results",
+    type=pathlib.Path,
+    default=records.FOLDER,
+    help="of finished runs",
+  )
   quick = commands.add_parser("quick", help="try it on a tiny model")
   _add_running(quick)
   quick.add_argument("--results", type=pathlib.Path, default=WORK / "quick")
@@ -58,7 +63,12 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     ("mechanism", "look at gradients, then report"),
   ):
     command = commands.add_parser(name, help=what)
-    command.add_argument("--results", type=pathlib.Path, default=records.FOLDER)
+    command.add_argument(
+      "--results",
+      type=pathlib.Path,
+      default=records.FOLDER,
+      help="of finished runs",
+    )
     command.add_argument("--page", type=pathlib.Path, default=report.PAGE)
   return parser.parse_args(words)
 
@@ -68,7 +78,13 @@ def _add_running(command: argparse.ArgumentParser) -> None:
   known = "; ".join(f"{name}: {what}" for name, what in texts.TEXTS.items())
   add("--tokens", type=count, help="of one run, such as 256k; a million")
   add("--text", default="speeches", help=f"{known}; or a file")
-  add("--budget", type=float, default=float("inf"), metavar="HOURS")
+  add(
+    "--budget",
+    type=float,
+    default=float("inf"),
+    metavar="HOURS",
+    help="stops after so long; the run under way is saved",
+  )
   add("--work", type=pathlib.Path, default=WORK, help="for checkpoints")
   add("--nice", type=int, default=10, help="lowers the priority to this")
 
