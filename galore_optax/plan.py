@@ -132,7 +132,9 @@ class Plan:
   rules: tuple[tuple[str, Projection | None], ...]
   defaults: Projection
   always: bool = False
-  partitions: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  partitions: Mapping[str, tuple] = dataclasses.field(
+    default_factory=dict, hash=False
+  )
 
   def sites(
     self, leaves: Mapping[str, Any], masked: Sequence[str] = ()
