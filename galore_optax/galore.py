@@ -467,6 +467,7 @@ def galore(
   recovery: str | None = None,
   param_shardings: Any = None,
   share_refresh: bool = True,
+  random_from: Any = None,
   faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore: runs an optimizer in the gradients' dominant subspaces.
@@ -580,6 +581,13 @@ def galore(
       refresh, which compiles faster. It needs their gradients at one time. If
       False, each leaf has its own, and where layers are separate leaves a
       compiler can update each as soon as its gradient is there, and drop that.
+    random_from: Step from which on a refresh draws an orthonormal basis at
+      random, uniformly among all, in place of finding one (GoLore), on the same
+      turns. Gradients that are mostly noise late in training have dominant
+      directions of noise; random ones miss nothing in the mean. First moments
+      are then carried over as before and, under `moments="rotate"`, second ones
+      left as they are, of which two random bases have little in common. None
+      means never.
     faithful: The paper's algorithm exactly: `projector="svd"`,
       `refresh="synchronous"`, `moments="keep"`, `null_tolerance=0`, and every
       matrix is projected, also if that saves nothing.
@@ -615,6 +623,8 @@ def galore(
     Performance <https://arxiv.org/abs/2412.05270>`_, 2024; for
     `moments="ldadam"` Robert et al., `LDAdam: Adaptive Optimization from
     Low-Dimensional Gradient Statistics <https://arxiv.org/abs/2410.16103>`_,
+    2024; for `random_from` He et al., `Subspace Optimization for Large Language
+    Models with Convergence Guarantees <https://arxiv.org/abs/2410.11289>`_,
     2024.
   """
   chosen = {"projector": projector, "refresh": refresh, "moments": moments}
@@ -644,7 +654,10 @@ def galore(
     iterations=iterations,
     adaptive=adaptive or schedule.Adaptive(),
     share=share_refresh,
+    random_from=random_from,
+    seed=seed,
   )
+  _check_late(how, faithful)
   recovery_lib.check(recovery, how, accumulation_steps, params_mode)
   recovery_lib.check_basis(how, basis_dtype)
 
@@ -696,6 +709,22 @@ def _check_adaptive(
       f'projector="svd" tells apart, got projector={projector!r}. Use '
       'measure="overlap".'
     )
+
+
+def _check_late(how: refresh_lib.Refresh, faithful: bool) -> None:
+  if how.random_from is None:
+    return
+  checks.check_number("random_from", how.random_from)
+  for name, value, wrong in (
+    ("projector", how.method, how.method == "random"),
+    ("moments", how.moments, how.moments == "ldadam"),
+    ("faithful", faithful, faithful),
+  ):
+    if wrong:
+      raise ValueError(
+        f"`random_from` draws bases late, which {name}={value!r} does not go "
+        "with. Leave one of the two out."
+      )
 
 
 def _check_accumulation(steps: Any) -> int:

@@ -299,6 +299,27 @@ def start_basis(key: jax.Array, size: int, rank: int) -> jax.Array:
   return signs * jnp.float32((2 / size) ** 0.5) * jnp.cos(angle)
 
 
+def random_basis(key: jax.Array, size: int, rank: int) -> jax.Array:
+  """An orthonormal basis drawn uniformly among all (Haar's measure).
+
+  That is what the Gram-Schmidt process makes of independent normal numbers.
+
+  Args:
+    key: Random key.
+    size: Number of rows m.
+    rank: Number of columns r.
+
+  Returns:
+    float32 (m, r) with orthonormal columns.
+
+  Example:
+    >>> p = random_basis(jax.random.key(0), 8, 3)
+    >>> bool(jnp.allclose(p.T @ p, jnp.eye(3), atol=1e-6))
+    True
+  """
+  return _orthonormalize(jax.random.normal(key, (size, rank), jnp.float32))
+
+
 def find_basis(
   g: jax.Array, old: jax.Array, side: str, method: str, iterations: jax.Array
 ) -> jax.Array:

@@ -16,6 +16,8 @@ from galore_optax import layout, plan, projector, qarray, schedule, sharding
 POLICIES = ("staggered", "synchronous", "adaptive")
 MOMENTS = ("rotate", "keep", "reset", "ldadam")
 
+_LATE = 0x676F6C6F  # keeps late bases apart from the seed's other uses
+
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
@@ -30,6 +32,9 @@ class Refresh:
     moments: What becomes of the moments, see :func:`galore_optax.galore`.
     iterations: Iterations of a refresh, possibly traced.
     share: Whether leaves share a compiled refresh, see :class:`_Group`.
+    random_from: Step from which on bases are drawn at random, possibly traced;
+      None for never. Second moments then stay as they are.
+    seed: Seed of these.
   """
 
   policy: str
@@ -38,6 +43,8 @@ class Refresh:
   iterations: Any
   adaptive: schedule.Adaptive
   share: bool = True
+  random_from: Any = None
+  seed: Any = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,10 +416,14 @@ def _refresh_one(
     place.index,
   )
   old = jax.lax.stop_gradient(projector.read(kept))
-  found = {
-    side: _find(how, k, group, place, grads, old[side])
-    for k, side in enumerate(sides)
-  }
+  late = None if how.random_from is None else now.step >= how.random_from
+  found = {}
+  for k, side in enumerate(sides):
+    find = functools.partial(_find, how, k, group, place, grads)
+    if late is not None:
+      key = _key_of(how.seed, now.step, number.index, k)
+      find = functools.partial(_draw_or_find, late, key, find)
+    found[side] = find(old[side])
   new = {side: basis for side, (basis, _) in found.items()}
   written = projector.write(new, kept)
   turn = projector.overlap(projector.read(written), old)
@@ -426,7 +437,7 @@ def _refresh_one(
     bases = {as_kind[side]: x for side, x in written.items()}
     turned = {as_kind[side]: x for side, x in turn.items()}
     carry = functools.partial(
-      _update_kind, how, kind, place, orders, bases, turned, when
+      _update_kind, how, kind, place, orders, bases, turned, when, late
     )
     before = [flat[site.path] for site in kind]
     after = (
@@ -436,6 +447,26 @@ def _refresh_one(
     )
     flat = flat | {s.path: x for s, x in zip(kind, after, strict=True)}
   return flat
+
+
+def _key_of(seed: Any, *numbers: Any) -> jax.Array:
+  """A random key for each list of numbers, unlike those of start bases."""
+  key = jax.random.fold_in(jax.random.key(seed), _LATE)
+  for number in numbers:
+    key = jax.random.fold_in(key, number)
+  return key
+
+
+def _draw_or_find(
+  late: jax.Array, key: jax.Array, find: Callable, old: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """A basis that is drawn where it is late, and found from gradients before."""
+
+  def draw(old: jax.Array) -> tuple[jax.Array, jax.Array]:
+    drawn = projector.random_basis(key, *old.shape)
+    return drawn.astype(old.dtype), jnp.bool_(True)
+
+  return jax.lax.cond(late, draw, find, old)
 
 
 def _find(
@@ -473,6 +504,7 @@ def _update_kind(
   bases: Mapping[str, Any],
   turn: projector.Bases,
   when: schedule.State | None,
+  late: jax.Array | None,
   slots: list[_Slot],
 ) -> list[_Slot]:
   """The slots of a kind with a matrix's basis replaced, its moments turned."""
@@ -482,7 +514,7 @@ def _update_kind(
   for where, moment in old.items():
     order, ratio = orders[where]
     if ratio is None:
-      moments[where] = _carry_over(how, moment, turn, order)
+      moments[where] = _carry_over(how, moment, turn, order, late)
     else:
       mean = old[where.removesuffix("nu") + "mu"]
       moments[where] = projector.rotate_variance(moment, mean, turn, ratio)
@@ -579,14 +611,20 @@ def _is(i: jax.Array, stack: jax.Array) -> jax.Array:
 
 
 def _carry_over(
-  how: Refresh, moment: Any, turn: projector.Bases, order: int
+  how: Refresh,
+  moment: Any,
+  turn: projector.Bases,
+  order: int,
+  late: jax.Array | None,
 ) -> Any:
   if how.moments == "reset":
     return jax.tree.map(jnp.zeros_like, moment)
-  if not qarray.is_quantized(moment):
-    return projector.rotate(moment, turn, order)
-  turned = projector.rotate(qarray.dequantize(moment), turn, order)
-  return qarray.requantize(moment, turned)
+  coded = qarray.is_quantized(moment)
+  old = qarray.dequantize(moment) if coded else moment
+  turned = projector.rotate(old, turn, order)
+  if late is not None and order == 2:
+    turned = jnp.where(late, old, turned)
+  return qarray.requantize(moment, turned) if coded else turned
 
 
 def _flat(stack: jax.Array) -> jax.Array:

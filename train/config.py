@@ -188,6 +188,7 @@ class OptimizerConfig:
   # What happens to a matrix's moments when its basis is renewed.
   # ldadam is for the methods around AdamW.
   moments: Literal["rotate", "keep", "reset", "ldadam"] = "rotate"
+  random_from: int = 0  # update from which bases are random ones; 0: never
   accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
   # What GaLore's bases are stored in; the integers with a scale a block.
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
@@ -209,7 +210,8 @@ class OptimizerConfig:
         raise UserError(
           f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}"
         )
-    check_above("optimizer", self, ("clip", "weight_decay"), low=-1e-30)
+    free = ("clip", "weight_decay", "random_from")
+    check_above("optimizer", self, free, low=-1e-30)
     if self.moments == "ldadam" and self.name not in ("galore", "fira"):
       raise UserError(
         f"optimizer.moments=ldadam is for AdamW in a subspace, not for"

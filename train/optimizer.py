@@ -229,6 +229,7 @@ def _options(c: OptimizerConfig) -> dict[str, Any]:
     "projector": c.projector,
     "refresh": c.refresh,
     "moments": c.moments,
+    "random_from": c.random_from or None,
     "basis_dtype": c.basis_dtype,
     "state_dtype": c.state_dtype or None,
     "accumulation_steps": c.accumulate,
@@ -279,6 +280,7 @@ _RANDOM = {
   "projector": "random",
   "refresh": "synchronous",
   "moments": "keep",
+  "random_from": None,
   "basis_dtype": "float32",
 }
 
