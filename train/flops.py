@@ -130,11 +130,11 @@ def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:
     rows: of `galore_optax.describe`; those at full rank cost nothing.
     config: how a basis is found and what becomes of the moments.
   """
-  if config.name.startswith("apollo"):
+  if "apollo" in config.name:
     return 0.0  # random projections are drawn
   faithful = config.name == "galore_faithful"
   exact = faithful or config.projector == "svd"
-  rotates = not faithful and config.moments == "rotate"
+  rotates = not faithful and config.moments in ("rotate", "ldadam")
   total = 0.0
   for row in rows:
     if row.rank is None:
