@@ -457,69 +457,85 @@ def _orthonormalize(y: jax.Array) -> jax.Array:
   """
 
   def one_pass(i, y):
-    gram = _matmul("mr,ms->rs", y, y)
-    eye = jnp.eye(len(gram), dtype=gram.dtype)
-    size = jax.lax.rsqrt(jnp.sum(gram * eye, axis=0))[None]  # of the columns
+    size = jax.lax.rsqrt(jnp.sum(y * y, axis=0))[None]  # of the columns
+    gram = _matmul("mr,ms->rs", y, y) * size * size.T
     shift = sum(jnp.where(i == k, s, 0) for k, s in enumerate(_SHIFTS))
     inverse = jax.lax.platform_dependent(
-      gram * size * size.T + len(gram) * shift * eye,
-      cpu=_eliminate,
-      default=_inverse_cholesky,
+      gram, len(gram) * shift, cpu=_eliminate, default=_inverse_cholesky
     )
     return _matmul("mr,sr->ms", y, inverse * size)
 
   return jax.lax.fori_loop(0, len(_SHIFTS), one_pass, y)
 
 
-def _inverse_cholesky(gram: jax.Array) -> jax.Array:
-  """L⁻¹ of an (r, r) matrix L Lᵀ, by the platform's factorisation."""
-  factor = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
+def _inverse_cholesky(gram: jax.Array, shift: jax.Array) -> jax.Array:
+  """L⁻¹ of L Lᵀ, an (r, r) matrix shifted, by the platform's factorisation."""
+  eye = jnp.eye(len(gram), dtype=gram.dtype)
+  factor = jax.lax.linalg.cholesky(gram + shift * eye, symmetrize_input=False)
   return jax.lax.linalg.triangular_solve(
-    factor, jnp.eye(len(gram), dtype=gram.dtype), left_side=True, lower=True
+    factor, eye, left_side=True, lower=True
   )
 
 
-def _eliminate(gram: jax.Array) -> jax.Array:
-  """L⁻¹ of an (r, r) matrix L Lᵀ, by elimination of small blocks of rows.
+def _eliminate(gram: jax.Array, shift: jax.Array) -> jax.Array:
+  """L⁻¹ of L Lᵀ, an (r, r) matrix shifted, by elimination of blocks of rows.
 
   CPU libraries run larger factorisations, and every triangular solve, in
   threads that on a busy machine wait for each other a thousand times longer
   than they work. Here the library sees blocks that it takes in one thread.
+
+  It is written for few kernels, for XLA compiles each in 20 ms: indices count
+  from the matrix's corner, so that what they say is not taken out of the loop.
   """
-  rank = len(gram)
-  size = -(-rank // _BLOCK) * _BLOCK
-  gram = jnp.pad(gram, (0, size - rank))
-  # Ones on the diagonal of the padding.
-  gram += jnp.diag((jnp.arange(size) >= rank).astype(gram.dtype))
+  rank, block = len(gram), min(_BLOCK, len(gram))
+  size = -(-rank // block) * block
 
-  def eliminate(i, carry):
-    rest, inverse = carry
-    first = i * _BLOCK
-    rows = jax.lax.dynamic_slice_in_dim(rest, first, _BLOCK)
-    pivot = jax.lax.dynamic_slice_in_dim(rows, first, _BLOCK, axis=1)
-    rows = _matmul("ij,jk->ik", _inverse_small(pivot), rows)
-    rest = rest - _matmul("ij,ik->jk", rows[:, :size], rows)
-    return rest, jax.lax.dynamic_update_slice_in_dim(
-      inverse, rows[:, size:], first, 0
-    )
+  def eliminate(i, table):
+    # A block of rows of (A, 0), of which the left part becomes zero in all
+    # later rows, and the right part L⁻¹.
+    first = i * block
+    row, column = _indices(block, 2 * size)
+    row += first
+    pivot = jax.lax.dynamic_slice(table, (first, first), (block, block))
+    rows = jax.lax.dynamic_slice_in_dim(table, first, block)
+    rows += jnp.where(row + size == column, 1, 0)
+    inverse = _inverse_transposed(pivot, shift, first, rank)
+    rows = _matmul("ji,jk->ik", inverse, rows)
+    # One product changes the later rows, and puts these in their place.
+    row, column = row[:, :size], column[:, :size]
+    used = jnp.where(column >= first + block, rows[:, :size], 0)
+    used -= jnp.where(row == column, 1, 0)
+    row, _ = _indices(size, 2 * size)
+    others = (row < first) | (row >= first + block)
+    return jnp.where(others, table, 0) - _matmul("ij,ik->jk", used, rows)
 
-  eye = jnp.eye(size, dtype=gram.dtype)
-  carry = (jnp.concatenate([gram, eye], axis=1), jnp.zeros_like(gram))
-  _, inverse = jax.lax.fori_loop(0, size // _BLOCK, eliminate, carry)
-  return inverse[:rank, :rank]
+  table = jnp.pad(gram, ((0, size - rank), (0, 2 * size - rank)))
+  table = jax.lax.fori_loop(0, size // block, eliminate, table)
+  return table[:rank, size : size + rank]
 
 
-def _inverse_small(gram: jax.Array) -> jax.Array:
-  """L⁻¹ of a small L Lᵀ, read off the factorisation of a bordered matrix.
+def _inverse_transposed(
+  gram: jax.Array, shift: jax.Array, first: jax.Array, rank: int
+) -> jax.Array:
+  """The transpose of L⁻¹ of a small L Lᵀ, read off a larger factorisation.
 
-  Below L, the factor of ((L Lᵀ, I), (I, c)) holds the transpose of L⁻¹; c only
-  has to be large enough for the matrix to be positive definite.
+  Below L, the factor of ((L Lᵀ, I), (I, c)) holds it; c only has to be large
+  enough for the matrix to be positive definite.
   """
   size = len(gram)
-  eye = jnp.eye(size, dtype=gram.dtype)
-  bordered = jnp.block([[gram, eye], [eye, 1e30 * eye]])
+  row, column = _indices(2 * size, 2 * size)
+  row, column = row + first, column + first
+  diagonal = jnp.where(row < rank, shift, 1)  # there is padding beyond
+  diagonal = jnp.where(row < first + size, diagonal, 1e30)
+  bordered = jnp.pad(gram, (0, size)) + jnp.where(row == column, diagonal, 0)
+  bordered += jnp.where(row == column + size, 1, 0)
   factor = jax.lax.linalg.cholesky(bordered, symmetrize_input=False)
-  return factor[size:, :size].T
+  return factor[size:, :size]
+
+
+def _indices(*shape: int) -> list[jax.Array]:
+  """Number of the row and of the column, everywhere."""
+  return [jax.lax.broadcasted_iota(jnp.int32, shape, k) for k in (0, 1)]
 
 
 def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -110,18 +110,18 @@ class _Group:
 
   @property
   def order(self) -> np.ndarray:
-    """The matrices in the order of their numbers."""
+    """Which of the members' matrices comes first, second, ... by number."""
     starts = np.cumsum([0, *self.counts])
     ranges = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
     by_number = sorted(zip(self.first, ranges, strict=True), key=lambda x: x[0])
     return np.concatenate([x for _, x in by_number]).astype(np.int32)
 
   def numbers(self, now: Moment) -> jax.Array:
-    """Number of each matrix, as if a leaf's layers were one stack."""
+    """The matrices' numbers in order, as if a leaf's layers were one stack."""
     return jnp.concatenate(
       [
         first * now.layers + now.layer * count + jnp.arange(count)
-        for first, count in zip(self.first, self.counts, strict=True)
+        for first, count in sorted(zip(self.first, self.counts, strict=True))
       ]
     ).astype(jnp.int32)
 
@@ -350,18 +350,16 @@ def _walk(
   numbers = group.numbers(now)
   if how.policy != "adaptive" and not now.single:
     # In the order of their numbers, those that are due follow each other.
-    order = jnp.asarray(group.order)
     low, high = (jnp.sum(numbers < x, dtype=jnp.int32) for x in (low, high))
-    go = lambda k, flat: one(_take(order, k), flat)
     return jax.lax.cond(
       (low < high) & now.active,
-      lambda flat: jax.lax.fori_loop(low, high, go, flat),
+      lambda flat: jax.lax.fori_loop(low, high, one, flat),
       lambda flat: flat,
       flat,
     )
   if how.policy == "adaptive":
     times = [when for _, _, when in flat.values() if when is not None]
-    hit = jnp.concatenate([when.due(now.step) for when in times])
+    hit = jnp.concatenate([when.due(now.step) for when in times])[group.order]
   else:
     hit = (low <= numbers) & (numbers < high)
 
@@ -379,17 +377,19 @@ def _walk(
 
 
 def _place(group: _Group, unit: jax.Array) -> _Place:
-  """Where a matrix is, from its number in the group."""
-  spread = lambda of_leaf: _take(
-    jnp.asarray(np.repeat(of_leaf, group.counts).astype(np.int32)), unit
-  )
+  """Where a matrix is, of which it is told the how many-th it is by number."""
+
+  def look_up(of_matrix: Any) -> jax.Array:
+    told = np.asarray(of_matrix)[group.order].astype(np.int32)
+    return jnp.int32(0) if not told.any() else _take(jnp.asarray(told), unit)
+
+  of_leaf = lambda x: look_up(np.repeat(x, group.counts))
   sizes = [len(kind) for kind in group.kinds]
-  index = np.concatenate([np.arange(count) for count in group.counts])
   return _Place(
-    member=spread(np.arange(len(group.members))),
-    kind=spread(np.repeat(np.arange(len(sizes)), sizes)),
-    within=spread(np.concatenate([np.arange(size) for size in sizes])),
-    index=_take(jnp.asarray(index.astype(np.int32)), unit),
+    member=of_leaf(np.arange(len(group.members))),
+    kind=of_leaf(np.repeat(np.arange(len(sizes)), sizes)),
+    within=of_leaf(np.concatenate([np.arange(size) for size in sizes])),
+    index=look_up(np.concatenate([np.arange(n) for n in group.counts])),
   )
 
 
@@ -557,15 +557,20 @@ def _write(
 
   if len(slots) == 1:
     return [put(slots[0], sites[0].spread)]
-  return [
-    jax.lax.cond(
-      member == k,
-      functools.partial(put, spread=site.spread),
-      lambda slot: slot,
+  # One branch for each, which updates in place; and counting down instead of
+  # comparing with a number makes their kernels equal, so that one is compiled.
+  done = []
+  for slot, site in zip(slots, sites, strict=True):
+    change = functools.partial(put, spread=site.spread)
+    member, slot = jax.lax.cond(
+      member == 0,
+      lambda left, slot, change=change: (left - 1, change(slot)),
+      lambda left, slot: (left - 1, slot),
+      member,
       slot,
     )
-    for k, (slot, site) in enumerate(zip(slots, sites, strict=True))
-  ]
+    done.append(slot)
+  return done
 
 
 def _take(stack: jax.Array, i: jax.Array) -> jax.Array:
