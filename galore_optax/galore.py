@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,31 +14,24 @@ from galore_optax import (
   checks,
   decay,
   layout,
+  options,
   paths,
   plan,
-  qarray,
   reproject,
   schedule,
   sharding,
+  start,
 )
 from galore_optax import projector as projector_lib
 from galore_optax import recovery as recovery_lib
 from galore_optax import refresh as refresh_lib
 
 PARAMS_MODES = ("split", "project")
-BASIS_CODES = ("int4", "int8")
+BASIS_CODES = start.CODES
 
 # Extra argument of `update` with the number of the layer whose slices are
 # updated, and that of all layers: decides whose turn it is to be refreshed.
 LAYER_ARG = "galore_layer"
-
-# What the paper and its code do, where our defaults differ.
-_PAPER = {"projector": "svd", "refresh": "synchronous", "moments": "keep"}
-_OURS = {
-  "projector": "subspace",
-  "refresh": "staggered",
-  "moments": "rotate",
-}
 
 
 class GaLoreState(NamedTuple):
@@ -339,27 +331,9 @@ class _GaLore:
 
   def _start(self, site: plan.Site, side: str, like: Any) -> Any:
     """The basis that a matrix has before its first refresh."""
-    key = jax.random.fold_in(
-      jax.random.key(self.seed), zlib.crc32(f"{site.path}/{side}".encode())
-    )
-    shape = site.basis_shape(side)
     if self.refresh.method == "random":
-      seed = jax.random.bits(key, (), jnp.uint32)
-      return projector_lib.RandomBasis(
-        sharding.place(seed, like, lambda _: ()), shape
-      )
-    axis = -2 if side == "left" else -1
-
-    def spec(spec: tuple) -> tuple:
-      return (*(parts := site.view.spec(spec))[:-2], parts[axis], None)
-
-    if self.basis_dtype not in BASIS_CODES:
-      basis = _start_basis(key, shape, jnp.dtype(self.basis_dtype))
-      return sharding.place(basis, like, spec)
-    basis = _start_codes(key, shape, self.basis_dtype)
-    return sharding.place_quantized(
-      basis, like, lambda parts: (*spec(parts)[:-2], None, spec(parts)[-2])
-    )
+      return start.random_basis(site, side, like, self.seed)
+    return start.basis(site, side, like, self.seed, self.basis_dtype)
 
   def _low_zeros(self, site: plan.Site, like: Any) -> jax.Array:
     """Zeros in the shape of the projected gradient.
@@ -397,22 +371,6 @@ def _lift(
   site: plan.Site, low: jax.Array, bases: projector_lib.Bases
 ) -> jax.Array:
   return site.view.from_matrix(projector_lib.lift(site.scale * low, bases))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _start_basis(
-  key: jax.Array, shape: tuple[int, ...], dtype: Any
-) -> jax.Array:
-  basis = projector_lib.start_basis(key, *shape[-2:])
-  return jnp.broadcast_to(basis, shape).astype(dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _start_codes(
-  key: jax.Array, shape: tuple[int, ...], kind: str
-) -> qarray.QArray:
-  basis = _start_basis(key, shape, jnp.float32)
-  return qarray.quantize(jnp.swapaxes(basis, -1, -2), kind)
 
 
 def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:
@@ -627,37 +585,28 @@ def galore(
     Models with Convergence Guarantees <https://arxiv.org/abs/2410.11289>`_,
     2024.
   """
-  chosen = {"projector": projector, "refresh": refresh, "moments": moments}
-  checks.check_choice("projector", projector, projector_lib.METHODS)
-  checks.check_choice("refresh", refresh, refresh_lib.POLICIES)
-  checks.check_choice("moments", moments, refresh_lib.MOMENTS)
   checks.check_choice("params_mode", params_mode, PARAMS_MODES)
-  checks.check_positive("iterations", iterations)
   if basis_dtype not in BASIS_CODES:
     checks.check_float_dtype("basis_dtype", basis_dtype, BASIS_CODES)
-  _check_adaptive(adaptive, refresh, projector)
-  accumulation_steps = _check_accumulation(accumulation_steps)
   checks.check_float_dtype("state_dtype", state_dtype)
-  if faithful:
-    _check_faithful(chosen)
-    chosen, null_tolerance = _PAPER, 0.0
+  accumulation_steps = options.check_accumulation(accumulation_steps)
+  how = options.refresh_of(
+    method=projector,
+    policy=refresh,
+    moments=moments,
+    iterations=iterations,
+    adaptive=adaptive,
+    share=share_refresh,
+    random_from=random_from,
+    seed=seed,
+    faithful=faithful,
+  )
   defaults = plan.Projection(
     rank=checks.required("rank", rank),
     update_proj_gap=checks.required("update_proj_gap", update_proj_gap),
     scale=checks.required("scale", scale),
     proj_type=checks.required("proj_type", proj_type),
   )
-  how = refresh_lib.Refresh(
-    policy=chosen["refresh"],
-    method=chosen["projector"],
-    moments=chosen["moments"],
-    iterations=iterations,
-    adaptive=adaptive or schedule.Adaptive(),
-    share=share_refresh,
-    random_from=random_from,
-    seed=seed,
-  )
-  _check_late(how, faithful)
   recovery_lib.check(recovery, how, accumulation_steps, params_mode)
   recovery_lib.check_basis(how, basis_dtype)
 
@@ -674,7 +623,7 @@ def galore(
         partitions=sharding.partitions(param_shardings),
       ),
       refresh=how,
-      null_tolerance=null_tolerance,
+      null_tolerance=0.0 if faithful else null_tolerance,
       params_mode=params_mode,
       basis_dtype=basis_dtype,
       state_dtype=state_dtype,
@@ -687,64 +636,3 @@ def galore(
     )
 
   return chaining.marker(wrap) if inner is None else wrap(inner)
-
-
-def _check_adaptive(
-  adaptive: schedule.Adaptive | None, refresh: str, projector: str
-) -> None:
-  if adaptive is None:
-    return
-  if not isinstance(adaptive, schedule.Adaptive):
-    raise TypeError(
-      f"`adaptive` must be a galore_optax.Adaptive, got {adaptive!r}."
-    )
-  if refresh != "adaptive":
-    raise ValueError(
-      f'`adaptive` is for refresh="adaptive", got refresh={refresh!r}. Leave '
-      "one of the two out."
-    )
-  if adaptive.measure == "cosine" and projector != "svd":
-    raise ValueError(
-      'measure="cosine" compares leading singular vectors, which only '
-      f'projector="svd" tells apart, got projector={projector!r}. Use '
-      'measure="overlap".'
-    )
-
-
-def _check_late(how: refresh_lib.Refresh, faithful: bool) -> None:
-  if how.random_from is None:
-    return
-  checks.check_number("random_from", how.random_from)
-  for name, value, wrong in (
-    ("projector", how.method, how.method == "random"),
-    ("moments", how.moments, how.moments == "ldadam"),
-    ("faithful", faithful, faithful),
-  ):
-    if wrong:
-      raise ValueError(
-        f"`random_from` draws bases late, which {name}={value!r} does not go "
-        "with. Leave one of the two out."
-      )
-
-
-def _check_accumulation(steps: Any) -> int:
-  # None by default, for `optax.inject_hyperparams` would trace an int.
-  if steps is None:
-    return 1
-  if isinstance(steps, bool) or not isinstance(steps, int):
-    raise TypeError(
-      f"`accumulation_steps` must be an int, got {steps!r}: it decides the "
-      "structure of the state."
-    )
-  if steps < 1:
-    raise ValueError(f"`accumulation_steps` must be positive, got {steps}.")
-  return steps
-
-
-def _check_faithful(chosen: Mapping[str, str]) -> None:
-  for name, value in chosen.items():
-    if value not in (_OURS[name], _PAPER[name]):
-      raise ValueError(
-        f"`faithful=True` means {name}={_PAPER[name]!r}, got {value!r}. Leave "
-        "one of the two out."
-      )

@@ -2,19 +2,27 @@
 
 import dataclasses
 import functools
-import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from galore_optax import layout, plan, projector, qarray, schedule, sharding
+from galore_optax import (
+  groups,
+  layout,
+  plan,
+  projector,
+  qarray,
+  schedule,
+  stacks,
+)
 
 POLICIES = ("staggered", "synchronous", "adaptive")
 MOMENTS = ("rotate", "keep", "reset", "ldadam")
+
+# What a refresh changes, by the path of the leaf.
+_Slots = dict[str, groups.Slot]
 
 _LATE = 0x676F6C6F  # keeps late bases apart from the seed's other uses
 
@@ -31,7 +39,8 @@ class Refresh:
     method: How a basis is found, see :func:`galore_optax.projector.find_basis`.
     moments: What becomes of the moments, see :func:`galore_optax.galore`.
     iterations: Iterations of a refresh, possibly traced.
-    share: Whether leaves share a compiled refresh, see :class:`_Group`.
+    share: Whether leaves share a compiled refresh, see
+      :class:`galore_optax.groups.Group`.
     random_from: Step from which on bases are drawn at random, possibly traced;
       None for never. Second moments then stay as they are.
     seed: Seed of these.
@@ -69,80 +78,6 @@ class Moment:
     return not isinstance(self.layers, int)
 
 
-# What a refresh changes of a leaf: its bases by side, its moments by place,
-# and its schedule where that adapts.
-_Slot = tuple[Mapping[str, Any], Mapping[str, Any], schedule.State | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-  """Leaves whose bases are found by one and the same computation.
-
-  Factorisations compile slowly, and are compiled once for all leaves whose
-  bases have one form, be they left or right. Products with the gradients and
-  the moments are compiled for each kind, the leaves that are alike in these,
-  too. On a mesh, leaves of a group have one name, but for the numbers in it:
-  they can be expected to be sharded alike.
-
-  Attributes:
-    kinds: The leaves by kind.
-    first: Number of each leaf's first matrix among all; they are numbered in
-      the order of the leaves, whatever the groups.
-  """
-
-  kinds: tuple[tuple[plan.Site, ...], ...]
-  first: tuple[int, ...]
-
-  @property
-  def members(self) -> list[plan.Site]:
-    """All leaves."""
-    return [site for kind in self.kinds for site in kind]
-
-  @property
-  def counts(self) -> list[int]:
-    """Number of matrices of each leaf."""
-    return [site.view.count for site in self.members]
-
-  @property
-  def count(self) -> int:
-    """Number of matrices."""
-    return sum(self.counts)
-
-  @property
-  def order(self) -> np.ndarray:
-    """Which of the members' matrices comes first, second, ... by number."""
-    starts = np.cumsum([0, *self.counts])
-    ranges = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
-    by_number = sorted(zip(self.first, ranges, strict=True), key=lambda x: x[0])
-    return np.concatenate([x for _, x in by_number]).astype(np.int32)
-
-  def numbers(self, now: Moment) -> jax.Array:
-    """The matrices' numbers in order, as if a leaf's layers were one stack."""
-    return jnp.concatenate(
-      [
-        first * now.layers + now.layer * count + jnp.arange(count)
-        for first, count in sorted(zip(self.first, self.counts, strict=True))
-      ]
-    ).astype(jnp.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-  """Where a matrix of a group is.
-
-  Attributes:
-    member: Number of its leaf.
-    kind: Number of the leaf's kind.
-    within: Number of the leaf in its kind.
-    index: Number of the matrix in its leaf.
-  """
-
-  member: jax.Array
-  kind: jax.Array
-  within: jax.Array
-  index: jax.Array
-
-
 def refresh(
   how: Refresh,
   sites: Mapping[str, plan.Site],
@@ -178,9 +113,11 @@ def refresh(
     path: (bases[path], _moments_of(site, found), schedules.get(path))
     for path, site in sites.items()
   }
-  new: dict[str, _Slot] = {}
+  new: _Slots = {}
   units = sum(site.view.count for site in sites.values()) * now.layers
-  for group in _groups(how, sites, slots, grads):
+  for group in groups.group(
+    sites, slots, grads, share=how.share, by_gradient=how.method == "svd"
+  ):
     new |= _refresh_group(how, now, units, group, orders, grads, slots)
   moments = {
     place: {p: slot[1][place] for p, slot in new.items() if place in slot[1]}
@@ -227,46 +164,6 @@ def _moments_of(
   }
 
 
-def _groups(
-  how: Refresh,
-  sites: Mapping[str, plan.Site],
-  slots: Mapping[str, _Slot],
-  grads: Mapping[str, jax.Array],
-) -> list[_Group]:
-  """The sites in groups."""
-  found: dict[Any, dict[Any, list[tuple[plan.Site, int]]]] = {}
-  first = 0
-  for path, site in sites.items():
-    bases, moments, _ = slots[path]
-    gap = site.gap if isinstance(site.gap, int | float) else id(site.gap)
-    name = re.sub(r"\d+", "#", path) if sharding.on_mesh(grads[path]) else None
-    kind = (
-      site.sides,
-      site.spread,
-      _form(site, (grads[path], moments)),
-      *moments,
-    )
-    # An exact decomposition is made of the gradient itself.
-    alike = kind if how.method == "svd" else len(site.sides)
-    alone = None if how.share else path
-    key = (name, gap, alike, alone, _form(site, list(bases.values())))
-    found.setdefault(key, {}).setdefault(kind, []).append((site, first))
-    first += site.view.count
-  return [
-    _Group(
-      tuple(tuple(site for site, _ in kind) for kind in kinds.values()),
-      tuple(first for kind in kinds.values() for _, first in kind),
-    )
-    for kinds in found.values()
-  ]
-
-
-def _form(site: plan.Site, tree: Any) -> tuple:
-  """What the arrays of one matrix look like."""
-  stack = len(site.view.stack)
-  return tuple((x.dtype.name, x.shape[stack:]) for x in jax.tree.leaves(tree))
-
-
 def due(
   policy: str, step: jax.Array, gap: Any, units: Any
 ) -> tuple[jax.Array, jax.Array]:
@@ -308,11 +205,11 @@ def _refresh_group(
   how: Refresh,
   now: Moment,
   units: Any,
-  group: _Group,
+  group: groups.Group,
   orders: Mapping[str, tuple[int, Any]],
   grads: Mapping[str, jax.Array],
-  slots: Mapping[str, _Slot],
-) -> dict[str, _Slot]:
+  slots: Mapping[str, groups.Slot],
+) -> _Slots:
   """Refreshes the matrices of a group that are due.
 
   Matrices are walked by a loop, whatever their number: batched factorisations
@@ -320,12 +217,14 @@ def _refresh_group(
   """
   names = [site.path for site in group.members]
   # A basis is a constant of differentiation, as it is between refreshes.
-  flat_grads = {p: _flat(jax.lax.stop_gradient(grads[p])) for p in names}
+  flat_grads = {p: stacks.flat(jax.lax.stop_gradient(grads[p])) for p in names}
   flat = {path: _flat_slot(slots[path]) for path in names}
 
-  def one(unit: jax.Array, flat: dict[str, _Slot]) -> dict[str, _Slot]:
-    number = schedule.Number(_take(group.numbers(now), unit), units)
-    place = _place(group, unit)
+  def one(unit: jax.Array, flat: _Slots) -> _Slots:
+    number = schedule.Number(
+      stacks.take(group.numbers(now.layer, now.layers), unit), units
+    )
+    place = group.place(unit)
     return _refresh_one(
       how, now, number, group, place, flat_grads, flat, orders
     )
@@ -341,13 +240,13 @@ def _walk(
   how: Refresh,
   now: Moment,
   units: Any,
-  group: _Group,
+  group: groups.Group,
   one: Callable,
-  flat: dict[str, _Slot],
-) -> dict[str, _Slot]:
+  flat: _Slots,
+) -> _Slots:
   """Calls `one` on the matrices of a group that are due, one after another."""
   low, high = due(how.policy, now.step, group.members[0].gap, units)
-  numbers = group.numbers(now)
+  numbers = group.numbers(now.layer, now.layers)
   if how.policy != "adaptive" and not now.single:
     # In the order of their numbers, those that are due follow each other.
     low, high = (jnp.sum(numbers < x, dtype=jnp.int32) for x in (low, high))
@@ -363,9 +262,12 @@ def _walk(
   else:
     hit = (low <= numbers) & (numbers < high)
 
-  def perhaps(unit: jax.Array, flat: dict[str, _Slot]) -> dict[str, _Slot]:
+  def perhaps(unit: jax.Array, flat: _Slots) -> _Slots:
     return jax.lax.cond(
-      _take(hit, unit), lambda flat: one(unit, flat), lambda flat: flat, flat
+      stacks.take(hit, unit),
+      lambda flat: one(unit, flat),
+      lambda flat: flat,
+      flat,
     )
 
   return jax.lax.cond(
@@ -376,42 +278,25 @@ def _walk(
   )
 
 
-def _place(group: _Group, unit: jax.Array) -> _Place:
-  """Where a matrix is, of which it is told the how many-th it is by number."""
-
-  def look_up(of_matrix: Any) -> jax.Array:
-    told = np.asarray(of_matrix)[group.order].astype(np.int32)
-    return jnp.int32(0) if not told.any() else _take(jnp.asarray(told), unit)
-
-  of_leaf = lambda x: look_up(np.repeat(x, group.counts))
-  sizes = [len(kind) for kind in group.kinds]
-  return _Place(
-    member=of_leaf(np.arange(len(group.members))),
-    kind=of_leaf(np.repeat(np.arange(len(sizes)), sizes)),
-    within=of_leaf(np.concatenate([np.arange(size) for size in sizes])),
-    index=look_up(np.concatenate([np.arange(n) for n in group.counts])),
-  )
-
-
 def _refresh_one(
   how: Refresh,
   now: Moment,
   number: schedule.Number,
-  group: _Group,
-  place: _Place,
+  group: groups.Group,
+  place: groups.Place,
   grads: Mapping[str, jax.Array],
-  flat: dict[str, _Slot],
+  flat: _Slots,
   orders: Mapping[str, tuple[int, Any]],
-) -> dict[str, _Slot]:
+) -> _Slots:
   """The slots of a group with one matrix refreshed."""
   # What the sides are called in all leaves of the group: as in the first.
   sides = group.members[0].sides
-  kept, when = _read(
+  kept, when = stacks.read(
     [
       (dict(zip(sides, bases.values(), strict=True)), when)
       for bases, _, when in (flat[site.path] for site in group.members)
     ],
-    group.members,
+    [site.spread for site in group.members],
     place.member,
     place.index,
   )
@@ -472,8 +357,8 @@ def _draw_or_find(
 def _find(
   how: Refresh,
   k: int,
-  group: _Group,
-  place: _Place,
+  group: groups.Group,
+  place: groups.Place,
   grads: Mapping[str, jax.Array],
   old: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -481,8 +366,12 @@ def _find(
 
   def with_gradient(f: Callable, basis: jax.Array) -> Any:
     def of_kind(kind: tuple[plan.Site, ...], basis: jax.Array) -> Any:
-      stacks = [grads[site.path] for site in kind]
-      g = _read(stacks, kind, place.within, place.index)
+      g = stacks.read(
+        [grads[site.path] for site in kind],
+        [site.spread for site in kind],
+        place.within,
+        place.index,
+      )
       return f(g, basis, kind[0].sides[k])
 
     branches = [functools.partial(of_kind, kind) for kind in group.kinds]
@@ -499,17 +388,18 @@ def _find(
 def _update_kind(
   how: Refresh,
   kind: Sequence[plan.Site],
-  place: _Place,
+  place: groups.Place,
   orders: Mapping[str, tuple[int, Any]],
   bases: Mapping[str, Any],
   turn: projector.Bases,
   when: schedule.State | None,
   late: jax.Array | None,
-  slots: list[_Slot],
-) -> list[_Slot]:
+  slots: list[groups.Slot],
+) -> list[groups.Slot]:
   """The slots of a kind with a matrix's basis replaced, its moments turned."""
-  stacks = [moments for _, moments, _ in slots]
-  old = _read(stacks, kind, place.within, place.index)
+  spread = [site.spread for site in kind]
+  at = (spread, place.within, place.index)
+  old = stacks.read([moments for _, moments, _ in slots], *at)
   moments = {}
   for where, moment in old.items():
     order, ratio = orders[where]
@@ -518,101 +408,7 @@ def _update_kind(
     else:
       mean = old[where.removesuffix("nu") + "mu"]
       moments[where] = projector.rotate_variance(moment, mean, turn, ratio)
-  new = (bases, moments, when)
-  return _write(slots, kind, place.within, place.index, new)
-
-
-def _read(
-  stacks: list[Any],
-  sites: Sequence[plan.Site],
-  member: jax.Array,
-  i: jax.Array,
-) -> Any:
-  """Matrix i of a member's stack."""
-
-  def take(stack: Any, spread: bool) -> Any:
-    return jax.tree.map(lambda x: (_gather if spread else _take)(x, i), stack)
-
-  return jax.lax.switch(
-    member,
-    [
-      functools.partial(take, stack, site.spread)
-      for stack, site in zip(stacks, sites, strict=True)
-    ],
-  )
-
-
-def _write(
-  slots: list[_Slot],
-  sites: Sequence[plan.Site],
-  member: jax.Array,
-  i: jax.Array,
-  new: _Slot,
-) -> list[_Slot]:
-  """The slots with matrix i of a member replaced."""
-
-  def put(slot: _Slot, spread: bool) -> _Slot:
-    place = _scatter if spread else _put
-    return jax.tree.map(lambda x, y: place(x, y, i), slot, new)
-
-  if len(slots) == 1:
-    return [put(slots[0], sites[0].spread)]
-  # One branch for each, which updates in place; and counting down instead of
-  # comparing with a number makes their kernels equal, so that one is compiled.
-  done = []
-  for slot, site in zip(slots, sites, strict=True):
-    change = functools.partial(put, spread=site.spread)
-    member, slot = jax.lax.cond(
-      member == 0,
-      lambda left, slot, change=change: (left - 1, change(slot)),
-      lambda left, slot: (left - 1, slot),
-      member,
-      slot,
-    )
-    done.append(slot)
-  return done
-
-
-def _take(stack: jax.Array, i: jax.Array) -> jax.Array:
-  """Matrix i of a stack."""
-  if len(stack) == 1:
-    return stack[0]
-  return jax.lax.dynamic_index_in_dim(
-    stack, i, keepdims=False, allow_negative_indices=False
-  )
-
-
-def _put(stack: jax.Array, x: jax.Array, i: jax.Array) -> jax.Array:
-  """A stack with matrix i replaced."""
-  if len(stack) == 1:
-    return x[None]
-  return jax.lax.dynamic_update_index_in_dim(
-    stack, x, i, 0, allow_negative_indices=False
-  )
-
-
-def _gather(stack: jax.Array, i: jax.Array) -> jax.Array:
-  """Matrix i of a stack that is divided among devices.
-
-  An index would make the compiler gather the stack; a sum in which all other
-  matrices count as zero is reduced where they are.
-  """
-  wide = jnp.promote_types(stack.dtype, jnp.int32)
-  kept = jnp.where(_is(i, stack), stack, jnp.zeros_like(stack))
-  return jnp.sum(kept.astype(wide), axis=0, dtype=wide).astype(stack.dtype)
-
-
-def _scatter(stack: jax.Array, x: jax.Array, i: jax.Array) -> jax.Array:
-  """A stack that is divided among devices, with matrix i replaced."""
-  return jnp.where(_is(i, stack), x[None], stack)
-
-
-def _is(i: jax.Array, stack: jax.Array) -> jax.Array:
-  """Which matrix of a stack is number i, to broadcast against the stack."""
-  number = jax.lax.broadcasted_iota(
-    jnp.int32, (len(stack), *(1,) * (stack.ndim - 1)), 0
-  )
-  return number == i
+  return stacks.write(slots, *at, (bases, moments, when))
 
 
 def _carry_over(
@@ -632,12 +428,7 @@ def _carry_over(
   return qarray.requantize(moment, turned) if coded else turned
 
 
-def _flat(stack: jax.Array) -> jax.Array:
-  """A stack of matrices with one stack axis."""
-  return stack.reshape(-1, *stack.shape[-2:])
-
-
-def _flat_slot(slot: _Slot) -> _Slot:
+def _flat_slot(slot: groups.Slot) -> groups.Slot:
   bases, moments, when = slot
-  bases, moments = jax.tree.map(_flat, (bases, moments))
+  bases, moments = jax.tree.map(stacks.flat, (bases, moments))
   return bases, moments, None if when is None else when.flat()
