@@ -21,7 +21,13 @@ from train.bench import runner, timing, trees, words
 DEVICES = 8
 SIZE = trees.Size(dim=512, hidden=1376, layers=2, vocab=4096, rank=96)
 STACKED = dataclasses.replace(SIZE, layers=DEVICES)
-NAMES = ("optax.adamw", "contrib.galore", trees.OURS, trees.OURS_AUTO)
+NAMES = (
+  "optax.adamw",
+  "contrib.galore",
+  trees.OURS,
+  trees.OURS_AUTO,
+  trees.OURS_TOLD,
+)
 KINDS = {
   "auto": jax.sharding.AxisType.Auto,
   "explicit": jax.sharding.AxisType.Explicit,
@@ -114,7 +120,7 @@ def compile_on(layout: Layout, kind: str, optimizer: str) -> dict[str, Any]:
     devices=jax.devices()[:DEVICES],
   )
   where = shardings(layout, tree, mesh)
-  tx = trees.optimizers(size.rank, 200)[optimizer]()
+  tx = trees.optimizers(size.rank, 200, where)[optimizer]()
   with jax.set_mesh(mesh):
     try:
       state, state_where = _state(tx, tree, where, mesh)

@@ -142,9 +142,12 @@ def contrib_muon() -> optax.GradientTransformationExtraArgs:
 
 OURS = "galore_adamw"
 OURS_AUTO = "galore_adamw, auto"
+OURS_TOLD = "galore_adamw, auto, told"  # where the parameters are
 
 
-def optimizers(rank: int, gap: int) -> dict[str, Callable[[], Any]]:
+def optimizers(
+  rank: int, gap: int, shardings: Any = None
+) -> dict[str, Callable[[], Any]]:
   """Name to what makes the optimizer, ours and its peers."""
 
   def ours(**more: Any) -> Any:
@@ -159,4 +162,5 @@ def optimizers(rank: int, gap: int) -> dict[str, Callable[[], Any]]:
     "contrib.muon": contrib_muon,
     OURS: ours,
     OURS_AUTO: lambda: ours(proj_type="auto"),
+    OURS_TOLD: lambda: ours(proj_type="auto", param_shardings=shardings),
   }
