@@ -87,9 +87,13 @@ def test_step_figures(measured):
 
 def test_amortised_steps_add_up():
   """Refreshes at once are in the first step, others among the steps."""
-  at_once = step._figures("contrib.galore", 11.0, [1.0, 1.0], gap=10)
+  adamw = {i: 0.5 for i in range(10)}
+  at_once = step._figures("contrib.galore", 11.0, {0: 1.0, 5: 1.0}, adamw, 10)
   assert at_once["amortised"] == (9 * 1.0 + 11.0) / 10
-  spread = step._figures(trees.OURS, 3.0, [1.0, 1.0, 2.0, 1.0], gap=4)
+  assert at_once["amortised_of_adamw"] == 2 * at_once["amortised"]
+  times = dict(enumerate([1.0, 1.0, 2.0, 1.0]))
+  spread = step._figures(trees.OURS, 3.0, times, adamw, gap=4)
+  assert spread["amortised_of_adamw"] == 2 * spread["amortised"]
   assert (spread["amortised"], spread["worst"], spread["steady"]) == (
     1.25,
     2,

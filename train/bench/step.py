@@ -1,9 +1,10 @@
 """The optimizer's step on LLaMA-shaped trees, next to its peers.
 
 Random gradients, one for all steps: what a step costs does not depend on them.
-Peers take a few steps in turn with ours, which makes all steps of a gap, so
-that every refresh is among them; `optax.adamw` makes as many and shows what
-the machine alone adds to the worst of them.
+Ours makes all steps of a gap: every refresh is among them. `optax.adamw`
+makes as many in turn with it, and shows what the machine alone adds to the
+worst of them. Peers take some of the steps, spread evenly over the gap, and are
+compared with AdamW's steps at the same time.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from train.bench import runner as runners
 from train.bench.timing import short
 
 ADAMW = "optax.adamw"
+EVERY = (ADAMW, trees.OURS, trees.OURS_AUTO)  # make all steps of a gap
 REFRESHING = ("contrib.galore", "galore-torch")  # all matrices at steps k T
 
 
@@ -59,21 +61,29 @@ def _measure_tree(
   tree = trees.shapes(size, stacked)
   grads = trees.random_like(tree, 1, 1e-3)
   chosen = trees.optimizers(rank, flags.gap)
-  del chosen[trees.OURS_TOLD]  # of a mesh, and there is none
+  chosen.pop(trees.OURS_TOLD, None)  # of a mesh, and there is none
   made = {
     name: runners.start(make, tree, grads) for name, make in chosen.items()
   }
   peers = torch_peers.start(grads, rank, flags.gap) if flags.torch else {}
   calls = {name: x.call for name, x in {**made, **peers}.items()}
   first = {name: timing.seconds(call) for name, call in calls.items()}
-  times: dict[str, list[float]] = {name: [] for name in calls}
-  budget = timing.Budget(flags.peer_steps, 2, flags.peer_seconds)
-  for _ in range(flags.gap):
+  for call in calls.values():
+    timing.seconds(call)  # the first in which nothing is new
+  times: dict[str, dict[int, float]] = {name: {} for name in calls}
+  turns = {
+    name: range(flags.gap)
+    if name in EVERY
+    else _turns(flags, first[name], name in REFRESHING)
+    for name in calls
+  }
+  for step in range(flags.gap):
     for name, call in calls.items():
-      if name in (ADAMW, trees.OURS) or budget.asks(times[name]):
-        times[name].append(timing.seconds(call))
+      if step in turns[name]:
+        times[name][step] = timing.seconds(call)
   rows = {
-    name: _figures(name, first[name], times[name], flags.gap) for name in calls
+    name: _figures(name, first[name], times[name], times[ADAMW], flags.gap)
+    for name in calls
   }
   for name, x in made.items():
     rows[name] |= {
@@ -88,25 +98,39 @@ def _measure_tree(
   return rows
 
 
+def _turns(flags: argparse.Namespace, first: float, refreshes: bool) -> range:
+  """The steps that a peer takes part in; of its first one tells the time."""
+  usual = first / 10 if refreshes else first
+  count = min(flags.peer_steps, max(2, int(flags.peer_seconds / usual)))
+  return range(0, flags.gap, max(1, flags.gap // count))
+
+
 def _figures(
-  name: str, first: float, times: list[float], gap: int
+  name: str,
+  first: float,
+  times: dict[int, float],
+  adamw: dict[int, float],
+  gap: int,
 ) -> dict[str, Any]:
   """Figures of one optimizer from its first step and those after it."""
-  steady = timing.median(times)
+  steady = timing.median(list(times.values()))
+  beside = timing.median([adamw[step] for step in times])
   # Those that refresh everything at once did so in their first step.
   at_once = name in REFRESHING
-  whole = len(times) == gap
-  if at_once:
-    amortised = ((gap - 1) * steady + first) / gap
-  else:
-    amortised = sum(times) / gap if whole else steady
+  mean = sum(times.values()) / len(times)
   return {
     "first": first,
     "steady": steady,
-    "worst": first if at_once else max(times),
-    "amortised": amortised,
+    "steady_of_adamw": steady / beside,
+    "worst": first if at_once else max(times.values()),
+    "amortised": ((gap - 1) * steady + first) / gap if at_once else mean,
+    "amortised_of_adamw": (
+      (steady + (first - steady) / gap) / beside
+      if at_once
+      else mean * len(times) / sum(adamw[step] for step in times)
+    ),
     "steps": len(times),
-    "times": times if name in (ADAMW, trees.OURS) else None,
+    "times": list(times.values()) if name in EVERY else None,
   }
 
 
@@ -118,8 +142,8 @@ def ratios(entry: dict[str, Any]) -> dict[str, dict[str, float]]:
   found = {}
   for name, x in rows.items():
     found[name] = {
-      "steady / adamw": x["steady"] / adamw["steady"],
-      "amortised / adamw": x["amortised"] / adamw["amortised"],
+      "steady / adamw": x["steady_of_adamw"],
+      "amortised / adamw": x["amortised_of_adamw"],
       "worst / median": x["worst"] / x["steady"],
       "first / median": x["first"] / x["steady"],
     }
@@ -206,7 +230,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
 def _draw_gap(entry: dict[str, Any], axis: Any) -> None:
   rows = entry["rows"]
   unit = rows[ADAMW]["steady"]
-  for name in (ADAMW, trees.OURS):
+  for name in filter(rows.get, EVERY):
     steps = [rows[name]["first"], *rows[name]["times"]]
     axis.plot([t / unit for t in steps], lw=1, label=name)
   if entry["layout"] == "unrolled":
