@@ -55,8 +55,8 @@ class Line(NamedTuple):
     return found
 
 
-RATES = Line(8e-3, 1e-3, 6.4e-2)
-MULTIPLIERS = Line(0.25, 1 / 64, 4.0)
+RATES = Line(1.6e-2, 1e-3, 1.28e-1)
+MULTIPLIERS = Line(1 / 16, 1 / 64, 4.0)
 
 
 class Entry(NamedTuple):
@@ -145,6 +145,7 @@ ABLATIONS = Table(
       _change("synchronous", "all bases in one step", "refresh=synchronous"),
       _change("keep", "moments kept at a refresh", "moments=keep"),
       _change("reset", "moments zeroed at a refresh", "moments=reset"),
+      _change("auto", "sides of the smallest state", "proj_type=auto"),
       _change("svd", "bases by exact SVD", "projector=svd"),
       _change("gaps_2", "2 refreshes in a run", gaps=2),
       _change("gaps_50", "50 refreshes in a run", gaps=50),
@@ -169,8 +170,8 @@ ABLATIONS = Table(
       ),
     ),
   ),
-  rates=Line(8e-3, 8e-3, 8e-3),
-  multipliers=Line(0.25, 1 / 16, 1.0),
+  rates=Line(1.6e-2, 1.6e-2, 1.6e-2),
+  multipliers=Line(1 / 16, 1 / 64, 1.0),
 )
 
 LONG = Table(
@@ -184,8 +185,8 @@ LONG = Table(
       Entry("q_galore", "Q-GaLore, 8-bit weights", "q_galore", gaps=60),
     ),
   ),
-  rates=Line(8e-3, 8e-3, 8e-3),
-  multipliers=Line(0.25, 1 / 16, 1.0),
+  rates=Line(1.6e-2, 1.6e-2, 1.6e-2),
+  multipliers=Line(1 / 16, 1 / 64, 1.0),
   seeds=(0, 1),
   tokens=3 * TOKENS,
   evaluations=30,
