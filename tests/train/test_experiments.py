@@ -145,7 +145,7 @@ def test_the_telling_comparisons_come_first():
 
 
 def test_what_is_not_tuned_does_not_stand_beside_what_is():
-  found, order = finished(tables.METHODS)
+  found, order = finished(METHODS)
   last = [run for run in order if run.entry == tables.OURS and not run.seed][-1]
   del found.found[last.key]
   assert found.complete(tables.BASELINE) and not found.complete(tables.OURS)
