@@ -1,5 +1,6 @@
 """The runner of the papers' tables: order, search, resuming, report."""
 
+import functools
 import json
 import math
 import re
@@ -418,13 +419,19 @@ def test_a_run_whose_checkpoints_are_damaged_starts_over(tmp_path, monkeypatch):
     training._prepare(config, tmp_path, None, None)
 
 
-def test_two_runners_do_not_share_a_folder(tmp_path):
-  with (
-    runner._alone(tmp_path),
-    pytest.raises(UserError, match="another runner"),
-    runner._alone(tmp_path),
-  ):
-    pass
+def test_runners_at_one_table_take_different_runs(tmp_path):
+  found, order = finished(tables.QUICK)
+  now = plan.Plan(tables.QUICK, 1000, "speeches", {})
+  claim = functools.partial(runner._claimed, now, tmp_path / "out", tmp_path)
+  with claim() as first, claim() as second, claim() as third:
+    assert first == order[0] and second is not None and second != first
+    assert third is None and len(now.missing()) == 2
+    for run in (first, second):
+      records.append(tmp_path / "out" / "quick.jsonl", found.found[run.key])
+  # What another has finished since the plan was made is not run again.
+  with claim() as late:
+    assert late is None
+  assert not list(tmp_path.glob("*.lock"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@
 
 `run` trains what a table lacks, one run after the other, and adds a line a run
 to docs/results/experiments/TABLE.jsonl. It can be stopped (Ctrl-C, SIGTERM,
-kill -9) at any time: the same command goes on where it was. `report` rewrites
+kill -9) at any time: the same command goes on where it was; started twice, it
+trains two runs at a time. `report` rewrites
 the tables and figures of docs/evidence.md from those lines. `mechanism` looks
 at the singular values of gradients, for the same page. `quick` tries the whole
 on a tiny model, in minutes.

@@ -145,11 +145,11 @@ class Plan:
 
   def missing(self) -> list[Run]:
     """What can be run now; the first is what should be."""
-    for group in self.table.groups:
-      runs = self._searches(group) or self._repeats(group)
-      if runs:
-        return runs
-    return []
+    return [
+      run
+      for group in self.table.groups
+      for run in self._searches(group) or self._repeats(group)
+    ]
 
   def _searches(self, group: tuple[Entry, ...]) -> list[Run]:
     """A run of each entry whose search has not ended, the least tried first."""

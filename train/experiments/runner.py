@@ -1,4 +1,8 @@
-"""Works through a table, unattended: resumes, reports, stops when asked."""
+"""Works through a table, unattended: resumes, reports, stops when asked.
+
+Several runners may work at one table, each on a run of its own: a run is
+claimed by a lock on a file, which no kill can leave behind locked.
+"""
 
 import contextlib
 import datetime
@@ -17,6 +21,7 @@ from train.experiments import records, tables, texts, training
 from train.experiments.plan import Plan, Record, Run
 
 STOPPED = 130
+PATIENCE = 5.0  # seconds between looks at what other runners have done
 
 
 def plan(
@@ -43,7 +48,7 @@ def work_through(
     tokens: of one run.
     text: one of `texts.TEXTS`, or a file.
     folder: of the results.
-    work: folder for the checkpoints of the run under way.
+    work: folder for the checkpoints of runs under way.
     hours: after which it stops; the run under way is saved and goes on the
       next time.
     say: takes the lines of the report.
@@ -52,22 +57,27 @@ def work_through(
     0 if all are there, 130 if it was stopped.
 
   Raises:
-    UserError: another runner is at work here, or the text is not there.
+    UserError: the text is not there.
   """
   parts = texts.prepare(text, data.cache_folder(DataConfig()))
   end, spent = time.monotonic() + 3600 * hours, []
-  with _alone(work), stopping.stop_requests() as asked:
+  with stopping.stop_requests() as asked:
     stopped = lambda: asked() or time.monotonic() > end
-    while runs := (now := plan(table, tokens, text, folder)).missing():
+    while (now := plan(table, tokens, text, folder)).missing():
       if stopped():
         return _pause(now, say)
       begin = time.monotonic()
-      say(f"{_clock()} {now.done() + 1}/{now.total}  {runs[0].describe()}")
-      found = _one(runs[0], parts, work, stopped)
-      if found is None:
-        return _pause(now, say)
-      records.append(folder / f"{table.name}.jsonl", found)
-      shutil.rmtree(work / runs[0].key)
+      with _claimed(now, folder, work) as run:
+        if run is None:  # others are at work at what is left
+          time.sleep(PATIENCE)
+          continue
+        say(f"{_clock()} {now.done() + 1}/{now.total}  {run.describe()}")
+        found = _one(run, parts, work, stopped)
+        if found is None:
+          return _pause(now, say)
+        with _locked(work / "lock"):
+          records.append(folder / f"{table.name}.jsonl", found)
+        shutil.rmtree(work / run.key)
       spent.append(time.monotonic() - begin)
       left = (now.total - now.done() - 1) * statistics.mean(spent) / 3600
       say(f"{_clock()} {_outcome(found)}; about {left:.1f} hours left")
@@ -109,15 +119,34 @@ def _clock() -> str:
 
 
 @contextlib.contextmanager
-def _alone(work: pathlib.Path) -> Iterator[None]:
-  """Holds the folder of the work, or says that another process does."""
-  work.mkdir(parents=True, exist_ok=True)
-  with (work / "lock").open("w") as file:
+def _claimed(
+  now: Plan, folder: pathlib.Path, work: pathlib.Path
+) -> Iterator[Run | None]:
+  """The first missing run that no other runner is at; None if there is none."""
+  for run in now.missing():
+    path = work / f"{run.key}.lock"
+    with _locked(path, wait=False) as mine:
+      if not mine:
+        continue
+      # It may have been finished since the plan was made.
+      missing = run.key not in records.read_all(folder)
+      if missing:
+        yield run
+      if run.key in records.read_all(folder):
+        path.unlink()
+      if missing:
+        return
+  yield None
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path, *, wait: bool = True) -> Iterator[bool]:
+  """Holds a file locked; tells whether it could, where it does not wait."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("w") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-      raise UserError(
-        f"another runner is at work in {work}; wait for it, or give another"
-        " --work"
-      ) from None
-    yield
+      yield False
+      return
+    yield True
