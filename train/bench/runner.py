@@ -22,6 +22,8 @@ class Runner:
     temporaries: bytes that the compiled step takes besides its arguments.
     state_bytes: bytes of the optimizer's state.
     lines: lines of the compiled program.
+    call: makes a step.
+    restart: makes a new state, so that the next step is a first one.
   """
 
   trace: float
@@ -30,6 +32,7 @@ class Runner:
   state_bytes: int
   lines: int
   call: Callable[[], Any]
+  restart: Callable[[], None]
 
   def run(self) -> float:
     """Runs one step; seconds."""
@@ -80,12 +83,17 @@ def start(make: Callable[[], Any], tree: dict, grads: dict) -> Runner:
   """Compiles an optimizer's step and makes its parameters and state."""
   compiled = compile_step(make, tree)
   params = trees.random_like(tree, 0, 0.02)
-  live = [params, jax.jit(make().init)(params)]
+  init = jax.jit(make().init)
+  live: list[Any] = [params, init(params)]
   size = state_bytes(live[1])
 
   def call() -> list[Any]:
     live[:] = compiled.program(grads, live[1], live[0])
     return live
+
+  def restart() -> None:
+    live[1] = None
+    live[1] = jax.block_until_ready(init(live[0]))
 
   return Runner(
     compiled.trace,
@@ -94,4 +102,5 @@ def start(make: Callable[[], Any], tree: dict, grads: dict) -> Runner:
     size,
     len(compiled.program.as_text().splitlines()),
     call,
+    restart,
   )

@@ -68,6 +68,8 @@ def _measure_tree(
   peers = torch_peers.start(grads, rank, flags.gap) if flags.torch else {}
   calls = {name: x.call for name, x in {**made, **peers}.items()}
   first = {name: timing.seconds(call) for name, call in calls.items()}
+  for name, x in made.items():
+    first[name] = _first(x)
   for call in calls.values():
     timing.seconds(call)  # the first in which nothing is new
   times: dict[str, dict[int, float]] = {name: {} for name in calls}
@@ -96,6 +98,15 @@ def _measure_tree(
   for name, peer in peers.items():
     rows[name]["state_bytes"] = peer.state_bytes()
   return rows
+
+
+def _first(optimizer: runners.Runner) -> float:
+  """Seconds of a first step: the middle of three."""
+  found = []
+  for _ in range(3):
+    optimizer.restart()
+    found.append(timing.seconds(optimizer.call))
+  return timing.median(found)
 
 
 def _turns(flags: argparse.Namespace, first: float, refreshes: bool) -> range:
