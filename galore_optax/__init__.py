@@ -27,6 +27,7 @@ from galore_optax.diagnostics import (
   state_bytes,
 )
 from galore_optax.galore import GaLoreState, galore
+from galore_optax.gum import gum
 from galore_optax.layered import Layered, stack, unstack
 from galore_optax.layerwise import Layerwise, LayerwiseState, layerwise
 from galore_optax.lowrank import lora, low_rank, qlora, relora
@@ -38,6 +39,7 @@ from galore_optax.orthogonal import (
 from galore_optax.plan import Projection
 from galore_optax.qarray import QArray, dequantize, quantize
 from galore_optax.restart import jagged_schedule
+from galore_optax.sampled import GumState
 from galore_optax.schedule import Adaptive
 from galore_optax.sharding import quantized_shardings, state_shardings
 from galore_optax.weights import (
@@ -52,6 +54,7 @@ __all__ = [
   "Adapter",
   "Adaptive",
   "GaLoreState",
+  "GumState",
   "Layered",
   "Layerwise",
   "LayerwiseState",
@@ -76,6 +79,7 @@ __all__ = [
   "galore_adamw_8bit",
   "galore_lion",
   "galore_sgd",
+  "gum",
   "jagged_schedule",
   "layerwise",
   "lora",

@@ -251,7 +251,7 @@ def sumo(
     "other": optax.scale_by_adam(b1, b2, eps),
   }
   inner = optax.chain(
-    optax.partition(kinds, _kinds(plan.check_rules(rules))),
+    optax.partition(kinds, kinds_by_name(plan.check_rules(rules))),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
@@ -272,7 +272,7 @@ def sumo(
   )
 
 
-def _kinds(rules: plan.Rules) -> Callable[[Any], Any]:
+def kinds_by_name(rules: plan.Rules) -> Callable[[Any], Any]:
   """Labels the leaves that rules and names let GaLore project.
 
   That of a matrix which stays at full rank because it is small is none: its
