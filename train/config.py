@@ -25,6 +25,7 @@ OptimizerName = Literal[
   "galore_adafactor",
   "galore_lion",
   "galore_sgd",
+  "golore",
   "adamw_8bit",
   "galore_8bit",
   "q_galore",
@@ -33,6 +34,7 @@ OptimizerName = Literal[
   "apollo_mini",
   "q_apollo_mini",
   "sumo",
+  "gum",
   "lora",
   "qlora",
   "relora",
@@ -188,7 +190,10 @@ class OptimizerConfig:
   # What happens to a matrix's moments when its basis is renewed.
   # ldadam is for the methods around AdamW.
   moments: Literal["rotate", "keep", "reset", "ldadam"] = "rotate"
-  random_from: int = 0  # update from which bases are random ones; 0: never
+  # Update from which bases are random ones; 0: never, but with golore from
+  # half of the run on.
+  random_from: int = 0
+  sampled: float = 0.125  # share of the matrices that GUM has at full rank
   accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
   # What GaLore's bases are stored in; the integers with a scale a block.
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
@@ -210,6 +215,10 @@ class OptimizerConfig:
         raise UserError(
           f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}"
         )
+    if not 0 < self.sampled < 1:
+      raise UserError(
+        f"optimizer.sampled must lie between 0 and 1, got {self.sampled}"
+      )
     free = ("clip", "weight_decay", "random_from")
     check_above("optimizer", self, free, low=-1e-30)
     if self.moments == "ldadam" and self.name not in ("galore", "fira"):
@@ -326,6 +335,12 @@ class Config:
       raise UserError(
         "train.accumulate and optimizer.accumulate both cut the batch in"
         " parts; use one of them"
+      )
+    if self.train.layerwise and self.optimizer.name == "gum":
+      raise UserError(
+        "train.layerwise updates one layer after the other, and"
+        " optimizer.name=gum draws matrices among all layers; use sumo, or"
+        " leave train.layerwise false"
       )
     if self.optimizer.has_adapters:
       self._check_adapters(self.optimizer.name)

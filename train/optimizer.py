@@ -16,7 +16,7 @@ from train import adapters
 from train.config import OptimizerConfig
 from train.errors import UserError
 
-SUMO_DECAY = 0.95  # of its momentum
+SUMO_DECAY = 0.95  # of its momentum, and of GUM's
 # Of the paths of kernels, and of the factors that are trained for them.
 KERNEL_ENDS = ("/kernel", "/kernel/a", "/kernel/b")
 
@@ -47,12 +47,13 @@ def decayed(params: Any) -> Any:
 
 def is_galore(name: str) -> bool:
   """Whether a method is one of this library's projections."""
-  return "galore" in name and name != "contrib_galore"
+  return name == "golore" or ("galore" in name and name != "contrib_galore")
 
 
 def projects(name: str) -> bool:
   """Whether a method projects the block matrices, by this library or not."""
-  return "galore" in name or "apollo" in name or name in ("fira", "sumo")
+  others = ("golore", "fira", "sumo", "gum")
+  return "galore" in name or "apollo" in name or name in others
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -107,6 +108,9 @@ def make_optimizer(
       f" methods, not {config.name}; use train.accumulate"
     )
   try:
+    late = config.random_from or max(1, steps // 2)
+    if config.name == "golore":
+      config = dataclasses.replace(config, random_from=late)
     parts = [METHODS[config.name](config, make_schedule(config, steps))]
   except (TypeError, ValueError) as error:
     raise UserError(f"optimizer.name={config.name}: {error}") from None
@@ -318,6 +322,33 @@ def _sumo(c: OptimizerConfig, lr: optax.Schedule):
   return galore_optax.galore(inner, **_options(c))
 
 
+def _gum(c: OptimizerConfig, lr: optax.Schedule):
+  """As SUMO, and some matrices follow what their subspaces leave out."""
+  plain = OptimizerConfig()
+  for name in ("moments", "random_from"):
+    if getattr(c, name) != getattr(plain, name):
+      raise UserError(
+        f"optimizer.{name}={getattr(c, name)} has no meaning for"
+        " optimizer.name=gum, whose momentum begins anew with each draw; leave"
+        f" it at {getattr(plain, name)}, or use sumo"
+      )
+  return galore_optax.gum(
+    lr,
+    SUMO_DECAY,
+    c.b1,
+    c.b2,
+    c.eps,
+    c.weight_decay,
+    decayed,
+    sampled=c.sampled,
+    **{k: v for k, v in _options(c).items() if k not in _NOT_GUM_S},
+  )
+
+
+# GaLore's options that GUM decides itself, or has no use for.
+_NOT_GUM_S = ("moments", "random_from", "accumulation_steps")
+
+
 METHODS = {
   "adamw": _adamw,
   "adafactor": _adafactor,
@@ -330,6 +361,7 @@ METHODS = {
   "galore_adafactor": _galore_adafactor,
   "galore_lion": _galore_lion,
   "galore_sgd": _galore_sgd,
+  "golore": _galore,
   "adamw_8bit": _adamw_8bit,
   "galore_8bit": _galore_8bit,
   "q_galore": _q_galore,
@@ -338,6 +370,7 @@ METHODS = {
   "apollo_mini": _apollo_mini,
   "q_apollo_mini": _q_apollo_mini,
   "sumo": _sumo,
+  "gum": _gum,
   # What these train instead of the matrices is said in train/adapters.py.
   "lora": _adamw,
   "qlora": _adamw,

@@ -54,6 +54,7 @@ SMALL_RATES: dict[str, Any] = {
   "q_apollo_mini": {"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
   # GaLore's rate; not tuned.
   "sumo": {"learning_rate": 8e-3, "scale": 0.2},
+  "gum": {"learning_rate": 8e-3, "scale": 0.2},
   "lora": {"learning_rate": 8e-3},
   "qlora": {"learning_rate": 8e-3},
   "relora": {"learning_rate": 8e-3},
@@ -97,10 +98,12 @@ def llama_60m(optimizer: OptimizerName) -> Config:
   """
   # The papers name no rate for their full-rank baselines: 1e-3 is the middle
   # of their grid, not tuned. The GaLore methods take .01 with alpha = .25, and
-  # so do Fira and SUMO; APOLLO takes .01 with an alpha of its own.
+  # so do Fira, SUMO and GUM; APOLLO takes .01 with an alpha of its own.
   galore = "galore" in optimizer or optimizer in (
+    "golore",
     "fira",
     "sumo",
+    "gum",
     *APOLLO_SCALES,
   )
   return Config(
@@ -353,6 +356,9 @@ def make(preset: str, optimizer: str) -> Config:
   if optimizer == "q_galore":
     # As in its scripts, a shorter second moment.
     config = _change(config, "optimizer", b2=Q_GALORE_B2)
+  if optimizer == "gum":
+    # As published: bases, draws and momentum begin anew together.
+    config = _change(config, "optimizer", refresh="synchronous")
   return config
 
 

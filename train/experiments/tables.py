@@ -120,6 +120,16 @@ METHODS = Table(
       Entry("galore_adafactor", "GaLore around Adafactor", "galore_adafactor"),
       Entry("sumo", "SUMO: GaLore around an exact Muon", "sumo"),
     ),
+    (
+      Entry(
+        "ldadam",
+        "GaLore, moments carried over as LDAdam does",
+        "galore",
+        ("optimizer.moments=ldadam",),
+      ),
+      Entry("golore", "GoLore: random bases from half of the run", "golore"),
+      Entry("gum", "GUM: SUMO without bias", "gum"),
+    ),
   ),
 )
 
