@@ -180,6 +180,27 @@ def test_a_held_matrix_moves_out_of_its_subspace_and_others_in_it():
     np.testing.assert_allclose(inside[i], wanted, atol=1e-2 * whole[i])
 
 
+def test_learns_what_noise_hides_from_subspaces():
+  """Noise of rank r decides every basis, and the signal is beside it."""
+  rng = np.random.default_rng(0)
+  signal = jnp.asarray(rng.normal(size=(4, 8, 16)), jnp.float32)
+  signal = signal.at[:, :2].set(0)
+  noise = np.zeros((60, 4, 8, 16))
+  noise[:, :, :2] = 300 * rng.normal(size=(60, 4, 2, 16))
+  left = {}
+  for make, more in ((sumo, {}), (gum, {"sampled": 2})):
+    tx = make(0.12, MU, rank=2, update_proj_gap=5, **more)
+    params = {"w": jnp.zeros(signal.shape)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for extra in noise:
+      grads = {"w": params["w"] - signal + jnp.float32(extra)}
+      updates, state = update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    left[make] = jnp.linalg.norm((params["w"] - signal)[:, 2:])
+  whole = jnp.linalg.norm(signal)
+  assert left[sumo] > 0.95 * whole and left[gum] < 0.6 * whole, left
+
+
 def test_layers_by_themselves_do_as_in_a_stack():
   grads = list(gradients({"w": (4, 8, 20)}, GAP + 1))
   params = {"w": jnp.zeros((4, 8, 20))}

@@ -50,6 +50,7 @@ def test_fields_that_are_checked_together_change_together():
     ("model.dtype=float8", ["float32", "bfloat16"]),
     ("optimizer.rank=0", ["optimizer.rank", "above 0", "got 0"]),
     ("optimizer.learning_rate=nan", ["optimizer.learning_rate", "nan"]),
+    ("optimizer.sampled=1", ["optimizer.sampled", "between 0 and 1", "1.0"]),
     ("optimizer.warmup=1.5", ["optimizer.warmup", "[0, 1]", "1.5"]),
     ("data.holdout_every=1", ["data.holdout_every", "above 1"]),
     ("model.n_heads=5", ["model.d_model", "multiple of 10"]),

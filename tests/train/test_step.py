@@ -347,3 +347,38 @@ def test_options_that_exclude_one_another_are_refused():
   )
   with pytest.raises(config.UserError, match="galore_faithful"):
     optimizer.make_optimizer(chosen, 10)
+
+
+@pytest.mark.parametrize(
+  "fields", [{"moments": "keep"}, {"random_from": 5}, {"refresh": "adaptive"}]
+)
+def test_what_gum_has_no_use_for_is_refused(fields):
+  chosen = config.OptimizerConfig(name="gum", **fields)
+  with pytest.raises(config.UserError, match=next(iter(fields))):
+    optimizer.make_optimizer(chosen, 10)
+
+
+def test_gum_does_not_go_layer_by_layer():
+  with pytest.raises(config.UserError, match=r"train\.layerwise.*use sumo"):
+    config.Config(
+      "",
+      optimizer=config.OptimizerConfig(name="gum"),
+      train=config.TrainConfig(layerwise=True),
+    )
+
+
+def test_golore_is_galore_with_random_bases_from_half_of_the_run():
+  params = {
+    "layers": {"w": {"kernel": jnp.ones((2, 8, 16))}},
+    "norm": {"scale": jnp.ones(8)},
+  }
+
+  def program(**fields):
+    chosen = config.OptimizerConfig(rank=2, **fields)
+    tx = optimizer.make_optimizer(chosen, steps=10)
+    return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+
+  half = program(name="golore")
+  assert half == program(name="galore", random_from=5)
+  assert half != program(name="galore", random_from=6)
+  assert program(name="golore", random_from=6) != half
