@@ -30,6 +30,7 @@ from galore_optax.galore import GaLoreState, galore
 from galore_optax.gum import gum
 from galore_optax.layered import Layered, stack, unstack
 from galore_optax.layerwise import Layerwise, LayerwiseState, layerwise
+from galore_optax.ldadam import LDAdamState, ldadam
 from galore_optax.lowrank import lora, low_rank, qlora, relora
 from galore_optax.orthogonal import (
   polar_factor,
@@ -55,6 +56,7 @@ __all__ = [
   "Adaptive",
   "GaLoreState",
   "GumState",
+  "LDAdamState",
   "Layered",
   "Layerwise",
   "LayerwiseState",
@@ -82,6 +84,7 @@ __all__ = [
   "gum",
   "jagged_schedule",
   "layerwise",
+  "ldadam",
   "lora",
   "low_rank",
   "polar_factor",

@@ -33,6 +33,10 @@ BASIS_CODES = start.CODES
 # updated, and that of all layers: decides whose turn it is to be refreshed.
 LAYER_ARG = "galore_layer"
 
+# Extra argument of `update`: path of a projected leaf to the matrices
+# (..., m, n) that its bases are found from, in place of its gradient.
+BASIS_ARG = "galore_basis_from"
+
 
 class GaLoreState(NamedTuple):
   """State of :func:`galore`.
@@ -144,6 +148,7 @@ class _GaLore:
   ) -> tuple[optax.Updates, GaLoreState]:
     """Refresh what is due, project, run the inner optimizer, lift."""
     layer, layers = extra_args.pop(LAYER_ARG, (0, 1))
+    sought = extra_args.pop(BASIS_ARG, {})
     leaves = paths.leaves_by_path(updates)
     _check_like(leaves, params)
     sites = self.plan.bound(leaves, state.projector)
@@ -155,7 +160,7 @@ class _GaLore:
       self.refresh,
       sites,
       refresh_lib.Moment(state.step, layer, layers, active),
-      grads,
+      grads | sought,
       state.projector,
       state.schedule or {},
       state.inner_state,
