@@ -35,6 +35,7 @@ OptimizerName = Literal[
   "q_apollo_mini",
   "sumo",
   "gum",
+  "ldadam",
   "lora",
   "qlora",
   "relora",
@@ -221,7 +222,8 @@ class OptimizerConfig:
       )
     free = ("clip", "weight_decay", "random_from")
     check_above("optimizer", self, free, low=-1e-30)
-    if self.moments == "ldadam" and self.name not in ("galore", "fira"):
+    around_adam = ("galore", "fira", "ldadam")
+    if self.moments == "ldadam" and self.name not in around_adam:
       raise UserError(
         f"optimizer.moments=ldadam is for AdamW in a subspace, not for"
         f" optimizer.name={self.name}; use galore or fira, or"

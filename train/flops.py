@@ -135,13 +135,15 @@ def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:
   faithful = config.name == "galore_faithful"
   exact = faithful or config.projector == "svd"
   rotates = not faithful and config.moments in ("rotate", "ldadam")
+  turns = 1 if config.name == "ldadam" else ITERATIONS
   total = 0.0
   for row in rows:
     if row.rank is None:
       continue
     *stack, m, n = row.shape
     total += math.prod(stack) * sum(
-      _find(m, n, size, row.rank, exact) + (rotates and _turn(m, n, size, row))
+      _find(m, n, size, row.rank, 0 if exact else turns)
+      + (rotates and _turn(m, n, size, row))
       for size in _spanned(row)
     )
   return total
@@ -153,16 +155,16 @@ def _spanned(row: Any) -> list[int]:
   return {"left": [m], "right": [n], "both": [m, n]}[row.side]
 
 
-ITERATIONS = 2  # of a refresh: galore's default, which the config leaves
+ITERATIONS = 2  # of a refresh: galore's default; ldadam's is 1
 
 
-def _find(m: int, n: int, size: int, rank: int, exact: bool) -> float:
-  if exact:
+def _find(m: int, n: int, size: int, rank: int, iterations: int) -> float:
+  if not iterations:
     long, short = max(m, n), min(m, n)
     return 6 * long * short**2 + 20 * short**3
   # The Gram matrix, its inverse factor, and the product with that.
   passes = 3 * (4 * size * rank**2 + 4 / 3 * rank**3)
-  return ITERATIONS * (4 * m * n * rank + passes)
+  return iterations * (4 * m * n * rank + passes)
 
 
 def _turn(m: int, n: int, size: int, row: Any) -> float:

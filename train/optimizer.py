@@ -52,7 +52,7 @@ def is_galore(name: str) -> bool:
 
 def projects(name: str) -> bool:
   """Whether a method projects the block matrices, by this library or not."""
-  others = ("golore", "fira", "sumo", "gum")
+  others = ("golore", "fira", "sumo", "gum", "ldadam")
   return "galore" in name or "apollo" in name or name in others
 
 
@@ -324,14 +324,8 @@ def _sumo(c: OptimizerConfig, lr: optax.Schedule):
 
 def _gum(c: OptimizerConfig, lr: optax.Schedule):
   """As SUMO, and some matrices follow what their subspaces leave out."""
-  plain = OptimizerConfig()
-  for name in ("moments", "random_from"):
-    if getattr(c, name) != getattr(plain, name):
-      raise UserError(
-        f"optimizer.{name}={getattr(c, name)} has no meaning for"
-        " optimizer.name=gum, whose momentum begins anew with each draw; leave"
-        f" it at {getattr(plain, name)}, or use sumo"
-      )
+  _refuse(c, "moments", ("rotate",), "whose momentum begins with each draw")
+  _refuse(c, "random_from", (0,), "whose draws are of matrices")
   return galore_optax.gum(
     lr,
     SUMO_DECAY,
@@ -341,12 +335,39 @@ def _gum(c: OptimizerConfig, lr: optax.Schedule):
     c.weight_decay,
     decayed,
     sampled=c.sampled,
-    **{k: v for k, v in _options(c).items() if k not in _NOT_GUM_S},
+    **_own_options(c),
   )
 
 
-# GaLore's options that GUM decides itself, or has no use for.
-_NOT_GUM_S = ("moments", "random_from", "accumulation_steps")
+def _ldadam(c: OptimizerConfig, lr: optax.Schedule):
+  """With error feedback; the error has the moments' dtype."""
+  _refuse(c, "moments", ("rotate", "ldadam"), "which says what becomes of them")
+  _refuse(c, "random_from", (0,), "whose bases follow the momentum")
+  return galore_optax.ldadam(
+    lr,
+    c.b1,
+    c.b2,
+    c.eps,
+    c.weight_decay,
+    decayed,
+    error_dtype=c.state_dtype or None,
+    **_own_options(c),
+  )
+
+
+def _own_options(c: OptimizerConfig) -> dict[str, Any]:
+  """Those of `_options` that methods take which decide the others."""
+  theirs = ("moments", "random_from", "accumulation_steps")
+  return {k: v for k, v in _options(c).items() if k not in theirs}
+
+
+def _refuse(c: OptimizerConfig, name: str, known: tuple, why: str) -> None:
+  """Raises for a setting that a method would not follow."""
+  if getattr(c, name) not in known:
+    raise UserError(
+      f"optimizer.{name}={getattr(c, name)} has no meaning for"
+      f" optimizer.name={c.name}, {why}; leave it at {known[0]}"
+    )
 
 
 METHODS = {
@@ -371,6 +392,7 @@ METHODS = {
   "q_apollo_mini": _q_apollo_mini,
   "sumo": _sumo,
   "gum": _gum,
+  "ldadam": _ldadam,
   # What these train instead of the matrices is said in train/adapters.py.
   "lora": _adamw,
   "qlora": _adamw,

@@ -55,6 +55,7 @@ SMALL_RATES: dict[str, Any] = {
   # GaLore's rate; not tuned.
   "sumo": {"learning_rate": 8e-3, "scale": 0.2},
   "gum": {"learning_rate": 8e-3, "scale": 0.2},
+  "ldadam": {"learning_rate": 8e-3, "matrix_lr": 0.125},  # AdamW's
   "lora": {"learning_rate": 8e-3},
   "qlora": {"learning_rate": 8e-3},
   "relora": {"learning_rate": 8e-3},
@@ -63,6 +64,13 @@ SMALL_RATES: dict[str, Any] = {
 # Its alpha stands under a root, and at rank 1 makes up for a factor that is
 # too small.
 APOLLO_SCALES = {"apollo": 1.0, "apollo_mini": 128.0, "q_apollo_mini": 128.0}
+LDADAM: dict[str, Any] = {
+  "b1": 0.908,
+  "b2": 0.99,
+  "scale": 1.0,
+  "update_proj_gap": 1,
+  "refresh": "synchronous",
+}
 Q_GALORE_B2 = 0.95  # of Q-GaLore's scripts; all others take 0.999
 SMALL_GALORE: dict[str, Any] = {"learning_rate": 8e-3, "scale": 0.25}
 
@@ -356,6 +364,9 @@ def make(preset: str, optimizer: str) -> Config:
   if optimizer == "q_galore":
     # As in its scripts, a shorter second moment.
     config = _change(config, "optimizer", b2=Q_GALORE_B2)
+  if optimizer == "ldadam":
+    # As in its authors' code.
+    config = _change(config, "optimizer", **LDADAM)
   if optimizer == "gum":
     # As published: bases, draws and momentum begin anew together.
     config = _change(config, "optimizer", refresh="synchronous")

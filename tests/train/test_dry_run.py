@@ -114,7 +114,12 @@ def test_every_optimizer_is_counted():
     found = estimate("llama_9m", name)
     state = found["bytes"]["whole"]["optimizer_state"]
     assert found["optimizer_state"][f"this run ({name})"] == state
-    finds_bases = name in ("fira", "sumo", "gum") or optimizer.is_galore(name)
+    finds_bases = name in (
+      "fira",
+      "sumo",
+      "gum",
+      "ldadam",
+    ) or optimizer.is_galore(name)
     assert (found["flops"]["refresh"] > 0) == finds_bases, name
 
 

@@ -349,11 +349,12 @@ def test_options_that_exclude_one_another_are_refused():
     optimizer.make_optimizer(chosen, 10)
 
 
+@pytest.mark.parametrize("name", ["gum", "ldadam"])
 @pytest.mark.parametrize(
   "fields", [{"moments": "keep"}, {"random_from": 5}, {"refresh": "adaptive"}]
 )
-def test_what_gum_has_no_use_for_is_refused(fields):
-  chosen = config.OptimizerConfig(name="gum", **fields)
+def test_what_a_method_has_no_use_for_is_refused(name, fields):
+  chosen = config.OptimizerConfig(name=name, **fields)
   with pytest.raises(config.UserError, match=next(iter(fields))):
     optimizer.make_optimizer(chosen, 10)
 
