@@ -122,7 +122,7 @@ METHODS = Table(
     ),
     (
       Entry(
-        "ldadam",
+        "ldadam_moments",
         "GaLore, moments carried over as LDAdam does",
         "galore",
         ("optimizer.moments=ldadam",),
