@@ -55,10 +55,10 @@ def measured(tmp_path_factory):
 
 
 def test_a_record_says_where_it_comes_from(measured):
-  kept = record.load(measured / "step.json")
+  kept = record.load(measured / "step-tiny-unrolled.json")
   assert kept["command"] == (
-    "python -m train.bench step --trees=tiny --layouts=unrolled --gap=4"
-    " --peer-steps=2"
+    "python -m train.bench step --gap=4 --peer-steps=2 --trees tiny"
+    " --layouts unrolled"
   )
   assert kept["versions"]["jax"] == jax.__version__
   assert kept["machine"]["cores"] >= 1
@@ -68,7 +68,7 @@ def test_a_record_says_where_it_comes_from(measured):
 
 
 def test_step_figures(measured):
-  (entry,) = record.load(measured / "step.json")["results"]["trees"]
+  entry = record.load(measured / "step-tiny-unrolled.json")["results"]
   rows = entry["rows"]
   assert len(rows[trees.OURS]["times"]) == entry["gap"] == 4
   assert rows["contrib.galore"]["steps"] == 2
@@ -121,13 +121,13 @@ def test_the_page_is_rendered_from_records(measured, tmp_path):
 
 
 def test_pictures_are_drawn(measured):
-  assert (measured / "step.png").stat().st_size > 5000
+  assert (measured / "step-tiny-unrolled.png").stat().st_size > 5000
 
 
 def test_wrong_pages_and_records(tmp_path, capsys):
   page = tmp_path / "page.md"
   page.write_text("<!-- step: begin -->\n<!-- step: end -->\n", "utf-8")
-  (tmp_path / "step.json").write_text('{"schema": 0}', "utf-8")
+  (tmp_path / "step-60m-stacked.json").write_text('{"schema": 0}', "utf-8")
   words = ["report", f"--out={tmp_path}", f"--page={page}"]
   assert command.main(words) == 2
   assert "schema 0, expected 1" in capsys.readouterr().err

@@ -105,19 +105,35 @@ def _module(name: str) -> Any:
   return importlib.import_module(f"train.bench.{name}")
 
 
-def run(flags: argparse.Namespace, words: list[str]) -> dict[str, Any]:
+def run(flags: argparse.Namespace, words: list[str]) -> list[dict[str, Any]]:
   """Measures one benchmark, and keeps what it found if a folder is given."""
   if flags.single_threaded:
     record.restart_with_one_thread(words)
   module = _module(flags.benchmark)
   record.restart_with_devices(words, getattr(module, "DEVICES", 1))
-  results = module.measure(flags)
-  made = record.make(flags.benchmark, words, flags, results)
-  if flags.out:
-    path = record.save(made, flags.out)
-    report.draw(path)
-    print(f"\nwrote {path}")
-  return made
+  found = []
+  for part, chosen in getattr(module, "parts", lambda _: [("", {})])(flags):
+    vars(flags).update(chosen)
+    results = module.measure(flags)
+    own = _chosen(words, chosen)
+    found.append(record.make(flags.benchmark, own, flags, results, part))
+    if flags.out:
+      path = record.save(found[-1], flags.out)
+      report.draw(path)
+      print(f"\nwrote {path}", flush=True)
+  return found
+
+
+def _chosen(words: list[str], chosen: dict[str, str]) -> list[str]:
+  """The words of a command that measures a part only."""
+  kept, skip = [], False
+  for word in words:
+    name, given, _ = word.partition("=")
+    mine = name.startswith("--") and name[2:] in chosen
+    if not (mine or skip):
+      kept.append(word)
+    skip = mine and not given
+  return kept + [x for k, v in chosen.items() for x in (f"--{k}", v)]
 
 
 def run_all(flags: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
 """What a benchmark found, on which machine, kept as JSON.
 
 A record is a dict with `benchmark`, `schema`, `date`, `command`, `machine`,
-`versions`, `options` and `results`; the last is the benchmark's own.
+`versions`, `options` and `results`; the last is the benchmark's own. Where one
+is measured in parts, each has a record, and `part` is its name.
 """
 
 import argparse
@@ -30,6 +31,7 @@ def make(
   words: list[str],
   flags: argparse.Namespace,
   results: dict[str, Any],
+  part: str = "",
 ) -> dict[str, Any]:
   """A record of what was measured just now.
 
@@ -37,11 +39,13 @@ def make(
     benchmark: its name.
     words: of the command line.
     flags: what they were read as.
-    results: the benchmark's own part.
+    results: what it found.
+    part: which part of the benchmark, empty if it has none.
   """
   options = {k: v for k, v in sorted(vars(flags).items()) if k not in _LOCAL}
   return {
     "benchmark": benchmark,
+    "part": part,
     "schema": SCHEMA,
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "command": f"python -m train.bench {shlex.join(_kept(words))}",
@@ -115,9 +119,14 @@ def versions() -> dict[str, str]:
   return found
 
 
+def name(benchmark: str, part: str = "") -> str:
+  """Of a record's file."""
+  return f"{benchmark}-{part}.json" if part else f"{benchmark}.json"
+
+
 def save(record: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
   """Writes a record into a folder, in place of the benchmark's last one."""
-  path = folder / f"{record['benchmark']}.json"
+  path = folder / name(record["benchmark"], record["part"])
   try:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(_as_text(record), encoding="utf-8")

@@ -69,14 +69,21 @@ def render(text: str, folder: pathlib.Path) -> tuple[str, int]:
 
   def fill(found: re.Match) -> str:
     name = found["name"]
-    path = folder / f"{name}.json"
-    if not path.is_file():
+    paths = _paths(folder, name)
+    body = "\n".join(_tables(name, record.load(path)) for path in paths)
+    if not paths:
       body = f"Not measured yet: `python -m train.bench {name}`.\n"
-    else:
-      body = _tables(name, record.load(path))
     return f"{found[1]}\n{body}\n{found[3]}"
 
   return _MARKED.subn(fill, text)
+
+
+def _paths(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+  """The records of a benchmark: one, or its parts in their order."""
+  module = importlib.import_module(f"train.bench.{name}")
+  parts = getattr(module, "part_names", lambda: [""])()
+  paths = [folder / record.name(name, part) for part in parts]
+  return [path for path in paths if path.is_file()]
 
 
 def _tables(name: str, kept: dict) -> str:
