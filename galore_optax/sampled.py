@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_optax import layout, orthogonal, paths, plan, sharding
+from galore_optax import layout, orthogonal, paths, plan, sharding, stacks
 from galore_optax import projector as projector_lib
 from galore_optax.galore import LAYER_ARG, GaLoreState
 
@@ -253,11 +253,6 @@ def _restarted(state: GaLoreState, begins: jax.Array) -> GaLoreState:
   return state._replace(inner_state=layout.update_low(state.inner_state, none))
 
 
-def _flat(x: jax.Array) -> jax.Array:
-  """A stack of matrices with one stack axis."""
-  return x.reshape(-1, *x.shape[-2:])
-
-
 def _read(
   family: _Family,
   leaves: Mapping[str, jax.Array],
@@ -270,7 +265,9 @@ def _read(
     bases = projector_lib.read(kept[site.path])
     grad = site.view.as_matrix(leaves[site.path])
     wide = jnp.promote_types(grad.dtype, jnp.float32)
-    at = lambda x: jax.lax.dynamic_index_in_dim(_flat(x), i, keepdims=False)
+    at = lambda x: jax.lax.dynamic_index_in_dim(
+      stacks.flat(x), i, keepdims=False
+    )
     return at(grad).astype(wide), jax.tree.map(at, bases)
 
   first = np.asarray(family.first[:-1], np.int32)
@@ -316,7 +313,7 @@ def _placed(
   for site, first in zip(family.sites, family.first, strict=False):
     old = site.view.as_matrix(updates[site.path])
     own = (site.scale * found).astype(old.dtype)
-    new = _put(_flat(old), held - first, own)
+    new = _put(stacks.flat(old), held - first, own)
     done[site.path] = site.view.from_matrix(new.reshape(old.shape))
   return done
 

@@ -9,15 +9,13 @@ import optax
 import pytest
 
 from galore_optax import (
-  Layered,
-  Projection,
   adamw_8bit,
   find_bases,
   galore,
-  layerwise,
   projector,
   scale_by_orthogonal_momentum,
 )
+from tests.core import small
 
 GAP, RANK, RATE, ALPHA, LATE = 3, 3, 1e-2, 0.5, 5
 B1, B2, EPS = 0.8, 0.95, 1e-8
@@ -160,37 +158,9 @@ def test_on_a_mesh_numbers_are_those_of_one_device():
 
 
 def test_layer_by_layer_equals_the_usual_step():
-  model = Layered(
-    first=lambda params, batch: batch @ params["inner"],
-    layer=lambda w, x: x + jnp.tanh(x @ w),
-    last=lambda params, x, batch: jnp.mean((x @ params["outer"] - 1) ** 2),
-  )
-  rng = np.random.default_rng(0)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  params = {
-    "inner": normal(8, 16),
-    "layers": normal(3, 16, 16) / 8,
-    "outer": normal(16, 1),
-  }
-  rules = [("layers", Projection()), ("", None)]
-  tx = galore(adam(), rules=rules, **OPTIONS | {"random_from": 2})
-  init, step = layerwise(tx, model)
-  step = jax.jit(step)
-  fused, plain = params, params
-  state, other = init(params), tx.init(params)
-
-  @jax.jit
-  def usual(params, state, batch):
-    grads = jax.grad(model.loss)(params, batch)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  for _ in range(GAP + 2):
-    batch = normal(4, 8)
-    fused, state, _ = step(fused, state, batch)
-    plain, other = usual(plain, other, batch)
-  for name, x in plain.items():
-    np.testing.assert_allclose(fused[name], x, atol=2e-4)
+  options = OPTIONS | {"random_from": 2}
+  tx = galore(adam(), rules=small.RULES, **options)
+  small.train_both_ways(tx, GAP + 2, atol=2e-4)
 
 
 @pytest.mark.parametrize(

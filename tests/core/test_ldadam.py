@@ -7,14 +7,12 @@ import optax
 import pytest
 
 from galore_optax import (
-  Layered,
-  Projection,
   find_bases,
-  layerwise,
   ldadam,
   state_bytes,
   state_shardings,
 )
+from tests.core import small
 
 RANK, RATE, DECAY, B1, B2, EPS = 3, 1e-2, 0.1, 0.9, 0.99, 1e-8
 SETTINGS = {"b1": B1, "b2": B2, "eps": EPS, "rank": RANK}
@@ -160,38 +158,9 @@ def test_other_leaves_get_adamw():
 
 
 def test_layer_by_layer_equals_the_usual_step():
-  model = Layered(
-    first=lambda params, batch: batch @ params["inner"],
-    layer=lambda w, x: x + jnp.tanh(x @ w),
-    last=lambda params, x, batch: jnp.mean((x @ params["outer"] - 1) ** 2),
-  )
-  rng = np.random.default_rng(0)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  params = {
-    "inner": normal(8, 16),
-    "layers": normal(3, 16, 16) / 8,
-    "outer": normal(16, 1),
-  }
-  rules = [("layers", Projection()), ("", None)]
   # A large eps, for entries of a rounding error's size.
-  tx = ldadam(RATE, eps=1e-3, rank=4, rules=rules)
-  init, step = layerwise(tx, model)
-  fused, plain = params, params
-  state, other = init(params), tx.init(params)
-  step = jax.jit(step)
-
-  @jax.jit
-  def usual(params, state, batch):
-    grads = jax.grad(model.loss)(params, batch)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  for _ in range(4):
-    batch = normal(4, 8)
-    fused, state, _ = step(fused, state, batch)
-    plain, other = usual(plain, other, batch)
-  for name, x in plain.items():
-    np.testing.assert_allclose(fused[name], x, atol=1e-3)
+  tx = ldadam(RATE, eps=1e-3, rank=4, rules=small.RULES)
+  small.train_both_ways(tx, 4, atol=1e-3)
 
 
 def test_the_error_is_sharded_as_the_weights_are():

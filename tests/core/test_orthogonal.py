@@ -7,17 +7,15 @@ import optax
 import pytest
 
 from galore_optax import (
-  Layered,
-  Projection,
   describe,
   find_bases,
   galore,
-  layerwise,
   polar_factor,
   scale_by_orthogonal_momentum,
   state_bytes,
   sumo,
 )
+from tests.core import small
 
 GAP, RANK, RATE, DECAY, MU, ALPHA = 3, 3, 1e-2, 0.1, 0.9, 0.5
 STEPS = 3 * GAP + 2  # refreshes at 0, 3, 6, 9
@@ -186,22 +184,8 @@ def test_one_moment_is_kept():
   ],
 )
 def test_goes_down_with_other_options(options):
-  rng = np.random.default_rng(0)
-  target = jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
   tx = sumo(0.1, MU, **OPTIONS, **options)
-  params = {"w": jnp.zeros((8, 24))}
-  state = tx.init(params)
-
-  @jax.jit
-  def step(params, state):
-    grads = {"w": params["w"] - target}
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  for _ in range(60):
-    params, state = step(params, state)
-  distance = jnp.linalg.norm(params["w"] - target)
-  assert distance < 0.85 * jnp.linalg.norm(target)
+  assert small.left_of_the_way(tx, (8, 24)) < 0.85
 
 
 def test_accumulation_is_that_of_the_mean():
@@ -219,41 +203,12 @@ def test_accumulation_is_that_of_the_mean():
 
 @pytest.mark.parametrize("name", ["sumo", "ldadam"])
 def test_layer_by_layer_equals_the_usual_step(name):
-  model = Layered(
-    first=lambda params, batch: batch @ params["inner"],
-    layer=lambda w, x: x + jnp.tanh(x @ w),
-    last=lambda params, x, batch: jnp.mean((x @ params["outer"] - 1) ** 2),
-  )
-  rng = np.random.default_rng(0)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  params = {
-    "inner": normal(8, 16),
-    "layers": normal(3, 16, 16) / 8,
-    "outer": normal(16, 1),
-  }
-  rules = [("layers", Projection()), ("", None)]
-  options = {"rules": rules, **OPTIONS}
+  options = {"rules": small.RULES, **OPTIONS}
   if name == "sumo":
     tx = sumo(RATE, MU, weight_decay=DECAY, **options)
   else:
     tx = galore(optax.adam(RATE), moments="ldadam", **options)
-  init, step = layerwise(tx, model)
-  fused, plain = params, params
-  state, other = init(params), tx.init(params)
-  step = jax.jit(step)
-
-  @jax.jit
-  def usual(params, state, batch):
-    grads = jax.grad(model.loss)(params, batch)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  for _ in range(GAP + 1):
-    batch = normal(4, 8)
-    fused, state, _ = step(fused, state, batch)
-    plain, other = usual(plain, other, batch)
-  for name, x in plain.items():
-    np.testing.assert_allclose(fused[name], x, atol=2e-4)
+  small.train_both_ways(tx, GAP + 1, atol=2e-4)
 
 
 def test_what_is_refused():

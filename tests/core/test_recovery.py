@@ -10,17 +10,14 @@ import optax
 import pytest
 
 from galore_optax import (
-  Layered,
-  Projection,
   adamw_8bit,
   apollo_adamw,
   apollo_mini_adamw,
   find_bases,
   galore,
-  layerwise,
   state_bytes,
 )
-from tests.core import recovery_reference
+from tests.core import recovery_reference, small
 
 GAP, RANK, RATE, DECAY = 4, 3, 1e-2, 0.1
 STEPS = 3 * GAP + 3  # refreshes at 0, 4, 8, 12
@@ -234,36 +231,8 @@ def test_stacked_matrices_are_each_by_themselves():
 
 
 def test_layer_by_layer_equals_the_usual_step():
-  model = Layered(
-    first=lambda params, batch: batch @ params["inner"],
-    layer=lambda w, x: x + jnp.tanh(x @ w),
-    last=lambda params, x, batch: jnp.mean((x @ params["outer"] - 1) ** 2),
-  )
-  rng = np.random.default_rng(0)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  params = {
-    "inner": normal(8, 16),
-    "layers": normal(3, 16, 16) / 8,
-    "outer": normal(16, 1),
-  }
-  tx = fira(optax.adam(RATE), rules=[("layers", Projection()), ("", None)])
-  init, step = layerwise(tx, model)
-  fused, plain = params, params
-  state, other = init(params), tx.init(params)
-  step = jax.jit(step)
-
-  @jax.jit
-  def usual(params, state, batch):
-    grads = jax.grad(model.loss)(params, batch)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  for _ in range(GAP + 1):
-    batch = normal(4, 8)
-    fused, state, _ = step(fused, state, batch)
-    plain, other = usual(plain, other, batch)
-  for name, x in plain.items():
-    np.testing.assert_allclose(fused[name], x, atol=2e-4)
+  tx = fira(optax.adam(RATE), rules=small.RULES)
+  state, other = small.train_both_ways(tx, GAP + 1, atol=2e-4)
   norms = state.layers.recovery["layers"]
   assert norms.shape == (3,)
   np.testing.assert_allclose(norms, other.recovery["layers"], rtol=1e-2)
