@@ -178,6 +178,8 @@ def ratios(entry: dict[str, Any]) -> dict[str, dict[str, float]]:
       "worst / median": x["worst"] / x["steady"],
       "first / median": x["first"] / x["steady"],
     }
+    if name in (trees.OURS, trees.OURS_AUTO):
+      found[name] |= _of_refreshes(entry, x)
     if "compile" in x:
       found[name]["build / contrib"] = building(x) / building(contrib)
     if "state_bytes" in x:
@@ -185,10 +187,30 @@ def ratios(entry: dict[str, Any]) -> dict[str, dict[str, float]]:
   return found
 
 
+def _of_refreshes(
+  entry: dict[str, Any], found: dict[str, Any]
+) -> dict[str, float]:
+  """Steps in which a matrix is refreshed, beside the others."""
+  matrices = 7 * trees.SIZES[entry["tree"]].layers
+  due = {i * entry["gap"] // matrices for i in range(matrices)}
+  by_kind = {True: [], False: []}
+  for step, x in enumerate(found["times"], 2):  # two were made before
+    by_kind[step % entry["gap"] in due].append(x)
+  if not all(by_kind.values()):
+    return {}
+  return {
+    "refreshing / idle": timing.median(by_kind[True])
+    / timing.median(by_kind[False]),
+    "worst of these / median": max(by_kind[True]) / found["steady"],
+  }
+
+
 RATIOS = (
   "steady / adamw",
   "amortised / adamw",
   "worst / median",
+  "refreshing / idle",
+  "worst of these / median",
   "first / median",
   "build / contrib",
   "state / adamw",
