@@ -96,6 +96,18 @@ class Plan:
     others, wanted = self._climb(entry, line, best)
     return list(dict.fromkeys(tried + others)), wanted
 
+  def tried(self, entry: Entry) -> list[Point]:
+    """All points that are there, also beside the way of the search."""
+    rates = self.table.rates.values()
+    multipliers = self.table.multipliers.values()
+    seed = self.table.seeds[0]
+    return [
+      (rate, multiplier)
+      for rate in rates
+      for multiplier in multipliers
+      if self.record(entry, (rate, multiplier), seed)
+    ]
+
   def _climb(
     self, entry: Entry, line: list[Point], start: Point
   ) -> tuple[list[Point], Point | None]:

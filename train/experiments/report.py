@@ -214,10 +214,10 @@ def _edge(value: float, line: Line) -> str:
 
 
 def grid(plan: Plan) -> str:
-  """Every point of the search, with its validation perplexity."""
+  """Every point that was tried, with its validation perplexity."""
   rows = []
   for entry in plan.table.entries:
-    for point in sorted(plan.search(entry)[0]):
+    for point in plan.tried(entry):
       found = plan.found[plan.run(entry, point, plan.table.seeds[0]).key]
       chosen = ""
       if point == plan.chosen(entry):
