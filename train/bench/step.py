@@ -285,10 +285,11 @@ def _draw_gap(entry: dict[str, Any], axis: Any) -> None:
     axis.plot([t / unit for t in steps], lw=1, label=name)
   if entry["layout"] == "unrolled":
     spike = rows["contrib.galore"]["worst"] / unit
-    axis.plot([0], [spike], "v", color="C2", label="contrib.galore, step 0")
+    axis.plot([0], [spike], "v", color="C3", label="contrib.galore, step 0")
   axis.set_yscale("log")
   axis.set_ylim(bottom=0.5)
   axis.yaxis.set_major_formatter("{x:g}")
+  axis.yaxis.set_minor_formatter("{x:g}")
   axis.set_title(_title(entry), fontsize=9)
   axis.set_xlabel("step")
   axis.set_ylabel("time / AdamW's median")
