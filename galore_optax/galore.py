@@ -232,7 +232,11 @@ class _GaLore:
       )
       state = state._replace(recovery=norms)
     else:
-      lifted = {p: _lift(site, new[p], bases[p]) for p, site in sites.items()}
+      given = paths.leaves_by_path(like)
+      lifted = {
+        path: _lift(site, new[path], bases[path], jnp.result_type(given[path]))
+        for path, site in sites.items()
+      }
     new |= lifted
     new |= {path: new[path] + h for path, h in owed.items()}
     return (
@@ -373,9 +377,15 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def _lift(
-  site: plan.Site, low: jax.Array, bases: projector_lib.Bases
+  site: plan.Site, low: jax.Array, bases: projector_lib.Bases, dtype: Any
 ) -> jax.Array:
-  return site.view.from_matrix(projector_lib.lift(site.scale * low, bases))
+  """The update of a leaf, which is to have this dtype."""
+  low = site.scale * low
+  if dtype == jnp.bfloat16:
+    # It is rounded to that anyway. Products of such numbers are exact in one
+    # pass of a matrix unit, and on a mesh half as much is gathered.
+    low, bases = jax.tree.map(lambda x: x.astype(dtype), (low, bases))
+  return site.view.from_matrix(projector_lib.lift(low, bases))
 
 
 def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:
