@@ -161,3 +161,14 @@ def test_null_directions_are_dropped_and_no_others():
   np.testing.assert_array_equal(got, low.at[2].set(0))
   got = projector.drop_null(low.T, {"right": None}, 1e-6)
   np.testing.assert_array_equal(got, low.at[2].set(0).T)
+
+
+@pytest.mark.parametrize("rank", [64, 100, 128])
+def test_elimination_of_several_blocks(rank):
+  """L⁻¹ by blocks of 64 rows, of which the last may be padded."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(3 * rank, rank))
+  gram = x.T @ x / len(x)
+  found = jax.jit(projector._eliminate)(jnp.asarray(gram, jnp.float32), 0.5)
+  factor = np.linalg.cholesky(gram + 0.5 * np.eye(rank))
+  np.testing.assert_allclose(found, np.linalg.inv(factor), atol=2e-6)
