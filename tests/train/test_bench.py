@@ -64,7 +64,7 @@ def test_a_record_says_where_it_comes_from(measured):
   assert kept["machine"]["cores"] >= 1
   assert str(measured) not in str(kept)  # nor any other place on the machine
   words = ["chips", "--keep", "a", "--seq", "9", "--python=b"]
-  assert record._kept(words) == ["chips", "--seq", "9"]
+  assert record.without(words, record._LOCAL) == ["chips", "--seq", "9"]
 
 
 def test_step_figures(measured):

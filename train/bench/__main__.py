@@ -126,14 +126,8 @@ def run(flags: argparse.Namespace, words: list[str]) -> list[dict[str, Any]]:
 
 def _chosen(words: list[str], chosen: dict[str, str]) -> list[str]:
   """The words of a command that measures a part only."""
-  kept, skip = [], False
-  for word in words:
-    name, given, _ = word.partition("=")
-    mine = name.startswith("--") and name[2:] in chosen
-    if not (mine or skip):
-      kept.append(word)
-    skip = mine and not given
-  return kept + [x for k, v in chosen.items() for x in (f"--{k}", v)]
+  own = [word for k, v in chosen.items() for word in (f"--{k}", v)]
+  return record.without(words, chosen) + own
 
 
 def run_all(flags: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def make(
     "part": part,
     "schema": SCHEMA,
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "command": f"python -m train.bench {shlex.join(_kept(words))}",
+    "command": f"python -m train.bench {shlex.join(without(words, _LOCAL))}",
     "machine": machine(),
     "versions": versions(),
     "options": options,
@@ -60,15 +61,15 @@ def make(
 _LOCAL = ("out", "gradients", "keep", "python")
 
 
-def _kept(words: list[str]) -> list[str]:
-  """The words without options that name a place on this machine."""
+def without(words: list[str], options: Collection[str]) -> list[str]:
+  """The words of a command line without some options and their values."""
   kept, skip = [], False
   for word in words:
     name, given, _ = word.partition("=")
-    local = name.startswith("--") and name[2:] in _LOCAL
-    if not (local or skip):
+    dropped = name.startswith("--") and name[2:] in options
+    if not (dropped or skip):
       kept.append(word)
-    skip = local and not given
+    skip = dropped and not given
   return kept
 
 
