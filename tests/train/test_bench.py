@@ -328,6 +328,7 @@ def test_chips_are_compiled_once(tmp_path, monkeypatch):
   figures = {
     "preset": "llama_7b",
     "target": "tpu:v6e:2x2",
+    "layerwise": False,
     "seq": 2048,
     "batch": 4,
     "devices": 4,
@@ -344,7 +345,8 @@ def test_chips_are_compiled_once(tmp_path, monkeypatch):
 
   def run(command, **_):
     commands.append(command)
-    out = json.dumps(figures | {"method": "galore"})
+    layerwise = "--layerwise" in command
+    out = json.dumps(figures | {"method": "galore", "layerwise": layerwise})
     return argparse.Namespace(returncode=0, stdout=out + "\n", stderr="")
 
   monkeypatch.setattr(chips.subprocess, "run", run)
@@ -352,11 +354,13 @@ def test_chips_are_compiled_once(tmp_path, monkeypatch):
   kept.write_text(json.dumps(figures | {"method": "adamw"}), "utf-8")
   words = ["chips", "--targets=tpu:v6e:2x2", f"--keep={tmp_path}"]
   assert command.main([*words, f"--out={tmp_path}"]) == 0
-  assert len(commands) == 1
+  assert len(commands) == 2
   assert "--batch=4" in commands[0]
+  assert ["--layerwise" in words for words in commands] == [False, True]
   results = record.load(tmp_path / "chips.json")["results"]
   table = chips.tables(results)
   assert "| v6e:2x2, adamw | 1.00 | 1.00 | 1.00 | - | 5.00 | 50% |" in table
+  assert "| v6e:2x2, galore, layerwise | 1.00 |" in table
   assert "3, 1.00 GiB" in table
   assert (tmp_path / "chips.png").stat().st_size > 5000
 
@@ -370,6 +374,8 @@ def test_what_a_chip_s_compiler_says_is_passed_on(monkeypatch, capsys):
   assert "needs the compiler" in capsys.readouterr().err
   assert command.main(["chips", "--targets=tpu:v5e"]) == 2
   assert "name the topology" in capsys.readouterr().err
+  assert command.main(["chips", "--methods=adamw,galore+fast"]) == 2
+  assert "'fast' is no form of an update" in capsys.readouterr().err
 
 
 def test_all_keeps_the_records_of_what_failed(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--preset", default="llama_7b")
   add("--targets", default="tpu:v6e:2x2,tpu:v5e:4x4")
-  add("--methods", default="adamw,galore", help="of train.memory")
+  add(
+    "--methods",
+    default="adamw,galore,galore+layerwise",
+    help="of train.memory; +layerwise: updated layer by layer",
+  )
   add("--seq", type=int, default=2048, help="tokens a row")
   add("--rows", type=int, default=1, help="of each chip")
   add("--python", default=sys.executable, help="with the TPU compiler")
@@ -58,9 +62,26 @@ def chips_of(target: str) -> int:
   return total
 
 
+def _split(method: str) -> tuple[str, str]:
+  """Name and form of one of `--methods`.
+
+  Raises:
+    UserError: it has a form that does not exist.
+  """
+  name, _, form = method.partition("+")
+  if form not in ("", "layerwise"):
+    raise UserError(
+      f"--methods {method!r}: {form!r} is no form of an update; write"
+      f" {name!r} or '{name}+layerwise'"
+    )
+  return name, form
+
+
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Compiles every method for every slice, one after the other."""
   found = []
+  for method in flags.methods.split(","):
+    _split(method)  # a mistake shows before minutes of compiling
   for target in flags.targets.split(","):
     for method in flags.methods.split(","):
       found.append(_compile(flags, target, method))
@@ -71,13 +92,15 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 def _compile(
   flags: argparse.Namespace, target: str, method: str
 ) -> dict[str, Any]:
-  name = f"{target.removeprefix('tpu:')}-{method}.json"
-  kept = flags.keep / name if flags.keep else None
+  name, form = _split(method)
+  file = f"{target.removeprefix('tpu:')}-{method}.json"
+  kept = flags.keep / file if flags.keep else None
   if kept and kept.is_file() and kept.stat().st_size:
     return json.loads(kept.read_text(encoding="utf-8"))
   words = [
     f"--preset={flags.preset}",
-    f"--method={method}",
+    f"--method={name}",
+    *(["--layerwise"] if form else []),
     f"--seq={flags.seq}",
     f"--batch={flags.rows * chips_of(target)}",
     f"--target={target}",
@@ -112,7 +135,8 @@ HEAD = [
 
 
 def _name(x: dict[str, Any]) -> str:
-  return f"{x['target'].removeprefix('tpu:')}, {x['method']}"
+  form = ", layerwise" * x["layerwise"]
+  return f"{x['target'].removeprefix('tpu:')}, {x['method']}{form}"
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
@@ -169,9 +193,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
   """What fills a chip, stacked bars."""
   with pictures.axes(path, 1, width=7) as (axis,):
     found = results["programs"]
-    names = [
-      f"{x['target'].removeprefix('tpu:')}, {x['method']}" for x in found
-    ]
+    names = [_name(x) for x in found]
     left = [0.0] * len(found)
     for part in PARTS:
       sizes = [(x["components"][part] or 0) / GIB for x in found]
