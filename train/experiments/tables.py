@@ -103,6 +103,7 @@ METHODS = Table(
     (
       FAITHFUL,
       Entry("fira", "Fira", "fira"),
+      Entry("galore_8bit", "8-bit GaLore", "galore_8bit"),
       Entry("contrib_galore", "optax.contrib.galore", "contrib_galore"),
       Entry("lora", "LoRA", "lora"),
       Entry("relora", "ReLoRA, no warm start", "relora"),
@@ -113,7 +114,6 @@ METHODS = Table(
       Entry(
         "apollo_mini", "APOLLO-Mini", "apollo_mini", ("optimizer.scale=128",)
       ),
-      Entry("galore_8bit", "8-bit GaLore", "galore_8bit"),
       Entry("q_galore", "Q-GaLore, 8-bit weights", "q_galore"),
       Entry("muon", "Muon, full rank", "muon"),
       Entry("adafactor", "Adafactor, full rank", "adafactor"),
