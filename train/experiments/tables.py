@@ -127,6 +127,7 @@ METHODS = Table(
         "galore",
         ("optimizer.moments=ldadam",),
       ),
+      Entry("ldadam", "LDAdam: bases anew at every step", "ldadam"),
       Entry("golore", "GoLore: random bases from half of the run", "golore"),
       Entry("gum", "GUM: SUMO without bias", "gum"),
     ),
