@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from galore_optax import (
 from galore_optax import projector as projector_lib
 from galore_optax import recovery as recovery_lib
 from galore_optax import refresh as refresh_lib
+from galore_optax import stacks as stacks_lib
 
 PARAMS_MODES = ("split", "project")
 BASIS_CODES = start.CODES
@@ -172,7 +173,10 @@ class _GaLore:
       schedule=state.schedule and schedules,
     )
     bases = {path: projector_lib.read(kept[path]) for path in sites}
-    low = {path: self._project(grads[path], bases[path]) for path in sites}
+    low = {
+      path: _each(site, self._project, grads[path], bases[path])
+      for path, site in sites.items()
+    }
     low_updates = paths.map_with_path(
       lambda path, g: low[path] if path in low else _finite(self._cast(g)),
       updates,
@@ -385,7 +389,12 @@ def _lift(
     # It is rounded to that anyway. Products of such numbers are exact in one
     # pass of a matrix unit, and on a mesh half as much is gathered.
     low, bases = jax.tree.map(lambda x: x.astype(dtype), (low, bases))
-  return site.view.from_matrix(projector_lib.lift(low, bases))
+  return site.view.from_matrix(_each(site, projector_lib.lift, low, bases))
+
+
+def _each(site: plan.Site, f: Callable, *stacks: Any) -> jax.Array:
+  """A function of a leaf's matrices: of all at once, or one by one."""
+  return stacks_lib.walk(f, *stacks) if site.walked else f(*stacks)
 
 
 def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:
@@ -547,9 +556,11 @@ def galore(
       which rank 1 is enough. Published with α of 1 and 128, and with
       `projector="random"`, see :func:`galore_optax.apollo_adamw`.
     param_shardings: `jax.NamedSharding` for each parameter, where they are on a
-      mesh: decides the sides of `proj_type="auto"`, and tells of stacked layers
-      that are divided among devices, of which a refresh then takes one without
-      gathering the others.
+      mesh: decides the sides of `proj_type="auto"`, and how stacked layers are
+      walked. Of a stack that is divided among devices a refresh takes one layer
+      without gathering the others; layers that have a part on every device are
+      projected and lifted one by one, so that what devices send each other
+      takes the memory of one.
     share_refresh: Whether leaves whose bases have one shape share one compiled
       refresh, which compiles faster. It needs their gradients at one time. If
       False, each leaf has its own, and where layers are separate leaves a

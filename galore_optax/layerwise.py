@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import layout
 
-from galore_optax import checks, paths, weights
+from galore_optax import checks, paths, sharding, weights
 from galore_optax.galore import LAYER_ARG
 from galore_optax.layered import Layered, check_layers
 
@@ -437,8 +437,11 @@ def _pin(stack: jax.Array) -> jax.Array:
   """Keeps a stack in the layout that it came in.
 
   What is done with a layer may suit another one; compilers then choose that
-  for the whole loop, and copy all layers on the way in and out.
+  for the whole loop, and copy all layers on the way in and out. On a mesh it is
+  left to them: the partitioner gathers what such a constraint is put on.
   """
+  if sharding.on_mesh(stack):
+    return stack
   return layout.with_layout_constraint(
     stack, layout.Layout(tuple(range(stack.ndim)))
   )

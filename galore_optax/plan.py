@@ -94,6 +94,9 @@ class Site:
     gap: Steps between two refreshes, possibly traced.
     scale: Factor on the lifted update, possibly traced.
     spread: Whether the stack's matrices are known to be divided among devices.
+    walked: Whether each of the stack's matrices is known to have a part on
+      every device. They are then projected and lifted one after another, so
+      that what devices send each other is one matrix's at a time.
   """
 
   path: str
@@ -103,6 +106,7 @@ class Site:
   gap: Any
   scale: Any
   spread: bool = False
+  walked: bool = False
 
   def basis_shape(self, side: str) -> tuple[int, ...]:
     """Shape of a side's basis, (..., m, r) or (..., n, r)."""
@@ -222,9 +226,16 @@ class Plan:
     rank: int,
     how: Projection,
   ) -> Site:
-    *stack, _, _ = view.spec(self.partitions.get(path, ()))
+    *stack, rows, cols = view.spec(self.partitions.get(path, ()))
     return Site(
-      path, view, sides, rank, how.update_proj_gap, how.scale, any(stack)
+      path,
+      view,
+      sides,
+      rank,
+      how.update_proj_gap,
+      how.scale,
+      spread=any(stack),
+      walked=bool(stack) and not any(stack) and bool(rows or cols),
     )
 
   def _sides(

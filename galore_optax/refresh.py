@@ -218,7 +218,6 @@ def _refresh_group(
   names = [site.path for site in group.members]
   # A basis is a constant of differentiation, as it is between refreshes.
   flat_grads = {p: stacks.flat(jax.lax.stop_gradient(grads[p])) for p in names}
-  flat = {path: _flat_slot(slots[path]) for path in names}
 
   def one(unit: jax.Array, flat: _Slots) -> _Slots:
     number = schedule.Number(
@@ -229,11 +228,7 @@ def _refresh_group(
       how, now, number, group, place, flat_grads, flat, orders
     )
 
-  flat = _walk(how, now, units, group, one, flat)
-  return {
-    path: jax.tree.map(lambda x, like: x.reshape(like.shape), x, slots[path])
-    for path, x in flat.items()
-  }
+  return _walk(how, now, units, group, one, {p: slots[p] for p in names})
 
 
 def _walk(
@@ -242,9 +237,19 @@ def _walk(
   units: Any,
   group: groups.Group,
   one: Callable,
-  flat: _Slots,
+  slots: _Slots,
 ) -> _Slots:
-  """Calls `one` on the matrices of a group that are due, one after another."""
+  """Calls `one` on the matrices of a group that are due, one after another.
+
+  Stacks are flattened inside of the branch that is taken: what comes out of a
+  branch in another shape than its users', those do not write in place.
+  """
+
+  def loop(low: Any, high: Any, body: Callable, slots: _Slots) -> _Slots:
+    flat = {path: _flat_slot(slot) for path, slot in slots.items()}
+    flat = jax.lax.fori_loop(low, high, body, flat)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, slots)
+
   low, high = due(how.policy, now.step, group.members[0].gap, units)
   numbers = group.numbers(now.layer, now.layers)
   if how.policy != "adaptive" and not now.single:
@@ -252,12 +257,12 @@ def _walk(
     low, high = (jnp.sum(numbers < x, dtype=jnp.int32) for x in (low, high))
     return jax.lax.cond(
       (low < high) & now.active,
-      lambda flat: jax.lax.fori_loop(low, high, one, flat),
-      lambda flat: flat,
-      flat,
+      functools.partial(loop, low, high, one),
+      lambda slots: slots,
+      slots,
     )
   if how.policy == "adaptive":
-    times = [when for _, _, when in flat.values() if when is not None]
+    times = [when.flat() for _, _, when in slots.values() if when is not None]
     hit = jnp.concatenate([when.due(now.step) for when in times])[group.order]
   else:
     hit = (low <= numbers) & (numbers < high)
@@ -272,9 +277,9 @@ def _walk(
 
   return jax.lax.cond(
     jnp.any(hit) & now.active,
-    lambda flat: jax.lax.fori_loop(0, group.count, perhaps, flat),
-    lambda flat: flat,
-    flat,
+    functools.partial(loop, 0, group.count, perhaps),
+    lambda slots: slots,
+    slots,
   )
 
 

@@ -1,7 +1,7 @@
 """One matrix of many: reading and replacing it in leaves and their stacks."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +73,21 @@ def write(
     )
     done.append(leaf)
   return done
+
+
+def walk(f: Callable[..., jax.Array], *stacks: Any) -> jax.Array:
+  """Calls a function on the matrices of stacks, one after another.
+
+  Args:
+    f: From matrices to a matrix.
+    *stacks: Trees of stacks (..., m, n) with the same leading axes.
+
+  Returns:
+    The stack of its results.
+  """
+  first = jax.tree.leaves(stacks)[0]
+  found = jax.lax.map(lambda xs: f(*xs), jax.tree.map(flat, stacks))
+  return found.reshape(*first.shape[:-2], *found.shape[1:])
 
 
 def flat(stack: jax.Array) -> jax.Array:

@@ -57,8 +57,7 @@ def estimate(config: configs.Config) -> dict[str, Any]:
       not divide the batch.
   """
   mesh: Any = abstract_mesh(config.mesh)  # shardings take it as a mesh
-  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-  method = layered.fuse(config, tx) if config.train.layerwise else tx
+  tx, method = layered.make(config, mesh)
   parts = adapters.make(config.optimizer)
   placed = steps.place(config.model, method, mesh, parts)
   like = adapters.initial(config.optimizer, tx)

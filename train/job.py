@@ -100,8 +100,7 @@ def prepare(
   mesh: jax.sharding.Mesh,
 ) -> tuple[Job, steps.TrainState]:
   """Lays the model out, makes or restores its state, opens its files."""
-  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-  method = layered.fuse(config, tx) if config.train.layerwise else tx
+  tx, method = layered.make(config, mesh)
   reparametrised = adapters.make(config.optimizer)
   placed = steps.place(config.model, method, mesh, reparametrised)
   restored = checkpoint.restore(out, placed)

@@ -1,6 +1,7 @@
 """The LLaMA in the three parts that `galore_optax.layerwise` walks."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import optax
 from flax import nnx
 
 import galore_optax
-from train import llama
+from train import llama, optimizer
+from train import mesh as meshes
 from train.config import Config, ModelConfig, TrainConfig
 
 # Elements of a chunk in which a leaf outside of the layers is updated, about:
@@ -68,6 +70,15 @@ def summed_loss(
   )
   total, _, count = model.loss(params, rows, config.dtype)
   return total, count.astype(jnp.int32)
+
+
+def make(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+  """The optimizer of a run, and the method that trains with it on a mesh."""
+  where = None
+  if mesh.size > 1 and not config.train.layerwise:
+    where = meshes.param_shardings(llama.abstract(config.model)[1], mesh)
+  tx = optimizer.make_optimizer(config.optimizer, config.train.steps, where)
+  return tx, fuse(config, tx) if config.train.layerwise else tx
 
 
 def fuse(

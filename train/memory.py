@@ -24,7 +24,7 @@ from train import targets  # before jax: see there  # isort: skip
 import jax
 
 import galore_optax
-from train import adapters, dry_run, hlo, layered, optimizer, presets
+from train import adapters, dry_run, hlo, layered, presets
 from train import config as configs
 from train import mesh as meshes
 from train import step as steps
@@ -136,8 +136,7 @@ def measure(
     `hlo.totals`; bytes are of the whole arrays on one device.
   """
   mesh = _mesh(config, target)
-  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-  method = layered.fuse(config, tx) if config.train.layerwise else tx
+  _, method = layered.make(config, mesh)
   found: dict[str, Any] = {
     "preset": config.preset,
     "method": config.optimizer.name,

@@ -16,6 +16,14 @@ from train import adapters
 from train.config import OptimizerConfig
 from train.errors import UserError
 
+
+@dataclasses.dataclass(frozen=True)
+class Told(OptimizerConfig):
+  """An optimizer's config, and where the parameters are, if that is known."""
+
+  param_shardings: Any = None
+
+
 SUMO_DECAY = 0.95  # of its momentum, and of GUM's
 # Of the paths of kernels, and of the factors that are trained for them.
 KERNEL_ENDS = ("/kernel", "/kernel/a", "/kernel/b")
@@ -92,12 +100,17 @@ def _linear_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-  config: OptimizerConfig, steps: int
+  config: OptimizerConfig, steps: int, param_shardings: Any = None
 ) -> optax.GradientTransformationExtraArgs:
   """Clipping, the method, and the factor on the matrices' updates.
 
   The factor comes last, where every method has made its update: before Adam
   it would cancel out. It scales decoupled decay too, as a learning rate does.
+
+  Args:
+    config: the method and its options.
+    steps: updates of the run, for the schedule.
+    param_shardings: where the parameters are, on a mesh.
 
   Raises:
     UserError: the options exclude one another.
@@ -111,7 +124,8 @@ def make_optimizer(
     late = config.random_from or max(1, steps // 2)
     if config.name == "golore":
       config = dataclasses.replace(config, random_from=late)
-    parts = [METHODS[config.name](config, make_schedule(config, steps))]
+    told = Told(**vars(config), param_shardings=param_shardings)
+    parts = [METHODS[config.name](told, make_schedule(config, steps))]
   except (TypeError, ValueError) as error:
     raise UserError(f"optimizer.name={config.name}: {error}") from None
   if config.clip:
@@ -221,7 +235,7 @@ def _contrib_galore(c: OptimizerConfig, lr: optax.Schedule):
   )
 
 
-def _options(c: OptimizerConfig) -> dict[str, Any]:
+def _options(c: Told) -> dict[str, Any]:
   """The keyword arguments of `galore_optax.galore`."""
   return {
     "rank": c.rank,
@@ -237,44 +251,47 @@ def _options(c: OptimizerConfig) -> dict[str, Any]:
     "basis_dtype": c.basis_dtype,
     "state_dtype": c.state_dtype or None,
     "accumulation_steps": c.accumulate,
+    # Told, `auto` would keep bases of undivided sides whole on every device;
+    # here it is to be the smallest state.
+    "param_shardings": None if c.proj_type == "auto" else c.param_shardings,
   }
 
 
-def _galore(c: OptimizerConfig, lr: optax.Schedule, **options: Any):
+def _galore(c: Told, lr: optax.Schedule, **options: Any):
   return galore_optax.galore(_adamw(c, lr), **_options(c) | options)
 
 
-def _galore_faithful(c: OptimizerConfig, lr: optax.Schedule):
+def _galore_faithful(c: Told, lr: optax.Schedule):
   return _galore(c, lr, faithful=True)
 
 
-def _galore_adafactor(c: OptimizerConfig, lr: optax.Schedule):
+def _galore_adafactor(c: Told, lr: optax.Schedule):
   return galore_optax.galore(_adafactor(c, lr), **_options(c))
 
 
-def _galore_lion(c: OptimizerConfig, lr: optax.Schedule):
+def _galore_lion(c: Told, lr: optax.Schedule):
   return galore_optax.galore(_lion(c, lr), **_options(c))
 
 
-def _galore_sgd(c: OptimizerConfig, lr: optax.Schedule):
+def _galore_sgd(c: Told, lr: optax.Schedule):
   return galore_optax.galore(_sgd(c, lr), **_options(c))
 
 
-def _adamw_8bit(c: OptimizerConfig, lr: optax.Schedule):
+def _adamw_8bit(c: Told, lr: optax.Schedule):
   return galore_optax.adamw_8bit(
     lr, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decayed
   )
 
 
-def _galore_8bit(c: OptimizerConfig, lr: optax.Schedule, **options: Any):
+def _galore_8bit(c: Told, lr: optax.Schedule, **options: Any):
   return galore_optax.galore(_adamw_8bit(c, lr), **_options(c) | options)
 
 
-def _q_galore(c: OptimizerConfig, lr: optax.Schedule):
+def _q_galore(c: Told, lr: optax.Schedule):
   return _galore_8bit(c, lr, basis_dtype="int4", refresh="adaptive")
 
 
-def _fira(c: OptimizerConfig, lr: optax.Schedule):
+def _fira(c: Told, lr: optax.Schedule):
   return _galore(c, lr, recovery="fira")
 
 
@@ -289,21 +306,21 @@ _RANDOM = {
 }
 
 
-def _apollo(c: OptimizerConfig, lr: optax.Schedule):
+def _apollo(c: Told, lr: optax.Schedule):
   return _galore(c, lr, recovery="apollo", **_RANDOM)
 
 
-def _apollo_mini(c: OptimizerConfig, lr: optax.Schedule):
+def _apollo_mini(c: Told, lr: optax.Schedule):
   return _galore(c, lr, recovery="apollo_mini", rank=1, **_RANDOM)
 
 
-def _q_apollo_mini(c: OptimizerConfig, lr: optax.Schedule):
+def _q_apollo_mini(c: Told, lr: optax.Schedule):
   # Its moments of the matrices are of rank 1: the eight bits are for those of
   # the embedding and the head.
   return _galore_8bit(c, lr, recovery="apollo_mini", rank=1, **_RANDOM)
 
 
-def _sumo(c: OptimizerConfig, lr: optax.Schedule):
+def _sumo(c: Told, lr: optax.Schedule):
   """Orthogonalised momentum for the block matrices, AdamW for the rest."""
   kinds: dict[Any, Any] = {
     "matrix": galore_optax.scale_by_orthogonal_momentum(SUMO_DECAY),
@@ -322,7 +339,7 @@ def _sumo(c: OptimizerConfig, lr: optax.Schedule):
   return galore_optax.galore(inner, **_options(c))
 
 
-def _gum(c: OptimizerConfig, lr: optax.Schedule):
+def _gum(c: Told, lr: optax.Schedule):
   """As SUMO, and some matrices follow what their subspaces leave out."""
   _refuse(c, "moments", ("rotate",), "whose momentum begins with each draw")
   _refuse(c, "random_from", (0,), "whose draws are of matrices")
@@ -339,7 +356,7 @@ def _gum(c: OptimizerConfig, lr: optax.Schedule):
   )
 
 
-def _ldadam(c: OptimizerConfig, lr: optax.Schedule):
+def _ldadam(c: Told, lr: optax.Schedule):
   """With error feedback; the error has the moments' dtype."""
   _refuse(c, "moments", ("rotate", "ldadam"), "which says what becomes of them")
   _refuse(c, "random_from", (0,), "whose bases follow the momentum")
@@ -355,13 +372,13 @@ def _ldadam(c: OptimizerConfig, lr: optax.Schedule):
   )
 
 
-def _own_options(c: OptimizerConfig) -> dict[str, Any]:
+def _own_options(c: Told) -> dict[str, Any]:
   """Those of `_options` that methods take which decide the others."""
   theirs = ("moments", "random_from", "accumulation_steps")
   return {k: v for k, v in _options(c).items() if k not in theirs}
 
 
-def _refuse(c: OptimizerConfig, name: str, known: tuple, why: str) -> None:
+def _refuse(c: Told, name: str, known: tuple, why: str) -> None:
   """Raises for a setting that a method would not follow."""
   if getattr(c, name) not in known:
     raise UserError(

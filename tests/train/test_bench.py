@@ -24,6 +24,7 @@ from train.bench import (
   record,
   refresh,
   report,
+  runner,
   shard,
   step,
   timing,
@@ -58,7 +59,7 @@ def test_a_record_says_where_it_comes_from(measured):
   kept = record.load(measured / "step-tiny-unrolled.json")
   assert kept["command"] == (
     "python -m train.bench step --gap=4 --peer-steps=2 --trees tiny"
-    " --layouts unrolled"
+    " --layouts unrolled --results in_place"
   )
   assert kept["versions"]["jax"] == jax.__version__
   assert kept["machine"]["cores"] >= 1
@@ -83,6 +84,17 @@ def test_step_figures(measured):
   found = step.ratios(entry)
   assert found["optax.adamw"]["steady / adamw"] == 1
   assert found["contrib.galore"]["build / contrib"] == 1
+
+
+def test_a_step_in_place_copies_nothing():
+  """Not even where branches of a refresh lie between; swapped, it does."""
+  tree = trees.shapes(trees.SIZES["tiny"], False)
+  leaves = jax.tree.leaves(tree, is_leaf=trees.is_shape)
+  weights = 4 * sum(map(math.prod, leaves))
+  adamw = trees.optimizers(8, 4)["optax.adamw"]
+  assert runner.compile_step(adamw, tree).temporaries < weights / 10
+  swapped = runner.compile_step(adamw, tree, swapped=True)
+  assert swapped.temporaries >= 2 * weights
 
 
 def test_amortised_steps_add_up():

@@ -39,12 +39,23 @@ class Runner:
     return timing.seconds(self.call)
 
 
-def step_of(tx: optax.GradientTransformation) -> Callable:
-  """The step that a user compiles: the update, added to the parameters."""
+def step_of(tx: optax.GradientTransformation, *, swapped: bool = False) -> Any:
+  """The step that a user compiles: the update, added to the parameters.
+
+  Args:
+    tx: the optimizer.
+    swapped: whether results come in another order than the arguments. Buffers
+      that are donated are paired in order with results of their shape, so that
+      moments are then written where the parameters were, and all is copied.
+
+  Returns:
+    From gradients, state and parameters to the new state and parameters.
+  """
 
   def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
     updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
+    params = optax.apply_updates(params, updates)
+    return (params, state) if swapped else (state, params)
 
   return step
 
@@ -64,7 +75,10 @@ class Compiled:
 
 
 def compile_step(
-  make: Callable[[], optax.GradientTransformation], tree: dict
+  make: Callable[[], optax.GradientTransformation],
+  tree: dict,
+  *,
+  swapped: bool = False,
 ) -> Compiled:
   """Traces and compiles an optimizer's step on a tree of shapes."""
   params = trees.abstract(tree)
@@ -72,23 +86,26 @@ def compile_step(
   state = jax.eval_shape(tx.init, params)
   gc.collect()
   begin = timing.clock()
-  step = jax.jit(step_of(tx), donate_argnums=(1, 2))
+  step = jax.jit(step_of(tx, swapped=swapped), donate_argnums=(1, 2))
   lowered = step.lower(params, state, params)
   traced = timing.clock()
   program = lowered.compile()
   return Compiled(traced - begin, timing.clock() - traced, program)
 
 
-def start(make: Callable[[], Any], tree: dict, grads: dict) -> Runner:
+def start(
+  make: Callable[[], Any], tree: dict, grads: dict, *, swapped: bool = False
+) -> Runner:
   """Compiles an optimizer's step and makes its parameters and state."""
-  compiled = compile_step(make, tree)
+  compiled = compile_step(make, tree, swapped=swapped)
   params = trees.random_like(tree, 0, 0.02)
   init = jax.jit(make().init)
   live: list[Any] = [params, init(params)]
   size = state_bytes(live[1])
 
   def call() -> list[Any]:
-    live[:] = compiled.program(grads, live[1], live[0])
+    found = compiled.program(grads, live[1], live[0])
+    live[:] = found if swapped else reversed(found)
     return live
 
   def restart() -> None:

@@ -170,7 +170,7 @@ def _figures(
   step = jax.jit(
     runner.step_of(tx),
     donate_argnums=(1, 2),
-    out_shardings=(where, state_where),
+    out_shardings=(state_where, where),
   )
   lowered = step.lower(params, _placed(state, state_where), params)
   compiled: Any = lowered.compile()

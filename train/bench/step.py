@@ -1,6 +1,8 @@
 """The optimizer's step on LLaMA-shaped trees, next to its peers.
 
 Random gradients, one for all steps: what a step costs does not depend on them.
+State and parameters are donated and updated in place, unless results come in
+another order than the arguments (`--results swapped`).
 Ours makes all steps of a gap: every refresh is among them. `optax.adamw` makes
 as many in turn with it, and shows what the machine alone adds to the worst of
 them; of each step the fastest of some laps counts. Peers take some of the
@@ -18,6 +20,8 @@ from train.bench import runner as runners
 from train.bench.timing import short
 
 ADAMW = "optax.adamw"
+# In which order a step returns what it is given; names of records.
+RESULTS = {"in_place": "", "swapped": "-swapped"}
 EVERY = (ADAMW, trees.OURS, trees.OURS_AUTO)  # make all steps of a gap
 REFRESHING = ("contrib.galore", "galore-torch")  # all matrices at steps k T
 
@@ -27,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--trees", default="60m,130m", help=f"of {', '.join(trees.SIZES)}")
   add("--layouts", default="unrolled,stacked", help="unrolled, stacked, both")
+  add("--results", default="in_place", help="in_place, swapped, both")
   add("--rank", type=int, help="default: the paper's of each size")
   add("--gap", type=int, default=200, help="update_proj_gap T")
   add("--laps", type=int, default=2, help="the faster of as many counts")
@@ -46,15 +51,24 @@ QUICK = {
 
 def part_names() -> list[str]:
   """All parts that there can be, in the order of the page."""
-  return [f"{name}-{x}" for name in trees.SIZES for x in words.LAYOUTS]
+  return [
+    f"{name}-{layout}{suffix}"
+    for name in trees.SIZES
+    for layout in words.LAYOUTS
+    for suffix in RESULTS.values()
+  ]
 
 
 def parts(flags: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
-  """Each tree and layout: they take long, and each has a record."""
+  """Each tree, layout and order: they take long, and each has a record."""
   return [
-    (f"{name}-{layout}", {"trees": name, "layouts": layout})
+    (
+      f"{name}-{layout}{RESULTS[order]}",
+      {"trees": name, "layouts": layout, "results": order},
+    )
     for name in words.choose("--trees", flags.trees, trees.SIZES)
     for layout in words.choose("--layouts", flags.layouts, words.LAYOUTS)
+    for order in words.choose("--results", flags.results, RESULTS)
   ]
 
 
@@ -66,7 +80,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
   rank = flags.rank or size.rank
   rows = _measure_tree(flags, size, layout == "stacked", rank)
   entry = {"tree": flags.trees, "layout": layout, "rank": rank}
-  entry |= {"gap": flags.gap, "rows": rows}
+  entry |= {"gap": flags.gap, "results": flags.results, "rows": rows}
   print(text(entry), flush=True)
   gc.collect()
   return entry
@@ -80,8 +94,10 @@ def _measure_tree(
   grads = trees.random_like(tree, 1, 1e-3)
   chosen = trees.optimizers(rank, flags.gap)
   chosen.pop(trees.OURS_TOLD, None)  # of a mesh, and there is none
+  swapped = flags.results == "swapped"
   made = {
-    name: runners.start(make, tree, grads) for name, make in chosen.items()
+    name: runners.start(make, tree, grads, swapped=swapped)
+    for name, make in chosen.items()
   }
   peers = torch_peers.start(grads, rank, flags.gap) if flags.torch else {}
   calls = {name: x.call for name, x in {**made, **peers}.items()}
@@ -242,6 +258,7 @@ def _title(entry: dict[str, Any]) -> str:
   return (
     f"LLaMA-{entry['tree'].upper()}, {entry['layout']},"
     f" rank {entry['rank']}, T = {entry['gap']}"
+    f"{', results swapped' * (entry['results'] == 'swapped')}"
   )
 
 

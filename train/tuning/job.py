@@ -158,7 +158,10 @@ def lay_out(
   Raises:
     UserError: the method cannot be made, or not for this model.
   """
-  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+  where = (
+    None if mesh.size == 1 else meshes.param_shardings(learner.boxes, mesh)
+  )
+  tx = optimizer.make_optimizer(config.optimizer, config.train.steps, where)
   changed = reparametrise(learner, config)
   return tx, steps.place_model(
     config.model, learner.graphdef, learner.boxes, tx, mesh, changed
