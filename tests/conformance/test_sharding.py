@@ -1,6 +1,8 @@
 """Meshes with Explicit and Auto axes, and shardings of the state."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -296,6 +298,26 @@ def test_told_of_shardings_nothing_is_gathered(spec, sides):
   found, text = _updates(tx, spec)
   assert "all-gather" not in text and "all-reduce" in text
   wanted, _ = _updates(make(proj_type=sides[0]), jax.P())
+  for x, y in zip(found, wanted, strict=True):
+    cases.assert_close(x, y, 1e-4, 1e-5)
+
+
+def _gathered(text):
+  """Elements of the largest array that a program gathers."""
+  found = re.findall(r"\[([\d,]+)\]\S* all-gather\(", text)
+  return max(math.prod(map(int, shape.split(","))) for shape in found)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_told_of_shardings_matrices_are_gathered_one_by_one(told):
+  """The side is divided, so that low-rank updates have to be gathered."""
+  spec, rank = jax.P(None, "x"), 8
+  mesh = jax.make_mesh((8,), ("x",), (_AUTO,))
+  where = {"w": jax.NamedSharding(mesh, spec)}
+  make = functools.partial(galore_adamw, 1e-2, rank=rank, update_proj_gap=4)
+  found, text = _updates(make(param_shardings=where if told else None), spec)
+  assert _gathered(text) == rank * 24 * (1 if told else 8)
+  wanted, _ = _updates(make(), jax.P())
   for x, y in zip(found, wanted, strict=True):
     cases.assert_close(x, y, 1e-4, 1e-5)
 

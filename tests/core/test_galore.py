@@ -1,5 +1,6 @@
 """The transformation: spellings, inner optimizers, and what it never does."""
 
+import re
 import warnings
 
 import jax
@@ -381,6 +382,23 @@ def test_describe_adds_up():
   assert rows["layers"].matrix == "3 x (16, 24)"
   assert rows["w"].side == "right"
   assert rows["embed"].rank is None
+
+
+def test_donated_states_are_updated_in_place():
+  """Neither moments nor bases are copied to get past a refresh's branches."""
+  shapes = {"single": (64, 96), "stack": (3, 64, 96), "tall": (96, 64)}
+  params = normal(shapes, 0)
+  tx = galore_adamw(1e-2, rank=8)
+
+  def step(grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return state, optax.apply_updates(params, updates)
+
+  given = (params, tx.init(params), params)
+  program = jax.jit(step, donate_argnums=(1, 2)).lower(*given).compile()
+  entry = program.as_text().split("\nENTRY")[1]
+  copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", entry)
+  assert not copied
 
 
 def test_refreshes_of_their_own_are_those_that_are_shared():

@@ -1,6 +1,7 @@
 """Layer by layer inside the backward pass, and the usual step: one result."""
 
 import functools
+import re
 import warnings
 
 import jax
@@ -330,6 +331,9 @@ def test_mesh(quantised):
   )
   found = jax.device_put(params, weights)
   state = init(found)
+  text = step.lower(found, state, batches(1)[0]).compile().as_text()
+  gathered = re.findall(r"\[([\d,]+)\]\S* all-gather\(", text)
+  assert gathered and f"{LAYERS},{WIDTH},{WIDTH}" not in gathered  # all layers
   assert jax.tree.map(lambda x: x.sharding, state) == placed
   for batch in batches(8):
     found, state, metrics = step(found, state, batch)
