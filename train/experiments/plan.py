@@ -2,9 +2,10 @@
 
 The search is the same for every entry, on the first seed: down and up a line
 of multipliers of the matrices' learning rate until the best has a worse one on
-either side, then likewise along the learning rates at that multiplier. The
-best by the validation text is run with the other seeds. What comes next
-depends on what was found, so the plan is made anew after each run.
+either side, then likewise along the learning rates at that multiplier, and so
+on until neither finds a better one. The best by the validation text is run with
+the other seeds. What comes next depends on what was found, so the plan is made
+anew after each run.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from train.experiments.tables import Entry, Table
 
 Record = dict[str, Any]
 Point = tuple[float, float]  # learning rate, multiplier
-USUAL = 6  # runs of a search
+USUAL = 8  # runs of a search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +85,20 @@ class Plan:
 
   def search(self, entry: Entry) -> tuple[list[Point], Point | None]:
     """The points of an entry that were tried, and the next to try."""
-    start = self.table.rates.start
-    line = [(start, m) for m in self.table.multipliers.values()]
-    tried, wanted = self._climb(
-      entry, line, (start, self.table.multipliers.start)
-    )
-    if wanted:
-      return tried, wanted
-    best = self._best(entry, tried)
-    line = [(rate, best[1]) for rate in self.table.rates.values()]
-    others, wanted = self._climb(entry, line, best)
-    return list(dict.fromkeys(tried + others)), wanted
+    table, tried = self.table, []
+    best, before = (table.rates.start, table.multipliers.start), None
+    while best != before:
+      before = best
+      for line in (
+        lambda p: [(p[0], m) for m in table.multipliers.values()],
+        lambda p: [(rate, p[1]) for rate in table.rates.values()],
+      ):
+        found, wanted = self._climb(entry, line(best), best)
+        tried = list(dict.fromkeys(tried + found))
+        if wanted:
+          return tried, wanted
+        best = self._best(entry, tried)
+    return tried, None
 
   def tried(self, entry: Entry) -> list[Point]:
     """All points that are there, also beside the way of the search."""
