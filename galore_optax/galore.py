@@ -15,6 +15,7 @@ from galore_optax import (
   decay,
   layout,
   options,
+  order,
   paths,
   plan,
   reproject,
@@ -173,10 +174,10 @@ class _GaLore:
       schedule=state.schedule and schedules,
     )
     bases = {path: projector_lib.read(kept[path]) for path in sites}
-    low = {
-      path: _each(site, self._project, grads[path], bases[path])
-      for path, site in sites.items()
-    }
+    low = order.in_turn(
+      lambda path, basis: _each(sites[path], self._project, grads[path], basis),
+      bases,
+    )
     low_updates = paths.map_with_path(
       lambda path, g: low[path] if path in low else _finite(self._cast(g)),
       updates,
@@ -237,10 +238,12 @@ class _GaLore:
       state = state._replace(recovery=norms)
     else:
       given = paths.leaves_by_path(like)
-      lifted = {
-        path: _lift(site, new[path], bases[path], jnp.result_type(given[path]))
-        for path, site in sites.items()
-      }
+      lifted = order.in_turn(
+        lambda path, low: _lift(
+          sites[path], low, bases[path], jnp.result_type(given[path])
+        ),
+        {path: new[path] for path in sites},
+      )
     new |= lifted
     new |= {path: new[path] + h for path, h in owed.items()}
     return (

@@ -1,5 +1,6 @@
 """The transformation: spellings, inner optimizers, and what it never does."""
 
+import functools
 import re
 import warnings
 
@@ -399,6 +400,22 @@ def test_donated_states_are_updated_in_place():
   entry = program.as_text().split("\nENTRY")[1]
   copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", entry)
   assert not copied
+
+
+def test_updates_do_not_pile_up():
+  """A leaf's update is added before the next leaf's is lifted."""
+  params = normal({f"w{i}": (64, 96) for i in range(12)}, 0)
+  tx = galore(optax.adam(1e-2), rank=8)
+
+  @functools.partial(jax.jit, donate_argnums=(1, 2))
+  def step(grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return state, optax.apply_updates(params, updates)
+
+  given = (params, tx.init(params), params)
+  temporaries = step.lower(*given).compile().memory_analysis()
+  matrix = 4 * 64 * 96
+  assert temporaries.temp_size_in_bytes < 4 * matrix  # all are 12
 
 
 def test_refreshes_of_their_own_are_those_that_are_shared():
