@@ -25,8 +25,9 @@ NAMES = (
   "optax.adamw",
   "contrib.galore",
   trees.OURS,
-  trees.OURS_AUTO,
   trees.OURS_TOLD,
+  trees.OURS_AUTO,
+  trees.OURS_AUTO_TOLD,
 )
 KINDS = {
   "auto": jax.sharding.AxisType.Auto,

@@ -93,7 +93,8 @@ def _measure_tree(
   tree = trees.shapes(size, stacked)
   grads = trees.random_like(tree, 1, 1e-3)
   chosen = trees.optimizers(rank, flags.gap)
-  chosen.pop(trees.OURS_TOLD, None)  # of a mesh, and there is none
+  for name in trees.TOLD:  # of a mesh, and there is none
+    chosen.pop(name, None)
   swapped = flags.results == "swapped"
   made = {
     name: runners.start(make, tree, grads, swapped=swapped)

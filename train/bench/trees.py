@@ -142,7 +142,10 @@ def contrib_muon() -> optax.GradientTransformationExtraArgs:
 
 OURS = "galore_adamw"
 OURS_AUTO = "galore_adamw, auto"
-OURS_TOLD = "galore_adamw, auto, told"  # where the parameters are
+# Told where the parameters are.
+OURS_TOLD = "galore_adamw, told"
+OURS_AUTO_TOLD = "galore_adamw, auto, told"
+TOLD = (OURS_TOLD, OURS_AUTO_TOLD)
 
 
 def optimizers(
@@ -162,5 +165,6 @@ def optimizers(
     "contrib.muon": contrib_muon,
     OURS: ours,
     OURS_AUTO: lambda: ours(proj_type="auto"),
-    OURS_TOLD: lambda: ours(proj_type="auto", param_shardings=shardings),
+    OURS_TOLD: lambda: ours(param_shardings=shardings),
+    OURS_AUTO_TOLD: lambda: ours(proj_type="auto", param_shardings=shardings),
   }
