@@ -561,7 +561,7 @@ def galore(
     param_shardings: `jax.NamedSharding` for each parameter, where they are on a
       mesh: decides the sides of `proj_type="auto"`, and how stacked layers are
       walked. Of a stack that is divided among devices a refresh takes one layer
-      without gathering the others; layers that have a part on every device are
+      without gathering the others; layers whose projected side is divided are
       projected and lifted one by one, so that what devices send each other
       takes the memory of one.
     share_refresh: Whether leaves whose bases have one shape share one compiled

@@ -94,9 +94,9 @@ class Site:
     gap: Steps between two refreshes, possibly traced.
     scale: Factor on the lifted update, possibly traced.
     spread: Whether the stack's matrices are known to be divided among devices.
-    walked: Whether each of the stack's matrices is known to have a part on
-      every device. They are then projected and lifted one after another, so
-      that what devices send each other is one matrix's at a time.
+    walked: Whether the projected side of each of the stack's matrices is known
+      to be divided among devices. They are then projected and lifted one after
+      another, so that what devices send each other is one matrix's at a time.
   """
 
   path: str
@@ -227,6 +227,7 @@ class Plan:
     how: Projection,
   ) -> Site:
     *stack, rows, cols = view.spec(self.partitions.get(path, ()))
+    divided = {"left": rows, "right": cols}
     return Site(
       path,
       view,
@@ -235,7 +236,9 @@ class Plan:
       how.update_proj_gap,
       how.scale,
       spread=any(stack),
-      walked=bool(stack) and not any(stack) and bool(rows or cols),
+      walked=bool(stack)
+      and not any(stack)
+      and any(divided[side] for side in sides),
     )
 
   def _sides(
