@@ -18,7 +18,7 @@ from train.config import Config, ModelConfig, TrainConfig
 # leaves so large.
 CHUNK = 2**22
 
-# Positions whose logits are in memory together.
+# Positions whose logits are in memory together, on each device.
 LOSS_CHUNK = 1024
 
 
@@ -159,35 +159,40 @@ def _upper(config: ModelConfig) -> nnx.GraphDef:
 def _all_sums(
   config: ModelConfig, upper: dict, x_BxTxD: jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Sums over all positions, see `_sums`."""
+  """Summed losses and squared log-normalisers, and the number of tokens.
+
+  A chunk is some positions of every row: on a mesh, each device has its part.
+  """
   head = nnx.merge(_upper(config), upper)
-  x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-  return _sums(head, x_MxD, rows[:, 1:].reshape(-1))
-
-
-def _sums(
-  head: llama.Llama, x_MxD: jax.Array, targets_M: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Summed losses and squared log-normalisers, and the number of tokens."""
 
   @jax.checkpoint
-  def chunk(x_CxD: jax.Array, targets_C: jax.Array) -> jax.Array:
-    logits_CxV = head.head(x_CxD, 1)[0]
-    valid = targets_C >= 0
-    log_z = jax.nn.logsumexp(logits_CxV, axis=-1)
-    index = jnp.maximum(targets_C, 0)[:, None]
-    chosen = jnp.take_along_axis(logits_CxV, index, axis=-1)[:, 0]
-    rows = (log_z - chosen, jnp.square(log_z), jnp.ones_like(log_z))
-    return jnp.where(valid, jnp.stack(rows), 0).sum(axis=1)
+  def chunk(x_BxCxD: jax.Array, targets_BxC: jax.Array) -> jax.Array:
+    x_MxD = x_BxCxD.reshape(-1, x_BxCxD.shape[-1])
+    targets_M = targets_BxC.reshape(-1)
+    logits_MxV = head.head(x_MxD, 1)[0]
+    valid = targets_M >= 0
+    log_z = jax.nn.logsumexp(logits_MxV, axis=-1)
+    index = jnp.maximum(targets_M, 0)[:, None]
+    chosen = jnp.take_along_axis(logits_MxV, index, axis=-1)[:, 0]
+    sums = (log_z - chosen, jnp.square(log_z), jnp.ones_like(log_z))
+    return jnp.where(valid, jnp.stack(sums), 0).sum(axis=1)
 
-  count = -(-len(targets_M) // LOSS_CHUNK)
-  while len(targets_M) % count:
-    count += 1
-  parts = (
-    x_MxD.reshape(count, -1, x_MxD.shape[1]),
-    targets_M.reshape(count, -1),
+  targets_BxT = rows[:, 1:]
+  count = _loss_chunks(*targets_BxT.shape)
+  parts = tuple(
+    jnp.moveaxis(x.reshape(len(x), count, -1, *x.shape[2:]), 1, 0)
+    for x in (x_BxTxD, targets_BxT)
   )
   zeros = jnp.zeros(3, jnp.float32)
   add = lambda total, part: (total + chunk(*part), None)
   total, _ = jax.lax.scan(add, zeros, parts)
   return total[0], total[1], total[2]
+
+
+def _loss_chunks(batch: int, length: int) -> int:
+  """In how many chunks the positions of the rows go."""
+  own = LOSS_CHUNK * meshes.batch_shards(jax.sharding.get_abstract_mesh())
+  count = min(-(-batch * length // own), length)
+  while length % count:
+    count += 1
+  return count

@@ -8,6 +8,7 @@ that says what a name means on the mesh.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -157,9 +158,14 @@ def constrain_batch(x: jax.Array, rows: int) -> jax.Array:
     rows: B.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+  if mesh.empty or rows % batch_shards(mesh):
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Any) -> int:
+  """Parts into which a mesh cuts a batch; 1 if it is empty."""
+  return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
 
 def _shards(mesh: jax.sharding.Mesh, axis: str | tuple | None) -> int:

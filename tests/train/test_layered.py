@@ -93,7 +93,9 @@ def test_layer_by_layer_is_the_usual_step(batch, usual, devices):
 
 def test_tied_embeddings(batch):
   wanted = _run(batch, tied=True)
-  _assert_same(_run(batch, tied=True, layerwise=True), wanted, 2e-6)
+  found = _run(batch, tied=True, layerwise=True)
+  # Adam divides differences of rounding by small moments.
+  _assert_same(found, wanted, 2e-6, of_weights=4e-6)
 
 
 def test_large_embeddings_go_in_chunks(batch, usual, monkeypatch):
