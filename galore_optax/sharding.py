@@ -163,7 +163,17 @@ def partitions(param_shardings: Any) -> dict[str, tuple]:
     return {}
   _one_mesh(param_shardings)
   leaves = paths.leaves_by_path(param_shardings)
-  return {path: tuple(x.spec) for path, x in leaves.items()}
+  return {path: _dividing(x) for path, x in leaves.items()}
+
+
+def _dividing(sharding: jax.NamedSharding) -> tuple:
+  """A partition without the mesh axes of one device."""
+  sizes = sharding.mesh.shape
+  entries = [x if isinstance(x, tuple) else (x,) for x in sharding.spec]
+  left = [
+    tuple(axis for axis in entry if sizes.get(axis, 1) > 1) for entry in entries
+  ]
+  return tuple(entry or None for entry in left)
 
 
 def on_mesh(x: Any) -> bool:

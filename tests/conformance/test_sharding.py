@@ -259,9 +259,13 @@ def test_extra_arguments_on_an_explicit_mesh():
   assert optax.tree.get(after, "best_value") == 3.0
 
 
+def _one_by_eight():
+  return jax.make_mesh((1, 8), ("one", "x"), (_AUTO,) * 2)
+
+
 def _updates(tx, spec):
   """Three updates of a stack of matrices on a mesh, and the compiled one."""
-  mesh = jax.make_mesh((8,), ("x",), (_AUTO,))
+  mesh = _one_by_eight()
   sharding = jax.NamedSharding(mesh, spec)
   params, grads = (
     {"w": jax.device_put(cases.normal({"w": (8, 16, 24)}, k)["w"], sharding)}
@@ -283,13 +287,14 @@ def _updates(tx, spec):
   [
     (jax.P("x"), ["right"]),  # layers are divided: refreshed where they are
     (jax.P(None, "x"), ["right"]),
+    (jax.P(None, "one", "x"), ["left"]),  # one device divides nothing
     (jax.P(None, None, "x"), ["left"]),
   ],
   ids=str,
 )
 def test_told_of_shardings_nothing_is_gathered(spec, sides):
   """No gradient, basis or moment; and the updates are those of one device."""
-  mesh = jax.make_mesh((8,), ("x",), (_AUTO,))
+  mesh = _one_by_eight()
   make = functools.partial(galore_adamw, 1e-2, rank=2, update_proj_gap=4)
   shardings = {"w": jax.NamedSharding(mesh, spec)}
   tx = make(proj_type="auto", param_shardings=shardings)
@@ -312,7 +317,7 @@ def _gathered(text):
 def test_told_of_shardings_matrices_are_gathered_one_by_one(told):
   """The side is divided, so that low-rank updates have to be gathered."""
   spec, rank = jax.P(None, "x"), 8
-  mesh = jax.make_mesh((8,), ("x",), (_AUTO,))
+  mesh = _one_by_eight()
   where = {"w": jax.NamedSharding(mesh, spec)}
   make = functools.partial(galore_adamw, 1e-2, rank=rank, update_proj_gap=4)
   found, text = _updates(make(param_shardings=where if told else None), spec)
