@@ -55,7 +55,7 @@ class Line(NamedTuple):
     return found
 
 
-RATES = Line(1.6e-2, 1e-3, 1.28e-1)
+RATES = Line(3.2e-2, 1e-3, 1.28e-1)
 TUNED = 3.2e-2  # what GaLore has come to in `methods`
 MULTIPLIERS = Line(1 / 16, 1 / 64, 4.0)
 
