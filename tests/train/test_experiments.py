@@ -115,13 +115,24 @@ def test_every_entry_is_searched_alike_and_repeated_at_its_best():
       (8e-3, 0.5),  # better
       (8e-3, 1.0),  # worse: 0.5 it is
       (4e-3, 0.5),  # better
-      (2e-3, 0.5),  # worse
-      (4e-3, 0.25),  # worse on all sides now
-      (4e-3, 1.0),
+      (4e-3, 0.25),  # worse
+      (4e-3, 1.0),  # worse
+      (2e-3, 0.5),  # worse on all sides now
     ]
     assert found.chosen(entry) == (4e-3, 0.5) and found.complete(entry)
     repeated = [(*point_of(run), run.seed) for run in own[8:]]
     assert repeated == [(4e-3, 0.5, 1), (4e-3, 0.5, 2)]
+
+
+def test_a_search_goes_on_from_the_best_that_is_there():
+  """Points that a search from another start has left are not lost on it."""
+  table = METHODS._replace(groups=((tables.OURS,),))
+  known = plan.Plan(table, 1000, "speeches", {})
+  for point in ((2e-3, 0.5), (1e-3, 0.5)):
+    run = known.run(tables.OURS, point, seed=0)
+    known.found[run.key] = fake(run, loss_of(run))
+  tried, wanted = known.search(tables.OURS)
+  assert set(tried) == {(2e-3, 0.5), (1e-3, 0.5)} and wanted == (2e-3, 0.25)
 
 
 def test_a_search_turns_back_where_that_helps():

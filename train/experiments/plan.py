@@ -1,11 +1,10 @@
 """Which runs a table takes, in which order, and what they have decided.
 
-The search is the same for every entry, on the first seed: down and up a line
-of multipliers of the matrices' learning rate until the best has a worse one on
-either side, then likewise along the learning rates at that multiplier, and so
-on until neither finds a better one. The best by the validation text is run with
-the other seeds. What comes next depends on what was found, so the plan is made
-anew after each run.
+The search is the same for every entry, on the first seed: from the best that is
+there to its neighbours, multipliers of the matrices' learning rate and learning
+rates, each down and up, until it has a worse one on all four sides. The best by
+the validation text is run with the other seeds. What comes next depends on what
+was found, so the plan is made anew after each run.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ import json
 import math
 from typing import Any
 
-from train.experiments.tables import Entry, Table
+from train.experiments.tables import Entry, Line, Table
 
 Record = dict[str, Any]
 Point = tuple[float, float]  # learning rate, multiplier
@@ -85,23 +84,14 @@ class Plan:
 
   def search(self, entry: Entry) -> tuple[list[Point], Point | None]:
     """The points of an entry that were tried, and the next to try."""
-    table, tried = self.table, []
-    best, before = (table.rates.start, table.multipliers.start), None
-    while best != before:
-      before = best
-      for line in (
-        lambda p: [(p[0], m) for m in table.multipliers.values()],
-        lambda p: [(rate, p[1]) for rate in table.rates.values()],
-      ):
-        found, wanted = self._climb(entry, line(best), best)
-        tried = list(dict.fromkeys(tried + found))
-        if wanted:
-          return tried, wanted
-        best = self._best(entry, tried)
-    return tried, None
+    tried = self.tried(entry)
+    if not tried:
+      return [], (self.table.rates.start, self.table.multipliers.start)
+    around = self._around(self._best(entry, tried))
+    return tried, next((point for point in around if point not in tried), None)
 
   def tried(self, entry: Entry) -> list[Point]:
-    """All points that are there, also beside the way of the search."""
+    """All points that are there, also of a search from another start."""
     rates = self.table.rates.values()
     multipliers = self.table.multipliers.values()
     seed = self.table.seeds[0]
@@ -112,17 +102,13 @@ class Plan:
       if self.record(entry, (rate, multiplier), seed)
     ]
 
-  def _climb(
-    self, entry: Entry, line: list[Point], start: Point
-  ) -> tuple[list[Point], Point | None]:
-    """What of a line was tried; next comes a neighbour of the best of it."""
-    seed = self.table.seeds[0]
-    tried = [p for p in line if self.record(entry, p, seed)]
-    if start not in tried:
-      return tried, start
-    at = line.index(self._best(entry, tried))
-    near = [line[i] for i in (at - 1, at + 1) if 0 <= i < len(line)]
-    return tried, next((p for p in near if p not in tried), None)
+  def _around(self, point: Point) -> list[Point]:
+    """The neighbours of a point, multipliers first."""
+    rate, multiplier = point
+    return [
+      *((rate, near) for near in _near(multiplier, self.table.multipliers)),
+      *((near, multiplier) for near in _near(rate, self.table.rates)),
+    ]
 
   def _best(self, entry: Entry, tried: list[Point]) -> Point:
     """The point of the lowest validation loss."""
@@ -190,6 +176,13 @@ class Plan:
       len(self.search(entry)[0]) + max(0, len(self.seeds(entry)) - 1)
       for entry in self.table.entries
     )
+
+
+def _near(value: float, line: Line) -> list[float]:
+  """What stands beside a value, the lower first."""
+  values = line.values()
+  at = values.index(value)
+  return [values[i] for i in (at - 1, at + 1) if 0 <= i < len(values)]
 
 
 def _loss(record: Record) -> float:
