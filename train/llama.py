@@ -15,6 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from train import attention
@@ -31,6 +32,23 @@ REMAT = {
 }
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of earlier positions
+
+
+def _frequencies(width: int, theta: float) -> np.ndarray:
+  """Radians a position, of each pair of features: (H / 2,)."""
+  return theta ** (-np.arange(0, width, 2, dtype=np.float32) / width)
+
+
+@functools.cache
+def _turns(length: int, width: int, theta: float) -> tuple[np.ndarray, ...]:
+  """Cosines and sines of positions 0, 1, ...: (T, H / 2) each.
+
+  A table, for XLA would put the functions into every loop that uses them, and
+  take each sine anew for all rows and heads.
+  """
+  positions_T = np.arange(length, dtype=np.float32)
+  angles_TxH = np.outer(positions_T, _frequencies(width, theta))
+  return np.cos(angles_TxH), np.sin(angles_TxH)
 
 
 def rotary(
@@ -52,11 +70,13 @@ def rotary(
   """
   length, width = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
   if positions_BxT is None:
-    positions_BxT = jnp.arange(length)[None]
-  # Angles stay in float32: bfloat16 cannot tell position 256 from 257.
-  frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  angle_BxTx1xH = positions_BxT[..., None, None].astype(jnp.float32) * frequency
-  cos, sin = jnp.cos(angle_BxTx1xH), jnp.sin(angle_BxTx1xH)
+    cos, sin = _turns(length, width, theta)
+  else:
+    # Angles stay in float32: bfloat16 cannot tell position 256 from 257.
+    places_BxTx1 = positions_BxT[..., None].astype(jnp.float32)
+    angles_BxTxH = places_BxTx1 * _frequencies(width, theta)
+    cos, sin = jnp.cos(angles_BxTxH), jnp.sin(angles_BxTxH)
+  cos, sin = cos[..., None, :], sin[..., None, :]  # one turn for all heads
   left, right = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
   turned = (left * cos - right * sin, right * cos + left * sin)
   return jnp.concatenate(turned, axis=-1).astype(x_BxTxNxH.dtype)
