@@ -73,48 +73,85 @@ def thin_out(
 ) -> Any:
   """Sets most of the moments of factors to zero.
 
+  All moments of an entry go or stay together: a first moment without its
+  second would be divided by epsilon.
+
   Args:
     key: Random key for `random`.
     state: An optimizer's state.
-    is_factors: Whether a node holds the moments of factors.
-    pruning: `magnitude` keeps the largest of each matrix, `random` any.
-    share: Of the entries, that become zero; 1 for all of them.
+    is_factors: Whether a node holds moments of one leaf's factors.
+    pruning: `magnitude` keeps the entries of each matrix whose moments have
+      the largest product, `random` any.
+    share: Of the entries, that become zero; 0 for none, 1 for all of them.
 
   Returns:
     The state.
   """
-  flat, treedef = jax.tree.flatten(state, is_leaf=is_factors)
-  return treedef.unflatten(
-    [
-      _thin_node(jax.random.fold_in(key, i), x, pruning, share)
-      if is_factors(x)
-      else x
-      for i, x in enumerate(flat)
-    ]
+  if share <= 0:
+    return state
+  flat, treedef = jax.tree_util.tree_flatten_with_path(
+    state, is_leaf=is_factors
   )
+  found = [x for _, x in flat]
+  groups: dict[Any, list[int]] = {}  # nodes of one leaf: its first moment, ...
+  for i, (path, x) in enumerate(flat):
+    if is_factors(x):
+      groups.setdefault(path[-1], []).append(i)
+  for number, places in enumerate(groups.values()):
+    own = jax.random.fold_in(key, number)
+    nodes = _thin_nodes(own, [found[i] for i in places], pruning, share)
+    for i, node in zip(places, nodes, strict=True):
+      found[i] = node
+  return treedef.unflatten(found)
 
 
-def _thin_node(key: jax.Array, node: Any, pruning: str, share: float) -> Any:
-  flat, treedef = jax.tree.flatten(node, is_leaf=qarray.is_quantized)
-  return treedef.unflatten(
-    [
-      _thin(jax.random.fold_in(key, i), x, pruning, share)
-      for i, x in enumerate(flat)
-    ]
-  )
+def _thin_nodes(
+  key: jax.Array, nodes: list[Any], pruning: str, share: float
+) -> list[Any]:
+  """The moments of one leaf's factors, factor by factor."""
+  parts = [jax.tree.flatten(x, is_leaf=qarray.is_quantized) for x in nodes]
+  thinned = [
+    _thin(jax.random.fold_in(key, i), list(moments), pruning, share)
+    for i, moments in enumerate(zip(*(flat for flat, _ in parts), strict=True))
+  ]
+  return [
+    treedef.unflatten([moments[i] for moments in thinned])
+    for i, (_, treedef) in enumerate(parts)
+  ]
 
 
-def _thin(key: jax.Array, x: Any, pruning: str, share: float) -> Any:
-  if qarray.is_quantized(x):
-    kept = _thin(key, qarray.dequantize(x), pruning, share)
-    return qarray.requantize(x, kept)
-  if not jnp.issubdtype(x.dtype, jnp.inexact):
-    return x
+def _thin(
+  key: jax.Array, moments: list[Any], pruning: str, share: float
+) -> list[Any]:
+  """The moments of one factor; those of one shape lose the same entries."""
+  keep: dict[tuple[int, ...], jax.Array] = {}
+  whole = [
+    qarray.dequantize(x) if qarray.is_quantized(x) else x for x in moments
+  ]
+  counted = [jnp.issubdtype(x.dtype, jnp.inexact) for x in whole]
+  for shape in {x.shape for x, is_moment in zip(whole, counted) if is_moment}:
+    same = [x for x, c in zip(whole, counted) if c and x.shape == shape]
+    keep[shape] = _kept(key, same, pruning, share)
+  found = []
+  for x, value, is_moment in zip(moments, whole, counted, strict=True):
+    if is_moment:
+      value = jnp.where(keep[value.shape], value, jnp.zeros_like(value))
+      x = qarray.requantize(x, value) if qarray.is_quantized(x) else value
+    found.append(x)
+  return found
+
+
+def _kept(
+  key: jax.Array, moments: list[jax.Array], pruning: str, share: float
+) -> jax.Array:
+  """Which entries of a factor stay."""
+  shape = moments[0].shape
   if share >= 1:
-    return jnp.zeros_like(x)
+    return jnp.zeros(shape, bool)
   if pruning == "random":
-    return jnp.where(jax.random.bernoulli(key, 1 - share, x.shape), x, 0)
-  size = jnp.abs(x).astype(jnp.float32)
-  axes = tuple(range(max(0, x.ndim - 2), x.ndim))  # matrix by matrix
-  least = jnp.quantile(size, share, axis=axes, keepdims=True)
-  return jnp.where(size > least, x, jnp.zeros_like(x))
+    return jax.random.bernoulli(key, 1 - share, shape)
+  # The logarithm of the product, which itself may be too small for float32.
+  size = sum(jnp.log(jnp.abs(x).astype(jnp.float32)) for x in moments)
+  axes = tuple(range(max(0, len(shape) - 2), len(shape)))  # matrix by matrix
+  least = jnp.quantile(size, share, axis=axes, keepdims=True, method="lower")
+  return size > least
