@@ -169,15 +169,21 @@ def _adamw(c: OptimizerConfig, lr: optax.Schedule):
   )
 
 
-def _adafactor(c: OptimizerConfig, lr: optax.Schedule):
+def _adafactor(c: OptimizerConfig, lr: optax.Schedule, least: int = 128):
   # As the papers run it: no parameter scale, and a first moment, without
-  # which there is hardly any state to save.
-  return optax.adafactor(
-    lr,
-    multiply_by_parameter_scale=False,
-    momentum=c.b1,
-    weight_decay_rate=c.weight_decay or None,
-    weight_decay_mask=decayed,
+  # which there is hardly any state to save. The rate comes last, so that the
+  # decay is in proportion to it as everybody's. `least` is the shorter side
+  # from which on a second moment is factored.
+  return optax.chain(
+    optax.adafactor(
+      None,
+      min_dim_size_to_factor=least,
+      multiply_by_parameter_scale=False,
+      momentum=c.b1,
+      weight_decay_rate=c.weight_decay or None,
+      weight_decay_mask=decayed,
+    ),
+    optax.scale_by_learning_rate(lr, flip_sign=False),
   )
 
 
@@ -266,7 +272,9 @@ def _galore_faithful(c: Told, lr: optax.Schedule):
 
 
 def _galore_adafactor(c: Told, lr: optax.Schedule):
-  return galore_optax.galore(_adafactor(c, lr), **_options(c))
+  # What is projected is as factored as what is not, however low the rank.
+  inner = _adafactor(c, lr, least=min(128, c.rank))
+  return galore_optax.galore(inner, **_options(c))
 
 
 def _galore_lion(c: Told, lr: optax.Schedule):
