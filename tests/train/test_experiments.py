@@ -161,6 +161,40 @@ def test_a_search_ends_at_the_end_of_its_line_and_says_so():
   assert "| 0.125\\* |" in report.table(known)
 
 
+def test_close_points_are_told_apart_by_all_seeds():
+  """The best of the first seed is not the best of all."""
+  table = METHODS._replace(groups=((tables.OURS,),))
+  found: dict = {}
+  while runs := plan.Plan(table, 1000, "speeches", found).missing():
+    run = runs[0]
+    loss = loss_of(run)
+    if point_of(run) == (8e-3, 0.5):
+      loss = 4.005 if run.seed == 0 else 3.9
+    found[run.key] = fake(run, loss)
+  known = plan.Plan(table, 1000, "speeches", found)
+  assert known.near(tables.OURS) == [(4e-3, 0.5), (8e-3, 0.5)]
+  assert known.chosen(tables.OURS) == (8e-3, 0.5)
+  assert [r["seed"] for r in known.seeds(tables.OURS)] == [0, 1, 2]
+  # What is chosen has neighbours of its own.
+  assert (1.6e-2, 0.5) in known.tried(tables.OURS)
+  assert known.done() == known.total == len(found)
+  assert "± 0.0" not in report.grid(known)
+  assert report.grid(known).count("3 seeds") == 2
+
+
+def test_what_has_its_point_is_not_searched():
+  entry = tables.OURS._replace(at=(4e-3, 0.5))
+  table = METHODS._replace(groups=((entry,),))
+  known, order = finished(table)
+  assert [(*point_of(run), run.seed) for run in order] == [
+    (4e-3, 0.5, seed) for seed in table.seeds
+  ]
+  assert known.total == known.done() == 3 and known.complete(entry)
+  assert "not measured yet" in report.table(
+    plan.Plan(table, 1000, "speeches", {})
+  )
+
+
 def test_the_telling_comparisons_come_first():
   _, order = finished(METHODS)
   done = 0
@@ -220,8 +254,10 @@ def test_every_entry_is_a_run_that_the_script_takes(table, tmp_path):
       8e-3,
       0.25,
     )
-    gap = config.optimizer.update_proj_gap
-    assert gap == max(1, config.train.steps // entry.gaps)
+    gap, steps = config.optimizer.update_proj_gap, config.train.steps
+    assert gap == (1 if entry.name == "ldadam" else max(1, steps // entry.gaps))
+    # No restart is so late that its cycle would be cut.
+    assert config.optimizer.reset_every * entry.gaps >= 2 * steps
     keys.add(run.key)
   assert len(keys) == len(table.entries)
   names = [entry.name for entry in table.entries]

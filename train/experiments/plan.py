@@ -2,9 +2,11 @@
 
 The search is the same for every entry, on the first seed: from the best that is
 there to its neighbours, multipliers of the matrices' learning rate and learning
-rates, each down and up, until it has a worse one on all four sides. The best by
-the validation text is run with the other seeds. What comes next depends on what
-was found, so the plan is made anew after each run.
+rates, each down and up, until it has a worse one on all four sides. One seed does not
+tell close ones apart: all that come near the best by the validation text are
+run with the other seeds, too, and that with the best mean is chosen; its
+neighbours are tried if they were not. What comes next depends on what was
+found, so the plan is made anew after each run.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from train.experiments.tables import Entry, Line, Table
 Record = dict[str, Any]
 Point = tuple[float, float]  # learning rate, multiplier
 USUAL = 8  # runs of a search
+NEAR = 0.01  # nats of validation loss that the first seed cannot tell apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +87,16 @@ class Plan:
 
   def search(self, entry: Entry) -> tuple[list[Point], Point | None]:
     """The points of an entry that were tried, and the next to try."""
+    if entry.at:
+      return [], None
     tried = self.tried(entry)
     if not tried:
       return [], (self.table.rates.start, self.table.multipliers.start)
-    around = self._around(self._best(entry, tried))
-    return tried, next((point for point in around if point not in tried), None)
+    first = self.near(entry)
+    wanted = self._around(first[0])
+    if not self._unrepeated(entry):
+      wanted += self._around(self._best(entry, first))
+    return tried, next((point for point in wanted if point not in tried), None)
 
   def tried(self, entry: Entry) -> list[Point]:
     """All points that are there, also of a search from another start."""
@@ -110,16 +118,36 @@ class Plan:
       *((near, multiplier) for near in _near(rate, self.table.rates)),
     ]
 
-  def _best(self, entry: Entry, tried: list[Point]) -> Point:
-    """The point of the lowest validation loss."""
+  def near(self, entry: Entry) -> list[Point]:
+    """Points about as good as the best by the first seed, which comes first."""
+    if entry.at:
+      return [entry.at]
     seed = self.table.seeds[0]
-    loss = lambda p: _loss(self.record(entry, p, seed) or {})
-    return min(tried, key=lambda point: (loss(point), point))
+    losses = {
+      point: _loss(self.record(entry, point, seed) or {})
+      for point in self.tried(entry)
+    }
+    best = min(losses.values(), default=math.inf)
+    found = [p for p, loss in losses.items() if loss <= best + NEAR]
+    return sorted(found, key=lambda point: (losses[point], point))
+
+  def _best(self, entry: Entry, points: list[Point]) -> Point:
+    """The least mean loss of the validation text; more seeds come first."""
+
+    def rank(point: Point) -> tuple[int, float]:
+      losses = [_loss(record) for record in self._records(entry, point)]
+      return -len(losses), sum(losses) / max(1, len(losses))
+
+    return min(points, key=rank)
+
+  def _records(self, entry: Entry, point: Point) -> list[Record]:
+    known = (self.record(entry, point, seed) for seed in self.table.seeds)
+    return [record for record in known if record]
 
   def chosen(self, entry: Entry) -> Point | None:
     """The best of what was tried; None: nothing was."""
-    tried, _ = self.search(entry)
-    return self._best(entry, tried) if tried else None
+    near = self.near(entry)
+    return self._best(entry, near) if near else None
 
   def complete(self, entry: Entry) -> bool:
     """Whether the search has ended."""
@@ -130,7 +158,8 @@ class Plan:
     tried, wanted = self.search(entry)
     grid = len(self.table.multipliers.values()) + len(self.table.rates.values())
     guess = max(len(tried) + 1, min(USUAL, grid - 1))
-    return (guess if wanted else len(tried)) + len(self.table.seeds) - 1
+    repeats = (len(self.table.seeds) - 1) * max(1, len(self.near(entry)))
+    return (guess if wanted else len(tried) + bool(entry.at)) + repeats
 
   @property
   def total(self) -> int:
@@ -140,10 +169,7 @@ class Plan:
   def seeds(self, entry: Entry) -> list[Record]:
     """What was found at the chosen point, seed by seed."""
     point = self.chosen(entry)
-    if point is None:
-      return []
-    known = (self.record(entry, point, seed) for seed in self.table.seeds)
-    return [record for record in known if record]
+    return self._records(entry, point) if point else []
 
   def missing(self) -> list[Run]:
     """What can be run now; the first is what should be."""
@@ -161,20 +187,30 @@ class Plan:
     return [self.run(entry, point, seed) for entry, _, point in found if point]
 
   def _repeats(self, group: tuple[Entry, ...]) -> list[Run]:
-    chosen = [(entry, self.chosen(entry)) for entry in group]
+    """The other seeds, one after the other for all entries."""
+    runs = [run for entry in group for run in self._unrepeated(entry)]
+    return sorted(runs, key=lambda run: self.table.seeds.index(run.seed))
+
+  def _unrepeated(self, entry: Entry) -> list[Run]:
+    """What is missing at the points that come near the best."""
     runs = [
       self.run(entry, point, seed)
-      for seed in self.table.seeds[1:]
-      for entry, point in chosen
-      if point
+      for point in self.near(entry)
+      for seed in self.table.seeds
     ]
     return [run for run in runs if run.key not in self.found]
 
   def done(self) -> int:
     """How many of the table's runs are there."""
+    first, *others = self.table.seeds
     return sum(
-      len(self.search(entry)[0]) + max(0, len(self.seeds(entry)) - 1)
+      self.run(entry, point, seed).key in self.found
       for entry in self.table.entries
+      for seed, points in (
+        (first, [entry.at] if entry.at else self.tried(entry)),
+        *((other, self.near(entry)) for other in others),
+      )
+      for point in points
     )
 
 

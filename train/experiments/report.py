@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from train import files
 from train.errors import UserError
 from train.experiments import figures, mechanism, records
-from train.experiments.plan import Plan, Record
+from train.experiments.plan import Plan, Point, Record
 from train.experiments.tables import TABLES, Entry, Line, Table
 
 PAGE = pathlib.Path("docs/evidence.md")
@@ -32,6 +32,7 @@ HEAD = (
   "seeds",
   "optimizer state, MiB",
   "of the first row",
+  "weights, MiB",
   "CPU s a step",
   "learning rate",
   "multiplier",
@@ -156,7 +157,7 @@ def table(plan: Plan) -> str:
 
 def _row(plan: Plan, entry: Entry, first: list[Record]) -> list[str]:
   found, point = plan.seeds(entry), plan.chosen(entry)
-  if point is None:
+  if point is None or not found:
     return [entry.label, "not measured yet", *[""] * (len(HEAD) - 2)]
   whole = plan.complete(entry)
   done = [r for r in found if r["status"] == "done"]
@@ -170,10 +171,11 @@ def _row(plan: Plan, entry: Entry, first: list[Record]) -> list[str]:
     f"{len(found) if whole else 0} of {len(plan.table.seeds)}",
     f"{size / 2**20:.2f}",
     f"{size / first[0]['bytes']['optimizer']:.0%}" if first else "",
+    f"{found[0]['bytes']['weights'] / 2**20:.2f}",
     f"{statistics.median(cpu):.3g}" if cpu else "",
     f"{point[0]:g}{_edge(point[0], plan.table.rates)}" if whole else "",
     f"{point[1]:g}{_edge(point[1], plan.table.multipliers)}" if whole else "",
-    f"{len(plan.search(entry)[0])}{'' if whole else ' so far'}",
+    f"{len(plan.tried(entry))}{'' if whole else ' so far'}",
   ]
 
 
@@ -215,21 +217,37 @@ def _edge(value: float, line: Line) -> str:
 
 def grid(plan: Plan) -> str:
   """Every point that was tried, with its validation perplexity."""
-  rows = []
-  for entry in plan.table.entries:
-    for point in plan.tried(entry):
-      found = plan.found[plan.run(entry, point, plan.table.seeds[0]).key]
-      chosen = ""
-      if point == plan.chosen(entry):
-        chosen = "chosen" if plan.complete(entry) else "best so far"
-      score = "diverged"
-      if found["status"] == "done":
-        score = f"{perplexity(found['validation_loss']):.2f}"
-      rows.append(
-        [entry.label, f"{point[0]:g}", f"{point[1]:g}", score, chosen]
-      )
-  head = ("", "learning rate", "multiplier", "validation perplexity", "")
+  rows = [
+    [
+      entry.label,
+      f"{point[0]:g}",
+      f"{point[1]:g}",
+      *_scores(plan, entry, point),
+    ]
+    for entry in plan.table.entries
+    for point in plan.tried(entry)
+  ]
+  first = plan.table.seeds[0]
+  head = ("", "learning rate", "multiplier", f"seed {first}", "all seeds", "")
   return f"{_title(plan)}\n\n{_markdown(head, rows)}"
+
+
+def _scores(plan: Plan, entry: Entry, point: Point) -> list[str]:
+  """Of the first seed and, where there are others, of all; what it was for."""
+  records_ = [plan.record(entry, point, seed) for seed in plan.table.seeds]
+  found = [
+    perplexity(r["validation_loss"]) if r["status"] == "done" else math.inf
+    for r in records_
+    if r
+  ]
+  shown = [f"{x:.2f}" if math.isfinite(x) else "diverged" for x in found]
+  several = math.isfinite(sum(found)) and len(found) > 1
+  chosen = "chosen" if plan.complete(entry) else "best so far"
+  return [
+    shown[0],
+    f"{_spread(found, '{:.2f}')}, {len(found)} seeds" if several else "",
+    chosen if point == plan.chosen(entry) else "",
+  ]
 
 
 def origin(plan: Plan) -> str:

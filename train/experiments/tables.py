@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 Settings = tuple[str, ...]
 
-# A LLaMA of 3.2M parameters, 2.4M of them in the matrices of its blocks, on
+# A LLaMA of 3.4M parameters, 2.4M of them in the matrices of its blocks, on
 # top of the preset `sotu_small`.
 PRESET = "sotu_small"
 MODEL: Settings = (
@@ -57,7 +57,7 @@ class Line(NamedTuple):
 
 RATES = Line(3.2e-2, 1e-3, 1.28e-1)
 TUNED = 3.2e-2  # what GaLore has come to in `methods`
-MULTIPLIERS = Line(1 / 16, 1 / 64, 4.0)
+MULTIPLIERS = Line(1 / 16, 1 / 256, 4.0)
 
 
 class Entry(NamedTuple):
@@ -67,7 +67,9 @@ class Entry(NamedTuple):
   label: str
   optimizer: str
   settings: Settings = ()
-  gaps: int = 10  # refreshes of a basis (restarts of ReLoRA: half) in a run
+  gaps: int = 10  # refreshes of a basis (cycles of ReLoRA: half) in a run
+  # Learning rate and multiplier, where they are not searched.
+  at: tuple[float, float] | None = None
 
 
 class Table(NamedTuple):
@@ -103,7 +105,8 @@ METHODS = Table(
     ),
     (
       FAITHFUL,
-      Entry("fira", "Fira", "fira"),
+      # Its published alpha is more than a multiplier: the residual has none.
+      Entry("fira", "Fira", "fira", ("optimizer.scale=0.25",)),
       Entry("galore_8bit", "8-bit GaLore", "galore_8bit"),
       Entry("contrib_galore", "optax.contrib.galore", "contrib_galore"),
       Entry("lora", "LoRA", "lora"),
@@ -116,6 +119,7 @@ METHODS = Table(
         "apollo_mini", "APOLLO-Mini", "apollo_mini", ("optimizer.scale=128",)
       ),
       Entry("q_galore", "Q-GaLore, 8-bit weights", "q_galore"),
+      Entry("adamw_8bit", "8-bit AdamW, full rank", "adamw_8bit"),
       Entry("muon", "Muon, full rank", "muon"),
       Entry("adafactor", "Adafactor, full rank", "adafactor"),
       Entry("galore_adafactor", "GaLore around Adafactor", "galore_adafactor"),
@@ -128,9 +132,16 @@ METHODS = Table(
         "galore",
         ("optimizer.moments=ldadam",),
       ),
-      Entry("ldadam", "LDAdam: bases anew at every step", "ldadam"),
+      Entry(
+        "ldadam",
+        "LDAdam: bases anew at every step",
+        "ldadam",
+        ("optimizer.update_proj_gap=1",),
+      ),
       Entry("golore", "GoLore: random bases from half of the run", "golore"),
-      Entry("gum", "GUM: SUMO without bias", "gum"),
+      # Its momentum starts from zero with each period.
+      Entry("gum", "GUM: SUMO without bias", "gum", gaps=2),
+      Entry("fira_1", "Fira, alpha 1: all of the gradient", "fira"),
     ),
   ),
 )
@@ -186,21 +197,24 @@ ABLATIONS = Table(
   multipliers=Line(1 / 8, 1 / 64, 1.0),
 )
 
+# At the points that `methods` has come to.
 LONG = Table(
   "long",
   "Many refreshes: 60 gaps",
   (
     (
-      OURS._replace(gaps=60),
-      FAITHFUL._replace(gaps=60),
-      BASELINE,
-      Entry("q_galore", "Q-GaLore, 8-bit weights", "q_galore", gaps=60),
+      OURS._replace(gaps=60, at=(3.2e-2, 1 / 8)),
+      BASELINE._replace(at=(3.2e-2, 1 / 64)),
+      Entry(
+        "q_galore",
+        "Q-GaLore, 8-bit weights",
+        "q_galore",
+        gaps=60,
+        at=(3.2e-2, 1 / 8),
+      ),
     ),
   ),
-  rates=Line(TUNED, TUNED, TUNED),
-  multipliers=Line(1 / 8, 1 / 64, 1.0),
   seeds=(0, 1),
-  tokens=3 * TOKENS,
   evaluations=30,
 )
 

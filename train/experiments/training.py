@@ -53,6 +53,7 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
   ).data
   steps = max(1, round(run.tokens / (shape.batch * shape.length)))
   gap = max(1, steps // run.entry.gaps)
+  cycle = -(-2 * steps // run.entry.gaps)  # the last is as long as the others
   every = -(-steps // run.evaluations)
   return [
     *run.settings,
@@ -64,8 +65,8 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
     f"optimizer.learning_rate={run.rate:g}",
     f"optimizer.matrix_lr={run.multiplier:g}",
     f"optimizer.update_proj_gap={gap}",
-    f"optimizer.reset_every={2 * gap}",
-    f"optimizer.restart_warmup={min(gap // 5, 2 * gap - 1)}",
+    f"optimizer.reset_every={cycle}",
+    f"optimizer.restart_warmup={cycle // 10}",
     f"run.eval_every={every}",
     f"run.checkpoint_every={max(1, steps // 4)}",
     "run.log_every=1",
