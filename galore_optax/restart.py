@@ -124,14 +124,17 @@ def _thin(
   key: jax.Array, moments: list[Any], pruning: str, share: float
 ) -> list[Any]:
   """The moments of one factor; those of one shape lose the same entries."""
-  keep: dict[tuple[int, ...], jax.Array] = {}
   whole = [
     qarray.dequantize(x) if qarray.is_quantized(x) else x for x in moments
   ]
   counted = [jnp.issubdtype(x.dtype, jnp.inexact) for x in whole]
-  for shape in {x.shape for x, is_moment in zip(whole, counted) if is_moment}:
-    same = [x for x, c in zip(whole, counted) if c and x.shape == shape]
-    keep[shape] = _kept(key, same, pruning, share)
+  of_shape: dict[tuple[int, ...], list[jax.Array]] = {}
+  for x, is_moment in zip(whole, counted, strict=True):
+    if is_moment:
+      of_shape.setdefault(x.shape, []).append(x)
+  keep = {
+    shape: _kept(key, same, pruning, share) for shape, same in of_shape.items()
+  }
   found = []
   for x, value, is_moment in zip(moments, whole, counted, strict=True):
     if is_moment:

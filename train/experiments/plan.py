@@ -2,11 +2,11 @@
 
 The search is the same for every entry, on the first seed: from the best that is
 there to its neighbours, multipliers of the matrices' learning rate and learning
-rates, each down and up, until it has a worse one on all four sides. One seed does not
-tell close ones apart: all that come near the best by the validation text are
-run with the other seeds, too, and that with the best mean is chosen; its
-neighbours are tried if they were not. What comes next depends on what was
-found, so the plan is made anew after each run.
+rates, each down and up, until it has a worse one on all four sides. One seed
+does not tell close ones apart: a second that comes near the best by the
+validation text is run with the other seeds, too, and that with the better mean
+is chosen; its neighbours are tried if they were not. What comes next depends on
+what was found, so the plan is made anew after each run.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ Record = dict[str, Any]
 Point = tuple[float, float]  # learning rate, multiplier
 USUAL = 8  # runs of a search
 NEAR = 0.01  # nats of validation loss that the first seed cannot tell apart
+MOST = 2  # points that are so near, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Plan:
     }
     best = min(losses.values(), default=math.inf)
     found = [p for p, loss in losses.items() if loss <= best + NEAR]
-    return sorted(found, key=lambda point: (losses[point], point))
+    return sorted(found, key=lambda point: (losses[point], point))[:MOST]
 
   def _best(self, entry: Entry, points: list[Point]) -> Point:
     """The least mean loss of the validation text; more seeds come first."""
