@@ -145,7 +145,8 @@ class LowRank:
 
     Returns:
       Parameters in the structure of those that were divided. The sum of a
-      weight and its change is made in float32.
+      weight and its change is made in float32 and rounded to `dtype`: to
+      bfloat16, which changes of less than a 256th of a weight do not reach.
 
     Raises:
       ValueError: If frozen part and adapters do not belong together.
@@ -317,10 +318,13 @@ def _factors(
   *stack, m, n = x.shape
   x = x.astype(jnp.float32).reshape(-1, m, n)
   if start == "random":
-    # Each entry of the product varies as much as the entries of the matrix.
-    deviation = jnp.sqrt(jnp.std(x, axis=(-2, -1), keepdims=True) / rank**0.5)
+    # Entries of the product are as large as those of the matrix. Of zeros one
+    # factor is zero: were both, neither would have a gradient.
+    square = jnp.mean(x * x, axis=(-2, -1), keepdims=True)
+    deviation = (square / rank) ** 0.25
     left, right = jax.random.split(key)
-    a = deviation * jax.random.normal(left, (len(x), m, rank))
+    a = jnp.where(square > 0, deviation, m**-0.5)
+    a *= jax.random.normal(left, (len(x), m, rank))
     b = deviation * jax.random.normal(right, (len(x), rank, n))
   else:
     # One after the other: batches of factorisations can hang on CPU.
@@ -330,10 +334,12 @@ def _factors(
     )
     a = jax.lax.map(find, x)
     b = projector.project(x, {"left": a})
-    # Both factors of one size, so that they learn at one rate.
+    # Both factors of one size, so that they learn at one rate. Of zeros one is
+    # zero: were both, neither would have a gradient.
     size = lambda y: jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
     balance = jnp.sqrt(size(b) / size(a))
-    a, b = a * balance, b / jnp.where(balance > 0, balance, 1)
+    balance = jnp.where(balance > 0, balance, 1)
+    a, b = a * balance, b / balance
   return a.reshape(*stack, m, rank), b.reshape(*stack, rank, n)
 
 

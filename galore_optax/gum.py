@@ -97,7 +97,8 @@ def gum(
       one is not.
     rank: Rank r; see :func:`galore_optax.galore` for it and the next four.
     update_proj_gap: Steps T of a period; rules cannot change it.
-    scale: Factor α. With 0.2 updates are as large as Adam's at full rank.
+    scale: Factor α, which is 1 for matrices that are too small to project.
+      With 0.2 updates are as large as Adam's at full rank.
     proj_type: Which side is projected.
     rules: Ordered rules for single leaves.
     projector: How a basis is found, `subspace` or `svd`, which the paper takes.

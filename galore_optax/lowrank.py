@@ -220,7 +220,8 @@ def low_rank(
     dtype: See :func:`lora`.
     start: `spectral`: the factors stand for the given weight as well as rank r
       allows, up to what eight steps of subspace iteration find; `random`:
-      normal, their product has the variance of the weight.
+      normal, their product is as large as the weight. Of a weight of zeros one
+      factor is zero.
 
   Returns:
     A :class:`galore_optax.LowRank`.

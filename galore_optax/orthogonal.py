@@ -213,7 +213,8 @@ def sumo(
     nesterov: Whether to use Nesterov momentum.
     rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
     update_proj_gap: Steps T between two refreshes of a basis.
-    scale: Factor α. With 0.2 updates are as large as Adam's at full rank.
+    scale: Factor α, which is 1 for matrices that are too small to project.
+      With 0.2 updates are as large as Adam's at full rank.
     proj_type: Which side is projected.
     rules: Ordered rules for single leaves.
     projector: How a basis is found.

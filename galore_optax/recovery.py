@@ -277,15 +277,9 @@ def _direction(step: Step) -> tuple[jax.Array, Any]:
 
 
 def _clean(step: Step) -> jax.Array:
-  """The gradient, 0 wherever its projection counts as 0.
-
-  One bad entry spoils a column of R (or a row, for the right side), which is
-  then zero, and so must be what it is compared with.
-  """
+  """The gradient, 0 where it is not finite, as its projection is then."""
   grad = step.grad.astype(jnp.promote_types(step.grad.dtype, jnp.float32))
-  axes = {"left": -2, "right": -1}
-  axis = tuple(axes[side] for side in step.site.sides)
-  return jnp.where(jnp.isfinite(grad).all(axis, keepdims=True), grad, 0)
+  return jnp.where(jnp.isfinite(grad).all((-2, -1), keepdims=True), grad, 0)
 
 
 def _limit(

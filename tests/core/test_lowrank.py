@@ -357,6 +357,21 @@ def test_low_rank_can_start_at_random_and_has_no_weights_beside_it():
     method.restart(KEY, frozen, adapters, ())
 
 
+@pytest.mark.parametrize("start", ["spectral", "random"])
+def test_weights_of_zeros_are_learned_too(start):
+  """As output projections often start: one factor must have a gradient."""
+  method = low_rank(rank=8, start=start)
+  params, target = (
+    {"kernel": jnp.zeros((96, 128))},
+    {"kernel": normal((96, 128))},
+  )
+  frozen, adapters = divide(method)(KEY, params)
+  same(join(method)(frozen, adapters)["kernel"], params["kernel"])
+  tx = optax.adam(1e-2)
+  trained, _ = steps(method, tx, frozen, adapters, tx.init(adapters), 5, target)
+  assert jnp.abs(join(method)(frozen, trained)["kernel"]).max() > 1e-3
+
+
 def test_half_a_byte_for_each_frozen_weight():
   """In the program that is compiled, not in the dtypes' names only."""
   params = {"kernel": normal((512, 384))}

@@ -177,7 +177,8 @@ def test_bad_gradients_neither_spread_nor_stay(proj_type):
   assert all(np.isfinite(u["w"]).all() for u, _ in found)
   norms = [float(s.recovery["w"]) for _, s in found]
   assert norms[0] == 0 < norms[1]
-  assert norms[3] == norms[2]
+  # Nothing of a bad gradient counts, so nothing is put beside the momentum.
+  assert norms[1] == norms[2] == norms[3]
   size = jnp.linalg.norm(found[1][0]["w"])
   assert jnp.linalg.norm(found[2][0]["w"]) < 1.5 * size
   assert jnp.linalg.norm(found[4][0]["w"]) > 0.1 * size
