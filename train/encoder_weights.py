@@ -4,6 +4,7 @@
 config, the names and the shapes were found right.
 """
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -55,6 +56,8 @@ _RENAMED = (
   ("LayerNorm.gamma", "LayerNorm.weight"),
   ("LayerNorm.beta", "LayerNorm.bias"),
 )
+# Field of config.json for what `transformers` has no name for.
+POOL = "galore_optax_pool"
 _UNREAD = "embeddings.position_ids"  # 0, 1, 2, ...: older checkpoints have it
 
 
@@ -133,6 +136,7 @@ def to_params(
   shapes: Mapping[str, tuple[int, ...]],
   read: Reader,
   seed: int = 0,
+  refused: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tuple[dict, tuple[str, ...]]:
   """Our parameters, on the host, in `config.param_dtype`.
 
@@ -142,6 +146,8 @@ def to_params(
     shapes: of the checkpoint's tensors, by name.
     read: gives one tensor.
     seed: of the head, where the checkpoint has none that fits.
+    refused: parts of the head that are not taken: what the checkpoint has
+      instead.
 
   Returns:
     The parameters, and sentences: what was initialised, what was left out.
@@ -154,6 +160,9 @@ def to_params(
   given = {plain_name(name): name for name in shapes}
   _check_encoder(source, config, wanted, given, shapes)
   fresh = _fresh_modules(wanted, given, shapes)
+  for module, reason in refused.items():
+    if module not in fresh:
+      fresh[module] = [reason]
   left = [given[name] for name in given if name not in wanted]
   dtype, random = DTYPES[config.param_dtype], np.random.default_rng(seed)
   arrays = {
@@ -313,6 +322,7 @@ def config_from_hf(
     "norm_eps": given.get("layer_norm_eps", 1e-12),
     "activation": given.get("hidden_act", "gelu"),
     "init_std": given.get("initializer_range", 0.02),
+    "pool": given.get(POOL, "first"),
     "dropout": dropout,
     "attention_dropout": given.get("attention_probs_dropout_prob", 0.1),
     "head_dropout": dropout if head_dropout is None else head_dropout,
@@ -376,4 +386,5 @@ def config_to_hf(config: Config, extra: Mapping[str, Any]) -> dict[str, Any]:
     "classifier_dropout": config.head_dropout,
     "position_embedding_type": "absolute",
     "torch_dtype": config.param_dtype,
+    POOL: config.pool,
   }

@@ -68,7 +68,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     help=", ".join(recipes.METHODS) + "; default: galore",
   )
   parser.add_argument(
-    "--rank", type=int, default=4, help="of GaLore or LoRA; default: 4"
+    "--rank",
+    type=int,
+    help="of GaLore or LoRA; default: the task's, mostly 4",
   )
   parser.add_argument(
     "--set",
@@ -142,7 +144,7 @@ def make_material(
   )
   most = config.data.eval_rows
   evaluated = [
-    learner.prepare(split.part(spread(len(split), most), split.name))
+    learner.prepare(split.part(spread(len(split), most)))
     for split in found.evaluated
   ]
   return jobs.Material(found.task, train, evaluated, feed)
@@ -206,12 +208,12 @@ def introduce(
     for prepared in (material.train, *material.evaluated)
   )
   lengths = material.train.lengths
-  cut = float((lengths >= config.data.length).mean())
+  cut = float((lengths >= learner.length).mean())
   print(
     f"model      {count:,} parameters, {learner.describe()}\n"
     f"task       {_describe(material.task)}\n"
     f"examples   {sizes}; {np.mean(lengths):.0f} tokens a row, {cut:.1%} of the"
-    f" rows fill data.length={config.data.length}\n"
+    f" rows fill the {learner.length} that are read\n"
     f"optimizer  {_method(config)},"
     f" learning rate {config.optimizer.learning_rate:g},"
     f" {config.train.steps} steps of {config.data.batch} rows"

@@ -94,7 +94,7 @@ def _compare(
   out: pathlib.Path, saved: dict[str, Any], config: configs.Config
 ) -> None:
   # A run from before a field existed had what is now its default.
-  defaults = configs.flatten(configs.Config(preset=""))
+  defaults = configs.flatten(type(config)(preset=""))
   old = configs.fixed_fields(defaults | saved)
   new = configs.fixed_fields(configs.flatten(config))
   names = [n for n in {**old, **new} if old.get(n) != new.get(n)]

@@ -11,7 +11,8 @@ A folder holds config.json, safetensors (one file or shards) and a tokenizer.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import huggingface_hub as hub
@@ -53,6 +54,7 @@ def load(
   head: Head = "none",
   labels: int = 2,
   seed: int = 0,
+  names: Sequence[str] = (),
   **changes: Any,
 ) -> Loaded:
   """Reads a checkpoint as an encoder with the head that a task needs.
@@ -63,6 +65,9 @@ def load(
       it is initialised, which `notes` says.
     labels: outputs of a classification head; 1: regression.
     seed: of a head that is initialised.
+    names: of the classes, in the order of the task. A head that tells the same
+      apart in another order is turned round; one that tells others apart is
+      initialised.
     **changes: other fields of `Config` (`dtype`, `remat`, `dropout`, ...).
 
   Raises:
@@ -76,11 +81,35 @@ def load(
   )
   tokenizer = encoder_tokenizer.load(folder, config)
   shapes, read = hf.open_tensors(folder)
+  theirs, ours = _class_names(given), [name.lower() for name in names]
+  # Where either side has numbers for names, they are places.
+  named = bool(theirs) and bool(ours) and not all(map(_is_number, ours))
+  same = sorted(theirs) == sorted(ours)
+  refused = {}
+  if named and not same:
+    few = encoder_weights.some(theirs)
+    refused["head"] = f"classes of other names, {few}"
   params, notes = encoder_weights.to_params(
-    str(folder), config, shapes, read, seed
+    str(folder), config, shapes, read, seed, refused
   )
+  if named and same:
+    order = [theirs.index(name) for name in ours]
+    params["head"] = {k: x[..., order] for k, x in params["head"].items()}
   extra = {name: v for name, v in given.items() if name.endswith("_token_id")}
   return Loaded(config, params, tokenizer, notes, extra)
+
+
+def _class_names(given: Mapping[str, Any]) -> list[str]:
+  """The classes that a checkpoint's head tells apart; none: it has no names."""
+  found = given.get("id2label")
+  if not isinstance(found, Mapping):
+    return []
+  names = [str(found.get(str(i), "")).lower() for i in range(len(found))]
+  return [] if all(map(_is_number, names)) else names
+
+
+def _is_number(name: str) -> bool:
+  return re.fullmatch(r"(label_)?-?\d*", name) is not None
 
 
 def fetch(path: str) -> pathlib.Path:

@@ -58,6 +58,11 @@ class Run:
     if axis == "steps":
       return steps
     if axis == "tokens":
+      if "task.name" in self.config:
+        raise UserError(
+          f"--x tokens: the batches of {self.out}, a run of fine-tuning, are as"
+          " long as their longest rows; use --x steps or --x hours"
+        )
       return steps * self.config["data.batch"] * self.config["data.length"]
     known = [(r["step"], r["seconds"]) for r in self.records if "seconds" in r]
     if not known:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.parity import scores_run as theirs
 from train.tuning import scores, spans
-from train.tuning.examples import Span
+from train.tuning.answers import Span
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,47 @@ def test_a_head_of_other_labels_starts_afresh(written):
   assert (other["kernel"] != head["kernel"]).any()
 
 
+NAMES = {"0": "contradiction", "1": "neutral", "2": "ENTAILMENT"}
+
+
+def test_a_head_that_counts_classes_otherwise_is_turned_round(
+  written, tmp_path
+):
+  folder = copy(written, tmp_path, id2label=NAMES)
+  ours = ("entailment", "neutral", "contradiction")
+  found = hf_encoder.load(folder, "classify", 3, names=ours)
+  assert found.notes == ()
+  for name, x in written.params["head"].items():
+    np.testing.assert_array_equal(found.params["head"][name], x[..., ::-1])
+  # Where either side has numbers for names, they are places.
+  for names in ((), ("0", "1", "2")):
+    found = hf_encoder.load(folder, "classify", 3, names=names)
+    same(found.params["head"], written.params["head"])
+  unnamed = {str(i): f"LABEL_{i}" for i in range(3)}
+  copy(written, tmp_path, id2label=unnamed)
+  found = hf_encoder.load(tmp_path, "classify", 3, names=ours)
+  same(found.params["head"], written.params["head"])
+
+
+def test_a_head_of_other_classes_starts_afresh(written, tmp_path):
+  folder = copy(written, tmp_path, id2label=NAMES)
+  ours = ("entailment", "neutral", "unrelated")
+  found = hf_encoder.load(folder, "classify", 3, names=ours)
+  [note] = found.notes
+  assert note == (
+    "head starts afresh: the checkpoint has classes of other names,"
+    " contradiction, neutral, entailment"
+  )
+  assert (found.params["head"]["bias"] == 0).all()
+  same(found.params["pooler"], written.params["pooler"])
+
+
+def test_what_the_head_was_given_is_kept(written, tmp_path):
+  assert hf_encoder.load(written.out, "classify", 3).config.pool == "first"
+  folder = copy(written, tmp_path, galore_optax_pool="mean")
+  assert hf_encoder.load(folder, "classify", 3).config.pool == "mean"
+
+
 def test_what_a_head_has_no_place_for_is_left_out_and_named(written):
   found = hf_encoder.load(written.out, "spans", remat="full", dropout=0.0)
   fresh, left = found.notes

@@ -13,7 +13,18 @@ from tests.train.conftest import TINY, WORDS
 from train import encoder, encoder_tokenizer, llama, tokenizer
 from train.config import DataConfig
 from train.errors import UserError
-from train.tuning import chat, examples, feed, grid, packaged, recipes, spans
+from train.tuning import (
+  answers,
+  chat,
+  examples,
+  feed,
+  grid,
+  llamas,
+  packaged,
+  recipes,
+  spans,
+  tables,
+)
 from train.tuning import config as configs
 from train.tuning.tasks import GLUE, TASKS
 
@@ -40,7 +51,21 @@ def test_recipes_are_the_papers():
     assert (c.optimizer.learning_rate, c.optimizer.scale) == (rate, alpha)
     assert (c.task.epochs, c.data.length, c.optimizer.warmup) == (30, 512, 0)
     assert c.data.batch == (32 if name == "cola" else 16)
+    assert c.optimizer.clip == 0
   assert recipes.make("cola", "q_galore", 4).model.weights == "int8"
+  ranks = [
+    recipes.make(name, "galore").optimizer.rank for name in ("rte", "squad")
+  ]
+  assert ranks == [4, 16]
+
+
+def test_settings_that_would_do_nothing_are_refused():
+  start = recipes.make("cola", "galore")
+  for name in ("model.d_model=32", "train.z_loss=1", "data.tokenizer=x"):
+    with pytest.raises(UserError, match=name.partition("=")[0]):
+      recipes.adopt(start, [name])
+  counted = recipes.adopt(start, ["train.steps=7"])
+  assert (counted.train.steps, counted.task.epochs) == (7, 0)
 
 
 COLUMNS = [
@@ -78,7 +103,7 @@ def test_a_set_of_the_hub_says_in_what_order_it_counts(tmp_path, monkeypatch):
     datasets.Features({"text": datasets.Value("string"), "label": labels}),
   )
   monkeypatch.setattr(
-    examples.datasets, "load_dataset", lambda *_, **__: {"train": table}
+    tables.datasets, "load_dataset", lambda *_, **__: {"train": table}
   )
   config = DataConfig(path="hub:own/set", holdout_every=2)
   with pytest.raises(UserError, match="counts the labels pos, neg, the task"):
@@ -87,22 +112,142 @@ def test_a_set_of_the_hub_says_in_what_order_it_counts(tmp_path, monkeypatch):
   assert found.task.labels == ("pos", "neg")
 
 
+FORM = r"an answer is \{\"text\": \[...\]"
+
+
 @pytest.mark.parametrize(
-  ("answers", "said"),
+  ("value", "said"),
   [
-    ({"text": ["wrong"], "answer_start": [0]}, "is not what the context has"),
-    ("people", "an answer is"),
+    ({"text": ["no"], "answer_start": [0]}, "is not what the context has"),
+    ({"text": ["in"], "answer_start": [-8]}, "at its character -8"),
+    ({"text": [""], "answer_start": [0]}, "is not what the context has"),
+    ({"text": "in", "answer_start": 0}, FORM),
+    ({"text": ["in"], "answer_start": [0, 3]}, FORM),
+    ({"text": None, "answer_start": None}, FORM),
+    ({"text": ["in"]}, FORM),
+    ("people", FORM),
   ],
 )
-def test_answers_must_lie_where_they_are_said_to(tmp_path, answers, said):
+def test_answers_must_lie_where_they_are_said_to(value, said):
+  with pytest.raises(UserError, match=said):
+    answers.span(value, "in Paris", "row 2")
+  right = {"text": ["Paris"], "answer_start": [3]}
+  assert answers.span(right, "in Paris", "") == answers.Span(("Paris",), (3,))
+
+
+def test_a_wrong_answer_is_named_with_its_row(tmp_path):
   rows = tuning_files.squad_rows(4, unanswerable=False)
-  rows[2]["answers"] = answers
-  if isinstance(answers, str):
-    rows = [row | {"answers": answers} for row in rows]
+  rows[2]["answers"] = {"text": ["wrong"], "answer_start": [0]}
   path = tuning_files.write_lines(tmp_path / "squad.jsonl", rows)
   config = DataConfig(path=str(path), holdout_every=2)
-  with pytest.raises(UserError, match=said):
+  with pytest.raises(UserError, match="row 2, column 'answers': 'wrong'"):
     examples.load(TASKS["squad"], config, tmp_path)
+
+
+def read_labels(tmp_path, values, labels=(), kind="jsonl"):
+  """The classes and what the values of a column count as."""
+  path = tmp_path / f"own.{kind}"
+  rows = [{"text": f"text {i}", "label": v} for i, v in enumerate(values)]
+  if kind == "jsonl":
+    tuning_files.write_lines(path, rows)
+  else:
+    between = "," if kind == "csv" else "\t"
+    lines = [between.join(map(str, row.values())) for row in rows]
+    path.write_text("\n".join([between.join(rows[0]), *lines]) + "\n")
+  config = DataConfig(path=str(path), validation=str(path))
+  task = TASKS["classify"].named("", "", "", labels)
+  found = examples.load(task, config, tmp_path / "cache")
+  assert found.evaluated[0].answers == found.train.answers
+  return found.task.labels, found.train.answers
+
+
+@pytest.mark.parametrize(
+  ("values", "labels", "found"),
+  [
+    ([5, 1, 2], (), [2, 0, 1]),  # three classes, not six
+    ([1, -1, 1], (), [1, 0, 1]),
+    ([2.0, 1.0, 2.0], (), [1, 0, 1]),
+    ([True, False], (), [1, 0]),
+    (["b", " A", "B"], (), [1, 0, 1]),
+    ([1, 3, 2], ("1", "2", "3"), [0, 2, 1]),  # names, not places
+    ([0, 1], ("1", "0"), [1, 0]),
+    ([1, 0], ("no", "yes"), [1, 0]),  # places: the names are none
+    (["YES", "no"], ("no", "yes"), [1, 0]),
+  ],
+)
+def test_classes_are_names_or_what_is_counted(tmp_path, values, labels, found):
+  names, counted = read_labels(tmp_path, values, labels)
+  assert counted == found and len(names) == max(found) + 1
+
+
+def test_none_is_a_class_and_a_text_and_quotes_are_characters(tmp_path):
+  stance = ["None", "favor", "NA", "None"]
+  for kind in ("csv", "tsv"):
+    names, _ = read_labels(tmp_path, stance, kind=kind)
+    assert names == ("favor", "na", "none")
+  path = tmp_path / "quoted.tsv"
+  path.write_text('text\tlabel\n"a\tx\nb"\ty\nnull\tx\n')
+  config = DataConfig(path=str(path), validation=str(path))
+  found = examples.load(TASKS["classify"], config, tmp_path / "cache")
+  assert found.train.first == ['"a', 'b"', "null"]
+
+
+@pytest.mark.parametrize(
+  ("values", "said"),
+  [
+    ([1.0, float("nan")], "row 1, column 'label': the label nan is no finite"),
+    ([True, False], "the label True is no finite"),
+    ([-1, -1.0], "holds -1 only .*not published"),
+  ],
+)
+def test_numbers_that_say_nothing_are_refused(tmp_path, values, said):
+  rows = [{"text": "a", "label": v} for v in values]
+  table = tables.datasets.Dataset.from_list(rows)
+  with pytest.raises(UserError, match=said):
+    answers.check(values, None, table, TASKS["regress"], "a.csv")
+
+
+def test_a_folder_may_hold_more_than_tables(tmp_path):
+  folder = tuning_files.write_glue(tmp_path / "data", "cola")
+  (folder / "README.md").write_text("# CoLA\n")
+  (folder / "dataset_infos.json").write_text('{"a": {"b": 1}}')
+  (folder / "train[1].txt").write_text("notes")
+  config = DataConfig(path=str(folder))
+  found = examples.load(TASKS["cola"], config, tmp_path / "cache")
+  assert len(found.train) == 24
+  odd = (folder / "train.jsonl").rename(folder / "set[1].jsonl")
+  alone = DataConfig(path=str(odd), holdout_every=4)
+  assert len(examples.load(TASKS["cola"], alone, tmp_path / "c").train) == 18
+  twice = f"{folder}/validation.jsonl,{folder}/test.jsonl,{folder}/test.jsonl"
+  with pytest.raises(UserError, match="two files 'test'"):
+    examples.load(
+      TASKS["cola"], DataConfig(path=str(odd), validation=twice), tmp_path
+    )
+
+
+def test_answers_of_a_chat_must_be_texts(tmp_path):
+  rows = [{"question": "2+2?", "answer": 4}] * 2
+  path = tuning_files.write_lines(tmp_path / "chat.jsonl", rows)
+  task = TASKS["chat"].named("question", "answer", "", ())
+  with pytest.raises(UserError, match="column 'answer' holds 4, not a text"):
+    examples.load(task, DataConfig(path=str(path)), tmp_path / "cache")
+
+
+def test_what_is_held_out_is_drawn_from_all_classes(tmp_path):
+  """Every second row is of one class; so would be every fourth."""
+  path = tmp_path / "own.jsonl"
+  rows = [{"text": f"{i}", "label": i % 2} for i in range(80)]
+  tuning_files.write_lines(path, rows)
+  config = DataConfig(path=str(path), holdout_every=4)
+  found, again = (
+    examples.load(TASKS["classify"], config, tmp_path / "cache")
+    for _ in range(2)
+  )
+  (held_out,) = found.evaluated
+  assert len(held_out) == 20 and 5 < sum(held_out.answers) < 15
+  assert held_out.first == again.evaluated[0].first
+  assert not set(held_out.first) & set(found.train.first)
+  assert found.train.training and not held_out.training
 
 
 def test_questions_on_one_context_are_held_out_together(tmp_path):
@@ -160,15 +305,15 @@ def windows(tmp_path_factory):
   config = encoder.Config(size, 16, 24, 1, 2, max_length=32)
   words = encoder_tokenizer.load(folder, config)
   rows = tuning_files.squad_rows(9, unanswerable=True)
-  answers = [
-    examples.Span(
+  right = [
+    answers.Span(
       tuple(row["answers"]["text"]), tuple(row["answers"]["answer_start"])
     )
     for row in rows
   ]
   first = [row["question"] for row in rows]
   second = [row["context"] for row in rows]
-  split = examples.Split("validation", first, second, answers)
+  split = examples.Split("validation", first, second, right)
   return words.windows(first, second, 32, 8, 8), split
 
 
@@ -232,10 +377,27 @@ def test_right_logits_decode_to_the_right_answers(windows):
   ]
   # A window without the answer points at its first token; it must not win
   # over one that has it.
-  answers = spans.decode(found, logits, split, TASK, TASKS["squad_v2"])
-  values = spans.score(answers, split.answers)
+  decoded = spans.decode(found, logits, split, TASK, TASKS["squad_v2"])
+  values = spans.score(decoded, split.answers)
   assert values["f1"] == values["exact_match"] == 1
   assert values["no_answer_accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+  ("found", "gold", "right"),
+  [
+    ("", ("the", "the Beatles"), 0.0),  # nothing is left of "the"
+    ("Beatles", ("the", "the Beatles"), 1.0),
+    ("", ("the",), 1.0),
+    ("", (), 1.0),
+    ("the", (), 1.0),
+    ("Beatles", (), 0.0),
+  ],
+)
+def test_answers_of_which_nothing_is_left_do_not_count(found, gold, right):
+  """As in the evaluation of SQuAD 2.0."""
+  values = spans.score([found], [answers.Span(gold, (0,) * len(gold))])
+  assert values["f1"] == values["exact_match"] == right
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +426,36 @@ def test_answers_are_learned_with_their_ends_and_nothing_else(writer):
   # What the user has spelled is not the token.
   end = writer.marks.token_to_id("<|im_end|>")
   assert (row.ids == end).sum() == 4
+
+
+def learner(writer, labels, length):
+  task = TASKS["classify"].named("", "", "", labels)
+  config = configs.TaskConfig(prompt="{first} ")
+  nothing = dict.fromkeys(("model", "source", "graphdef", "boxes"))
+  return llamas.LlamaLearner(
+    task, config, length, False, writer=writer, **nothing
+  )  # type: ignore
+
+
+def test_all_classes_are_asked_about_whatever_a_split_is_called(writer):
+  found = learner(writer, ("peace", "people"), 64)
+  split = examples.Split("train", ["we hold", "these"], None, [0, 1])
+  assert list(found.prepare(split).right) == [True, False, False, True]
+  learned = found.prepare(dataclasses.replace(split, training=True))
+  assert list(learned.right) == [True, True] and list(learned.named) == [0, 1]
+
+
+def test_a_text_that_is_too_long_is_cut_alike_for_all_classes(writer):
+  labels = ("peace", "the people of these states")
+  found = learner(writer, labels, 72)
+  text = " ".join(WORDS * 20)
+  split = examples.Split("validation", [text, "we"], None, [0, 1])
+  rows = found.prepare(split).rows
+  asked = [row.ids[: np.flatnonzero(row.learn)[0]].tolist() for row in rows]
+  assert asked[0] == asked[1] and asked[2] == asked[3] != asked[0]
+  assert max(len(row.ids) for row in rows) == 72 > len(rows[0].ids)
+  with pytest.raises(UserError, match="length=36 has no room"):
+    learner(writer, labels, 36).prepare(split)
 
 
 def test_other_forms_of_conversations_are_read():
@@ -316,11 +508,17 @@ def test_conversations_in_one_row_do_not_see_each_other():
   assert abs(run(ids)[:, 5:] - apart).max() > 1e-3
 
 
-def record(method, rate, accuracy, stage="run", seed=0):
+def record(method, rate, accuracy, stage="run", seed=0, task="cola"):
+  optimizer, _, rank = method.partition(":")
+  command = (
+    f"python -m train.finetune --task {task} --from $CHECKPOINT --optimizer"
+    f" {optimizer} --rank {rank} --set optimizer.learning_rate={rate:g} --set"
+    f" train.seed={seed}"
+  )
   return {
-    "stage": stage, "method": method, "task": "cola", "optimizer": "lora",
+    "stage": stage, "method": method, "task": task, "optimizer": optimizer,
     "learning_rate": rate, "seed": seed, "scores": {"matthews": accuracy},
-    "bytes": {"weights": 8, "optimizer": 2},
+    "bytes": {"weights": 8, "optimizer": 2}, "command": command,
   }  # fmt: skip
 
 
@@ -328,15 +526,31 @@ def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
   path = tmp_path / "results.jsonl"
   picked = [("lora:4", 1e-3, 0.5), ("lora:4", 3e-3, 0.7), ("lora:4", 1e-2, 0.6)]
   rows = [record(*one, stage="pick") for one in picked]
+  rows.append(record("lora:4", 1e-3, 0.9, stage="pick", task="rte"))
   rows.append(record("lora:8", 3e-3, 0.9))
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  flags = grid.parse(
-    ["run", str(path), "--from", "x", "--task", "cola", "--seeds", "0", "1",
-     "--methods", "lora:4", "lora:8"]
-  )  # fmt: skip
-  found = [(m.text, rate, seed) for m, rate, seed in grid.plan(flags)]
-  assert found == [
-    ("lora:4", 3e-3, 0), ("lora:4", 3e-3, 1), ("lora:8", 3e-3, 1)
+  given = [
+    "run", str(path), "--from", "x", "--task", "cola", "--seeds", "0", "1",
+    "--methods", "lora:4", "lora:8",
   ]  # fmt: skip
-  table = grid.table([record("a", 1, 0.5), record("a", 1, 0.7, seed=1)])
+  plan = lambda *more: [
+    (m.text, rate, seed)
+    for m, rate, seed in grid.plan(grid.parse([*given, *more]))
+  ]
+  first = [("lora:4", 3e-3, 0), ("lora:8", 3e-3, 0)]
+  second = [("lora:4", 3e-3, 1), ("lora:8", 3e-3, 1)]
+  assert plan() == [first[0], *second]
+  # Another setting makes another run.
+  assert plan("--set", "task.epochs=1") == [*first, *second]
+  with pytest.raises(UserError, match="lora:x: the rank is 'x'"):
+    grid.method("lora:x")
+
+
+def test_tables_keep_tasks_and_rates_apart():
+  runs = [record("a", 1, 0.5), record("a", 1, 0.7, seed=1), record("a", 2, 0.1)]
+  table = grid.table(runs)
   assert "| a | 1 | 0.6000 ± 0.1414 | 2 | 8 | 0 | 0 | 2 | 0 |" in table
+  assert "| a | 2 | 0.1000 | 1 |" in table and "**cola**" not in table
+  other = record("a", 1, 0.9) | {"task": "rte", "scores": {"accuracy": 0.9}}
+  both = grid.table([*runs, other])
+  assert both.index("**cola**") < both.index("matthews") < both.index("**rte**")

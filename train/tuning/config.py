@@ -22,7 +22,8 @@ class TaskConfig:
   evaluations: int = 1  # in an epoch
   group: bool = True  # whether texts of like length share a batch
   multiple: int = 32  # of tokens, to which a batch's longest row is rounded up
-  pool: Literal["first", "mean"] = "first"  # what an encoder's head reads
+  # What an encoder's head reads; "": what it was trained with, or the first.
+  pool: Literal["", "first", "mean"] = ""
   dropout: float = -1.0  # of an encoder, everywhere; -1: the checkpoint's
   # Weights that stay as they are and need no gradient nor state, as a regular
   # expression of their paths: ^embed/

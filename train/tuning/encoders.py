@@ -28,9 +28,8 @@ class Prepared:
   """A split as the model reads it."""
 
   split: Split
-  rows: Sequence[
-    Any
-  ]  # a Row each, or Windows: several a question where its context is long
+  # A Row each, or Windows: several a question where its context is long.
+  rows: Sequence[Any]
   targets: dict[str, np.ndarray]  # (n,) each
   lengths: np.ndarray  # (n,) tokens
 
@@ -152,10 +151,10 @@ class EncoderLearner:
       extra["label2id"] = {name: i for i, name in names.items()}
     if self.task.kind == "regress":
       extra["problem_type"] = "regression"
-    if self.config.pool == "mean" and self.task.kind != "span":
+    if self.loaded.config.pool == "mean" and self.task.kind != "span":
       print(
         "note       transformers would give the head the first token; this"
-        " one has learned with task.pool=mean"
+        " one has learned with task.pool=mean, which model/config.json says"
       )
     trained = dataclasses.replace(self.loaded, params=weights)
     hf_encoder.save(trained, out, extra)
@@ -172,7 +171,9 @@ def make(source: str, task: Task, config: Config) -> EncoderLearner:
       f"--task {task.name} is for a LLaMA, and {source} is an encoder, which"
       " writes no text"
     )
-  changes: dict[str, Any] = {"pool": config.task.pool}
+  changes: dict[str, Any] = {}
+  if config.task.pool:
+    changes["pool"] = config.task.pool
   model = config.model
   for name in ("dtype", "param_dtype", "remat", "unroll"):
     changes[name] = getattr(model, name)
@@ -187,6 +188,7 @@ def make(source: str, task: Task, config: Config) -> EncoderLearner:
     head="spans" if span else "classify",
     labels=max(1, len(task.labels)),  # one: a number
     seed=config.train.seed,
+    names=task.labels,
     **changes,
   )
   for note in loaded.notes:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from train import ending, finetune
 from train.errors import UserError
-from train.tuning import tasks
+from train.tuning import recipes, tasks
 
 Record = dict[str, Any]
 
@@ -41,10 +41,18 @@ class Method(NamedTuple):
 
 
 def method(text: str) -> Method:
-  """Reads `galore:8` or `galore:8+task.freeze=^embed/`."""
+  """Reads `galore:8` or `galore:8+task.freeze=^embed/`.
+
+  Raises:
+    UserError: the rank is no number.
+  """
   name, *settings = text.split("+")
-  optimizer, _, rank = name.partition(":")
-  return Method(text, optimizer, int(rank or 4), tuple(settings))
+  optimizer, colon, rank = name.partition(":")
+  if colon and not rank.isdigit():
+    raise UserError(
+      f"--methods {text}: the rank is {rank!r}; write NAME or NAME:RANK"
+    )
+  return Method(text, optimizer, int(rank or recipes.RANK), tuple(settings))
 
 
 def read(path: pathlib.Path) -> list[Record]:
@@ -77,7 +85,11 @@ def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
   if flags.rates:
     return flags.rates
   metric = tasks.find(flags.task).metrics[0]
-  tried = [r for r in read(flags.results) if r["stage"] == "pick"]
+  tried = [
+    r
+    for r in read(flags.results)
+    if (r["stage"], r["task"]) == ("pick", flags.task)
+  ]
   # At another rank the same optimizer's rate serves, if there is none at this.
   picked = [r for r in tried if r["method"] == chosen.text] or [
     r for r in tried if r["optimizer"] == chosen.optimizer
@@ -101,15 +113,20 @@ def _by(records: list[Record], name: str) -> dict[Any, list[Record]]:
 
 def plan(flags: argparse.Namespace) -> Iterator[tuple[Method, float, int]]:
   """The runs that are missing, seed by seed: a stop leaves a fair part."""
-  done = {
-    (r["stage"], r["method"], r["learning_rate"], r["seed"])
-    for r in read(flags.results)
-  }
+  done = {(r["stage"], r["command"]) for r in read(flags.results)}
   for seed in flags.seeds:
     for chosen in map(method, flags.methods):
       for rate in rates(flags, chosen):
-        if (flags.command, chosen.text, rate, seed) not in done:
+        command = shown(flags, words(flags, chosen, rate, seed))
+        if (flags.command, command) not in done:
           yield chosen, rate, seed
+
+
+def shown(flags: argparse.Namespace, command: list[str]) -> str:
+  """A run's command line, as it is kept."""
+  # Where a checkpoint lies on this machine says nothing to others.
+  named = ["$CHECKPOINT" if w == flags.source else w for w in command]
+  return " ".join(["python -m train.finetune", *named])
 
 
 def run_all(flags: argparse.Namespace) -> int:
@@ -126,9 +143,7 @@ def run_all(flags: argparse.Namespace) -> int:
       return status
     found = json.loads((out / "result.json").read_text(encoding="utf-8"))
     record = {"stage": flags.command, "method": chosen.text} | found
-    # Where a checkpoint lies on this machine says nothing to others.
-    shown = ["$CHECKPOINT" if w == flags.source else w for w in command]
-    record["command"] = " ".join(["python -m train.finetune", *shown])
+    record["command"] = shown(flags, command)
     flags.results.parent.mkdir(parents=True, exist_ok=True)
     with flags.results.open("a", encoding="utf-8") as file:
       file.write(json.dumps(record) + "\n")
@@ -148,38 +163,45 @@ def _same(out: pathlib.Path, command: list[str]) -> bool:
   return same
 
 
+SIZES = ("weights", "adapters", "gradients", "optimizer", "optimizer_blocks")
+
+
 def table(records: list[Record]) -> str:
-  """The runs as Markdown: mean and spread of the scores, bytes."""
+  """The runs as Markdown, a table a task: mean and spread of scores, bytes."""
   runs = [record for record in records if record["stage"] == "run"]
   if not runs:
     raise UserError("there is no finished run in the results")
-  metric = tasks.find(runs[0]["task"]).metrics[0]
+  tasks_ = _by(runs, "task")
+  parts = [
+    f"**{name}**\n\n{_table(name, found)}"
+    if len(tasks_) > 1
+    # Its name is in the file's.
+    else _table(name, found)
+    for name, found in tasks_.items()
+  ]
+  return "\n\n".join(parts)
+
+
+def _table(task: str, runs: list[Record]) -> str:
+  metric = tasks.find(task).metrics[0]
   lines = [
     f"| method | learning rate | {metric} | seeds | weights | adapters |"
     " gradients | optimizer state | of it blocks |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
   for name, group in _by(runs, "method").items():
-    values = [record["scores"][metric] for record in group]
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    sizes = group[0]["bytes"]
-    cells = [
-      name,
-      f"{group[0]['learning_rate']:g}",
-      f"{statistics.mean(values):.4f}{spread}",
-      str(len(values)),
-      *(
-        f"{sizes.get(part, 0):,}"
-        for part in (
-          "weights",
-          "adapters",
-          "gradients",
-          "optimizer",
-          "optimizer_blocks",
-        )
-      ),
-    ]
-    lines.append(f"| {' | '.join(cells)} |")
+    for rate, same in _by(group, "learning_rate").items():
+      values = [record["scores"][metric] for record in same]
+      spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+      sizes = same[0]["bytes"]
+      cells = [
+        name,
+        f"{rate:g}",
+        f"{statistics.mean(values):.4f}{spread}",
+        str(len(values)),
+        *(f"{sizes.get(part, 0):,}" for part in SIZES),
+      ]
+      lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 

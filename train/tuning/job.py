@@ -32,6 +32,8 @@ from train.tuning.feed import Batch, Feed
 from train.tuning.learner import Learner
 from train.tuning.tasks import Task
 
+DROPOUT = 2**31 - 1  # stands for it where a run's key is divided
+
 
 @dataclasses.dataclass(frozen=True)
 class Material:
@@ -104,7 +106,9 @@ def make_gradient(
   def gradient(weights: dict, batch: Any, step: jax.Array):
     key = None
     if learner.random:
-      key = jax.random.fold_in(jax.random.key(config.seed), step)
+      # Other numbers than those that weights are rounded with.
+      key = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
+      key = jax.random.fold_in(key, step)
     count = jnp.maximum(learner.count(batch), 1).astype(jnp.float32)
     tokens = learner.tokens(batch)
     if config.accumulate == 1:

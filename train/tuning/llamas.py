@@ -25,6 +25,8 @@ from train.tuning.examples import Split
 from train.tuning.feed import Batch
 from train.tuning.tasks import Task
 
+KEPT = 32  # tokens before the answer that a text which is too long keeps
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -103,19 +105,26 @@ class LlamaLearner:
   def _classes(self, split: Split) -> Prepared:
     names = self.task.labels
     second = split.second or [""] * len(split)
+    # Every class is asked with the same part of a text that is too long.
+    room = self.length - max(map(self._tail, names))
     rows, example, named, right = [], [], [], []
     for i, (first, other) in enumerate(zip(split.first, second, strict=True)):
       for k, name in enumerate(names):
-        if split.name == "train" and k != split.answers[i]:
+        if split.training and k != split.answers[i]:
           continue
         row = self._row(chat.conversation(self._prompt(first, other), name, ""))
-        rows.append(self._shorten(row))
+        rows.append(self._cut(row, room))
         example.append(i)
         named.append(k)
         right.append(k == split.answers[i])
     return _prepared(
       split, rows, np.array(example), np.array(named), np.array(right)
     )
+
+  def _tail(self, name: str) -> int:
+    """Tokens from the first one of a class's name on."""
+    row = self._row(chat.conversation(self._prompt("", ""), name, ""))
+    return len(row.ids) - _asked(row)
 
   def _row(self, messages: list[dict[str, str]]) -> chat.Row:
     return self.writer.row(chat.opened(messages, self.config.system))
@@ -132,17 +141,19 @@ class LlamaLearner:
         f"task.prompt={text!r}: {error}; write {{first}} and {{second}}"
       ) from None
 
-  def _shorten(self, row: chat.Row) -> chat.Row:
-    """A long text loses what is in the middle of it: the answer must stay."""
-    over = len(row.ids) - self.length
-    if over <= 0:
+  def _cut(self, row: chat.Row, room: int) -> chat.Row:
+    """A row that is asked in `room` tokens: a long text loses its middle.
+
+    The answer stays, and the end of the question, which asks for it.
+    """
+    asked = _asked(row)
+    if asked <= room:
       return row
-    tail = len(row.ids) - int(np.flatnonzero(row.learn)[0]) + 32
-    if tail >= self.length:
+    if room <= KEPT:
       raise UserError(
         f"data.length={self.length} has no room for an answer; raise it"
       )
-    keep = np.r_[: self.length - tail, len(row.ids) - tail : len(row.ids)]
+    keep = np.r_[: room - KEPT, asked - KEPT : len(row.ids)]
     return chat.Row(*(x[keep] for x in row))
 
   def collate(
@@ -210,6 +221,11 @@ class LlamaLearner:
     hf.save(trained, out)
 
 
+def _asked(row: chat.Row) -> int:
+  """Tokens before the first that is learned."""
+  return int(np.flatnonzero(row.learn)[0])
+
+
 def _prepared(
   split: Split,
   rows: list[chat.Row],
@@ -222,7 +238,11 @@ def _prepared(
 
 
 def is_llama(source: str) -> bool:
-  """Whether a checkpoint is a LLaMA: of any other kind encoders tell."""
+  """Whether a checkpoint is a LLaMA: of any other kind encoders tell.
+
+  Raises:
+    UserError: it is a run of fine-tuning, whose model lies in `model/`.
+  """
   path = pathlib.Path(source)
   if path.suffix == ".gguf":
     return True
@@ -232,6 +252,11 @@ def is_llama(source: str) -> bool:
     found = json.loads((path / hf.CONFIG).read_text(encoding="utf-8"))
   except (OSError, ValueError):
     return False
+  if "task.name" in found:
+    raise UserError(
+      f"--from {source} is the folder of a run; its weights are in"
+      f" {path / 'model'}"
+    )
   return found.get("model_type") == "llama" or "model.d_model" in found
 
 

@@ -2,11 +2,11 @@
 
 GLUE: Table 7 of the GaLore paper (arXiv 2403.03507) for RoBERTa-base, 30
 epochs, batches of 16 (CoLA 32), up to 512 tokens, a learning rate that falls
-in a line without a warm-up, alpha 4 at rank 4 and 2 at rank 8. Its baselines'
-rates are not published: AdamW takes GaLore's, LoRA those of its own paper
-(arXiv 2106.09685, Table 9, with alpha = 2r, as theirs at rank 8 is 16 in the
-public code). SQuAD: rank 16 as in the paper, which gives no rate; that, the
-length and the epochs are BERT's.
+in a line without a warm-up, no clipping, alpha 4 at rank 4 and 2 at rank 8. Its
+baselines' rates are not published: AdamW takes GaLore's, LoRA those of its own
+paper (arXiv 2106.09685, Table 9, with alpha = 2r, as theirs at rank 8 is 16 in
+the public code). SQuAD: rank 16 as in the paper, which gives no rate; that,
+the length and the epochs are BERT's.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ GLUE = {
   "qqp": Glue(1e-5, 2e-5, 5e-4),
 }
 ADAPTERS = ("lora", "qlora")
+RANK = 4  # of the papers' tables, with 8
 EVERY = 10**9  # examples that are evaluated, at most: all of them
 METHODS = (
   "adamw",
@@ -61,6 +62,8 @@ class Recipe(NamedTuple):
   adapters: float  # and of those that train factors
   scale: float  # GaLore's alpha
   gap: int = 500  # steps between two bases of a matrix
+  rank: int = RANK
+  clip: float = 1.0  # norm of the gradient
 
 
 def _glue(name: str, rank: int) -> Recipe:
@@ -72,12 +75,18 @@ def _glue(name: str, rank: int) -> Recipe:
     row.rank4 if small else row.rank8,
     row.lora,
     4.0 if small else 2.0,
+    clip=0.0,
   )
 
 
 def _span(epochs: float) -> Recipe:
   return Recipe(
-    {"epochs": epochs}, {"batch": 32, "length": 384}, 3e-5, 3e-4, 2.0
+    {"epochs": epochs},
+    {"batch": 32, "length": 384},
+    3e-5,
+    3e-4,
+    2.0,
+    rank=16,
   )
 
 
@@ -114,8 +123,8 @@ SMALL = {
 GENERAL = Recipe({}, {"batch": 32, "length": 128}, 3e-5, 3e-4, 4.0)
 
 
-def make(task: str, optimizer: str, rank: int) -> Config:
-  """The default run of a task by a method at a rank.
+def make(task: str, optimizer: str, rank: int | None = None) -> Config:
+  """The default run of a task by a method at a rank, or at the task's own.
 
   Raises:
     UserError: there is no such task, or the method is none for fine-tuning.
@@ -126,9 +135,13 @@ def make(task: str, optimizer: str, rank: int) -> Config:
       f"--optimizer {optimizer!r} is none for fine-tuning; the methods are"
       f" {', '.join(METHODS)}"
     )
-  if rank < 1:
+  if rank is not None and rank < 1:
     raise UserError(f"--rank must be 1 or more, got {rank}")
-  recipe = _glue(task, rank) if task in GLUE else SMALL.get(task, GENERAL)
+  if task in GLUE:
+    recipe = _glue(task, rank or RANK)
+  else:
+    recipe = SMALL.get(task, GENERAL)
+  rank = rank or recipe.rank
   config = Config(
     preset=task,
     task=TaskConfig(name=task, **recipe.task),
@@ -158,13 +171,48 @@ def _optimizer(name: Any, rank: int, recipe: Recipe) -> OptimizerConfig:
     update_proj_gap=recipe.gap,
     scale=recipe.scale,
     lora_alpha=2.0 * rank,
+    clip=recipe.clip,
   )
-  # Fira's updates are of full size whatever alpha is.
+  # Fira's residual, most of its update, is not scaled by alpha.
   return dataclasses.replace(config, scale=1.0) if name == "fira" else config
 
 
+# What the checkpoint decides, or only pre-training reads.
+FIXED = {
+  **dict.fromkeys(
+    (
+      "model.vocab_size",
+      "model.d_model",
+      "model.d_ff",
+      "model.n_layers",
+      "model.n_heads",
+      "model.n_kv_heads",
+      "model.rope_theta",
+      "model.norm_eps",
+      "model.init_std",
+      "model.tie_embeddings",
+      "data.tokenizer",
+    ),
+    "is what the checkpoint of --from says",
+  ),
+  **dict.fromkeys(
+    ("train.z_loss", "data.end_token"), "is for pre-training only"
+  ),
+}
+
+
 def adopt(config: Config, settings: list[str]) -> Config:
-  """The config with its overrides; a known type for `base.override`."""
+  """The config with what the command line changes of it.
+
+  Raises:
+    UserError: a field is unknown, has no such value, or would do nothing.
+  """
+  named = {setting.partition("=")[0].strip() for setting in settings}
+  idle = sorted(named & FIXED.keys())
+  if idle:
+    raise UserError(f"--set {idle[0]}: it {FIXED[idle[0]]}")
+  if "train.steps" in named and "task.epochs" not in named:
+    settings = [*settings, "task.epochs=0"]  # the steps are counted instead
   changed = base.override(config, settings)
   assert isinstance(changed, Config)
   return changed

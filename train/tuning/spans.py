@@ -1,8 +1,9 @@
 """Answers that are parts of a context: targets, decoding and scores of SQuAD.
 
-The score follows the definition of SQuAD's evaluation: answers are compared
+The score follows the definition of SQuAD 2.0's evaluation: answers are compared
 without case, punctuation, articles and repeated white space, with the best of
-the right answers counting; where there is no answer, the empty text is right.
+the right answers counting, but for those of which nothing is left then; where
+there is no answer, the empty text is right.
 """
 
 import collections
@@ -13,8 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from train.encoder_tokenizer import Window
+from train.tuning.answers import Span
 from train.tuning.config import TaskConfig
-from train.tuning.examples import Span, Split
+from train.tuning.examples import Split
 from train.tuning.tasks import Task
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -51,7 +53,7 @@ def score(found: Sequence[str], answers: Sequence[Span]) -> dict[str, float]:
     found: the answer to each question; "" where there is none.
     answers: the right ones.
   """
-  rights = [span.texts or ("",) for span in answers]
+  rights = [tuple(filter(normalise, span.texts)) or ("",) for span in answers]
   pairs = list(zip(found, rights, strict=True))
   f1 = np.array([max(overlap(x, y) for y in right) for x, right in pairs])
   em = np.array([max(exact(x, y) for y in right) for x, right in pairs])
