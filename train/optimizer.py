@@ -1,7 +1,9 @@
 """From the config to an Optax transformation, for GaLore and its peers.
 
 All share clipping, schedule, decay mask and the factor on the matrices, so
-two runs that differ in `optimizer.name` differ in the method only.
+two runs that differ in `optimizer.name` differ in the method only. With weights
+in bfloat16 also in the dtype of moments: Optax's own optimizers keep them in
+the weights', GaLore in `optimizer.state_dtype`.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ from train import (
 )
 from train import mesh as meshes
 from train.errors import UserError
-from train.tuning import evaluation, recipes, tasks
+from train.tuning import evaluation, recipes, spans, tasks
 from train.tuning import job as jobs
 
 DEVICES = jax.devices()
@@ -66,6 +66,11 @@ def one_device(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
   return tuning_files.write_bert(tmp_path_factory.mktemp("bert") / "out")
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+  return tuning_files.write_roberta(tmp_path_factory.mktemp("roberta") / "out")
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +208,44 @@ def test_regression_with_lora_trains_factors_and_head_only(bert, tmp_path):
   assert not np.array_equal(kernel(start), kernel(trained))
 
 
+def test_a_roberta_tells_pairs_apart_with_lora(roberta, tmp_path):
+  data = tuning_files.write_glue(tmp_path / "data", "mrpc", train=32)
+  found = run("mrpc", roberta, data, tmp_path / "run", "lora", task__epochs=4)
+  assert set(found["scores"]) == {"held_out_loss", "f1", "accuracy"}
+  trained = [loss for _, loss in losses(tmp_path / "run")]
+  assert np.mean(trained[-8:]) < np.mean(trained[:8])
+  start, end = (
+    hf_encoder.load(f, "classify", 2).params
+    for f in (roberta, tmp_path / "run" / "model")
+  )
+  # RoBERTa's head has two layers; both are trained as they are.
+  for part in ("pooler", "head"):
+    assert (start[part]["kernel"] != end[part]["kernel"]).any()
+  words_ = lambda tree: tree["embed"]["words"]["embedding"]
+  np.testing.assert_array_equal(words_(start), words_(end))
+
+
+def test_a_roberta_points_at_characters(roberta, tmp_path):
+  """Its tokens are bytes, and begin with the space before a word."""
+  data = tuning_files.write_squad(tmp_path / "data", unanswerable=False)
+  given = words("squad", roberta, data, tmp_path, task__query=8, task__stride=8)
+  config = finetune.make_config(finetune.arguments(given))
+  found = finetune.read_task(config)
+  learner, config = finetune.make_learner(found, config)
+  prepared = learner.prepare(found.evaluated[0])
+  logits = {
+    i: tuple(
+      10.0 * np.eye(32)[prepared.targets[name][i]] for name in ("start", "end")
+    )
+    for i in range(len(prepared.rows))
+  }
+  decided = learner.decide(prepared, logits)
+  assert spans.score(decided, found.evaluated[0].answers)["f1"] == 1
+  batch = learner.collate(prepared, range(4), 4)
+  start, end = jax.jit(learner.outputs)(learner.params, batch)
+  assert start.shape == end.shape == batch["ids"].shape
+
+
 @pytest.mark.parametrize(
   "name", [pytest.param("squad", marks=pytest.mark.slow), "squad_v2"]
 )
@@ -336,6 +379,33 @@ def test_a_checkpoint_of_another_architecture_is_refused(
   assert "is a LLaMA" in said and "use an encoder" in said
   said = refused(capsys, words("stsb", bert, data, out, "muon"))
   assert "none for fine-tuning" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "galore_8bit", "q_galore"])
+def test_every_kind_of_state_goes_on_after_a_stop(
+  bert, tmp_path, method, monkeypatch
+):
+  data = tuning_files.write_glue(tmp_path / "data", "cola")
+  outs = [tmp_path / name for name in ("whole", "stopped")]
+  given = [
+    words("cola", bert, data, out, method, task__epochs=2) for out in outs
+  ]
+  assert finetune.main(given[0]) == 0
+  calls = []
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      stopping,
+      "agreed",
+      lambda *_: lambda: calls.append(0) or len(calls) == 5,
+    )
+    assert finetune.main(given[1]) == 130
+  assert finetune.main(given[1]) == 0
+  assert losses(outs[0]) == losses(outs[1])
+  first, second = (
+    json.loads((out / "result.json").read_text()) for out in outs
+  )
+  assert first == second
 
 
 @pytest.mark.slow

@@ -14,10 +14,26 @@ MARKS = ("<|im_start|>", "<|im_end|>")
 
 def write_bert(out: pathlib.Path) -> pathlib.Path:
   """A folder with a BERT of two layers."""
+  return _write_encoder(out, encoder_files.write_bert)
+
+
+def write_roberta(out: pathlib.Path) -> pathlib.Path:
+  """A folder with a RoBERTa of two layers."""
+  return _write_encoder(
+    out,
+    encoder_files.write_roberta,
+    family="roberta",
+    position_offset=2,
+    n_types=1,
+    pad_id=1,
+  )
+
+
+def _write_encoder(out: pathlib.Path, write, **fields) -> pathlib.Path:
   given = out.with_name("given")
   given.mkdir()
-  size = encoder_files.write_bert(given)
-  config = encoder.Config(size, 16, 24, 2, 4, max_length=32)
+  size = write(given)
+  config = encoder.Config(size, 16, 24, 2, 4, max_length=32, **fields)
   loaded = hf_encoder.Loaded(
     config,
     encoder.init(config, 0),

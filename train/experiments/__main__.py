@@ -86,7 +86,12 @@ def _add_running(command: argparse.ArgumentParser) -> None:
     metavar="HOURS",
     help="stops after so long; the run under way is saved",
   )
-  add("--work", type=pathlib.Path, default=WORK, help="for checkpoints")
+  add(
+    "--work",
+    type=pathlib.Path,
+    default=WORK,
+    help="for checkpoints; runners of one table share it",
+  )
   add("--nice", type=int, default=10, help="lowers the priority to this")
 
 
