@@ -62,6 +62,8 @@ def test_a_record_says_where_it_comes_from(measured):
     " --layouts unrolled --results in_place"
   )
   assert kept["versions"]["jax"] == jax.__version__
+  commit = kept["versions"].get("commit", "0" * 12)  # none outside of git
+  assert len(commit.removesuffix("+")) == 12
   assert kept["machine"]["cores"] >= 1
   assert str(measured) not in str(kept)  # nor any other place on the machine
   words = ["chips", "--keep", "a", "--seq", "9", "--python=b"]

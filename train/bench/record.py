@@ -7,6 +7,7 @@ is measured in parts, each has a record, and `part` is its name.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ import pathlib
 import platform
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -110,14 +112,36 @@ def _memory_gib() -> float | None:
 
 
 def versions() -> dict[str, str]:
-  """Python's and the packages' that are installed."""
+  """Python's and the packages' that are installed, and the checkout's."""
   found = {"python": platform.python_version()}
+  if commit := _commit():
+    found["commit"] = commit
   for name in PACKAGES:
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       continue
   return found
+
+
+@functools.cache
+def _commit() -> str:
+  """Of the checkout that this code is from, "+" if it was changed since.
+
+  "" if it is from none.
+  """
+  root = pathlib.Path(__file__).parents[2]
+  git = lambda *words: subprocess.run(
+    ("git", *words), cwd=root, capture_output=True, text=True, check=False
+  )
+  try:
+    found = git("rev-parse", "--short=12", "HEAD")
+    changed = git("diff", "--quiet", "HEAD", "--", "galore_optax", "train")
+  except OSError:
+    return ""
+  if found.returncode:
+    return ""
+  return found.stdout.strip() + "+" * bool(changed.returncode)
 
 
 def name(benchmark: str, part: str = "") -> str:
