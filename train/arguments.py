@@ -7,6 +7,20 @@ from train import config as configs
 from train import notes, presets
 
 
+def folder(text: str) -> pathlib.Path:
+  """A folder on this machine.
+
+  Raises:
+    argparse.ArgumentTypeError: it is the address of a bucket.
+  """
+  if "://" in text:
+    raise argparse.ArgumentTypeError(
+      f"{text} is an address, and runs are written to folders; mount it, and"
+      " name the folder"
+    )
+  return pathlib.Path(text)
+
+
 def parse(words: list[str] | None) -> argparse.Namespace:
   """Reads the command line."""
   parser = argparse.ArgumentParser(
@@ -69,7 +83,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 def _add_where(parser: argparse.ArgumentParser) -> None:
   """The flags that say where it goes, or that it is only counted."""
   add = parser.add_argument
-  add("--out", type=pathlib.Path, help="default: runs/PRESET-OPTIMIZER")
+  add("--out", type=folder, help="default: runs/PRESET-OPTIMIZER")
   add("--overwrite", action="store_true", help="delete an earlier run in --out")
   add(
     "--dry-run",

@@ -86,6 +86,13 @@ def _is_nvidia(kind: str) -> bool:
   return "NVIDIA" in kind  # AMD's are the platform "gpu" as well
 
 
+def _is_too_old() -> bool:
+  """Whether the device here is older than cuDNN's kernel asks for, Ampere."""
+  found = getattr(jax.devices()[0], "compute_capability", "")
+  major = found.partition(".")[0]
+  return major.isdigit() and int(major) < 8
+
+
 def choose(form: AttentionName, q_BxTxNxH: jax.Array) -> AttentionName:
   """The form that is meant on these devices: never `auto`.
 
@@ -105,7 +112,8 @@ def _best(q_BxTxNxH: jax.Array) -> AttentionName:
   if platform == "tpu" and length % LANES == 0:
     return "splash"
   half = q_BxTxNxH.dtype in HALF
-  if _is_nvidia(kind) and half and width % 8 == 0 and width <= 128:
+  fits = half and width % 8 == 0 and width <= 128
+  if _is_nvidia(kind) and fits and not _is_too_old():
     return "cudnn"
   return "xla"
 
@@ -123,6 +131,11 @@ def _check(form: AttentionName, q_BxTxNxH: jax.Array) -> None:
     raise UserError(
       f"model.attention=cudnn runs on NVIDIA GPUs, the device is {kind};"
       " use auto"
+    )
+  if _is_too_old():
+    raise UserError(
+      f"model.attention=cudnn needs an Ampere GPU or a later one, the device"
+      f" is {kind}; use auto"
     )
   width = q_BxTxNxH.shape[3]
   if q_BxTxNxH.dtype not in HALF or width % 8 or width > 256:

@@ -55,6 +55,10 @@ def check_above(group: str, config: Any, names: Iterable[str], low: float = 0):
       raise UserError(f"{group}.{name} must be above {low}, got {value}")
 
 
+# Methods that train factors in place of the matrices.
+FACTORS = ("lora", "qlora", "relora", "low_rank")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A LLaMA decoder."""
@@ -238,7 +242,7 @@ class OptimizerConfig:
   @property
   def has_adapters(self) -> bool:
     """Whether factors are trained in place of the matrices."""
-    return self.name in ("lora", "qlora", "relora", "low_rank")
+    return self.name in FACTORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +329,11 @@ class Config:
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
   run: RunConfig = RunConfig()
+
+  @property
+  def parts(self) -> int:
+    """Parts of a batch, of which a step holds no two at a time."""
+    return self.train.accumulate * self.optimizer.accumulate
 
   def __post_init__(self):
     if self.train.layerwise and self.train.accumulate > 1:

@@ -6,6 +6,8 @@ a `Loader` makes ahead of the step.
 """
 
 import dataclasses
+import functools
+import hashlib
 import itertools
 import os
 import pathlib
@@ -53,6 +55,18 @@ class Corpus:
     if isinstance(self.feed, stream.Stream):
       return None
     return int((self.feed.rows != cut.PAD).sum())
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Tells other text, or other tokens of it, apart; of a stream what it can.
+
+    That is the tokenizer and what is evaluated; in memory all rows, too.
+    """
+    found = hashlib.blake2b(self.tokenizer.to_str().encode(), digest_size=16)
+    found.update(np.ascontiguousarray(self.held_out).data)
+    if isinstance(self.feed, cut.Rows):
+      found.update(np.ascontiguousarray(self.feed.rows).data)
+    return found.hexdigest()
 
   def describe(self) -> str:
     """What is trained on and evaluated, in half a line."""
@@ -170,7 +184,12 @@ def _prepare_stream(
   )
   if not len(rows):
     raise UserError(_no_held_out(source.name, config))
-  seen = itertools.islice(filter(keep, shards.documents()), SAMPLE)
+  seen = list(itertools.islice(filter(keep, shards.documents()), SAMPLE))
+  if not seen:
+    raise UserError(
+      f"{source.name} has no document that is not held out; name other text"
+      " with data.validation, or set it empty"
+    )
   feed = stream.Stream(
     shards,
     keep,
@@ -186,7 +205,7 @@ def _prepare_stream(
     feed,
     rows,
     int(widths[:, 1:].sum()),
-    _count(np.concatenate(encoder.encode(list(seen))), vocab_size),
+    _count(np.concatenate(encoder.encode(seen)), vocab_size),
   )
 
 

@@ -192,12 +192,13 @@ def shard_bytes(tree: Any, shardings: Any) -> int:
 
 def activation_bytes(config: configs.Config, shards: int) -> int:
   """Bytes that one microbatch's loss and gradient keep at most."""
-  parts = shards * config.train.accumulate
+  parts = shards * config.parts
   rows, rest = divmod(config.data.batch, parts)
   if rest:
     raise UserError(
       f"data.batch is {config.data.batch}, which mesh.data * mesh.fsdp *"
-      f" train.accumulate = {parts} does not divide; use a multiple of {parts}"
+      f" train.accumulate * optimizer.accumulate = {parts} does not divide;"
+      f" use a multiple of {parts}"
     )
   program = flops.trace_loss(config.model, rows, config.data.length, True)
   return jaxprs.peak_bytes(program)

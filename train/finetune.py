@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from train import arguments as arguments_
 from train import (
   checkpoint,
   data,
@@ -81,7 +82,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     help="changes one field of the recipe; may be repeated",
   )
   parser.add_argument(
-    "--out", type=pathlib.Path, help="default: runs/TASK-OPTIMIZER"
+    "--out", type=arguments_.folder, help="default: runs/TASK-OPTIMIZER"
   )
   parser.add_argument(
     "--overwrite", action="store_true", help="delete an earlier run in --out"

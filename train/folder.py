@@ -1,7 +1,7 @@
 """The folder of a run: whose it is, and what a run leaves in it.
 
-`config.json` says what the run is, `checkpoints/` holds its newest and best
-states, `metrics.jsonl` its history.
+`config.json` says what the run is, `text.json` which text it reads,
+`checkpoints/` holds its newest and best states, `metrics.jsonl` its history.
 """
 
 import json
@@ -11,9 +11,11 @@ from typing import Any
 
 from train import config as configs
 from train import files
+from train.data import Corpus
 from train.errors import UserError
 
 CONFIG = "config.json"
+TEXT = "text.json"
 FOLDER = "checkpoints"
 
 
@@ -54,6 +56,25 @@ def claim_run(
   files.write_text(out / CONFIG, text + "\n")
 
 
+def claim_text(out: pathlib.Path, corpus: Corpus) -> None:
+  """Writes the tokenizer, and what tells the text of the run from others.
+
+  Raises:
+    UserError: the run that is there has read another text.
+  """
+  end = corpus.tokenizer.id_to_token(corpus.encoder.end)
+  described = {"digest": corpus.digest, "end_token": end}
+  path = out / TEXT
+  if path.exists() and _read(path) != described:
+    raise UserError(
+      f"--out {out} belongs to a run on other text or with another tokenizer:"
+      " what data.path or data.tokenizer name has changed since. Restore it,"
+      " use another --out, or --overwrite to delete the run"
+    )
+  files.write_text(out / "tokenizer.json", corpus.tokenizer.to_str())
+  files.write_text(path, json.dumps(described, indent=2) + "\n")
+
+
 def _delete_run(out: pathlib.Path) -> None:
   """Removes what a run writes, and nothing else that may lie there."""
   for name in (FOLDER, *OWN_FOLDERS):
@@ -65,6 +86,7 @@ def _delete_run(out: pathlib.Path) -> None:
 # Everything that a run leaves in its folder, beside the checkpoints.
 OWN_FILES = (
   CONFIG,
+  TEXT,
   "metrics.jsonl",
   "tokenizer.json",
   "run.png",

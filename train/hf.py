@@ -169,7 +169,7 @@ def _load_run(path: pathlib.Path, config: dict[str, Any], step: int) -> Weights:
     model,
     functools.cache(lambda: _restore(place, model, parts)),
     tokenizer=text,
-    extra=_extra_of_run(text, config),
+    extra=_extra_of_run(path, text, config),
   )
 
 
@@ -190,19 +190,33 @@ def _adapters(
     ) from None
 
 
-def _extra_of_run(text: str, config: dict[str, Any]) -> dict[str, dict]:
-  """The token that ends a text, and the length that was trained on."""
-  added = json.loads(text).get("added_tokens", []) if text else []
-  ids = {token["content"]: token["id"] for token in added}
-  asked = config.get("data.end_token")
-  ends = [e for e in ([asked] if asked else tokenizer.ENDS) if e in ids]
+def _extra_of_run(
+  path: pathlib.Path, text: str, config: dict[str, Any]
+) -> dict[str, dict]:
+  """The token that ended its documents, and the length that was trained on."""
   length = config["data.length"]
-  end_id = {"eos_token_id": ids[ends[0]]} if ends else {}
+  end, end_id = "", {}
+  if text:
+    end = _end_of_run(path, text, config)
+    number = tokenizer.tokenizers.Tokenizer.from_str(text).token_to_id(end)
+    end_id = {} if number is None else {"eos_token_id": number}
   return {
     CONFIG: {"max_position_embeddings": length, **end_id},
     "generation_config.json": end_id,
-    "tokenizer_config.json": describe_tokenizer(next(iter(ends), ""), length),
+    "tokenizer_config.json": describe_tokenizer(end, length),
   }
+
+
+def _end_of_run(path: pathlib.Path, text: str, config: dict[str, Any]) -> str:
+  """The token that closed its documents; "" if nothing says it."""
+  if (path / folder.TEXT).exists():
+    return read_json(path / folder.TEXT)["end_token"]
+  # A run of before that was written down.
+  added = json.loads(text).get("added_tokens", [])
+  names = {token["content"] for token in added}
+  asked = config.get("data.end_token")
+  known = [e for e in ([asked] if asked else tokenizer.ENDS) if e in names]
+  return next(iter(known), "")
 
 
 def describe_tokenizer(end: str, length: int) -> dict[str, Any]:

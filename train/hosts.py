@@ -43,6 +43,7 @@ def connect(config: MeshConfig) -> None:
     UserError: the processes do not find each other.
   """
   if not config.coordinator and not several(dict(os.environ)):
+    _check_alone()
     return
   if config.processes == 1:
     return
@@ -64,6 +65,16 @@ def connect(config: MeshConfig) -> None:
       " mesh.process from 0 on each; or mesh.coordinator=auto under SLURM,"
       " MPI or on a TPU pod"
     ) from error
+
+
+def _check_alone() -> None:
+  """Refuses devices that know of other processes, which were not joined."""
+  if jax.process_count() > 1:
+    raise UserError(
+      f"the devices here belong to one of {jax.process_count()} processes, and"
+      " nothing in the environment tells how to join them; set"
+      " mesh.coordinator=auto"
+    )
 
 
 def is_first() -> bool:
@@ -95,21 +106,36 @@ def first_alone(action: Callable[[], None]) -> None:
   if is_first():
     try:
       action()
-    except UserError as raised:
+    except (UserError, OSError) as raised:
       error = str(raised)
-  found = gather(error)[0]
-  if found is not None:
-    raise UserError(found)
+  _raise_together(error)
 
 
 def first_then_others(action: Callable[[], Any]) -> Any:
   """Runs `action` in the first process, then in the others.
 
   What the first one leaves in a cache, the others then find there.
+
+  Raises:
+    UserError: what it raised in any of them, in every process.
   """
-  found = action() if is_first() else None
-  gather(None)
-  return found if is_first() else action()
+  found = None
+  for first in (True, False):
+    error = None
+    if is_first() == first:
+      try:
+        found = action()
+      except (UserError, OSError) as raised:
+        error = str(raised)
+    _raise_together(error)
+  return found
+
+
+def _raise_together(error: str | None) -> None:
+  """Ends all processes alike where one of them cannot go on."""
+  found = [e for e in gather(error) if e is not None]
+  if found:
+    raise UserError(found[0])
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ def prepare(
     train_step=steps.make_train_step(
       method, placed, config.train, config.optimizer.accumulate
     ),
-    eval_step=steps.make_eval_step(placed),
+    eval_step=steps.make_eval_step(placed, config.parts),
     feed=make_feed(corpus, config, part, progress.data),
     checkpoints=checkpoint.Checkpoints(
       out, config.run.keep, config.run.keep_best

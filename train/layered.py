@@ -1,6 +1,7 @@
 """The LLaMA in the three parts that `galore_optax.layerwise` walks."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -108,8 +109,11 @@ def chunks(params: dict) -> dict[str, int]:
       continue
     rows, columns = params[name][leaf].shape
     wanted = max(1, CHUNK // columns)
-    size = max(n for n in range(1, wanted + 1) if rows % n == 0)
-    found[f"{name}/{leaf}"] = rows // size
+    # A vocabulary of few divisors goes in fewer chunks rather than in many.
+    sizes = [n for n in range(1, rows + 1) if rows % n == 0]
+    size = min(sizes, key=lambda n: abs(math.log(n / wanted)))
+    if size < rows:
+      found[f"{name}/{leaf}"] = rows // size
   return found
 
 

@@ -187,6 +187,8 @@ def advance(
       continue
     diverged |= watch.record(*pending)
     pending = None
+    if diverged:
+      due.add("save")
     settle(job, state, watch, due)
     if diverged:
       raise TrainingError(_divergence(job, step))

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from train.config import MeshConfig
@@ -80,12 +81,13 @@ def make_mesh(
       f" (mesh.data={data} * mesh.fsdp={config.fsdp}){parts} do not divide;"
       f" use a multiple of {shards * accumulate}"
     )
-  return jax.make_mesh(
-    (data, config.fsdp, config.tensor),
-    AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-    devices=devices,
+  shape = (data, config.fsdp, config.tensor)
+  # Any sizes will do: an axis of the mesh may take a part of a torus's.
+  placed = mesh_utils.create_device_mesh(
+    shape, devices, allow_split_physical_axes=True
   )
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.sharding.Mesh(placed, AXES, axis_types=auto)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -83,7 +83,7 @@ def _smooth_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
-    warmup_steps=max(1, round(config.warmup * steps)),
+    warmup_steps=max(1, round(config.warmup * steps)) if config.warmup else 0,
     decay_steps=max(2, steps),
     end_value=config.final * config.learning_rate,
   )
@@ -447,7 +447,8 @@ def accounting(config: OptimizerConfig, params: Any) -> dict[str, int]:
     tx = adapters.initial(changed, make_optimizer(changed, steps=100))
     return galore_optax.state_bytes(jax.eval_shape(tx.init, like))
 
-  peer: Any = {"accumulate": 1}  # which is GaLore's alone
+  # What is GaLore's alone.
+  peer: Any = {"accumulate": 1, "moments": "rotate"}
   found = {
     "adamw": state_bytes(params, name="adamw", **peer),
     "optax.contrib.galore": state_bytes(params, name="contrib_galore", **peer),

@@ -7,10 +7,14 @@ GaLore paper (arXiv 2403.03507, Table 5 and appendix C.1, with the values of
 its public scripts).
 
 They stream C4 from the hub and use its t5-base tokenizer, as the papers do.
-Two things differ unless asked for: rows are packed, where the papers give
+What differs unless asked for: rows are packed, where the papers give
 each document a row (`--set data.rows=padded`), and 40,000 rows of C4's
-validation split are evaluated, some ten million tokens. So the perplexities
-quoted below are what the papers report, not what these commands print. They
+validation split are evaluated, some ten million tokens. All methods take
+GaLore's rate, rank and alpha of a size; published are for Q-GaLore a rate of
+.015 (60M, 130M) and .004 (7B) and rank 1024 (1B), for Fira alpha .0625 (1B, 7B)
+and rank 64 (7B), for APOLLO rank 256 (7B). A padded row has one token
+more than the papers', for the last one's prediction. So the perplexities quoted
+below are what the papers report, not what these commands print. They
 are the mean loss over n batches times n/(n+1), by an off-by-one of the public
 scripts, and of full-rank runs that were tuned less than others since.
 """

@@ -49,7 +49,7 @@ def run(config: configs.Config, out: pathlib.Path, overwrite: bool) -> int:
   mesh = meshes.make_mesh(
     config.mesh,
     config.data.batch,
-    accumulate=config.train.accumulate * config.optimizer.accumulate,
+    accumulate=config.parts,
   )
   corpus = hosts.first_then_others(
     lambda: data.prepare(config.data, config.model.vocab_size)
@@ -57,7 +57,7 @@ def run(config: configs.Config, out: pathlib.Path, overwrite: bool) -> int:
 
   def claim() -> None:
     folder.claim_run(out, config, overwrite)
-    files.write_text(out / "tokenizer.json", corpus.tokenizer.to_str())
+    folder.claim_text(out, corpus)
 
   hosts.first_alone(claim)
   with jax.set_mesh(mesh), stopping.stop_requests() as stopped:
@@ -145,28 +145,36 @@ def report(job: Job, state: steps.TrainState) -> None:
   )
   if rare:
     print(f"{rare}\n")
-  if jax.process_count() == 1:
-    text = sample(job, state)
-    print(f"sample: {text}\n")
-  if not hosts.is_first():
-    return
-  picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
-  print(f"checkpoint {job.out / folder.FOLDER}/{job.checkpoints.latest}")
-  print(f"picture    {picture}")
+  if hosts.is_first():
+    picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
+    print(f"checkpoint {job.out / folder.FOLDER}/{job.checkpoints.latest}")
+    print(f"picture    {picture}")
+  # Last: it reads all weights at once, for which a chip that they were
+  # trained on layer by layer may have no room.
+  if jax.process_count() == 1 and config.run.sample_tokens:
+    print(f"\nsample: {sample(job, state)}")
 
 
 def sample(job: Job, state: steps.TrainState) -> str:
   """A text by the trained model, also written to sample.txt."""
   run = job.config.run
-  text = samples.sample_text(
-    job.config.model,
-    job.placed.read(state.params),
-    job.corpus.tokenizer,
-    run.prompt,
-    run.sample_tokens,
-    samples.Sampling(run.temperature),
-    job.config.train.seed,
-  )
+  try:
+    text = samples.sample_text(
+      job.config.model,
+      job.placed.read(state.params),
+      job.corpus.tokenizer,
+      run.prompt,
+      run.sample_tokens,
+      samples.Sampling(run.temperature),
+      job.config.train.seed,
+    )
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return (
+      f"none, the whole weights have no room here; python -m train.sample"
+      f" {job.out} makes one where they have"
+    )
   files.write_text(job.out / "sample.txt", text + "\n")
   return text
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from train import metrics
+from train import metrics, optimizer
+from train.config import FACTORS
 from train.errors import UserError
 
 AXES = {"steps": "step", "tokens": "tokens", "hours": "hours"}
@@ -166,7 +167,9 @@ def _field(name: str, config: dict[str, Any]) -> str:
   value = config.get(name)
   if name in ("preset", "optimizer.name"):
     return str(value)
-  plain = "galore" not in config["optimizer.name"]
+  chosen = config["optimizer.name"]
+  ranked = short == "rank" and chosen in FACTORS
+  plain = not optimizer.projects(chosen) and not ranked
   if group == "optimizer" and plain and short in OF_GALORE:
     return ""
   text = f"{value:g}" if isinstance(value, float) else str(value)

@@ -121,7 +121,7 @@ def names(setting: str) -> list[str]:
     if importlib.util.find_spec(package) is None:
       raise UserError(
         f"run.sinks={name} needs the package {package}, which is not"
-        f" installed; `pip install 'galore-optax[{name}]'`"
+        f" installed; `pip install -e '.[{name}]'`"
       )
   return found
 

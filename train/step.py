@@ -436,9 +436,14 @@ def make_gradient(
 
 
 def make_eval_step(
-  placed: Placed,
+  placed: Placed, parts: int = 1
 ) -> Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]:
   """The evaluation step, jitted.
+
+  Args:
+    placed: where the state lives.
+    parts: of a batch, that are evaluated one after the other, as a step of
+      training takes no more than one at a time.
 
   Returns:
     A function of parameters and rows (B, T + 1) that gives the summed loss
@@ -448,6 +453,13 @@ def make_eval_step(
   def eval_step(params: dict, rows: jax.Array):
     if placed.adapters is not None:
       params = placed.read(params)
+    if parts == 1:
+      return sums(params, rows)
+    cut = meshes.microbatches(rows, parts)
+    total, count = jax.lax.map(lambda part: sums(params, part), cut)
+    return total.sum(), count.sum()
+
+  def sums(params: dict, rows: jax.Array):
     if placed.config.weights != "full":
       # Reads the weights of one layer at a time.
       return layered.summed_loss(placed.config, params, rows)

@@ -247,7 +247,7 @@ class Watcher:
     }
 
   def _before(self, params: dict, opt_state: Any, rows: jax.Array) -> Look:
-    parts = meshes.microbatches(rows, self._config.train.accumulate)
+    parts = meshes.microbatches(rows, self._config.parts)
     return Look(self._gradients(params, parts), self._bases(opt_state))
 
   def _after(self, look: Look, opt_state: Any) -> dict[str, jax.Array]:

@@ -46,6 +46,10 @@ def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
   tokenizer.encode_special_tokens = True
   tokenizer.no_padding()
   tokenizer.no_truncation()
+  # Nothing is put around a text: documents are closed by who packs them, and
+  # whoever reads the exported tokenizer must not close the prompt.
+  if tokenizer.post_processor is not None:
+    tokenizer.post_processor = tokenizers.processors.Sequence([])
   return tokenizer
 
 

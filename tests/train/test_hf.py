@@ -217,6 +217,18 @@ def test_a_run_is_exported(run, tmp_path, capsys):
   assert found.extra["config.json"]["max_position_embeddings"] == 128
   described = found.extra["tokenizer_config.json"]
   assert described["eos_token"] == tokenizer.END
+  # The token that closed the documents is known from the run, not guessed.
+  other = next(
+    t for t in json.loads(TEXT)["model"]["vocab"] if t != tokenizer.END
+  )
+  text = {"digest": "", "end_token": other}
+  (run.out / folder.TEXT).write_text(json.dumps(text))
+  assert hf.main(["export", str(run.out), "--out", str(tmp_path / "p")]) == 0
+  (run.out / folder.TEXT).unlink()
+  extra = hf.load(tmp_path / "p").extra
+  assert extra["tokenizer_config.json"]["eos_token"] == other
+  number = json.loads(TEXT)["model"]["vocab"][other]
+  assert extra["config.json"]["eos_token_id"] == number
   arguments = ["export", str(run.out), "--step", "7", "--out", "x"]
   assert hf.main(arguments) == 2
   assert "checkpoints/7 cannot be read" in capsys.readouterr().err

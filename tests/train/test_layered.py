@@ -101,6 +101,16 @@ def test_large_embeddings_go_in_chunks(batch, usual, monkeypatch):
   _assert_same(_run(batch, layerwise=True), usual, 2e-6)
 
 
+@pytest.mark.parametrize(
+  ("rows", "count"),
+  [(32000, 32), (32768, 32), (32001, 3), (32003, None), (50257, 29)],
+)
+def test_no_vocabulary_goes_in_very_many_chunks(rows, count):
+  table = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16)
+  found = layered.chunks({"embed": {"embedding": table}})
+  assert found == ({"embed/embedding": count} if count else {})
+
+
 def test_logits_are_made_in_chunks(batch, usual, monkeypatch):
   monkeypatch.setattr(layered, "LOSS_CHUNK", 24)
   _assert_same(_run(batch, layerwise=True), usual, 2e-6, of_weights=1e-3)

@@ -13,7 +13,9 @@ import pytest
 import galore_optax
 from tests.train.conftest import TINY
 from train import config as configs
+from train import data as data_lib
 from train import (
+  folder,
   mesh,
   metrics,
   notes,
@@ -23,6 +25,7 @@ from train import (
   step,
   subspace,
 )
+from train.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -103,6 +106,34 @@ def test_wrong_input_is_one_line_and_status_2(name, flags, tmp_path, capsys):
   assert error.startswith("error: ") and error.count("\n") == 1
   assert message in error, error
   assert not out.exists()
+
+
+def test_an_address_is_no_folder(flags, capsys):
+  with pytest.raises(SystemExit):
+    pretrain.main([*flags, "--out", "gs://bucket/run"])
+  assert "gs://bucket/run is an address" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_text(flags, text_file, tmp_path):
+  """The same command, behind whose file other text has come to lie."""
+  data = tmp_path / "own.txt"
+  data.write_text(text_file.read_text())
+  settings = configs.override(
+    presets.make("sotu_small", "galore"),
+    [*flags[1::2], f"data.path={data}"],
+  )
+  prepare = lambda: data_lib.prepare(settings.data, 300)
+  out = tmp_path / "run"
+  folder.claim_run(out, settings, overwrite=False)
+  folder.claim_text(out, prepare())
+  folder.claim_text(out, prepare())
+  before = (out / "tokenizer.json").read_text()
+  data.write_text(text_file.read_text() + "\n\nMore of it.\n" * 40)
+  with pytest.raises(UserError, match="belongs to a run on other text"):
+    folder.claim_text(out, prepare())
+  assert (out / "tokenizer.json").read_text() == before
+  folder.claim_run(out, settings, overwrite=True)
+  folder.claim_text(out, prepare())
 
 
 def test_a_folder_of_another_run_is_left_alone(flags, tmp_path, capsys):

@@ -97,6 +97,22 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(trainer, rows):
   )
 
 
+def test_an_evaluation_in_parts_adds_up_to_the_whole(trainer, rows):
+  params, rows = trainer.init().params, padded(rows)
+  with jax.set_mesh(trainer.mesh):
+    whole, count = trainer.eval_step(params, trainer.put(rows))
+    cut = step.make_eval_step(trainer.placed, parts=4)
+    parts, again = cut(params, trainer.put(rows))
+    compiled = [
+      run.lower(params, trainer.put(rows)).compile().memory_analysis()
+      for run in (trainer.eval_step, cut)
+    ]
+  assert count == again == 74
+  np.testing.assert_allclose(parts, whole, rtol=1e-6)
+  sizes = [found.temp_size_in_bytes for found in compiled]
+  assert sizes[1] < sizes[0] / 2
+
+
 def test_the_z_loss_is_the_mean_square_of_the_normaliser(trainer, rows):
   params, rows = trainer.init().params, padded(rows)
   graphdef, valid = trainer.placed.graphdef, step.is_predicted(rows)
@@ -308,6 +324,22 @@ def test_unstacked_layers_take_the_same_steps_as_stacked_ones(rows):
   jax.tree.map(np.testing.assert_array_equal, plain, apart)
   moments = optax.tree.get(state, "mu")["layers"]["attn"]["q"]["kernel"]
   assert [m.shape for m in moments] == [(32, 32)] * 2
+
+
+@pytest.mark.parametrize("field", [{"moments": "ldadam"}, {"accumulate": 2}])
+def test_accounting_leaves_out_what_only_galore_knows(field):
+  chosen = config.OptimizerConfig(name="galore", rank=4, **field)
+  params = jax.eval_shape(lambda: llama.init(TINY, 0))
+  found = optimizer.accounting(chosen, params)
+  plain = dataclasses.replace(chosen, moments="rotate", accumulate=1)
+  assert found["adamw"] == optimizer.accounting(plain, params)["adamw"]
+
+
+def test_no_warm_up_begins_at_the_peak():
+  for decay in ("cosine", "linear"):
+    chosen = config.OptimizerConfig(warmup=0.0, decay=decay)  # type: ignore
+    schedule = optimizer.make_schedule(chosen, 100)
+    assert schedule(0) == pytest.approx(chosen.learning_rate)
 
 
 def test_accounting_counts_what_the_states_take():

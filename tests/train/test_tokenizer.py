@@ -119,6 +119,18 @@ def test_the_end_token_is_asked_for_read_or_known(file, tmp_path):
     find(file, 64, tmp_path, end_token="<eot>")
 
 
+def test_nothing_is_put_around_an_exported_prompt(file, tmp_path):
+  """T5's own tokenizer closes whatever it reads."""
+  given = tokenizers.Tokenizer.from_file(str(file))
+  given.post_processor = tokenizers.processors.TemplateProcessing(
+    "$A <pad>", special_tokens=[("<pad>", 0)]
+  )
+  given.save(str(file))
+  encoder = find(file, 64, tmp_path, end_token="<pad>")
+  kept = tokenizers.Tokenizer.from_str(encoder.tokenizer.to_str())
+  assert kept.encode("the cab").ids == [*encoder.encode(["the cab"])[0][:-1]]
+
+
 def test_files_that_are_no_tokenizers(tmp_path):
   path = tmp_path / "tokenizer.json"
   with pytest.raises(UserError, match="does not exist"):
