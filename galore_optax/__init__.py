@@ -29,7 +29,12 @@ from galore_optax.diagnostics import (
 from galore_optax.galore import GaLoreState, galore
 from galore_optax.gum import gum
 from galore_optax.layered import Layered, stack, unstack
-from galore_optax.layerwise import Layerwise, LayerwiseState, layerwise
+from galore_optax.layerwise import (
+  EndState,
+  Layerwise,
+  LayerwiseState,
+  layerwise,
+)
 from galore_optax.ldadam import LDAdamState, ldadam
 from galore_optax.lowrank import lora, low_rank, qlora, relora
 from galore_optax.orthogonal import (
@@ -54,6 +59,7 @@ __version__ = "0.1.0"
 __all__ = [
   "Adapter",
   "Adaptive",
+  "EndState",
   "GaLoreState",
   "GumState",
   "LDAdamState",

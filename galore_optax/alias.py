@@ -634,7 +634,7 @@ def galore_adamw_8bit(
     refresh=refresh,
     moments=moments,
     basis_dtype=basis_dtype,
-    accumulation_steps=accumulation_steps or 1,
+    accumulation_steps=accumulation_steps,
     faithful=faithful,
   )
 
@@ -717,5 +717,5 @@ def q_galore_adamw_8bit(
     adaptive=adaptive,
     moments=moments,
     basis_dtype="int4",
-    accumulation_steps=accumulation_steps or 1,
+    accumulation_steps=accumulation_steps,
   )

@@ -43,6 +43,15 @@ def check_positive(name: str, value: Any) -> None:
     raise ValueError(f"`{name}` must be positive, got {value!r}.")
 
 
+def check_not_negative(name: str, value: Any) -> None:
+  """Raises unless a value is None, traced or a number of 0 or more."""
+  check_number(name, value)
+  if value is None or isinstance(value, jax.core.Tracer):
+    return
+  if not value >= 0:
+    raise ValueError(f"`{name}` must be 0 or more, got {value!r}.")
+
+
 def check_number(name: str, value: Any) -> None:
   """Raises unless a value is None, traced or a number."""
   if value is None or isinstance(value, jax.core.Tracer):
@@ -77,7 +86,8 @@ def check_float_dtype(
     dtype = jnp.dtype(value)
   except TypeError:
     dtype = None
-  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+  floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+  if not floating or jnp.finfo(dtype).bits < 16:
     raise TypeError(
       f"`{name}` must be a floating-point dtype such as 'float32' or "
       f"'bfloat16'{''.join(f', or {x!r}' for x in others)}, got {value!r}."

@@ -115,7 +115,7 @@ def stable_rank(g: jax.Array) -> jax.Array:
     1.5
   """
   g = _normalized(g)
-  start = jax.random.normal(jax.random.key(0), (g.shape[-1],))
+  start = jax.random.normal(jax.random.key(0), (g.shape[-1],), g.dtype)
   vector = jnp.broadcast_to(start, (*g.shape[:-2], g.shape[-1]))
 
   def iterate(_, vector):

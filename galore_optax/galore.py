@@ -295,7 +295,7 @@ class _GaLore:
     """R, without directions of noise, 0 where the gradient is not finite."""
     low = projector_lib.project(g, bases)
     low = projector_lib.drop_null(low, bases, self.null_tolerance)
-    return low.astype(self._dtype(g.dtype))
+    return _finite(low.astype(self._dtype(g.dtype)))
 
   def _owed_to_params(
     self,
@@ -362,6 +362,8 @@ class _GaLore:
 
   def _dtype(self, dtype: Any) -> Any:
     """The dtype in which the inner optimizer sees a leaf."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+      return jnp.promote_types(dtype, self.state_dtype or jnp.float32)
     if self.state_dtype is not None:
       return jnp.dtype(self.state_dtype)
     return jnp.promote_types(dtype, jnp.float32)
@@ -618,6 +620,7 @@ def galore(
   if basis_dtype not in BASIS_CODES:
     checks.check_float_dtype("basis_dtype", basis_dtype, BASIS_CODES)
   checks.check_float_dtype("state_dtype", state_dtype)
+  checks.check_not_negative("null_tolerance", null_tolerance)
   accumulation_steps = options.check_accumulation(accumulation_steps)
   how = options.refresh_of(
     method=projector,

@@ -130,6 +130,13 @@ def _check_keys(model: Layered, params: Mapping[str, Any]) -> None:
           f"`{name}` names {key!r}, which is no entry of the parameters "
           f"outside of the layers; those are {', '.join(map(repr, ends))}."
         )
+  if model.first_keys is not None and model.last_keys is not None:
+    idle = [k for k in ends if k not in (*model.first_keys, *model.last_keys)]
+    if idle:
+      raise ValueError(
+        f"The entry {idle[0]!r} of the parameters is in neither `first_keys` "
+        "nor `last_keys`; name it in the one whose function reads it."
+      )
 
 
 def _is_list_of_layers(layers: Any) -> bool:

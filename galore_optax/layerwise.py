@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import layout
 
-from galore_optax import checks, paths, sharding, weights
+from galore_optax import checks, paths, qarray, sharding, weights
 from galore_optax.galore import LAYER_ARG
 from galore_optax.layered import Layered, check_layers
 
@@ -86,7 +86,9 @@ def layerwise(
   `optax.clip_by_block_rms` each matrix's. `clip_norm` clips by the global norm
   of the whole gradient, exactly, with a second backward pass.
 
-  A layer whose gradient is not finite stays as it is, and its state too.
+  A layer whose gradient is not finite stays as it is, and its state too; with
+  `clip_norm` all do. Staggered refreshes come at the steps of the usual step
+  if no matrix outside of the layers is projected, else at others.
 
   For gradient accumulation give GaLore its `accumulation_steps`, and call
   `step` with one micro-batch after the other. Masks in `tx` may be functions
@@ -167,7 +169,7 @@ class _Run(NamedTuple):
     whole = self.read(params)
     start = lambda part: self.tx.init(_only(whole, part))
     lower, upper = self._end_leaves(whole)
-    _check_chunks(self.chunks, {**lower, **upper})
+    _check_chunks(self.chunks, {**lower, **upper}, params)
 
     def start_end(end: Mapping[str, Any]) -> EndState:
       cut = {p: x for p, x in end.items() if p in self.chunks}
@@ -242,7 +244,10 @@ class _Run(NamedTuple):
 
     dx, total = jax.lax.fori_loop(0, count, body, (dx, jnp.float32(0)))
     norm = jnp.sqrt(total + _squares(forward.whole_gradient(ends, dx)))
-    return jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
+    # A gradient that is not finite anywhere makes all of it so: nothing is
+    # updated then, as nothing was by the usual step.
+    scale = jnp.minimum(1.0, self.clip_norm / norm)
+    return jnp.where(jnp.isfinite(norm), scale, jnp.nan)
 
   def _backward(
     self,
@@ -466,13 +471,21 @@ def _squares(tree: Any) -> jax.Array:
   )
 
 
-def _check_chunks(chunks: Mapping[str, int], ends: Mapping[str, Any]) -> None:
+def _check_chunks(
+  chunks: Mapping[str, int], ends: Mapping[str, Any], params: Any
+) -> None:
   """Raises unless chunks are those of arrays that they divide."""
+  leaves = paths.leaves_by_path(params)
   for path, count in chunks.items():
     if path not in ends:
       raise ValueError(
         f"`chunks` names {path!r}, which is no leaf outside of the layers; "
         f"those are {', '.join(ends)}."
+      )
+    if qarray.is_quantized(leaves[path]):
+      raise ValueError(
+        f"`chunks` cuts {path!r}, which is quantised: its blocks may lie "
+        "across rows. Leave one of the two out."
       )
     shape = jnp.shape(ends[path])
     if count < 1 or not shape or shape[0] % count:

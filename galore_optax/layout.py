@@ -16,9 +16,21 @@ from galore_optax import paths
 
 # Fields of the states of Optax (and its contrib) that hold running means of
 # gradients, order 1, and of their squares, order 2.
+_FIRST = ("mu", "trace", "ema", "momentum", "exp_avg", "grad_sum")
+_SECOND = ("nu", "nu_max", "sum_of_squares", "exp_avg_sq", "v")
+# What is not yet a moment: a sum that the next step divides by its count.
+_SUM = "acc_grads"
 _ORDERS = {
-  **dict.fromkeys(("mu", "trace", "ema", "momentum", "acc_grads"), 1),
-  **dict.fromkeys(("nu", "nu_max", "sum_of_squares", "v"), 2),
+  **dict.fromkeys((*_FIRST, _SUM), 1),
+  **dict.fromkeys(_SECOND, 2),
+}
+# States that call them otherwise.
+_ORDERS_IN = {
+  "ScaleByAdanState": {"m": 1, "v": 1, "g": 1, "n": 2},
+  "ScaleBySM3State": {"nu": 1},
+  "ScaleByAdemamixState": {"m1": 1, "m2": 1, "nu": 2},
+  "ScaleBySimplifiedAdEMAMixState": {"m": 1, "n": 2},
+  "MadgradState": {"s": 1, "grad_sum_sq": 2},
 }
 
 
@@ -135,11 +147,34 @@ def moments(state: Any) -> dict[str, tuple[int, Split]]:
     Place in the state to the order of the moment, 1 or 2, and its tree.
   """
   flat = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_split)[0]
+  found = [(keys, _order(state, keys), x) for keys, x in flat if is_split(x)]
   return {
-    jax.tree_util.keystr(keys): (_ORDERS[field], x)
-    for keys, x in flat
-    if is_split(x) and (field := getattr(keys[-1], "name", None)) in _ORDERS
+    jax.tree_util.keystr(keys): (order, x)
+    for keys, order, x in found
+    if order is not None
   }
+
+
+def is_sum(place: str) -> bool:
+  """Whether a place of :func:`moments` is of gradients that are added up.
+
+  They belong to a step that is still to come, so they are neither kept in
+  another basis nor given up.
+  """
+  return place.endswith(f".{_SUM}")
+
+
+def _order(state: Any, keys: tuple) -> int | None:
+  """The order of a tree in a state; None: it is no moment."""
+  field = str(getattr(keys[-1], "name", ""))
+  for key in keys[:-1]:
+    if isinstance(key, jax.tree_util.FlattenedIndexKey):
+      return _ORDERS.get(field)  # nothing leads to what it is a part of
+    if hasattr(key, "name"):
+      state = getattr(state, key.name)
+    else:
+      state = state[key.idx if hasattr(key, "idx") else key.key]
+  return _ORDERS_IN.get(type(state).__name__, _ORDERS).get(field)
 
 
 def update_low(state: Any, new: Mapping[str, Mapping[str, jax.Array]]) -> Any:

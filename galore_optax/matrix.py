@@ -101,11 +101,14 @@ class MatrixView:
     only part of its partition that survives the flattening.
 
     Args:
-      spec: One entry an array axis, as in `jax.sharding.PartitionSpec`.
+      spec: One entry an array axis, as in `jax.sharding.PartitionSpec`; what
+        comes before is of axes that were taken off.
 
     Returns:
       One entry a batch axis, then the rows' and the columns' entry.
     """
+    # Of a layer of a stack that is partitioned, the last entries count.
+    spec = tuple(spec)[max(0, len(spec) - len(self.shape)) :]
     spec = (*spec, *(None,) * (len(self.shape) - len(spec)))
     first = lambda axes: spec[axes[0]] if axes else None
     batch = tuple(spec[axis] for axis in self.batch)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from galore_optax import checks, projector, refresh, schedule
 
 # What the paper and its code do, where our defaults differ.
@@ -50,6 +52,8 @@ def refresh_of(
   checks.check_choice("refresh", policy, refresh.POLICIES)
   checks.check_choice("moments", moments, refresh.MOMENTS)
   checks.check_positive("iterations", iterations)
+  if not isinstance(iterations, jax.core.Tracer) and iterations % 1:
+    raise ValueError(f"`iterations` must be a whole number, got {iterations}.")
   _check_adaptive(adaptive, policy, method)
   if faithful:
     _check_faithful(

@@ -60,11 +60,20 @@ def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def paths(key_paths: Sequence[tuple]) -> list[str]:
-  """One distinct path a leaf, see :func:`leaves_by_path`."""
-  unboxed = [_join(keys, unbox=True) for keys in key_paths]
-  if len(set(unboxed)) == len(unboxed):
-    return unboxed
-  return [_join(keys, unbox=False) for keys in key_paths]
+  """One distinct path a leaf, see :func:`leaves_by_path`.
+
+  Raises:
+    ValueError: If two leaves have the same.
+  """
+  for unbox in (True, False):
+    found = [_join(keys, unbox) for keys in key_paths]
+    if len(set(found)) == len(found):
+      return found
+  twice = next(path for path in found if found.count(path) > 1)
+  raise ValueError(
+    f"Two leaves have the path {twice!r}, and states and rules go by paths. "
+    "Rename a key that has a '/' in it."
+  )
 
 
 def _join(keys: tuple, unbox: bool) -> str:

@@ -63,7 +63,8 @@ class RandomBasis:
     size, rank = self.shape[-2:]
 
     def normal(seed: jax.Array) -> jax.Array:
-      return jax.random.normal(jax.random.key(seed), (size, rank)) / rank**0.5
+      key = jax.random.key(seed)
+      return jax.random.normal(key, (size, rank), jnp.float32) / rank**0.5
 
     drawn = jax.vmap(normal)(jnp.reshape(self.seed, -1))
     return drawn.reshape(*jnp.shape(self.seed), size, rank)

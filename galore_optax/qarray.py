@@ -24,6 +24,11 @@ _CODE_DTYPES = {
 _BITS = {"int4": 4, "int8": 8}
 
 
+def rounds_at_random(kind: str) -> bool:
+  """Whether a kind has stochastic rounding."""
+  return kind in _BITS
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QArray:
@@ -206,7 +211,7 @@ def quantize(
   checks.check_positive("block", block)
   if jnp.ndim(x) == 0:
     raise ValueError("`x` has no axes; only arrays have blocks.")
-  if key is not None and kind not in _BITS:
+  if key is not None and not rounds_at_random(kind):
     raise ValueError(
       f"`key` asks for stochastic rounding, which {kind!r} does not have; it "
       "is for int4 and int8."

@@ -106,7 +106,11 @@ def refresh(
   """
   if how.method == "random":
     return _redraw(sites, now, bases), dict(schedules), inner_state
-  found = {} if how.moments == "keep" else layout.moments(inner_state)
+  found = {
+    place: moment
+    for place, moment in layout.moments(inner_state).items()
+    if how.moments != "keep" or layout.is_sum(place)
+  }
   ratios = ratios or {}
   orders = {p: (order, ratios.get(p)) for p, (order, _) in found.items()}
   slots = {
@@ -409,7 +413,8 @@ def _update_kind(
   for where, moment in old.items():
     order, ratio = orders[where]
     if ratio is None:
-      moments[where] = _carry_over(how, moment, turn, order, late)
+      reset = how.moments == "reset" and not layout.is_sum(where)
+      moments[where] = _carry_over(reset, moment, turn, order, late)
     else:
       mean = old[where.removesuffix("nu") + "mu"]
       moments[where] = projector.rotate_variance(moment, mean, turn, ratio)
@@ -417,13 +422,13 @@ def _update_kind(
 
 
 def _carry_over(
-  how: Refresh,
+  reset: bool,
   moment: Any,
   turn: projector.Bases,
   order: int,
   late: jax.Array | None,
 ) -> Any:
-  if how.moments == "reset":
+  if reset:
     return jax.tree.map(jnp.zeros_like, moment)
   coded = qarray.is_quantized(moment)
   old = qarray.dequantize(moment) if coded else moment

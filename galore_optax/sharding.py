@@ -207,7 +207,8 @@ def quantized_shardings(params: Any, param_shardings: Any) -> Any:
     fits = _fitting(sharding.mesh, spec, x.scale.shape)
     scales = jax.NamedSharding(sharding.mesh, jax.P(*fits))
     zero = None if x.zero is None else scales
-    return dataclasses.replace(x, codes=sharding, scale=scales, zero=zero)
+    scale = spread(x.scale, scales)  # which may be quantised itself
+    return dataclasses.replace(x, codes=sharding, scale=scale, zero=zero)
 
   return jax.tree.map(
     spread, params, param_shardings, is_leaf=qarray.is_quantized

@@ -203,5 +203,6 @@ def _round_sum(
   x: qarray.QArray, u: jax.Array, key: jax.Array | None
 ) -> qarray.QArray:
   total = qarray.dequantize(x) + u.astype(jnp.float32)
+  key = key if qarray.rounds_at_random(x.kind) else None
   new = qarray.quantize_near(x, total, key)
   return qarray.where_blocks(qarray.any_in_block(x, u != 0), new, x)

@@ -37,6 +37,9 @@ PARAMS = {"w": jnp.ones((16, 24)), "bias": jnp.ones(24)}
     ({"basis_dtype": "int2"}, TypeError, r"or 'int4', or 'int8', got 'int2'"),
     ({"state_dtype": "bf16"}, TypeError, r"`state_dtype`.*got 'bf16'"),
     ({"iterations": 0}, ValueError, r"`iterations` must be positive, got 0"),
+    ({"iterations": 1.5}, ValueError, r"`iterations` must be a whole number"),
+    ({"null_tolerance": -1}, ValueError, r"`null_tolerance` must be 0 or more"),
+    ({"null_tolerance": "x"}, TypeError, r"`null_tolerance` must be a number"),
     ({"proj_type": "sdt"}, ValueError, r"one of 'std'.*Did you mean 'std'"),
     ({"projector": "eigh"}, ValueError, r"`projector` must be one of"),
     ({"refresh": "lazy"}, ValueError, r"`refresh` must be one of"),
@@ -51,6 +54,12 @@ PARAMS = {"w": jnp.ones((16, 24)), "bias": jnp.ones(24)}
 def test_arguments(options, error, message):
   with pytest.raises(error, match=message):
     galore(optax.adam(1.0), **options)
+
+
+def test_sixteen_bits_at_least():
+  for name in ("basis_dtype", "state_dtype"):
+    with pytest.raises(TypeError, match=f"`{name}` must be a floating-point"):
+      galore(optax.adam(1e-3), rank=4, **{name: "float8_e4m3fn"})
 
 
 def test_projection_checks_its_own_values():
@@ -92,9 +101,11 @@ def test_leaves(params, options, error, message):
     galore(optax.adam(1.0), rank=4, **options).init(params)
 
 
-def test_complex_leaves_without_a_rule_are_optimised_at_full_rank():
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_complex_leaves_without_a_rule_are_optimised_at_full_rank(dtype):
   params = {"fft": jnp.ones((16, 24), complex), "w": jnp.ones((16, 24))}
-  tx, control = galore(optax.adam(0.1), rank=4), optax.adam(0.1)
+  tx = galore(optax.adam(0.1), rank=4, state_dtype=dtype)
+  control = optax.adam(0.1)
   grads = {"fft": (1 + 2j) * params["fft"], "w": params["w"]}
   ours, _ = tx.update(grads, tx.init(params), params)
   theirs, _ = control.update(grads, control.init(params), params)

@@ -17,6 +17,7 @@ from galore_optax import (
   galore,
   galore_adamw,
   galore_sgd,
+  layout,
   state_bytes,
 )
 
@@ -360,6 +361,59 @@ def test_moments_at_a_refresh(moments):
     "reset": 0 * before,
   }[moments]
   np.testing.assert_allclose(after, new.T @ grads[1] + 0.5 * carried, atol=1e-4)
+
+
+FAMILIES = {
+  "adam": (optax.adam(1.0), {"mu": 1, "nu": 2}),
+  "adan": (optax.adan(1.0), {"m": 1, "v": 1, "g": 1, "n": 2}),
+  "sm3": (optax.sm3(1.0), {"nu": 1}),
+  "ademamix": (optax.contrib.ademamix(1.0), {"m1": 1, "m2": 1, "nu": 2}),
+  "simplified": (
+    optax.contrib.simplified_ademamix(1.0),
+    {"m": 1, "n": 2},
+  ),
+  "steps": (
+    optax.MultiSteps(optax.adam(1.0), 4).gradient_transformation(),
+    {"mu": 1, "nu": 2, "acc_grads": 1},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_moments_are_known_by_their_state_and_name(name):
+  """Adan's v is linear in the gradient, and so is SM3's nu."""
+  inner, wanted = FAMILIES[name]
+  state = galore(inner, rank=2).init({"w": jnp.ones((8, 12))})
+  found = layout.moments(state.inner_state)
+  orders = {
+    place.rpartition(".")[2]: order for place, (order, _) in found.items()
+  }
+  assert orders == wanted
+
+
+@pytest.mark.parametrize("moments", ["rotate", "keep", "reset"])
+def test_gradients_that_are_added_up_go_to_the_new_basis(moments):
+  """They are no moments yet: the step that they are for is still to come."""
+  inner = optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
+  tx = galore(inner, rank=4, update_proj_gap=1, moments=moments, scale=1.0)
+  params = normal({"w": (16, 24)}, 0)
+  state, update = tx.init(params), jax.jit(tx.update)
+  grads = [normal({"w": (16, 24)}, i)["w"] for i in range(2)]
+  _, first = update({"w": grads[0]}, state, params)
+  _, second = update({"w": grads[1]}, first, params)
+  old, new = (s.projector["w"]["left"] for s in (first, second))
+  sums = [optax.tree.get(s, "acc_grads").low["w"] for s in (first, second)]
+  carried = new.T @ old @ sums[0]
+  wanted = (carried + new.T @ grads[1]) / 2  # MultiSteps keeps the mean
+  np.testing.assert_allclose(sums[1], wanted, atol=1e-4)
+
+
+def test_a_projection_too_large_for_float16_counts_as_zero():
+  params = {"w": jnp.zeros((64, 96))}
+  tx = galore(optax.sgd(1e-3, 0.9), rank=4, state_dtype="float16")
+  grads = {"w": jnp.full((64, 96), 1e4)}
+  updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
 
 
 def test_describe_adds_up():

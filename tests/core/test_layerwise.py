@@ -300,6 +300,33 @@ def test_describe_and_bytes():
   assert 0 < table.total_bytes - owned < 100
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_bad_gradient_anywhere_stops_a_clipped_step(bad):
+  """The norm of all says so before a weight has moved."""
+  broken = PLAIN._replace(
+    first=lambda params, batch: PLAIN.first(params, batch) * bad
+  )
+  params = small()
+  init, step = layerwise(_tx(), broken, clip_norm=0.8)
+  state = init(params)
+  new, after, metrics = jax.jit(step)(params, state, batches(1)[0])
+  assert not np.isfinite(metrics["grad_norm"])
+  jax.tree.map(np.testing.assert_array_equal, new, params)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    *(optax.tree.get(x.last, "mu") for x in (after, state)),
+  )
+
+
+def test_weights_in_float8_are_rounded_to_the_nearest():
+  params = quantize_params(small(), RULES, kind="float8")
+  init, step = layerwise(_tx(), PLAIN)
+  new, _, metrics = jax.jit(step)(params, init(params), batches(1)[0])
+  assert np.isfinite(metrics["loss"])
+  old, new = (dequantize_params(x)["layers"]["w"] for x in (params, new))
+  assert (old != new).any()
+
+
 SPECS = {
   "embed": jax.P("fsdp", None),
   "head": jax.P(None, "fsdp"),
@@ -421,9 +448,18 @@ def test_models_that_do_not_fit(changes, message):
     ({"chunks": {"w": 2}}, ValueError, r"`chunks` names 'w'.*'embed', 'head'|"
      r"`chunks` names 'w'.*embed, head"),
     ({"chunks": {"embed": 5}}, ValueError, r"'embed' of shape \(24, 8\) in 5"),
+    ({"model": PLAIN._replace(first_keys=("embed",), last_keys=())}, ValueError,
+     r"'head' of the parameters is in neither `first_keys` nor `last_keys`"),
   ],
 )  # fmt: skip
 def test_errors(options, error, message):
   with pytest.raises(error, match=message):
-    tx = options.pop("tx", optax.sgd(1.0))
-    layerwise(tx, PLAIN, **options).init(small())
+    given = {"tx": optax.sgd(1.0), "model": PLAIN} | options
+    layerwise(**given).init(small())
+
+
+def test_what_is_quantised_goes_in_no_chunks():
+  params = quantize_params(small(), ("head",))
+  run = layerwise(optax.sgd(1.0), PLAIN, chunks={"head": 2})
+  with pytest.raises(ValueError, match="cuts 'head', which is quantised"):
+    run.init(params)

@@ -207,6 +207,18 @@ def test_ranks(rank, expected):
   assert shape == {"w": {"left": (32, expected)}}
 
 
+def test_two_leaves_of_one_path_are_refused():
+  with pytest.raises(ValueError, match="Two leaves have the path 'a/b'"):
+    paths.leaves_by_path({"a/b": 1.0, "a": {"b": 2.0}})
+
+
+def test_a_layer_of_a_partitioned_stack_has_the_partition_of_its_matrix():
+  view = matrix.matrix_view((16, 32))
+  assert view is not None
+  assert view.spec((None, "fsdp", None)) == view.spec(("fsdp", None))
+  assert view.spec((None, "fsdp", None)) == ("fsdp", None)
+
+
 def test_paths_of_bare_arrays_and_sequences():
   assert list(paths.leaves_by_path(jnp.ones(2))) == ["param"]
   assert list(paths.leaves_by_path([1.0, {"a": (2.0,)}])) == ["0", "1/a/0"]

@@ -147,9 +147,14 @@ def test_other_formats_train(kind):
 
 
 def test_float8_has_no_random_rounding():
+  """A key is for the leaves that have: a tree may hold both."""
   params = quantize_params(WEIGHTS, kind="float8")
+  drawn, nearest = (
+    apply_updates(params, WEIGHTS, key) for key in (jax.random.key(0), None)
+  )
+  jax.tree.map(np.testing.assert_array_equal, drawn, nearest)
   with pytest.raises(ValueError, match=r"which 'float8' does not have"):
-    apply_updates(params, WEIGHTS, jax.random.key(0))
+    quantize(jnp.ones((8, 4)), "float8", key=jax.random.key(0))
 
 
 def test_which_leaves_are_quantised():
