@@ -50,8 +50,8 @@ SMALL_RATES: dict[str, Any] = {
   "muon": {"learning_rate": 1e-2},
   "galore_lion": {"learning_rate": 1e-3, "scale": 0.25},
   "galore_sgd": {"learning_rate": 0.5, "scale": 1.0},
-  # Their updates are full-size whatever alpha is: the factor is what it is to
-  # GaLore. Of two that were tried the better one; not tuned.
+  # Fira's residual has no alpha, and APOLLO's stands under a root: the factor
+  # is what alpha is to GaLore. Of two that were tried the better; not tuned.
   "fira": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
   "apollo": {"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
   "apollo_mini": {"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},

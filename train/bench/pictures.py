@@ -9,13 +9,19 @@ DPI = 110
 
 
 @contextlib.contextmanager
-def axes(path: pathlib.Path, count: int = 1, width: float = 4.2) -> Iterator:
+def axes(
+  path: pathlib.Path,
+  count: int = 1,
+  width: float = 4.2,
+  height: float = 3.1,
+) -> Iterator:
   """Axes side by side, or in rows of two; written to a file at the end.
 
   Args:
     path: the PNG.
     count: number of axes.
     width: of one of them, inches.
+    height: likewise.
 
   Yields:
     A list of the axes.
@@ -30,7 +36,7 @@ def axes(path: pathlib.Path, count: int = 1, width: float = 4.2) -> Iterator:
   figure, grid = plt.subplots(
     rows,
     columns,
-    figsize=(width * columns, 3.1 * rows),
+    figsize=(width * columns, height * rows),
     layout="constrained",
     squeeze=False,
   )

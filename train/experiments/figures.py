@@ -1,7 +1,8 @@
-"""Figures of the tables: loss curves, and perplexity by rank."""
+"""Figures of the tables: perplexity by entry and by rank, loss curves."""
 
 import math
 import pathlib
+import statistics
 
 from train.bench import pictures
 from train.experiments.plan import Plan, Record
@@ -12,8 +13,9 @@ def names(plan: Plan) -> list[tuple[str, str]]:
   """Files and titles of the figures that the runs are enough for."""
   stem = f"{plan.table.name}-{pathlib.Path(plan.text).stem}-{plan.tokens}"
   found = []
-  if _curves(plan):
-    found.append((f"{stem}.png", "training loss of the chosen runs"))
+  if _chosen(plan):
+    title = "loss of the chosen runs" if _is_long(plan) else "perplexity"
+    found.append((f"{stem}.png", title))
   if len(_ranks(plan)) > 1:
     found.append((f"{stem}-rank.png", "perplexity by rank"))
   return found
@@ -25,22 +27,67 @@ def draw(plan: Plan, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if name.endswith("-rank.png"):
       _draw_ranks(plan, folder / name)
-    else:
+    elif _is_long(plan):
       _draw_curves(plan, folder / name)
+    else:
+      _draw_perplexities(plan, folder / name)
 
 
-def _curves(plan: Plan) -> list[tuple[Entry, Record]]:
-  """The first finished run of each entry at the point chosen for it."""
+def _is_long(plan: Plan) -> bool:
+  """Whether how a run went matters, and not only where it ended."""
+  return plan.table.evaluations > 2
+
+
+def _chosen(plan: Plan) -> list[tuple[Entry, list[Record]]]:
+  """The finished runs of each entry at the point chosen for it."""
   found = []
   for entry in filter(plan.complete, plan.table.entries):
     done = [r for r in plan.seeds(entry) if r["status"] == "done"]
     if done:
-      found.append((entry, done[0]))
+      found.append((entry, done))
   return found
 
 
+def _draw_perplexities(plan: Plan, path: pathlib.Path) -> None:
+  """A dot a seed, the first row's mean as a line; and means by state."""
+  chosen = _chosen(plan)
+  values = [[_perplexity(r) for r in records] for _, records in chosen]
+  means = [statistics.mean(x) for x in values]
+  labels = [entry.label for entry, _ in chosen]
+  tall = 1.2 + 0.24 * len(chosen)
+  with pictures.axes(path, count=2, width=5.6, height=tall) as (seeds, states):
+    for i, (found, mean) in enumerate(zip(values, means, strict=True)):
+      seeds.plot(found, [i] * len(found), "o", color="0.6", ms=4)
+      seeds.plot(mean, i, "|", color="C0", ms=12, mew=2)
+    seeds.set_yticks(range(len(labels)), labels, fontsize="small")
+    seeds.invert_yaxis()
+    sizes = [r[0]["bytes"]["optimizer"] / 2**20 for _, r in chosen]
+    states.plot(sizes, means, "o", color="C0", ms=4)
+    for x, y, (entry, _) in zip(sizes, means, chosen, strict=True):
+      states.annotate(
+        entry.name,
+        (x, y),
+        xytext=(4, 3),
+        textcoords="offset points",
+        fontsize="x-small",
+      )
+    states.set_xlabel("optimizer state, MiB")
+    states.set_xlim(left=0)
+    seeds.set_xlabel("perplexity")
+    states.set_ylabel("perplexity")
+    for axis in (seeds, states):
+      axis.grid(alpha=0.25)
+    if chosen[0][0] == plan.table.entries[0]:
+      seeds.axvline(means[0], color="C1", lw=1)
+      states.axhline(means[0], color="C1", lw=1)
+
+
+def _perplexity(record: Record) -> float:
+  return math.exp(min(record["test_loss"], 700))
+
+
 def _draw_curves(plan: Plan, path: pathlib.Path) -> None:
-  curves = _curves(plan)
+  curves = [(entry, records[0]) for entry, records in _chosen(plan)]
   with pictures.axes(path, count=2, width=5.6) as (training, held_out):
     for i, (entry, record) in enumerate(curves):
       style = {"color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
@@ -69,7 +116,7 @@ def _ranks(plan: Plan) -> list[tuple[int, list[float], int]]:
       continue
     done = [r for r in plan.seeds(entry) if r["status"] == "done"]
     if done:
-      values = [math.exp(min(r["test_loss"], 700)) for r in done]
+      values = [_perplexity(r) for r in done]
       found.append((rank, values, done[0]["bytes"]["optimizer"]))
   return found
 
