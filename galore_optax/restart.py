@@ -95,7 +95,9 @@ def thin_out(
   found = [x for _, x in flat]
   groups: dict[Any, list[int]] = {}  # nodes of one leaf: its first moment, ...
   for i, (path, x) in enumerate(flat):
-    if is_factors(x):
+    # Gradients that are added up are of a step that is still to come.
+    pending = any(getattr(key, "name", "") == "acc_grads" for key in path)
+    if is_factors(x) and not pending:
       groups.setdefault(path[-1], []).append(i)
   for number, places in enumerate(groups.values()):
     own = jax.random.fold_in(key, number)

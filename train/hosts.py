@@ -100,15 +100,9 @@ def first_alone(action: Callable[[], None]) -> None:
   """Runs `action` in the first process while the others wait.
 
   Raises:
-    UserError: what `action` raised, in every process.
+    Exception: what `action` raised; a UserError with its text in the others.
   """
-  error = None
-  if is_first():
-    try:
-      action()
-    except (UserError, OSError) as raised:
-      error = str(raised)
-  _raise_together(error)
+  _together(action if is_first() else lambda: None)
 
 
 def first_then_others(action: Callable[[], Any]) -> Any:
@@ -117,25 +111,29 @@ def first_then_others(action: Callable[[], Any]) -> Any:
   What the first one leaves in a cache, the others then find there.
 
   Raises:
-    UserError: what it raised in any of them, in every process.
+    Exception: what it raised; a UserError with its text in the processes that
+      did not fail themselves.
   """
-  found = None
-  for first in (True, False):
-    error = None
-    if is_first() == first:
-      try:
-        found = action()
-      except (UserError, OSError) as raised:
-        error = str(raised)
-    _raise_together(error)
+  nothing = lambda: None
+  first = _together(action if is_first() else nothing)
+  others = _together(nothing if is_first() else action)
+  return first if is_first() else others
+
+
+def _together(action: Callable[[], Any]) -> Any:
+  """Runs `action` in every process; where one fails, all of them end."""
+  found, own = None, None
+  try:
+    found = action()
+  except Exception as raised:  # whatever it is, the others wait to hear of it
+    own = raised
+  told = gather(own and (str(own) or type(own).__name__))
+  if own is not None:
+    raise own
+  errors = [error for error in told if error]
+  if errors:
+    raise UserError(errors[0])
   return found
-
-
-def _raise_together(error: str | None) -> None:
-  """Ends all processes alike where one of them cannot go on."""
-  found = [e for e in gather(error) if e is not None]
-  if found:
-    raise UserError(found[0])
 
 
 @contextlib.contextmanager

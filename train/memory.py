@@ -179,7 +179,7 @@ def _mesh(config: configs.Config, target: targets.Target) -> jax.sharding.Mesh:
   return meshes.make_mesh(
     wanted,
     config.data.batch,
-    accumulate=config.train.accumulate * config.optimizer.accumulate,
+    accumulate=config.parts,
     devices=target.devices,
   )
 

@@ -75,7 +75,8 @@ def make_mesh(
     )
   shards = data * config.fsdp
   if batch % (shards * accumulate):
-    parts = f" in train.accumulate={accumulate} parts" * (accumulate > 1)
+    product = "train.accumulate * optimizer.accumulate"
+    parts = f" in {product} = {accumulate} parts" * (accumulate > 1)
     raise UserError(
       f"data.batch is {batch}, which the {shards} batch shards"
       f" (mesh.data={data} * mesh.fsdp={config.fsdp}){parts} do not divide;"

@@ -274,8 +274,9 @@ def _galore_faithful(c: Told, lr: optax.Schedule):
 
 
 def _galore_adafactor(c: Told, lr: optax.Schedule):
-  # What is projected is as factored as what is not, however low the rank.
-  inner = _adafactor(c, lr, least=min(128, c.rank))
+  # What is projected is as factored as what is not, however low the rank: but
+  # no lower than layers may be many, which are stacked in an axis beside it.
+  inner = _adafactor(c, lr, least=min(128, c.rank) if c.rank >= 32 else 128)
   return galore_optax.galore(inner, **_options(c))
 
 

@@ -2,8 +2,9 @@
 
 With no arguments it trains the preset `sotu_small` with GaLore on the bundled
 text, on whatever devices JAX finds. `--help` shows the flags. The folder of
-the run gets config.json, metrics.jsonl, tokenizer.json, checkpoints/, run.png
-and sample.txt; the same command continues a run that was stopped.
+the run gets config.json, metrics.jsonl, tokenizer.json, text.json,
+checkpoints/, run.png and sample.txt; the same command continues a run that was
+stopped.
 """
 
 import argparse

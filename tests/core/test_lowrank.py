@@ -224,6 +224,20 @@ def test_restarts_prune_the_moments_of_factors_and_nothing_else():
     same(kept["layers/norm"], old["layers/norm"])
 
 
+def test_what_multi_steps_adds_up_is_no_moment():
+  """Right after a step it is zero, which says nothing of the moments."""
+  method = relora(rank=8, pruned=0.75)
+  params = {"kernel": normal((96, 128))}
+  frozen, adapters = divide(method)(KEY, params)
+  steps_ = optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation()
+  state = random_state(steps_, adapters)
+  pending = jax.tree.map(jnp.zeros_like, state.acc_grads)
+  state = state._replace(acc_grads=pending)
+  new = jax.jit(method.restart)(KEY, frozen, adapters, state)[2]
+  kept = new.inner_opt_state[0].mu["kernel"].a
+  np.testing.assert_allclose(np.mean(kept == 0), 0.75, atol=0.02)
+
+
 @pytest.mark.parametrize("pruning", ["magnitude", "random"])
 def test_updates_stay_small_after_a_restart(pruning):
   """No first moment is left whose second is gone."""

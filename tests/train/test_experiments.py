@@ -171,6 +171,9 @@ def test_close_points_are_told_apart_by_all_seeds():
     if point_of(run) == (8e-3, 0.5):
       loss = 4.005 if run.seed == 0 else 3.9
     found[run.key] = fake(run, loss)
+    half = plan.Plan(table, 1000, "speeches", found)
+    if half._unrepeated(tables.OURS):
+      assert not half.complete(tables.OURS)  # nor is anything of it shown
   known = plan.Plan(table, 1000, "speeches", found)
   assert known.near(tables.OURS) == [(4e-3, 0.5), (8e-3, 0.5)]
   assert known.chosen(tables.OURS) == (8e-3, 0.5)

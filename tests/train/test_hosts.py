@@ -103,6 +103,36 @@ def test_one_process_is_first_and_alone(capsys):
   assert hosts.first_then_others(lambda: 3) == 3
 
 
+@pytest.mark.parametrize("error", [KeyError("a"), OSError(28, "full")])
+def test_what_fails_in_one_process_ends_all(monkeypatch, error):
+  """As itself where it failed, with its text in the others."""
+
+  def fail():
+    raise error
+
+  told = []
+  with monkeypatch.context() as patch:
+    patch.setattr(hosts, "gather", lambda text: told.append(text) or [text])
+    for run in (hosts.first_alone, hosts.first_then_others):
+      with pytest.raises(type(error)) as raised:
+        run(fail)
+      assert raised.value is error
+  assert told == [str(error)] * 2
+  monkeypatch.setattr(hosts, "gather", lambda text: [told[0], text])
+  monkeypatch.setattr(hosts, "is_first", lambda: False)
+  for run in (hosts.first_alone, hosts.first_then_others):
+    with pytest.raises(UserError) as raised:
+      run(lambda: 3)
+    assert str(raised.value) == str(error)
+
+
+def test_devices_of_other_processes_are_not_left_alone(monkeypatch):
+  monkeypatch.setattr(hosts.jax, "process_count", lambda: 4)
+  monkeypatch.setattr(hosts, "several", lambda environment: False)
+  with pytest.raises(UserError, match=r"one of 4 processes.*coordinator=auto"):
+    hosts.connect(config.MeshConfig())
+
+
 @pytest.mark.parametrize(
   "fields, message",
   [

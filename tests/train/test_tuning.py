@@ -171,6 +171,7 @@ def read_labels(tmp_path, values, labels=(), kind="jsonl"):
     (["b", " A", "B"], (), [1, 0, 1]),
     ([1, 3, 2], ("1", "2", "3"), [0, 2, 1]),  # names, not places
     ([0, 1], ("1", "0"), [1, 0]),
+    ([True, False], ("0", "1"), [1, 0]),
     ([1, 0], ("no", "yes"), [1, 0]),  # places: the names are none
     (["YES", "no"], ("no", "yes"), [1, 0]),
   ],
@@ -551,6 +552,11 @@ def test_tables_keep_tasks_and_rates_apart():
   table = grid.table(runs)
   assert "| a | 1 | 0.6000 ± 0.1414 | 2 | 8 | 0 | 0 | 2 | 0 |" in table
   assert "| a | 2 | 0.1000 | 1 |" in table and "**cola**" not in table
+  longer = record("a", 1, 0.3)
+  longer["command"] += " --set task.epochs=9"
+  apart = grid.table([*runs, longer])
+  assert "| a | 1 | 0.6000 ± 0.1414 | 2 |" in apart
+  assert "| a task.epochs=9 | 1 | 0.3000 | 1 |" in apart
   other = record("a", 1, 0.9) | {"task": "rte", "scores": {"accuracy": 0.9}}
   both = grid.table([*runs, other])
   assert both.index("**cola**") < both.index("matthews") < both.index("**rte**")

@@ -130,7 +130,14 @@ class Plan:
     }
     best = min(losses.values(), default=math.inf)
     found = [p for p, loss in losses.items() if loss <= best + NEAR]
-    return sorted(found, key=lambda point: (losses[point], point))[:MOST]
+    found.sort(key=lambda point: (losses[point], point))
+    most = MOST if math.isfinite(best) else 1
+    # What was repeated before a better one came between stays.
+    return [
+      point
+      for i, point in enumerate(found)
+      if i < most or self._repeated(entry, point)
+    ]
 
   def _best(self, entry: Entry, points: list[Point]) -> Point:
     """The least mean loss of the validation text; more seeds come first."""
@@ -150,9 +157,13 @@ class Plan:
     near = self.near(entry)
     return self._best(entry, near) if near else None
 
+  def _repeated(self, entry: Entry, point: Point) -> bool:
+    return len(self._records(entry, point)) == len(self.table.seeds)
+
   def complete(self, entry: Entry) -> bool:
-    """Whether the search has ended."""
-    return self.search(entry)[1] is None
+    """Whether the search has ended, and what is close was told apart."""
+    ended = self.search(entry)[1] is None
+    return ended and (len(self.near(entry)) < 2 or not self._unrepeated(entry))
 
   def planned(self, entry: Entry) -> int:
     """How many runs an entry takes; until its search has ended a guess."""

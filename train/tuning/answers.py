@@ -118,9 +118,12 @@ def _class(
   known = [label.lower() for label in labels]
   if isinstance(value, float) and value.is_integer():
     value = int(value)
-  name = str(value).strip().lower()
-  if name in known and not counted:
-    return known.index(name)
+  names = [str(value).strip().lower()]
+  if isinstance(value, bool):
+    names.append(str(int(value)))
+  for name in names:
+    if name in known and not counted:
+      return known.index(name)
   # Classes whose names are numbers are not counted: 1 is the class "1".
   counts = counted or not any(map(_is_number, known))
   if counts and isinstance(value, int) and 0 <= value < len(known):

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from train import ending, finetune
 from train.errors import UserError
-from train.tuning import recipes, tasks
+from train.tuning import tasks
 
 Record = dict[str, Any]
 
@@ -36,7 +36,7 @@ class Method(NamedTuple):
 
   text: str
   optimizer: str
-  rank: int
+  rank: int | None  # None: the task's
   settings: tuple[str, ...]
 
 
@@ -52,7 +52,7 @@ def method(text: str) -> Method:
     raise UserError(
       f"--methods {text}: the rank is {rank!r}; write NAME or NAME:RANK"
     )
-  return Method(text, optimizer, int(rank or recipes.RANK), tuple(settings))
+  return Method(text, optimizer, int(rank) if rank else None, tuple(settings))
 
 
 def read(path: pathlib.Path) -> list[Record]:
@@ -72,7 +72,8 @@ def words(
   if flags.command == "pick":
     settings += ["data.validation=none"]
   found = ["--task", flags.task, "--from", flags.source]
-  found += ["--optimizer", chosen.optimizer, "--rank", str(chosen.rank)]
+  found += ["--optimizer", chosen.optimizer]
+  found += ["--rank", str(chosen.rank)] if chosen.rank else []
   return found + [word for s in settings for word in ("--set", s)]
 
 
@@ -189,20 +190,32 @@ def _table(task: str, runs: list[Record]) -> str:
     " gradients | optimizer state | of it blocks |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
-  for name, group in _by(runs, "method").items():
-    for rate, same in _by(group, "learning_rate").items():
-      values = [record["scores"][metric] for record in same]
-      spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-      sizes = same[0]["bytes"]
-      cells = [
-        name,
-        f"{rate:g}",
-        f"{statistics.mean(values):.4f}{spread}",
-        str(len(values)),
-        *(f"{sizes.get(part, 0):,}" for part in SIZES),
-      ]
-      lines.append(f"| {' | '.join(cells)} |")
+  alike: dict[tuple, list[Record]] = {}  # but for their seeds
+  for record in runs:
+    key = (record["method"], record["learning_rate"], _settings(record))
+    alike.setdefault(key, []).append(record)
+  common = frozenset.intersection(*(settings for *_, settings in alike))
+  for (name, rate, settings), same in alike.items():
+    values = [record["scores"][metric] for record in same]
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    sizes = same[0]["bytes"]
+    own = sorted(settings - common - set(method(name).settings))
+    cells = [
+      " ".join([name, *own]),
+      f"{rate:g}",
+      f"{statistics.mean(values):.4f}{spread}",
+      str(len(values)),
+      *(f"{sizes.get(part, 0):,}" for part in SIZES),
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
+
+
+def _settings(record: Record) -> frozenset[str]:
+  """What a run was set to, but for its learning rate and seed."""
+  words_ = record["command"].split(" --set ")[1:]
+  varied = ("optimizer.learning_rate=", "train.seed=")
+  return frozenset(word for word in words_ if not word.startswith(varied))
 
 
 def parse(given: list[str] | None) -> argparse.Namespace:
