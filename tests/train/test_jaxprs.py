@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from train import config, flops, jaxprs
@@ -77,7 +78,8 @@ def test_activations_are_close_to_the_compilers_buffers(vocab_size, remat):
   shapes = [
     jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars
   ]
-  closed = jax.extend.core.ClosedJaxpr(jaxpr, ())
+  tables = [np.zeros(v.aval.shape, v.aval.dtype) for v in jaxpr.constvars]
+  closed = jax.extend.core.ClosedJaxpr(jaxpr, tables)
   run = jax.jit(jax.extend.core.jaxpr_as_fun(closed))
   # Optimised as users have it, whatever the tests are compiled with.
   options = {"xla_backend_optimization_level": 3}

@@ -67,8 +67,8 @@ def test_the_command_end_to_end(flags, tmp_path):
   for word in (*words, "this run (galore)", "sample: The people", "run.png"):
     assert word in done.stdout, word
   assert {p.name for p in out.iterdir()} == {
-    "config.json", "metrics.jsonl", "tokenizer.json", "checkpoints",
-    "run.png", "sample.txt",
+    "config.json", "metrics.jsonl", "tokenizer.json", "text.json",
+    "checkpoints", "run.png", "sample.txt",
   }  # fmt: skip
   assert (out / "run.png").read_bytes().startswith(b"\x89PNG")
   assert {p.name for p in (out / "checkpoints").iterdir()} == {"8", "12"}

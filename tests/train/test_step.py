@@ -219,7 +219,7 @@ def test_parts_take_the_rows_of_every_device():
 
 
 def test_a_batch_that_its_parts_do_not_divide_is_refused():
-  with pytest.raises(config.UserError, match=r"accumulate=3 parts .* of 3$"):
+  with pytest.raises(config.UserError, match=r"accumulate = 3 parts .* of 3$"):
     mesh.make_mesh(config.MeshConfig(), 8, jax.devices()[:1], 3)
 
 
