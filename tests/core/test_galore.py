@@ -344,14 +344,22 @@ def test_staggered_refresh_with_more_matrices_than_steps():
     assert {step % 2 for step in steps if step} == {i * 2 // 5}
 
 
-@pytest.mark.parametrize("moments", ["rotate", "keep", "reset"])
-def test_moments_at_a_refresh(moments):
-  tx = galore_sgd(1.0, 0.5, rank=4, update_proj_gap=1, moments=moments)
+def two_steps(tx):
+  """The gradients of two steps, and the states after them."""
   params = normal({"w": (16, 24)}, 0)
   state, update = tx.init(params), jax.jit(tx.update)
   grads = [normal({"w": (16, 24)}, i)["w"] for i in range(2)]
-  _, first = update({"w": grads[0]}, state, params)
-  _, second = update({"w": grads[1]}, first, params)
+  states = []
+  for grad in grads:
+    _, state = update({"w": grad}, state, params)
+    states.append(state)
+  return grads, states
+
+
+@pytest.mark.parametrize("moments", ["rotate", "keep", "reset"])
+def test_moments_at_a_refresh(moments):
+  tx = galore_sgd(1.0, 0.5, rank=4, update_proj_gap=1, moments=moments)
+  grads, (first, second) = two_steps(tx)
   old, new = (s.projector["w"]["left"] for s in (first, second))
   before = optax.tree.get(first, "trace").low["w"]
   after = optax.tree.get(second, "trace").low["w"]
@@ -396,11 +404,7 @@ def test_gradients_that_are_added_up_go_to_the_new_basis(moments):
   """They are no moments yet: the step that they are for is still to come."""
   inner = optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
   tx = galore(inner, rank=4, update_proj_gap=1, moments=moments, scale=1.0)
-  params = normal({"w": (16, 24)}, 0)
-  state, update = tx.init(params), jax.jit(tx.update)
-  grads = [normal({"w": (16, 24)}, i)["w"] for i in range(2)]
-  _, first = update({"w": grads[0]}, state, params)
-  _, second = update({"w": grads[1]}, first, params)
+  grads, (first, second) = two_steps(tx)
   old, new = (s.projector["w"]["left"] for s in (first, second))
   sums = [optax.tree.get(s, "acc_grads").low["w"] for s in (first, second)]
   carried = new.T @ old @ sums[0]

@@ -160,11 +160,8 @@ def test_a_run_is_no_checkpoint_but_holds_one(mnli, tmp_path, capsys):
     plot.overlay([runs.load(out)], tmp_path / "run.png", "tokens")
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
-  mnli, bert, tmp_path, monkeypatch
-):
-  out, data, _ = mnli
-  given = words("mnli", bert, data, tmp_path / "run", **MNLI)
+def stop_after_five_steps(given, monkeypatch):
+  """Begins a run that a signal ends."""
   calls = []
   with monkeypatch.context() as patch:
     patch.setattr(
@@ -173,6 +170,14 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
       lambda *_: lambda: calls.append(0) or len(calls) == 5,
     )
     assert finetune.main(given) == 130
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
+  mnli, bert, tmp_path, monkeypatch
+):
+  out, data, _ = mnli
+  given = words("mnli", bert, data, tmp_path / "run", **MNLI)
+  stop_after_five_steps(given, monkeypatch)
   assert [n for n, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
   assert finetune.main(given) == 0
   assert losses(tmp_path / "run") == losses(out)
@@ -392,14 +397,7 @@ def test_every_kind_of_state_goes_on_after_a_stop(
     words("cola", bert, data, out, method, task__epochs=2) for out in outs
   ]
   assert finetune.main(given[0]) == 0
-  calls = []
-  with monkeypatch.context() as patch:
-    patch.setattr(
-      stopping,
-      "agreed",
-      lambda *_: lambda: calls.append(0) or len(calls) == 5,
-    )
-    assert finetune.main(given[1]) == 130
+  stop_after_five_steps(given[1], monkeypatch)
   assert finetune.main(given[1]) == 0
   assert losses(outs[0]) == losses(outs[1])
   first, second = (
