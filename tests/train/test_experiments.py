@@ -6,9 +6,12 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import galore_optax
 from tests.train import conftest
 from train import config as configs
 from train import data, folder, holdout, mesh
@@ -16,6 +19,7 @@ from train.bench import gradients
 from train.errors import UserError
 from train.experiments import __main__ as command
 from train.experiments import (
+  course,
   mechanism,
   plan,
   records,
@@ -340,6 +344,9 @@ def test_a_stopped_table_goes_on_where_it_was(place, ran):
   done = [record for record in found if record["status"] == "done"]
   assert len(done) == 4
   assert all(len(record["curve"]) == 10 for record in done)
+  errors = [r["basis_error"] for r in done if r["entry"] == "galore"]
+  assert len(errors) == 2 and 0 < max(errors) < 1e-4
+  assert not any("basis_error" in r for r in done if r["entry"] == "adamw")
 
 
 def test_all_methods_see_the_same_batches(place, ran, monkeypatch):
@@ -376,6 +383,46 @@ def test_the_report_says_what_was_found(place, ran, capsys):
   ]
   assert len(pair) == 2 and f"{sum(pair) / 2:.2f} ± " in text
   assert list((place / "evidence").glob("quick-*.png"))
+
+
+def test_a_jump_of_the_loss_is_found_and_a_worn_basis():
+  losses = [(step, 5 - 0.01 * step) for step in range(1, 101)]
+  losses[5] = (6, 9.0)  # while it warms up
+  losses[69] = (70, 7.3)
+  found = course.look(losses, ())
+  assert found["jump"] == [70, pytest.approx(7.3 - 4.405, abs=1e-3)]
+  assert "basis_error" not in found and "jump" not in course.look([], ())
+  tx = galore_optax.galore(optax.adam(1e-3), rank=4)
+  state = tx.init({"w": jnp.zeros((8, 12))})
+  assert course.look(losses, state)["basis_error"] < 1e-6
+  worn = jax.tree.map(lambda x: 1.5 * x if x.shape == (8, 4) else x, state)
+  assert course.look(losses, worn)["basis_error"] == pytest.approx(1.25)
+
+
+def test_the_course_of_a_run_is_told_against_the_first_row():
+  table = tables.LONG._replace(
+    groups=(tuple(e._replace(gaps=2) for e in tables.LONG.entries[:2]),),
+    seeds=(0,),
+  )
+  whole = plan.Plan(table, 1000, "speeches", {})
+  base, ours = (whole.run(e, e.at, 0) for e in table.entries)
+  flat = [[0, 5.0], [1, 4.0], [2, 3.0], [3, 3.0]]
+  bent = [[0, 5.0], [1, 3.9], [2, 3.2], [3, 3.5]]
+  more = {"jump": [2, 0.25], "basis_error": 3e-7}
+  whole.found[base.key] = fake(base, 3.0, validation_curve=flat)
+  whole.found[ours.key] = fake(ours, 3.5, validation_curve=bent, **more)
+  first, second = course.rows(whole)
+  assert first == [
+    *("AdamW, full rank", "0", "", "", "0 of 3", ""),
+    *("+0.0 %", "+0.0 %", "+0.0 %", ""),
+  ]
+  assert second == [
+    *("GaLore, our defaults", "0", "0.25 nats", "2", "1 of 3", "0.300 nats"),
+    *("-9.5 %", "+22.1 %", "+64.9 %", "3e-07"),
+  ]
+  section = report.section(whole)
+  assert f"| {' | '.join(course.HEAD)} |" in section
+  assert f"| {' | '.join(second)} |" in section
 
 
 def test_quick_ends_with_its_table(place, ran, monkeypatch, capsys):

@@ -14,7 +14,7 @@ def names(plan: Plan) -> list[tuple[str, str]]:
   stem = f"{plan.table.name}-{pathlib.Path(plan.text).stem}-{plan.tokens}"
   found = []
   if _chosen(plan):
-    title = "loss of the chosen runs" if _is_long(plan) else "perplexity"
+    title = "loss of the chosen runs" if plan.table.is_long else "perplexity"
     found.append((f"{stem}.png", title))
   if len(_ranks(plan)) > 1:
     found.append((f"{stem}-rank.png", "perplexity by rank"))
@@ -27,15 +27,10 @@ def draw(plan: Plan, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if name.endswith("-rank.png"):
       _draw_ranks(plan, folder / name)
-    elif _is_long(plan):
+    elif plan.table.is_long:
       _draw_curves(plan, folder / name)
     else:
       _draw_perplexities(plan, folder / name)
-
-
-def _is_long(plan: Plan) -> bool:
-  """Whether how a run went matters, and not only where it ended."""
-  return plan.table.evaluations > 2
 
 
 def _chosen(plan: Plan) -> list[tuple[Entry, list[Record]]]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from train import files
 from train.errors import UserError
-from train.experiments import figures, mechanism, records
+from train.experiments import course, figures, mechanism, records
 from train.experiments.plan import Plan, Point, Record
 from train.experiments.tables import TABLES, Entry, Line, Table
 
@@ -135,7 +135,10 @@ def section(plan: Plan) -> str:
   pictures = [
     f"![{title}](evidence/{path})" for path, title in figures.names(plan)
   ]
-  return "\n\n".join([_title(plan), table(plan), origin(plan), *pictures])
+  parts = [_title(plan), table(plan)]
+  if plan.table.is_long:
+    parts.append(_markdown(course.HEAD, course.rows(plan)))
+  return "\n\n".join([*parts, origin(plan), *pictures])
 
 
 def _title(plan: Plan) -> str:

@@ -21,7 +21,7 @@ from train import job as jobs
 from train import mesh as meshes
 from train.bench import record as machines
 from train.errors import TrainingError, UserError
-from train.experiments import tables, texts
+from train.experiments import course, tables, texts
 from train.experiments.plan import Record, Run
 from train.job import Job
 
@@ -175,6 +175,7 @@ def _finish(
     "bytes": sizes,
     **_times(clock.steps, history),
     "curve": _thinned(losses),
+    **course.look(losses, outcome.state.opt_state),
     "validation_curve": [[s, round(loss, 5)] for s, loss in scores],
     "skipped": int(outcome.state.skipped),
   }
