@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 import galore_optax
 from tests.train import conftest
 from train import config as configs
-from train import data, folder, holdout, mesh
+from train import data, folder, holdout, mesh, metrics
 from train.bench import gradients
 from train.errors import UserError
 from train.experiments import __main__ as command
@@ -227,6 +228,46 @@ def test_what_is_not_tuned_does_not_stand_beside_what_is():
   assert " % |" not in report.table(found)  # nothing to compare with
 
 
+def test_a_row_of_one_seed_is_not_finished():
+  whole, order = finished(METHODS)
+  entry = METHODS.entries[0]
+  assert whole.complete(entry) and entry.label in report.table(whole)
+  last = next(r for r in reversed(order) if r.entry == entry and r.seed == 2)
+  del whole.found[last.key]
+  assert whole.searched(entry) and not whole.complete(entry)
+  assert f"| {entry.label} | seeds not done |" in report.table(whole)
+
+
+def test_the_seeds_that_nothing_was_searched_on_stand_apart():
+  whole, _ = finished(METHODS)
+  base, ours = METHODS.entries[:2]
+  for record in whole.seeds(ours):
+    record["test_loss"] -= 0.1 * (record["seed"] + 1)
+  row = report.table(whole).splitlines()[3]
+  assert row.startswith(f"| {ours.label} | ")
+  cells = row.split(" | ")
+  assert cells[2].startswith("-17.9 ±") and cells[3].startswith("-22.0 ±")
+
+
+@pytest.mark.parametrize("last, test", [(5, 4.0), (10, math.nan)])
+def test_a_run_without_a_finite_loss_at_its_end_diverged(
+  last, test, tmp_path, monkeypatch
+):
+  job = types.SimpleNamespace(
+    out=tmp_path,
+    config=types.SimpleNamespace(train=types.SimpleNamespace(steps=10)),
+  )
+  log = metrics.Log(tmp_path, 0)
+  log.write(last, held_out_loss=4.0)
+  log.close()
+  state = types.SimpleNamespace(opt_state=(), params={}, skipped=0)
+  outcome = types.SimpleNamespace(stopped=False, state=state)
+  monkeypatch.setattr(training.loop, "train", lambda *_: outcome)
+  monkeypatch.setattr(training, "_test_loss", lambda *_: test)
+  found = training._finish(job, state, None, lambda: False)
+  assert found["status"] == "diverged" and "validation_loss" not in found
+
+
 def test_nothing_is_selected_on_the_reported_text():
   found, order = finished(tables.METHODS)
   before = found.chosen(tables.BASELINE)
@@ -262,7 +303,13 @@ def test_every_entry_is_a_run_that_the_script_takes(table, tmp_path):
       0.25,
     )
     gap, steps = config.optimizer.update_proj_gap, config.train.steps
-    assert gap == (1 if entry.name == "ldadam" else max(1, steps // entry.gaps))
+    bases = -(-steps // gap)
+    if entry.name == "ldadam":
+      assert bases == steps
+    elif entry.gaps < 10:
+      assert bases == entry.gaps
+    else:
+      assert entry.gaps <= bases <= 1.3 * entry.gaps
     # No restart is so late that its cycle would be cut.
     assert config.optimizer.reset_every * entry.gaps >= 2 * steps
     keys.add(run.key)

@@ -57,7 +57,8 @@ def _draw_perplexities(plan: Plan, path: pathlib.Path) -> None:
     seeds.set_yticks(range(len(labels)), labels, fontsize="small")
     seeds.invert_yaxis()
     sizes = [r[0]["bytes"]["optimizer"] / 2**20 for _, r in chosen]
-    states.plot(sizes, means, "o", color="C0", ms=4)
+    spreads = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in values]
+    states.errorbar(sizes, means, spreads, fmt="o", color="C0", ms=4, lw=0.7)
     for x, y, (entry, _) in zip(sizes, means, chosen, strict=True):
       states.annotate(
         entry.name,

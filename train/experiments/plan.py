@@ -21,7 +21,7 @@ Record = dict[str, Any]
 Point = tuple[float, float]  # learning rate, multiplier
 USUAL = 8  # runs of a search
 NEAR = 0.01  # nats of validation loss that the first seed cannot tell apart
-MOST = 2  # points that are so near, at most
+MOST = 3  # points that are so near, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +161,12 @@ class Plan:
     return len(self._records(entry, point)) == len(self.table.seeds)
 
   def complete(self, entry: Entry) -> bool:
-    """Whether the search has ended, and what is close was told apart."""
-    ended = self.search(entry)[1] is None
-    return ended and (len(self.near(entry)) < 2 or not self._unrepeated(entry))
+    """Whether the search has ended, and what is close has all seeds."""
+    return self.searched(entry) and not self._unrepeated(entry)
+
+  def searched(self, entry: Entry) -> bool:
+    """Whether the search has ended, but for what other seeds may tell."""
+    return self.search(entry)[1] is None
 
   def planned(self, entry: Entry) -> int:
     """How many runs an entry takes; until its search has ended a guess."""

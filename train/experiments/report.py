@@ -8,11 +8,12 @@ What lies between is replaced; everything else on the page is written by hand.
 `<!-- methods_grid: begin -->` marks the place of a table's whole search.
 """
 
+import collections
 import math
 import pathlib
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from train import files
 from train.errors import UserError
@@ -29,11 +30,11 @@ HEAD = (
   "",
   "perplexity",
   "against the first row",
+  "on the seeds without the search",
   "seeds",
   "optimizer state, MiB",
   "of the first row",
   "weights, MiB",
-  "CPU s a step",
   "learning rate",
   "multiplier",
   "points searched",
@@ -165,17 +166,18 @@ def _row(plan: Plan, entry: Entry, first: list[Record]) -> list[str]:
   whole = plan.complete(entry)
   done = [r for r in found if r["status"] == "done"]
   size = found[0]["bytes"]["optimizer"]
-  cpu = [r["cpu_seconds_a_step"] for r in done if "cpu_seconds_a_step" in r]
+  others = [r for r in done if r["seed"] != plan.table.seeds[0]]
+  note = "seeds not done" if plan.searched(entry) else "search not done"
   return [
     entry.label,
     # Nothing that is not tuned stands beside what is.
-    _perplexity(found, done) if whole else "search not done",
+    _perplexity(found, done) if whole else note,
     _paired(done, first) if whole else "",
+    _paired(others, first) if whole else "",
     f"{len(found) if whole else 0} of {len(plan.table.seeds)}",
     f"{size / 2**20:.2f}",
     f"{size / first[0]['bytes']['optimizer']:.0%}" if first else "",
     f"{found[0]['bytes']['weights'] / 2**20:.2f}",
-    f"{statistics.median(cpu):.3g}" if cpu else "",
     f"{point[0]:g}{_edge(point[0], plan.table.rates)}" if whole else "",
     f"{point[1]:g}{_edge(point[1], plan.table.multipliers)}" if whole else "",
     f"{len(plan.tried(entry))}{'' if whole else ' so far'}",
@@ -261,13 +263,24 @@ def origin(plan: Plan) -> str:
   command = f"python -m train.experiments run {plan.table.name}"
   command += f" --tokens {plan.tokens} --text {plan.text}"
   dates = sorted({r["date"] for r in own})
+  commits = collections.Counter(r["versions"].get("commit", "") for r in own)
   return (
     f"`{command}`: {plan.done()} of about {plan.total} runs are there."
     f" {plan.tokens:,} tokens and {'/'.join(map(str, steps))} steps a run;"
     f" seeds {', '.join(map(str, plan.table.seeds))}; {'; '.join(machines_)};"
-    f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))};"
+    f" {_commits(commits)}."
     " ± is the standard deviation over seeds; \\* marks a value at the edge of"
     " the search."
+  )
+
+
+def _commits(counts: Mapping[str, int]) -> str:
+  named = ", ".join(sorted(commit[:7] for commit in counts if commit))
+  unnamed = counts.get("", 0)
+  return " and ".join(
+    ([f"commits {named}"] if named else [])
+    + ([f"{unnamed} runs whose commit was not noted"] if unnamed else [])
   )
 
 

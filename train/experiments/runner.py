@@ -133,7 +133,7 @@ def _claimed(
       if missing:
         yield run
       if run.key in records.read_all(folder):
-        path.unlink()
+        path.unlink(missing_ok=True)
       if missing:
         return
   yield None

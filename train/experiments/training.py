@@ -25,7 +25,7 @@ from train.experiments import course, tables, texts
 from train.experiments.plan import Record, Run
 from train.job import Job
 
-POINTS = 60  # of a loss curve that are kept
+POINTS = 500  # of a loss curve that are kept
 ROWS = 256  # of the validation text; of the text reported on all, up to MOST
 MOST = 2048
 
@@ -53,6 +53,8 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
   ).data
   steps = max(1, round(run.tokens / (shape.batch * shape.length)))
   gap = max(1, steps // run.entry.gaps)
+  if run.entry.gaps < 10:  # a last basis for a few steps would be one more
+    gap = -(-steps // run.entry.gaps)
   cycle = -(-2 * steps // run.entry.gaps)  # the last is as long as the others
   every = -(-steps // run.evaluations)
   return [
@@ -168,10 +170,16 @@ def _finish(
   scores = [
     (r["step"], r["held_out_loss"]) for r in history if "held_out_loss" in r
   ]
+  test_loss = _test_loss(job, outcome.state, parts)
+  # What is not finite is left out of the log.
+  if scores[-1][0] != job.config.train.steps or not math.isfinite(test_loss):
+    return {"status": "diverged", "why": "no finite loss at the end"} | {
+      "bytes": sizes
+    }
   return {
     "status": "done",
     "validation_loss": scores[-1][1],
-    "test_loss": _test_loss(job, outcome.state, parts),
+    "test_loss": test_loss,
     "bytes": sizes,
     **_times(clock.steps, history),
     "curve": _thinned(losses),
