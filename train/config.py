@@ -379,6 +379,8 @@ FREE_FIELDS = (
   "data.prefetch",
   "train.accumulate",
   "train.max_skips",
+  "task.evaluations",  # of fine-tuning
+  "task.export",
 )
 
 

@@ -183,6 +183,8 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     return 0
   hosts.first_alone(lambda: folder.check_run(out, config, flags.overwrite))
   hosts.first_alone(lambda: folder.claim_run(out, config, flags.overwrite))
+  digest = examples.digest(found)
+  hosts.first_alone(lambda: folder.claim_examples(out, digest))
   with jax.set_mesh(mesh), stopping.stop_requests() as stopped:
     job, state = jobs.prepare(config, out, learner, material, mesh, tx, placed)
     introduce(learner, material, placed, config)
@@ -247,7 +249,12 @@ def conclude(job: jobs.Job, outcome: loop.Outcome) -> None:
   report.write(
     job.out / "result.json", config, {"scores": found, "bytes": parts}
   )
-  if jax.process_count() == 1 and config.task.export:
+  if jax.process_count() > 1 and config.task.export:
+    print(
+      "note       the trained model is not written, for several processes hold"
+      " it; the same command in one process, on the same --out, writes it"
+    )
+  elif config.task.export:
     weights = jax.device_get(job.placed.read(state.params))
     shutil.rmtree(job.out / "model", ignore_errors=True)
     job.learner.save(job.out / "model", weights)

@@ -63,15 +63,38 @@ def claim_text(out: pathlib.Path, corpus: Corpus) -> None:
     UserError: the run that is there has read another text.
   """
   end = corpus.tokenizer.id_to_token(corpus.encoder.end)
-  described = {"digest": corpus.digest, "end_token": end}
+  _claim_data(
+    out,
+    {"digest": corpus.digest, "end_token": end},
+    "on other text or with another tokenizer: what data.path or"
+    " data.tokenizer name has changed since",
+  )
+  files.write_text(out / "tokenizer.json", corpus.tokenizer.to_str())
+
+
+def claim_examples(out: pathlib.Path, digest: str) -> None:
+  """Writes what tells the examples of a fine-tuning run from others.
+
+  Raises:
+    UserError: the run that is there has read others.
+  """
+  _claim_data(
+    out,
+    {"digest": digest},
+    "on other examples: what data.path or data.validation name has changed"
+    " since",
+  )
+
+
+def _claim_data(
+  out: pathlib.Path, described: dict[str, Any], other: str
+) -> None:
   path = out / TEXT
   if path.exists() and _read(path) != described:
     raise UserError(
-      f"--out {out} belongs to a run on other text or with another tokenizer:"
-      " what data.path or data.tokenizer name has changed since. Restore it,"
+      f"--out {out} belongs to a run {other}. Restore it,"
       " use another --out, or --overwrite to delete the run"
     )
-  files.write_text(out / "tokenizer.json", corpus.tokenizer.to_str())
   files.write_text(path, json.dumps(described, indent=2) + "\n")
 
 

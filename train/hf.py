@@ -33,7 +33,9 @@ from train.weights import Weights
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 # Files beside the weights that go along unread.
-SIDECARS = ("generation_config.json", "tokenizer_config.json")
+GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SIDECARS = (GENERATION, TOKENIZER_CONFIG)
 
 
 # Of the model's config, what is not the weights' but says how to compute.

@@ -30,7 +30,7 @@ FETCHED = (
   hf.INDEX,
   "model-*.safetensors",
   hf.TOKENIZER,
-  "tokenizer_config.json",
+  *hf.SIDECARS,
   "vocab.txt",
   "vocab.json",
   "merges.txt",

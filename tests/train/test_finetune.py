@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from tests.train import tuning_files
 from train import (
@@ -299,7 +300,16 @@ def test_a_llama_learns_conversations_packed_and_with_4_bit_weights(
     "held_out_perplexity"
   ]
   assert found["scores"]["held_out_perplexity"] < start
-  assert hf.load(tmp_path / "run" / "model").model.n_layers == 2
+  written = hf.load(tmp_path / "run" / "model")
+  assert written.model.n_layers == 2
+  # It says how it is asked, and ends where it has learned to end.
+  end = tokenizers.Tokenizer.from_str(written.tokenizer).token_to_id(
+    tuning_files.MARKS[1]
+  )
+  assert written.end_ids == (end,)
+  described = written.extra["tokenizer_config.json"]
+  assert described["eos_token"] == tuning_files.MARKS[1]
+  assert tuning_files.MARKS[0] in described["chat_template"]
 
 
 def test_a_llama_tells_classes_by_their_likelihood(llama, tmp_path):
@@ -345,7 +355,12 @@ def refused(capsys, given):
     ("cola", {"train__layerwise": "true"}, "train.layerwise is for pre-"),
     ("cola", {"task__pool": "last"}, "must be one of , first, mean"),
     ("cola", {"model__d_model": 32}, "is what the checkpoint of --from says"),
-    ("chat", {"task__first": "sentence"}, "an encoder"),
+    ("chat", {"task__first": "sentence"}, "row 0 holds"),
+    (
+      "chat",
+      {"task__first": "sentence", "task__second": "sentence"},
+      "an encoder",
+    ),
     ("span", {}, "no column 'question'"),
   ],
 )
@@ -379,7 +394,11 @@ def test_a_checkpoint_of_another_architecture_is_refused(
   config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
   (other / hf.CONFIG).write_text(json.dumps(config))
   out = tmp_path / "run"
-  assert "gpt2" in refused(capsys, words("stsb", other, data, out))
+  said = refused(capsys, words("stsb", other, data, out))
+  assert "'gpt2', and what can be read is bert, roberta and llama" in said
+  missing = tmp_path / "missing"
+  said = refused(capsys, words("stsb", missing, data, out))
+  assert str(missing) in said and "encoder" not in said
   said = refused(capsys, words("stsb", llama, data, out))
   assert "is a LLaMA" in said and "use an encoder" in said
   said = refused(capsys, words("stsb", bert, data, out, "muon"))

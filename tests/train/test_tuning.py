@@ -1,24 +1,34 @@
 """The parts of fine-tuning: examples, order, spans, conversations, tables."""
 
 import dataclasses
+import functools
 import itertools
 import json
+import math
+import re
+import shutil
+import types
 
 import jax
+import jax.numpy as jnp
+import jinja2
 import numpy as np
 import pytest
+import tokenizers
 
 from tests.train import tuning_files
 from tests.train.conftest import TINY, WORDS
 from train import encoder, encoder_tokenizer, llama, tokenizer
-from train.config import DataConfig
+from train.config import DataConfig, TrainConfig
 from train.errors import UserError
 from train.tuning import (
   answers,
   chat,
+  encoders,
   examples,
   feed,
   grid,
+  job,
   llamas,
   packaged,
   recipes,
@@ -64,6 +74,11 @@ def test_settings_that_would_do_nothing_are_refused():
   for name in ("model.d_model=32", "train.z_loss=1", "data.tokenizer=x"):
     with pytest.raises(UserError, match=name.partition("=")[0]):
       recipes.adopt(start, [name])
+  for name in ("task.name=rte", "optimizer.name=lora", "optimizer.rank=8"):
+    with pytest.raises(UserError, match="is what --"):
+      recipes.adopt(start, [name])
+  with pytest.raises(UserError, match="both say how long"):
+    recipes.adopt(start, ["train.steps=7", "task.epochs=2"])
   counted = recipes.adopt(start, ["train.steps=7"])
   assert (counted.train.steps, counted.task.epochs) == (7, 0)
 
@@ -154,7 +169,9 @@ def read_labels(tmp_path, values, labels=(), kind="jsonl"):
     between = "," if kind == "csv" else "\t"
     lines = [between.join(map(str, row.values())) for row in rows]
     path.write_text("\n".join([between.join(rows[0]), *lines]) + "\n")
-  config = DataConfig(path=str(path), validation=str(path))
+  same = path.with_name(f"same.{kind}")
+  shutil.copy(path, same)
+  config = DataConfig(path=str(path), validation=str(same))
   task = TASKS["classify"].named("", "", "", labels)
   found = examples.load(task, config, tmp_path / "cache")
   assert found.evaluated[0].answers == found.train.answers
@@ -188,9 +205,10 @@ def test_none_is_a_class_and_a_text_and_quotes_are_characters(tmp_path):
     assert names == ("favor", "na", "none")
   path = tmp_path / "quoted.tsv"
   path.write_text('text\tlabel\n"a\tx\nb"\ty\nnull\tx\n')
-  config = DataConfig(path=str(path), validation=str(path))
+  config = DataConfig(path=str(path), validation="none", holdout_every=2)
   found = examples.load(TASKS["classify"], config, tmp_path / "cache")
-  assert found.train.first == ['"a', 'b"', "null"]
+  read = [*found.train.first, *found.evaluated[0].first]
+  assert sorted(read) == ['"a', 'b"', "null"]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +250,46 @@ def test_answers_of_a_chat_must_be_texts(tmp_path):
   task = TASKS["chat"].named("question", "answer", "", ())
   with pytest.raises(UserError, match="column 'answer' holds 4, not a text"):
     examples.load(task, DataConfig(path=str(path)), tmp_path / "cache")
+
+
+def test_what_is_trained_on_is_not_evaluated(tmp_path):
+  folder = tuning_files.write_glue(tmp_path / "data", "rte")
+  load = lambda **changes: examples.load(
+    TASKS["rte"],
+    DataConfig(**changes),
+    tmp_path / "cache",
+  )
+  with pytest.raises(UserError, match="the split that is trained on, 'train'"):
+    load(path=str(folder), validation="train")
+  found = load(path=str(folder), split="validation", holdout_every=3)
+  assert [split.name for split in found.evaluated] == ["held_out"]
+  file = next(folder.glob("train*"))
+  with pytest.raises(UserError, match="is trained on, too"):
+    load(path=str(file), validation=str(file))
+
+
+def test_examples_that_changed_have_another_digest(tmp_path):
+  folder = tuning_files.write_glue(tmp_path / "data", "rte")
+  config = DataConfig(path=str(folder))
+  found = examples.load(TASKS["rte"], config, tmp_path / "cache")
+  part = found.train.part(range(len(found.train)))
+  assert examples.digest(dataclasses.replace(found, train=part)) == (
+    examples.digest(found)
+  )
+  part.first[3] += " more"
+  other = examples.digest(dataclasses.replace(found, train=part))
+  assert other != examples.digest(found)
+
+
+@pytest.mark.parametrize(("name", "labels", "said"), [
+  ("mrpc", ("a", "b", "c"), "F1 of its second class, and there are 3 classes"),
+  ("classify", ("sad", "Sad"), "at least two that differ"),
+  ("classify", ("sad",), "at least two that differ"),
+])  # fmt: skip
+def test_classes_that_cannot_be_told_apart_are_refused(name, labels, said):
+  task = dataclasses.replace(TASKS[name], labels=labels)
+  with pytest.raises(UserError, match=said):
+    examples._check_classes(task, "data.path x")
 
 
 def test_what_is_held_out_is_drawn_from_all_classes(tmp_path):
@@ -463,6 +521,9 @@ def test_other_forms_of_conversations_are_read():
   given = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
   pair = chat.conversation("a", "b", "row 0")
   assert chat.conversation(given, None, "row 0") == pair
+  # An answer follows on what was said before.
+  longer = chat.conversation([*given, {"from": "human", "value": "c"}], "d", "")
+  assert [m["content"] for m in longer] == ["a", "b", "c", "d"]
   named = chat.opened(pair, "be brief")
   assert [m["role"] for m in named] == ["system", "user", "assistant"]
   assert chat.opened(named, "be long") == named
@@ -479,6 +540,147 @@ def test_a_template_whose_tokens_are_unknown_is_refused():
   row = plain.row(TURNS[:2])
   learned = plain.marks.decode(row.ids[row.learn], skip_special_tokens=False)
   assert learned == "hold peace" + tokenizer.END
+
+
+@pytest.mark.parametrize("kind", ["Metaspace", "Prepend"])
+def test_no_space_is_put_before_the_parts_of_a_text(kind):
+  vocabulary = tokenizers.Tokenizer(tokenizers.models.BPE())
+  if kind == "Metaspace":
+    split = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    vocabulary.pre_tokenizer = split
+  else:
+    normalizers = tokenizers.normalizers
+    replace = normalizers.Replace(" ", "▁")
+    vocabulary.normalizer = normalizers.Sequence(
+      [normalizers.Prepend("▁"), replace]
+    )
+  text = "### user:\nwe hold\n\n### assistant:\npeace</s>\n\n"
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=60, special_tokens=["</s>"], show_progress=False
+  )
+  vocabulary.train_from_iterator([text.replace("</s>", "")], trainer)
+  turns = chat.conversation("we hold", "peace", "")
+  row = chat.writer("plain", vocabulary.to_str(), "</s>").row(turns)
+  pieces = "".join(vocabulary.id_to_token(i) for i in row.ids)
+  assert pieces == "▁" + text.replace(" ", "▁")
+
+
+@pytest.mark.parametrize(("name", "system"), [
+  ("chatml", ""), ("chatml", 'be "brief"\n'), ("plain", ""), ("plain", "be"),
+])  # fmt: skip
+def test_the_template_that_is_exported_writes_what_was_learned(
+  writer, name, system
+):
+  # As transformers reads it.
+  engine = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+  vocabulary = writer.first.to_str()
+  begin = writer.marks.token_to_id(tuning_files.MARKS[0])
+  found = chat.writer(name, vocabulary, tuning_files.MARKS[1], (begin,))
+  text = chat.jinja(found, tuning_files.MARKS[0], system)
+  turns = [m | {"content": m["content"].replace("<|", "< |")} for m in TURNS]
+  said = engine.from_string(text).render(messages=turns)
+  row = found.row(chat.opened(turns, system))
+  assert found.marks.decode(row.ids, skip_special_tokens=False) == said
+  asked = engine.from_string(text).render(
+    messages=turns[:-1], add_generation_prompt=True
+  )
+  assert said.startswith(asked) and asked.endswith("assistant" + {
+    "chatml": "\n", "plain": ":\n"
+  }[name])  # fmt: skip
+
+
+@pytest.mark.parametrize(("described", "begins"), [
+  ({}, True), ({"add_bos_token": False}, False), ({"add_bos_token": True}, True)
+])  # fmt: skip
+def test_a_text_begins_as_the_tokenizer_has_it_begin(described, begins):
+  """Llama 3's says in its post-processor only that it does."""
+  vocabulary = tokenizer.train([" ".join(WORDS) * 9], 290)
+  vocabulary.add_special_tokens(["<s>", *tuning_files.MARKS])
+  start = vocabulary.token_to_id("<s>")
+  vocabulary.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", start)]
+  )
+  extra = {"tokenizer_config.json": {"bos_token": "<s>"} | described}
+  found = types.SimpleNamespace(extra=extra, tokenizer=vocabulary.to_str())
+  writer = llamas._writer(found, recipes.make("chat", "galore"))  # type: ignore
+  assert writer.begin == ((start,) if begins else ())
+
+
+@pytest.mark.parametrize(("task", "prompt", "said"), [
+  ("sst2", "is it good?", "must have {first}, the text of --task sst2"),
+  ("rte", "{first}: so?", "must have {first} and {second}, the texts of"),
+  ("sst2", "{first.x}", "must have {first}"),
+  ("sst2", "{first} {", "stand for braces"),
+])  # fmt: skip
+def test_a_prompt_asks_about_the_texts(task, prompt, said):
+  config = configs.TaskConfig(name=task, prompt=prompt)
+  with pytest.raises(UserError, match=re.escape(said)):
+    llamas.check_prompt(TASKS[task], config)
+  fine = "{first} {second}" if task == "rte" else "{{}} {first}"
+  llamas.check_prompt(TASKS[task], dataclasses.replace(config, prompt=fine))
+
+
+def test_the_likeliest_class_is_found(writer):
+  found = learner(writer, ("sad", "calm", "happy"), 64)
+  split = examples.Split("validation", ["we", "hold"], None, [2, 0])
+  prepared = found.prepare(split)
+  values = [-5.0, -2.0, -3.0, -1.0, -7.0, -4.0]
+  assert found.decide(prepared, dict(enumerate(values))).tolist() == [1, 0]
+
+
+def test_an_encoder_decides_for_the_largest_logit_or_gives_the_number():
+  logits = {0: np.array([0.1, 0.9, 0.2]), 1: np.array([3.0, 2.0, 2.5])}
+  rows = types.SimpleNamespace(rows=[None] * 2)
+  for name, want in (("mnli", [1, 0]), ("stsb", [0.1, 3.0])):
+    nothing = dict.fromkeys(("config", "length", "loaded", "graphdef", "boxes"))
+    found = encoders.EncoderLearner(TASKS[name], **nothing)  # type: ignore
+    assert found.decide(rows, logits).tolist() == want  # type: ignore
+
+
+def test_the_likelihood_of_a_class_is_that_of_its_tokens(writer):
+  model = dataclasses.replace(TINY, n_layers=1)
+  graphdef, boxes = llama.abstract(model)
+  params = llama.init(model, 0)
+  found = dataclasses.replace(
+    learner(writer, ("peace", "people"), 64), graphdef=graphdef, boxes=boxes
+  )
+  rows = found.prepare(examples.Split("validation", ["we"], None, [1]))
+  batch = found.collate(rows, [0, 1], 2)
+  outputs = found.outputs(params, batch)
+  for i, row in enumerate(rows.rows):
+    logits = llama.apply(graphdef, params, jnp.asarray(row.ids[None, :-1]))
+    logs = np.asarray(jax.nn.log_softmax(logits[0]))
+    learned = np.flatnonzero(row.learn)
+    want = sum(logs[k - 1, row.ids[k]] for k in learned)
+    np.testing.assert_allclose(outputs[i], want, rtol=1e-5)
+
+
+def test_a_batch_in_parts_has_the_same_gradient(writer):
+  """Also where the parts have unlike numbers of tokens to learn."""
+  model = dataclasses.replace(TINY, n_layers=1)
+  graphdef, boxes = llama.abstract(model)
+  params = llama.init(model, 0)
+  found = dataclasses.replace(
+    learner(writer, ("peace", "the people of these states"), 64),
+    graphdef=graphdef,
+    boxes=boxes,
+  )
+  split = examples.Split("train", ["we", "hold", "we hold", "the"], None,
+                         [0, 0, 1, 1], training=True)  # fmt: skip
+  batch = found.collate(found.prepare(split), range(4), 4)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  placed = types.SimpleNamespace(
+    weight_shardings=jax.tree.map(lambda _: here, params)
+  )
+  results = []
+  for parts in (1, 2):
+    gradient = job.make_gradient(found, placed, TrainConfig(accumulate=parts))  # type: ignore
+    results.append(jax.jit(gradient)(params, batch, 0))
+  (grads, loss, tokens), (others, other, count) = results
+  assert int(tokens) == int(count)
+  np.testing.assert_allclose(loss, other, rtol=1e-6)
+  same = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
+  jax.tree.map(same, grads, others)
 
 
 def test_packing_keeps_every_conversation_whole_and_apart(writer):
@@ -520,7 +722,14 @@ def record(method, rate, accuracy, stage="run", seed=0, task="cola"):
     "stage": stage, "method": method, "task": task, "optimizer": optimizer,
     "learning_rate": rate, "seed": seed, "scores": {"matthews": accuracy},
     "bytes": {"weights": 8, "optimizer": 2}, "command": command,
+    "checkpoint": "x",
   }  # fmt: skip
+
+
+def planned(given):
+  flags = grid.parse(given)
+  flags.checkpoint = flags.source
+  return [(m.text, rate, seed) for m, rate, seed in grid.plan(flags)]
 
 
 def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
@@ -534,17 +743,46 @@ def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
     "run", str(path), "--from", "x", "--task", "cola", "--seeds", "0", "1",
     "--methods", "lora:4", "lora:8",
   ]  # fmt: skip
-  plan = lambda *more: [
-    (m.text, rate, seed)
-    for m, rate, seed in grid.plan(grid.parse([*given, *more]))
-  ]
+  plan = lambda *more: planned([*given, *more])
   first = [("lora:4", 3e-3, 0), ("lora:8", 3e-3, 0)]
   second = [("lora:4", 3e-3, 1), ("lora:8", 3e-3, 1)]
   assert plan() == [first[0], *second]
-  # Another setting makes another run.
-  assert plan("--set", "task.epochs=1") == [*first, *second]
+  # Another setting makes another run, whose rates were not picked yet.
+  longer = ("--set", "task.epochs=1")
+  assert plan(*longer, "--rates", "3e-3") == [*first, *second]
+  # So does another checkpoint.
+  assert plan("--from", "y", "--rates", "3e-3") == [*first, *second]
+  for more in (longer, ("--from", "y")):
+    with pytest.raises(UserError, match="no picked learning rate for lora:4"):
+      plan(*more)
   with pytest.raises(UserError, match="lora:x: the rank is 'x'"):
     grid.method("lora:x")
+
+
+def test_the_best_rate_of_a_chat_is_that_of_the_least_perplexity(tmp_path):
+  path, rows = tmp_path / "results.jsonl", []
+  for rate, loss in ((1e-4, 1.4), (1e-3, 1.2), (1e-2, 6.8)):
+    row = record("lora:4", rate, 0.0, stage="pick", task="chat")
+    row["scores"] = {
+      "held_out_loss": loss,
+      "held_out_perplexity": math.exp(loss),
+    }
+    rows.append(json.dumps(row) + "\n")
+  path.write_text("".join(rows))
+  given = ["run", str(path), "--from", "x", "--task", "chat"]
+  assert planned([*given, "--methods", "lora:4"]) == [("lora:4", 1e-3, 0)]
+
+
+def test_checkpoints_are_told_apart_by_their_weights(tmp_path):
+  folders = [tmp_path / name for name in "abc"]
+  for folder, weights in zip(folders, (b"one", b"two", b"one"), strict=True):
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(weights)
+  first, second, same = map(grid.fingerprint, map(str, folders))
+  assert first == same != second
+  assert grid.fingerprint("hub:a/b") == "hub:a/b"
+  with pytest.raises(UserError, match="there are no weights"):
+    grid.fingerprint(str(tmp_path))
 
 
 def test_tables_keep_tasks_and_rates_apart():

@@ -5,6 +5,7 @@ user writes is never read as one of the template's own tokens.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ class Writer:
   """Writes conversations in a template."""
 
   template: Template
+  first: tokenizers.Tokenizer  # reads what a text begins with
   marks: tokenizers.Tokenizer  # reads the template's tokens as tokens
   plain: tokenizers.Tokenizer  # reads them as text
   end: str  # the token that ends a text
@@ -67,7 +69,8 @@ class Writer:
     ids, learn = [*self.begin], [False] * len(self.begin)
     for message in messages:
       for text, own, wanted in self._parts(message):
-        source = self.plain if own else self.marks
+        known = self.marks if len(ids) > len(self.begin) else self.first
+        source = self.plain if own else known
         found = source.encode(text, add_special_tokens=False).ids
         ids += found
         learn += [wanted] * len(found)
@@ -103,8 +106,9 @@ def writer(
     UserError: the vocabulary lacks what the template is made of.
   """
   template = TEMPLATES[name]
-  marks, plain = (tokenizers.Tokenizer.from_str(text) for _ in range(2))
-  for one in (marks, plain):
+  later = _without_prefix(text)
+  first, marks, plain = map(tokenizers.Tokenizer.from_str, (text, later, later))
+  for one in (first, marks, plain):
     one.no_padding()
     one.no_truncation()
   plain.encode_special_tokens = True
@@ -116,7 +120,65 @@ def writer(
       f" checkpoint's tokenizer has no {missing[0]!r}; the templates are"
       f" {', '.join(TEMPLATES)}"
     )
-  return Writer(template, marks, plain, end, begin)
+  return Writer(template, first, marks, plain, end, begin)
+
+
+def _without_prefix(text: str) -> str:
+  """A tokenizer.json that puts no space before what it reads.
+
+  One that does, as of SentencePiece, would put it before every piece.
+  """
+  found = json.loads(text)
+  for step in _steps(found.get("pre_tokenizer"), "pretokenizers"):
+    if step["type"] == "Metaspace":
+      step["prepend_scheme"] = "never"
+    elif step["type"] == "ByteLevel":
+      step["add_prefix_space"] = False
+  normalizer = found.get("normalizer")
+  if normalizer and normalizer["type"] == "Prepend":
+    found["normalizer"] = None
+  elif normalizer and normalizer["type"] == "Sequence":
+    kept = [x for x in normalizer["normalizers"] if x["type"] != "Prepend"]
+    normalizer["normalizers"] = kept
+  return json.dumps(found)
+
+
+def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+  """A part of a tokenizer.json, step by step."""
+  if not part:
+    return []
+  return part[inner] if part["type"] == "Sequence" else [part]
+
+
+def jinja(writer: Writer, begin: str, system: str) -> str:
+  """The template as `transformers` writes it: a `chat_template`.
+
+  Args:
+    writer: whose conversations it writes.
+    begin: the token that stands before every text, or "".
+    system: message that opens conversations that have none such.
+  """
+  template, said = writer.template, json.dumps(ASSISTANT)
+  head, tail = template.before.split("{role}")
+  turn = lambda role, content: " ~ ".join(
+    (json.dumps(head), role, json.dumps(tail), content)
+  )
+  after = json.dumps(template.after or writer.end)
+  if not template.after:
+    after = f"({after} if message['role'] == {said} else '')"
+  end, gap = (f" ~ {x}" for x in (after, json.dumps(template.gap)))
+  parts = [f"{{{{ {json.dumps(begin)} }}}}"] if begin else []
+  if system:
+    closed = f" ~ {json.dumps(template.after)}{gap}"
+    opening = turn(json.dumps("system"), json.dumps(system)) + closed
+    parts += ["{% if messages[0]['role'] != 'system' %}"]
+    parts += [f"{{{{ {opening} }}}}{{% endif %}}"]
+  spoken = turn("message['role']", "message['content']")
+  parts += [f"{{% for message in messages %}}{{{{ {spoken}{end}{gap} }}}}"]
+  asked = " ~ ".join((json.dumps(head), said, json.dumps(tail)))
+  parts += ["{% endfor %}{% if add_generation_prompt %}"]
+  parts += [f"{{{{ {asked} }}}}{{% endif %}}"]
+  return "".join(parts)
 
 
 def opened(messages: list[dict[str, str]], system: str) -> list[dict[str, str]]:
@@ -134,7 +196,8 @@ def conversation(
   Args:
     value: a list of `{"role", "content"}`, or of `{"from", "value"}`, or the
       text of a question.
-    answer: to that question; None where `value` has the answers.
+    answer: to that question, or to the last message; None where `value` has
+      the answers.
     place: the example, as messages call it.
 
   Raises:
@@ -145,13 +208,14 @@ def conversation(
       {"role": "user", "content": value},
       {"role": ASSISTANT, "content": answer},
     ]
+  last = [] if answer is None else [{"role": ASSISTANT, "content": answer}]
   if not isinstance(value, Sequence) or isinstance(value, str):
     raise UserError(
       f"{place} holds {str(value)[:60]!r}; a conversation is a list of"
       ' {"role": ..., "content": ...}, or a question and an answer in the'
       " columns task.first and task.second"
     )
-  found = [_message(one, place) for one in value]
+  found = [_message(one, place) for one in value] + last
   if not any(m["role"] == ASSISTANT and m["content"] for m in found):
     raise UserError(
       f"{place}: the assistant says nothing that could be learned"

@@ -40,9 +40,9 @@ class TaskConfig:
   template: TemplateName = "chatml"  # how turns of a conversation are written
 
   def __post_init__(self):
-    base.check_above("task", self, ("epochs", "query", "stride"), low=-1e-9)
+    base.check_above("task", self, ("epochs", "stride"), low=-1e-9)
     base.check_above(
-      "task", self, ("evaluations", "multiple", "answer", "n_best")
+      "task", self, ("evaluations", "multiple", "query", "answer", "n_best")
     )
     if not (self.dropout == -1 or 0 <= self.dropout < 1):
       raise UserError(

@@ -5,6 +5,7 @@ made: what is wrong is said with the file's own names.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Iterable
 from typing import Any, cast
@@ -13,7 +14,7 @@ import numpy as np
 
 from train.config import HUB, DataConfig
 from train.errors import UserError
-from train.tuning import answers, tables
+from train.tuning import answers, chat, tables
 from train.tuning.tasks import Task
 
 
@@ -74,6 +75,8 @@ def load(task: Task, config: DataConfig, cache: pathlib.Path) -> Examples:
     values = _column(train, task.label, "task.label", name)
     found = answers.classes(values, train, task, name)
     task = dataclasses.replace(task, labels=found)
+  if task.kind == "classify":
+    _check_classes(task, name)
   first = _check(train, task, f"{name} ({config.split})", "train")
   others = [
     _check(table, task, f"{name} ({split})", split)
@@ -84,6 +87,30 @@ def load(task: Task, config: DataConfig, cache: pathlib.Path) -> Examples:
     first, held_out = _hold_out(first, task, config.holdout_every)
     others = [held_out]
   return Examples(task, first, others)
+
+
+def digest(found: Examples) -> str:
+  """What tells the examples of a run from others."""
+  made = hashlib.blake2b(repr(found.task).encode(), digest_size=8)
+  for split in (found.train, *found.evaluated):
+    for values in (split.name, split.first, split.second, split.answers):
+      made.update(repr(values).encode())
+  return made.hexdigest()
+
+
+def _check_classes(task: Task, name: str) -> None:
+  """Sees that there is something to tell apart, and that it can be scored."""
+  few = ", ".join(task.labels[:8])
+  if len(set(map(str.lower, task.labels))) < max(2, len(task.labels)):
+    raise UserError(
+      f"{name}: the classes are {few}; give at least two that differ, whatever"
+      " the case of their letters, with task.labels"
+    )
+  if len(task.labels) > 2 and "f1" in task.metrics:
+    raise UserError(
+      f"{name}: --task {task.name} is scored by the F1 of its second class,"
+      f" and there are {len(task.labels)} classes: {few}; use --task classify"
+    )
 
 
 def _column(table: tables.Table, column: str, field: str, name: str) -> list:
@@ -104,7 +131,10 @@ def _check(table: tables.Table, task: Task, name: str, split: str) -> Split:
     _check_texts(second, task.second, name)
   if not first:
     raise UserError(f"{name} holds no example")
-  if task.kind == "chat":  # its messages are looked at where they are read
+  if task.kind == "chat":
+    answers_ = second or [None] * len(first)
+    for i, (said, answer) in enumerate(zip(first, answers_, strict=True)):
+      chat.conversation(said, answer, f"{name}, row {i}")
     return Split(split, first, second, [None] * len(first))
   _check_texts(first, task.first, name)
   right = _column(table, task.label, "task.label", name)

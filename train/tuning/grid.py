@@ -16,6 +16,7 @@ command goes on where it was stopped. What other flags mean is said by
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
 import shutil
@@ -25,8 +26,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from train import ending, finetune
+from train.config import HUB
 from train.errors import UserError
-from train.tuning import tasks
+from train.tuning import evaluation, tasks
 
 Record = dict[str, Any]
 
@@ -85,11 +87,13 @@ def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
   """
   if flags.rates:
     return flags.rates
-  metric = tasks.find(flags.task).metrics[0]
+  task, wanted = tasks.find(flags.task), _own(flags, chosen)
   tried = [
     r
     for r in read(flags.results)
     if (r["stage"], r["task"]) == ("pick", flags.task)
+    and r["checkpoint"] == flags.checkpoint
+    and _settings(r) == wanted
   ]
   # At another rank the same optimizer's rate serves, if there is none at this.
   picked = [r for r in tried if r["method"] == chosen.text] or [
@@ -97,12 +101,20 @@ def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
   ]
   if not picked:
     raise UserError(
-      f"{flags.results} has no picked learning rate for {chosen.text}; run"
-      " `pick` first, or give one with --rates"
+      f"{flags.results} has no picked learning rate for {chosen.text} with"
+      " this checkpoint and these settings; run `pick` first, or give one with"
+      " --rates"
     )
   means = _by(picked, "learning_rate")
-  score = lambda rate: statistics.mean(r["scores"][metric] for r in means[rate])
-  return [max(means, key=score)]
+  score = lambda rate: statistics.mean(
+    evaluation.rank(task, r["scores"]) for r in means[rate]
+  )
+  return [min(means, key=score)]
+
+
+def _own(flags: argparse.Namespace, chosen: Method) -> frozenset[str]:
+  """The settings of a method's runs, whatever the rate and seed."""
+  return frozenset((*flags.settings, *chosen.settings))
 
 
 def _by(records: list[Record], name: str) -> dict[Any, list[Record]]:
@@ -114,12 +126,14 @@ def _by(records: list[Record], name: str) -> dict[Any, list[Record]]:
 
 def plan(flags: argparse.Namespace) -> Iterator[tuple[Method, float, int]]:
   """The runs that are missing, seed by seed: a stop leaves a fair part."""
-  done = {(r["stage"], r["command"]) for r in read(flags.results)}
+  done = {
+    (r["stage"], r["checkpoint"], r["command"]) for r in read(flags.results)
+  }
   for seed in flags.seeds:
     for chosen in map(method, flags.methods):
       for rate in rates(flags, chosen):
         command = shown(flags, words(flags, chosen, rate, seed))
-        if (flags.command, command) not in done:
+        if (flags.command, flags.checkpoint, command) not in done:
           yield chosen, rate, seed
 
 
@@ -130,9 +144,36 @@ def shown(flags: argparse.Namespace, command: list[str]) -> str:
   return " ".join(["python -m train.finetune", *named])
 
 
+LOOKS = 256
+
+
+def fingerprint(source: str) -> str:
+  """What tells a checkpoint from others, wherever it lies.
+
+  Raises:
+    UserError: there is none.
+  """
+  if source.startswith(HUB):
+    return source
+  path = pathlib.Path(source).expanduser()
+  files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+  if not files:
+    raise UserError(f"--from {source}: there are no weights")
+  made = hashlib.blake2b(digest_size=8)
+  for file in files:
+    size = file.stat().st_size
+    made.update(f"{file.name} {size}\n".encode())
+    with file.open("rb") as opened:
+      for part in range(LOOKS):  # some of all weights: a file may be large
+        opened.seek(size * part // LOOKS)
+        made.update(opened.read(2**14))
+  return made.hexdigest()
+
+
 def run_all(flags: argparse.Namespace) -> int:
   """Makes the runs that are missing; the first that fails ends it."""
   out = flags.work / flags.task
+  flags.checkpoint = fingerprint(flags.source)
   for chosen, rate, seed in plan(flags):
     command = words(flags, chosen, rate, seed)
     # What a stop has left is of this run, which goes on with it, or goes.
@@ -143,7 +184,11 @@ def run_all(flags: argparse.Namespace) -> int:
     if status:
       return status
     found = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    record = {"stage": flags.command, "method": chosen.text} | found
+    record = {
+      "stage": flags.command,
+      "method": chosen.text,
+      "checkpoint": flags.checkpoint,
+    } | found
     record["command"] = shown(flags, command)
     flags.results.parent.mkdir(parents=True, exist_ok=True)
     with flags.results.open("a", encoding="utf-8") as file:
@@ -214,7 +259,7 @@ def _table(task: str, runs: list[Record]) -> str:
 def _settings(record: Record) -> frozenset[str]:
   """What a run was set to, but for its learning rate and seed."""
   words_ = record["command"].split(" --set ")[1:]
-  varied = ("optimizer.learning_rate=", "train.seed=")
+  varied = ("optimizer.learning_rate=", "train.seed=", "data.validation=none")
   return frozenset(word for word in words_ if not word.startswith(varied))
 
 

@@ -79,7 +79,9 @@ class Job(jobs.Job):
   ) -> float:
     """Says and logs the scores; returns one that is the better the lower."""
     index, parts = self.part
-    size = self.config.data.batch // parts
+    # As many rows at once as a step takes.
+    rows = self.config.data.batch // self.config.train.accumulate
+    size = rows // parts
     own = slice(index * size, (index + 1) * size)
 
     def run(batch: Batch) -> tuple[Any, Any, Any]:
@@ -87,7 +89,7 @@ class Job(jobs.Job):
       return jax.device_get(self.eval_step(state.params, mine))
 
     found = evaluation.evaluate(
-      self.learner, self.material.evaluated, self.config.data.batch, run
+      self.learner, self.material.evaluated, rows, run
     )
     step = int(jax.device_get(state.step))
     say(f"step {step:>5}  {evaluation.text(found)}")

@@ -8,7 +8,8 @@ name of the right one.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train import hf, hf_encoder, llama, tokenizer, weights
+from train import encoder_weights, hf, hf_encoder, llama, tokenizer, weights
 from train.config import HUB, ModelConfig
 from train.errors import UserError
 from train.tuning import chat
@@ -134,12 +135,7 @@ class LlamaLearner:
       "{first}\n" + "{second}\n" * bool(second) + "\nAnswer with one of:"
       f" {', '.join(self.task.labels)}."
     )
-    try:
-      return text.format(first=first, second=second)
-    except (KeyError, IndexError, ValueError) as error:
-      raise UserError(
-        f"task.prompt={text!r}: {error}; write {{first}} and {{second}}"
-      ) from None
+    return text.format(first=first, second=second)
 
   def _cut(self, row: chat.Row, room: int) -> chat.Row:
     """A row that is asked in `room` tokens: a long text loses its middle.
@@ -211,14 +207,55 @@ class LlamaLearner:
 
   def save(self, out: pathlib.Path, given: dict) -> None:
     """Writes the trained model as a folder that `transformers` reads."""
+    extra = self.source.extra
     trained = weights.from_params(
       str(out),
       self.model,
       lambda: given,
       tokenizer=self.source.tokenizer,
-      extra=self.source.extra,
+      extra=self._speaking(extra) if self.task.kind == "chat" else extra,
     )
     hf.save(trained, out)
+
+  def _speaking(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of the model, with its template and where a turn ends."""
+    writer, marks = self.writer, self.writer.marks
+    end = writer.template.after or writer.end
+    number = marks.token_to_id(end)
+    begin = "".join(marks.id_to_token(i) or "" for i in writer.begin)
+    files = {name: dict(extra.get(name) or {}) for name in hf.SIDECARS}
+    files[hf.TOKENIZER_CONFIG] |= {
+      "chat_template": chat.jinja(writer, begin, self.config.system),
+      "eos_token": end,
+    }
+    files[hf.GENERATION] |= {"eos_token_id": number}
+    config = dict(extra.get(hf.CONFIG, {})) | {"eos_token_id": number}
+    return {**extra, **files, hf.CONFIG: config}
+
+
+def check_prompt(task: Task, config: TaskConfig) -> None:
+  """Sees that a LLaMA is asked about the texts of an example.
+
+  Raises:
+    UserError: a text of the task is not in `task.prompt`, or something else.
+  """
+  if not config.prompt:
+    return
+  wanted = {"first"} | ({"second"} if task.second else set())
+  try:
+    parts = list(string.Formatter().parse(config.prompt))
+  except ValueError as error:
+    raise UserError(
+      f"task.prompt={config.prompt!r}: {error}; {{{{ and }}}} stand for braces"
+    ) from None
+  found = {field for _, field, *_ in parts if field is not None}
+  if found != wanted:
+    names = " and ".join(f"{{{name}}}" for name in sorted(wanted))
+    raise UserError(
+      f"task.prompt={config.prompt!r} must have {names}, the"
+      f" text{'s' * (len(wanted) > 1)} of --task {task.name}, and nothing else"
+      " in braces"
+    )
 
 
 def _asked(row: chat.Row) -> int:
@@ -250,14 +287,30 @@ def is_llama(source: str) -> bool:
     path = hf_encoder.fetch(source)
   try:
     found = json.loads((path / hf.CONFIG).read_text(encoding="utf-8"))
-  except (OSError, ValueError):
-    return False
+  except OSError as error:
+    raise UserError(
+      f"--from {source}: {path / hf.CONFIG} cannot be read ({error}); give a"
+      " folder in Hugging Face's layout, a .gguf file, or hub:NAME"
+    ) from None
+  except ValueError as error:
+    raise UserError(
+      f"--from {source}: {path / hf.CONFIG} is no JSON ({error})"
+    ) from None
   if "task.name" in found:
     raise UserError(
       f"--from {source} is the folder of a run; its weights are in"
       f" {path / 'model'}"
     )
-  return found.get("model_type") == "llama" or "model.d_model" in found
+  kind = found.get("model_type")
+  if kind == "llama" or "model.d_model" in found:
+    return True
+  if kind not in encoder_weights.FAMILIES:
+    known = ", ".join(encoder_weights.FAMILIES)
+    raise UserError(
+      f"--from {source}: its model_type is {kind!r}, and what can be read is"
+      f" {known} and llama"
+    )
+  return False
 
 
 def make(source: str, task: Task, config: Config) -> LlamaLearner:
@@ -271,6 +324,7 @@ def make(source: str, task: Task, config: Config) -> LlamaLearner:
       f"--task {task.name} asks for a {task.kind}, and {source} is a LLaMA,"
       " which does conversations (chat) and classes; use an encoder"
     )
+  check_prompt(task, config.task)
   path = pathlib.Path(source)
   found = hf.load(path if path.suffix == ".gguf" else hf_encoder.fetch(source))
   weights.check(found)
@@ -295,7 +349,7 @@ def make(source: str, task: Task, config: Config) -> LlamaLearner:
 
 def _writer(found: weights.Weights, config: Config) -> chat.Writer:
   """With the tokens that begin and end a text in this checkpoint."""
-  described = found.extra.get("tokenizer_config.json", {})
+  described = found.extra.get(hf.TOKENIZER_CONFIG, {})
 
   def token(name: str) -> str:
     value = described.get(name) or ""
@@ -305,7 +359,9 @@ def _writer(found: weights.Weights, config: Config) -> chat.Writer:
   known = [t for t in tokenizer.ENDS if vocabulary.token_to_id(t) is not None]
   end = token("eos_token") or next(iter(known), "")
   begin = vocabulary.token_to_id(token("bos_token") or "")
-  wanted = begin is not None and described.get("add_bos_token", False)
+  # Where that is not said, the tokenizer itself puts it, or does not.
+  put = begin is not None and vocabulary.encode("a").ids[:1] == [begin]
+  wanted = begin is not None and described.get("add_bos_token", put)
   return chat.writer(
     config.task.template,
     found.tokenizer,

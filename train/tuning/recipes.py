@@ -198,6 +198,10 @@ FIXED = {
   **dict.fromkeys(
     ("train.z_loss", "data.end_token"), "is for pre-training only"
   ),
+  # The recipe follows them.
+  "task.name": "is what --task says",
+  "optimizer.name": "is what --optimizer says",
+  "optimizer.rank": "is what --rank says",
 }
 
 
@@ -215,4 +219,9 @@ def adopt(config: Config, settings: list[str]) -> Config:
     settings = [*settings, "task.epochs=0"]  # the steps are counted instead
   changed = base.override(config, settings)
   assert isinstance(changed, Config)
+  if {"train.steps", "task.epochs"} <= named and changed.task.epochs:
+    raise UserError(
+      f"train.steps={changed.train.steps} and task.epochs="
+      f"{changed.task.epochs:g} both say how long to train; leave one out"
+    )
   return changed

@@ -46,12 +46,20 @@ def read(
   elif folder.is_dir():
     splits = _folder(folder, cache, name)
   else:
-    return _files(path, cache, name), _others(config.validation, cache)
+    same = {p.resolve() for p in sources.find_files(name, path)}
+    others = _others(config.validation, cache, same)
+    return _files(path, cache, name), others
   train = _pick(splits, config.split, name, "data.split")
   wanted = config.validation.split(",") if config.validation else []
+  if config.split in wanted:
+    raise UserError(
+      f"data.validation={config.validation} has the split that is trained on,"
+      f" {config.split!r}; name another, or none to hold a part of it out"
+    )
   if wanted == ["none"]:
     return train, {}
-  found = wanted or [s for s in validation if s in splits]
+  usual = [s for s in validation if s in splits and s != config.split]
+  found = wanted or usual
   return train, {s: _pick(splits, s, name, "data.validation") for s in found}
 
 
@@ -105,7 +113,9 @@ def _files(pattern: str, cache: pathlib.Path, name: str) -> Table:
   return _read(sources.find_files(name, pattern), cache, name)
 
 
-def _others(validation: str, cache: pathlib.Path) -> dict[str, Table]:
+def _others(
+  validation: str, cache: pathlib.Path, trained: set[pathlib.Path]
+) -> dict[str, Table]:
   """Files to evaluate, under their names without ending."""
   if validation in ("", "none"):
     return {}
@@ -117,7 +127,13 @@ def _others(validation: str, cache: pathlib.Path) -> dict[str, Table]:
         f"data.validation={validation} names two files {stem!r}, whose scores"
         " could not be told apart; rename one"
       )
-    found[stem] = _files(path, cache, f"data.validation {path}")
+    name = f"data.validation {path}"
+    if trained & {p.resolve() for p in sources.find_files(name, path)}:
+      raise UserError(
+        f"{name} is trained on, too; name another file, or none to hold a part"
+        " of data.path out"
+      )
+    found[stem] = _files(path, cache, name)
   return found
 
 
