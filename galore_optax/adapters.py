@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 import zlib
 from typing import Any
 
@@ -122,7 +123,7 @@ class LowRank:
     """
     leaves = paths.leaves_by_path(params)
     sites = self._sites(leaves)
-    self._check_full(leaves, sites)
+    self._check_full(leaves)
     adapters = {
       path: self._adapter(_fold(key, path), leaf, sites[path])
       if path in sites
@@ -230,25 +231,36 @@ class LowRank:
     return merged, fresh, state
 
   def _sites(self, leaves: dict[str, Any]) -> dict[str, plan.Site]:
-    """The leaves that get factors: by a rule, or if they become smaller."""
+    """The leaves that get factors: by a rule, or if they become smaller.
+
+    Raises:
+      ValueError: There is none.
+    """
     named = lambda path: any(re.search(p, path) for p, _ in self.plan.rules)
-    return {
+    with plan.noting_reasons() as reasons, warnings.catch_warnings():
+      warnings.filterwarnings("ignore", "galore projects none")
+      found = self.plan.sites(leaves)
+    sites = {
       path: site
-      for path, site in self.plan.sites(leaves).items()
+      for path, site in found.items()
       if named(path)
       or site.rank * (site.view.m + site.view.n) < site.view.m * site.view.n
     }
+    if not sites:
+      large = dict.fromkeys(found, "`rank` too large to save anything")
+      told = ", ".join(
+        f"{p} ({why})" for p, why in {**reasons, **large}.items()
+      )
+      raise ValueError(
+        f"No leaf gets factors: {told or 'there is none'}. Lower `rank`, or "
+        "name leaves in `rules`."
+      )
+    return sites
 
   def _is_full(self, path: str) -> bool:
     return any(re.search(pattern, path) for pattern in self.full)
 
-  def _check_full(self, leaves: dict[str, Any], sites: dict) -> None:
-    if not sites:
-      raise ValueError(
-        "No leaf gets factors: at this rank none would become smaller. The "
-        f"leaves are {', '.join(leaves) or 'none'}; lower `rank`, or name "
-        "leaves in `rules`."
-      )
+  def _check_full(self, leaves: dict[str, Any]) -> None:
     for pattern in self.full:
       if not any(re.search(pattern, path) for path in leaves):
         raise ValueError(

@@ -665,8 +665,10 @@ def q_galore_adamw_8bit(
   Q-GaLore is the weights: keep them in eight bits by
   :func:`galore_optax.quantize_params` and update them with
   :func:`galore_optax.apply_updates`, or both at once by
-  :func:`galore_optax.layerwise`. The defaults are those of the paper and its
-  scripts.
+  :func:`galore_optax.layerwise`. The numbers that are defaults are those of
+  the paper and its scripts. How bases are found, what becomes of moments and
+  when matrices take their turns is this library's; so is the measure of
+  settled subspaces, see :class:`galore_optax.Adaptive`.
 
   Args:
     learning_rate: Learning rate η, a float or a schedule of the step.

@@ -115,6 +115,25 @@ def of_params(
   return found
 
 
+def check_initial(
+  inner: optax.GradientTransformationExtraArgs,
+  params: Any,
+  low: Mapping[str, Any],
+) -> None:
+  """Sees that the state of an inner optimizer does not begin with parameters.
+
+  Args:
+    inner: The inner optimizer.
+    params: What it is initialised with.
+    low: Mapping whose keys are the paths of the projected leaves.
+
+  Raises:
+    CoupledError: If the state that is kept for a projected leaf, or for all,
+      depends on the parameters, as that of schedule-free optimizers does.
+  """
+  _check_state(inner, _initial(inner, params), low)
+
+
 def _initial(inner: optax.GradientTransformationExtraArgs, params: Any) -> Any:
   """The state that `init` makes, as parts."""
   closed, out = jax.make_jaxpr(inner.init, return_shape=True)(params)

@@ -107,6 +107,8 @@ class _GaLore:
       reproject.check(inner_state)
     if self.params_mode == "split":
       self._check_separable(params, inner_state, sites)
+    else:
+      self._check_forgetful(low, sites)
     state = GaLoreState(jnp.zeros([], jnp.int32), bases, kept)
     if self.refresh.policy == "adaptive":
       state = state._replace(
@@ -345,6 +347,16 @@ class _GaLore:
       lambda p, s: self._owed_to_params(sites, s, p, {}), params, inner_state
     )
 
+  def _check_forgetful(self, low: Any, sites: Mapping[str, plan.Site]) -> None:
+    """Refuses an inner optimizer that remembers where the weights began.
+
+    A basis that changes leaves such a place behind.
+    """
+    try:
+      decay.check_initial(self.inner, low, sites)
+    except decay.CoupledError as error:
+      raise ValueError(_REMEMBERS.format(error)) from error
+
   def _start(self, site: plan.Site, side: str, like: Any) -> Any:
     """The basis that a matrix has before its first refresh."""
     if self.refresh.method == "random":
@@ -429,7 +441,14 @@ full-size updates and keeps no state, for instance
     optax.scale_by_trust_ratio(),
     optax.scale_by_learning_rate(learning_rate),
   )
-or pass `params_mode="project"` to let `inner` see the projected weights."""
+or pass `params_mode="project"` to let `inner` see the projected weights, which
+an `inner` whose state begins with the weights cannot use, either: put
+`optax.contrib.schedule_free` and its like around GaLore."""
+
+_REMEMBERS = """\
+`inner` keeps where the weights began: {}. With `params_mode="project"` it sees
+projected weights, of which the basis changes. Put it around GaLore, as in
+  optax.contrib.schedule_free(galore(optax.sgd(rate), rank=128), rate)"""
 
 
 def galore(
@@ -474,14 +493,16 @@ def galore(
   optimizer's moments at rank r instead of at full size.
 
   Args:
-    inner: Any Optax optimizer. Weight decay in it acts on the full weights. If
-      None, what is returned marks its place in :func:`galore_optax.chain`.
+    inner: Any Optax optimizer. Weight decay in it acts on the full weights
+      (with `params_mode="split"`). If None, what is returned marks its place
+      in :func:`galore_optax.chain`.
     rank: Rank r: a positive int, or a fraction in (0, 1] of each matrix's
       shorter side (a float).
     update_proj_gap: Steps T between two refreshes of a basis.
     scale: The papers' α, a factor on the lifted updates. With Adam it acts as
       a learning rate of the projected matrices alone. What `inner` adds for
-      the weights, such as decoupled decay, is not multiplied.
+      the weights, such as decoupled decay, is not multiplied (with
+      `params_mode="split"`).
     proj_type: Which side is projected. `std`, the paper's rule: the shorter
       one. `reverse_std`: the longer one, whose state is smaller. `left`: rows.
       `right`: columns. `full`: both. `auto`: the one-sided projection with the
@@ -501,7 +522,8 @@ def galore(
       `staggered`: all at step 0, from then on one matrix after the other,
       spread evenly over the gap, so that no step takes longer than others.
       `adaptive`: likewise, but matrices whose subspace has settled wait longer
-      and longer (Q-GaLore).
+      and longer (Q-GaLore). A matrix whose gradient at step 0 was zero or not
+      finite keeps the basis of `init` until its turn, up to T steps later.
     moments: What becomes of the moments at a refresh. `rotate`: they are
       carried over into the new basis by :math:`C = P_{new}^\top P_{old}`,
       :math:`\mu \leftarrow C \mu` and :math:`\nu \leftarrow (C \circ C) \nu`.
@@ -522,7 +544,9 @@ def galore(
     params_mode: What an `inner` that reads the parameters is given. `split`:
       what it adds for the parameters alone, such as decoupled weight decay, is
       computed at full size, exactly; an `inner` for which that is impossible
-      is refused. `project`: the projected weights :math:`P^\top W`.
+      is refused. `project`: the projected weights :math:`P^\top W`; decay then
+      acts on what the bases span, times α, and an `inner` that keeps where the
+      weights began, such as a schedule-free one, is refused.
     basis_dtype: Dtype of the bases: a float dtype, or `int4` or `int8` for
       block-wise codes, see :class:`galore_optax.QArray`.
     state_dtype: Dtype in which `inner` sees gradients and parameters, and so of
@@ -652,6 +676,7 @@ def galore(
         plan.check_rules(rules),
         defaults,
         always=faithful,
+        seeded=how.method == "random",
         partitions=sharding.partitions(param_shardings),
       ),
       refresh=how,

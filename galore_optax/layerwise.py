@@ -91,8 +91,9 @@ def layerwise(
   if no matrix outside of the layers is projected, else at others.
 
   For gradient accumulation give GaLore its `accumulation_steps`, and call
-  `step` with one micro-batch after the other. Masks in `tx` may be functions
-  or trees in the parameters' structure.
+  `step` with one micro-batch after the other. (A layer that leaves a bad one
+  out is behind the others from then on; `clip_norm` keeps them in step.) Masks
+  in `tx` may be functions or trees in the parameters' structure.
 
   Args:
     tx: The optimizer.
@@ -184,8 +185,8 @@ class _Run(NamedTuple):
     return LayerwiseState(
       count=jnp.zeros([], jnp.int32),
       first=start_end(lower),
-      layers=jax.vmap(lambda layer: start(self._named(layer)))(
-        whole[self.model.key]
+      layers=_apart(
+        jax.vmap(lambda layer: start(self._named(layer)))(whole[self.model.key])
       ),
       last=start_end(upper),
     )
@@ -438,6 +439,26 @@ def _put(tree: Any, new: Any, i: jax.Array) -> Any:
   return jax.tree.map(lambda x, y: _pin(put(_pin(x), y, i, 0)), tree, new)
 
 
+def _is_key(x: Any) -> bool:
+  """Whether it is a typed key of random numbers, as Optax's noise keeps."""
+  return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+
+
+def _apart(tree: Any) -> Any:
+  """A stack of states whose layers draw different numbers."""
+
+  def draw(x: Any) -> Any:
+    if not _is_key(x):
+      return x
+    numbers = jnp.arange(len(x), dtype=jnp.uint32)
+    fold = lambda keys, i: jax.vmap(
+      functools.partial(jax.random.fold_in, data=i)
+    )(keys.reshape(-1)).reshape(keys.shape)
+    return jax.vmap(fold)(x, numbers)
+
+  return jax.tree.map(draw, tree)
+
+
 def _pin(stack: jax.Array) -> jax.Array:
   """Keeps a stack in the layout that it came in.
 
@@ -445,7 +466,7 @@ def _pin(stack: jax.Array) -> jax.Array:
   for the whole loop, and copy all layers on the way in and out. On a mesh it is
   left to them: the partitioner gathers what such a constraint is put on.
   """
-  if sharding.on_mesh(stack):
+  if sharding.on_mesh(stack) or _is_key(stack):
     return stack
   return layout.with_layout_constraint(
     stack, layout.Layout(tuple(range(stack.ndim)))

@@ -31,6 +31,9 @@ _ORDERS_IN = {
   "ScaleByAdemamixState": {"m1": 1, "m2": 1, "nu": 2},
   "ScaleBySimplifiedAdEMAMixState": {"m": 1, "n": 2},
   "MadgradState": {"s": 1, "grad_sum_sq": 2},
+  "ScaleByAdaDeltaState": {"e_g": 2, "e_x": 2},
+  "ScaleByOptimisticGradientState": {"previous_gradient": 1},
+  "ScaleByRpropState": {"prev_updates": 1},
 }
 
 

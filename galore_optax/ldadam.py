@@ -5,6 +5,7 @@ size, and added to the next gradient.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -128,9 +129,17 @@ class _LDAdam:
     kept = projector_lib.lift(projector_lib.rotate(mean, turn, 1), after)
     low = projector_lib.project(whole, after)
     rest = whole - projector_lib.lift(low, after)
-    return site.view.from_matrix(
-      rest + self.b1 / (1 - self.b1) * (known - kept)
+    # Between refreshes nothing is lost of momentum. A basis in few bits is not
+    # quite orthonormal, and would seem to lose some.
+    moved = functools.reduce(
+      jnp.logical_or,
+      [
+        jnp.any(after[side] != before[side], (-2, -1), keepdims=True)
+        for side in after
+      ],
     )
+    forgotten = jnp.where(moved, known - kept, 0)
+    return site.view.from_matrix(rest + self.b1 / (1 - self.b1) * forgotten)
 
   def _zeros(self, like: Any) -> jax.Array:
     dtype = self.error_dtype or jnp.promote_types(

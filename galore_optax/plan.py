@@ -130,12 +130,14 @@ class Plan:
       that matches decides, None leaves the leaf at full rank.
     defaults: The projection of the leaves without a rule of their own.
     always: Whether also matrices are projected whose state would not shrink.
+    seeded: Whether of bases only a seed is kept, so that they take no room.
     partitions: Path to the partition of a leaf, as far as they are known.
   """
 
   rules: tuple[tuple[str, Projection | None], ...]
   defaults: Projection
   always: bool = False
+  seeded: bool = False
   partitions: Mapping[str, tuple] = dataclasses.field(
     default_factory=dict, hash=False
   )
@@ -306,7 +308,11 @@ class Plan:
       raise ValueError(f"At the leaf {path!r}: {error}") from error
     sides = self._sides(path, view, rank, how.proj_type or "std")
     site = self._place(path, view, sides, rank, how)
-    saves = state_elements(view.m, view.n, rank, sides) < 2 * view.m * view.n
+    elements = state_elements(view.m, view.n, rank, sides)
+    if self.seeded:
+      long = {"left": view.m, "right": view.n}
+      elements -= rank * sum(long[side] for side in sides)
+    saves = elements < 2 * view.m * view.n
     if saves or explicit or self.always:
       return site
     return f"no smaller at rank {rank}" if min(view.m, view.n) > 1 else "thin"

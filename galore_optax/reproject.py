@@ -60,7 +60,10 @@ def bias_ratios(
     Place of each second moment in the state, see
     :func:`galore_optax.layout.moments`, to κ.
   """
-  ones = lambda x: jnp.ones((1,) * jnp.ndim(x), jnp.result_type(x))
+  # In narrow floats a decay of 0.999 would be read as 1.
+  ones = lambda x: jnp.ones(
+    (1,) * jnp.ndim(x), jnp.promote_types(jnp.result_type(x), jnp.float32)
+  )
   zeros = lambda tree: jax.tree.map(lambda x: 0 * ones(x), tree)
   probe = optax.tree.map_params(inner.init, ones, state)
   small = None if params is None else zeros(params)

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_optax import layout, orthogonal, paths, plan, sharding, stacks
+from galore_optax import (
+  layout,
+  matrix,
+  orthogonal,
+  paths,
+  plan,
+  sharding,
+  stacks,
+)
 from galore_optax import projector as projector_lib
 from galore_optax.galore import LAYER_ARG, GaLoreState
 
@@ -115,6 +123,9 @@ class Sampled:
     families = _families(self.plan.bound(leaves, state.projector))
     alone = [family.path for family in families if family.count == 1]
     if alone:
+      for family in families:
+        if family.count == 1:
+          _check_axes(family.sites[0])
       _warn_of_single(alone)
       rules = tuple((f"^{re.escape(path)}$", None) for path in alone)
       with warnings.catch_warnings():
@@ -348,6 +359,17 @@ def weighed() -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update
   )
+
+
+def _check_axes(site: plan.Site) -> None:
+  """Refuses a matrix at full rank that is not its leaf's last two axes."""
+  if site.view != matrix.matrix_view(site.view.shape):
+    raise ValueError(
+      f"gum cannot keep the matrix {site.path!r} at full rank: no other has "
+      "its shape, and its rule names other rows and columns than the last two "
+      "axes, which the inner optimizer sees. Give it the rule None for AdamW, "
+      "or use `sumo`, which projects every matrix."
+    )
 
 
 def _warn_of_single(alone: list[str]) -> None:

@@ -20,8 +20,8 @@ class Adaptive:
 
   At every refresh of a matrix the new subspace is compared with the old one.
   Where the mean of the last `window` similarities reaches `threshold`, the
-  matrix waits `growth` times longer from then on. The defaults are those of
-  Q-GaLore, but for the limit, which it does not have.
+  matrix waits `growth` times longer from then on. Threshold, window and growth
+  are Q-GaLore's by default; the limit and `overlap` are not.
 
   Attributes:
     threshold: Similarity from which on a subspace counts as settled.
@@ -29,9 +29,13 @@ class Adaptive:
     growth: Factor on the gap.
     limit: Largest gap, as a multiple of `update_proj_gap`.
     measure: `overlap`: :math:`\|P_{new}^\top P_{old}\|_F^2 / r`, the mean
-      squared cosine between the subspaces (r / m for random ones). `cosine`:
-      the magnitude of the cosine between the leading singular vectors, as in
-      the paper; needs `projector="svd"`, whose bases are ordered.
+      squared cosine between the subspaces. For exact bases of pure noise it is
+      r / m. `projector="subspace"` starts from the old basis and keeps more of
+      it where no directions stand out: about 0.5 for r / m from 1/8 to 1/4, so
+      that the threshold should be higher than it for small noisy batches.
+      `cosine`: the magnitude of the cosine between the leading singular
+      vectors, as in the paper; needs `projector="svd"`, whose bases are
+      ordered.
 
   Example:
     >>> Adaptive(threshold=0.6).growth

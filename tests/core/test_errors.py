@@ -118,7 +118,6 @@ def test_complex_leaves_without_a_rule_are_optimised_at_full_rank(dtype):
     optax.lamb(1e-3),
     optax.lars(1e-3),
     optax.adafactor(1e-3),
-    optax.contrib.schedule_free_adamw(1e-3),
     optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-3)),
     optax.adaptive_grad_clip(0.1),
   ],
@@ -129,6 +128,23 @@ def test_coupled_optimizers_are_refused_with_the_working_spelling(inner):
   assert "'w'" in str(error.value)
   assert 'params_mode="project"' in str(error.value)
   galore(inner, rank=4, params_mode="project").init(PARAMS)
+
+
+@pytest.mark.parametrize(
+  "inner",
+  [
+    optax.contrib.schedule_free_sgd(1e-3),
+    optax.contrib.prodigy(),
+    optax.contrib.dog(),
+    optax.contrib.madgrad(1e-3),
+  ],
+)
+def test_what_remembers_where_weights_began_is_refused(inner):
+  with pytest.raises(ValueError, match=r"scale_by_adam\(\), rank=128"):
+    galore(inner, rank=4).init(PARAMS)
+  tx = galore(inner, rank=4, params_mode="project")
+  with pytest.raises(ValueError, match="keeps where the weights began"):
+    tx.init(PARAMS)
 
 
 def test_inner_whose_moments_cannot_be_found():

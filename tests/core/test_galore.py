@@ -380,6 +380,11 @@ FAMILIES = {
     optax.contrib.simplified_ademamix(1.0),
     {"m": 1, "n": 2},
   ),
+  "adadelta": (optax.adadelta(1.0), {"e_g": 2, "e_x": 2}),
+  "optimistic": (
+    optax.optimistic_gradient_descent(1.0),
+    {"previous_gradient": 1},
+  ),
   "steps": (
     optax.MultiSteps(optax.adam(1.0), 4).gradient_transformation(),
     {"mu": 1, "nu": 2, "acc_grads": 1},

@@ -337,6 +337,10 @@ def test_what_is_refused():
     gum(RATE, rules=[("w", Projection(update_proj_gap=3))])
   with pytest.raises(ValueError, match="`rank`"):
     gum(RATE, rank=0)
+  # At full rank its last two axes would be taken for a matrix.
+  tx = gum(RATE, rank=8, rules=[("o", Projection(rows=0, cols=(1, 2)))])
+  with pytest.raises(ValueError, match=r"the matrix 'o' .* Give it the rule"):
+    tx.init({"o": jnp.zeros((64, 4, 16))})
 
 
 def test_layer_by_layer_there_is_nothing_to_draw_from():

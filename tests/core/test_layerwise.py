@@ -179,6 +179,20 @@ def test_equals_the_usual_step_in_few_bits():
   assert_equal(found, by_q_galore())
 
 
+def test_layers_draw_noise_of_their_own():
+  """By optimizers of Optax that keep a typed key."""
+  noise = optax.add_noise(1.0, 0.0, jax.random.key(0))
+  run = layerwise(optax.chain(noise, optax.scale(-1.0)), MODEL)
+  params = jax.tree.map(jnp.zeros_like, parameters())
+  state = jax.jit(run.init)(params)
+  new, state, _ = jax.jit(run.step)(params, state, batches(1)[0])
+  again, *_ = jax.jit(run.step)(new, state, batches(1)[0])
+  mix = np.asarray(new["layers"]["mix"])
+  assert mix.std() > 0.5 and len(mix) > 1
+  assert abs(mix[0] - mix[1]).max() > 0.1
+  assert abs(np.asarray(again["layers"]["mix"]) - 2 * mix).max() > 0.1
+
+
 def test_clipping_by_the_norm_of_all_gradients():
   clip = optax.clip_by_global_norm(0.8)
   found = train(layerwise(_tx(), PLAIN, clip_norm=0.8), small(), batches())

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from galore_optax import (
+  LDAdamState,
   find_bases,
   ldadam,
   state_bytes,
@@ -128,6 +129,24 @@ def test_the_error_is_what_the_state_grows_by():
   assert size(error_dtype="bfloat16") - small == 2 * 3 * 64 * 96
   bases, moments = 3 * 64 * 8, 2 * (3 * 8 * 96 + 96)
   assert small - 4 * (bases + moments) <= 3 * 4  # counters
+
+
+def ldadam_state(state):
+  return next(x for x in state if isinstance(x, LDAdamState))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_nothing_of_momentum_is_lost_while_a_basis_stays(dtype):
+  """Also where it is kept in so few bits that it is not orthonormal."""
+  params = {"w": jnp.zeros((64, 256))}
+  tx = ldadam(1e-3, rank=16, update_proj_gap=1000, basis_dtype=dtype)
+  state, update = tx.init(params), jax.jit(tx.update)
+  for grad in gradients((64, 256), 4):
+    whole = grad + np.asarray(ldadam_state(state).error["w"])
+    _, state = update({"w": jnp.asarray(grad)}, state, params)
+  basis = np.asarray(find_bases(state)["w"]["left"])
+  left = whole - basis @ (basis.T @ whole)
+  np.testing.assert_allclose(ldadam_state(state).error["w"], left, atol=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_counts_as_none():

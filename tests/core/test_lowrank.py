@@ -511,7 +511,17 @@ def test_explicit_meshes(method):
     (
       lambda: lora(4).init(KEY, {"bias": jnp.ones(3)}),
       ValueError,
-      "No leaf gets factors",
+      r"No leaf gets factors: bias \(its name\)",
+    ),
+    (
+      lambda: lora(4).init(KEY, {"embedding": jnp.ones((64, 48))}),
+      ValueError,
+      r"embedding \(its name\)\. Lower",
+    ),
+    (
+      lambda: lora(40).init(KEY, {"kernel": jnp.ones((64, 48))}),
+      ValueError,
+      r"kernel \(`rank` too large",
     ),
     (
       lambda: lora(4).init(KEY, {"kernel": jnp.ones((32, 32), "int8")}),

@@ -330,6 +330,12 @@ def test_apollo_keeps_moments_a_seed_and_a_norm():
   assert state_bytes(state) == moments // RANK + rest + 4 * (2 + 6 + 1)
 
 
+def test_apollo_counts_no_basis_that_it_does_not_keep():
+  params = {"w": jnp.zeros((96, 96))}
+  kept = state_bytes(apollo_adamw(RATE, rank=80).init(params))
+  assert kept < 1.05 * 2 * 80 * 96 * 4  # GaLore leaves it at full rank
+
+
 def test_apollo_on_leading_directions_keeps_a_basis():
   """The paper's variant with an SVD: scales are those of the subspace."""
   (grad,) = gradients((8, 12), [1])

@@ -11,6 +11,7 @@ from galore_optax import (
   adamw_8bit,
   find_bases,
   galore,
+  reproject,
   scale_by_orthogonal_momentum,
 )
 
@@ -104,6 +105,21 @@ def test_follows_the_reference_over_four_refreshes(shape, inner):
     found = np.asarray(updates["w"]).reshape(theirs.shape)
     np.testing.assert_allclose(found, change, atol=1e-3 * RATE)
     ours, theirs = ours + updates["w"], theirs + change
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decays_are_read_in_whole_precision(dtype):
+  """0.999 is 1 in bfloat16."""
+  inner = optax.adam(1e-3, b1=0.9, b2=0.999)
+  params = {"w": jnp.zeros((4, 4), dtype)}
+  state = inner.init(params)
+  adam = state[0]._replace(count=jnp.int32(3))
+  ratios = reproject.bias_ratios(
+    optax.with_extra_args_support(inner), (adam, *state[1:]), params, params, {}
+  )
+  (found,) = ratios.values()
+  wanted = (1 - 0.999**3) / (1 - 0.9**3) ** 2
+  np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
 def last(inner, grads, **options):
