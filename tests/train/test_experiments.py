@@ -26,6 +26,7 @@ from train.experiments import (
   records,
   report,
   runner,
+  speed,
   tables,
   theory,
   training,
@@ -446,7 +447,7 @@ def test_a_jump_of_the_loss_is_found_and_a_worn_basis():
   assert course.look(losses, worn)["basis_error"] == pytest.approx(1.25)
 
 
-def test_the_course_of_a_run_is_told_against_the_first_row():
+def test_the_course_of_a_run_is_told_against_the_first_row(tmp_path):
   table = tables.LONG._replace(
     groups=(tuple(e._replace(gaps=2) for e in tables.LONG.entries[:2]),),
     seeds=(0,),
@@ -467,9 +468,24 @@ def test_the_course_of_a_run_is_told_against_the_first_row():
     *("GaLore, our defaults", "0", "0.25 nats", "2", "1 of 3", "0.300 nats"),
     *("-9.5 %", "+22.1 %", "+64.9 %", "3e-07"),
   ]
-  section = report.section(whole)
+  section = report.section(whole, tmp_path)
   assert f"| {' | '.join(course.HEAD)} |" in section
   assert f"| {' | '.join(second)} |" in section
+
+
+def test_steps_are_timed_side_by_side_for_the_table(place, ran, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+  monkeypatch.setitem(tables.TABLES, "quick", TINIEST)
+  words = ["time", "quick", "--text", str(place / "speech.txt")]
+  assert command.main([*words, "--results", str(place / "out")]) == 0
+  found = json.loads((place / "out" / speed.FILE).read_text())
+  times = found["tables"]["quick"]
+  assert times["adamw"]["ratio"] == 1 and times["galore"]["cpu_seconds"] > 0
+  whole = runner.plan(TINIEST, 640, str(place / "speech.txt"), place / "out")
+  rows = report.section(whole, place / "out").splitlines()
+  column = rows[2].split(" | ").index("step, of the first row's")
+  assert rows[4].split(" | ")[column] == "1.00"
+  assert rows[5].split(" | ")[column] == f"{times['galore']['ratio']:.2f}"
 
 
 def test_quick_ends_with_its_table(place, ran, monkeypatch, capsys):

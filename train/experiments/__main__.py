@@ -2,6 +2,7 @@
 
   python -m train.experiments run methods --tokens 256k --budget 2
   python -m train.experiments report
+  python -m train.experiments time methods --tokens 256k
   python -m train.experiments mechanism
   python -m train.experiments quick
 
@@ -9,7 +10,8 @@
 to docs/results/experiments/TABLE.jsonl. It can be stopped (Ctrl-C, SIGTERM,
 kill -9) at any time: the same command goes on where it was; started twice, it
 trains two runs at a time. `report` rewrites
-the tables and figures of docs/evidence.md from those lines. `mechanism` looks
+the tables and figures of docs/evidence.md from those lines. `time` measures
+steps of all methods side by side, for the tables. `mechanism` looks
 at the singular values of gradients, for the same page. `quick` tries the whole
 on a tiny model, in minutes.
 """
@@ -21,7 +23,15 @@ import sys
 
 from train import checkpoint, ending
 from train.errors import UserError
-from train.experiments import mechanism, records, report, runner, tables, texts
+from train.experiments import (
+  mechanism,
+  records,
+  report,
+  runner,
+  speed,
+  tables,
+  texts,
+)
 
 WORK = pathlib.Path("runs/experiments")
 
@@ -56,6 +66,15 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     default=records.FOLDER,
     help="of finished runs",
   )
+  timing = commands.add_parser("time", help="time the steps of a table")
+  timing.add_argument("table", choices=tables.TABLES, help="see tables.py")
+  _add_text(timing)
+  timing.add_argument(
+    "--results",
+    type=pathlib.Path,
+    default=records.FOLDER,
+    help="of finished runs",
+  )
   quick = commands.add_parser("quick", help="try it on a tiny model")
   _add_running(quick)
   quick.add_argument("--results", type=pathlib.Path, default=WORK / "quick")
@@ -76,9 +95,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 def _add_running(command: argparse.ArgumentParser) -> None:
   add = command.add_argument
-  known = "; ".join(f"{name}: {what}" for name, what in texts.TEXTS.items())
-  add("--tokens", type=count, help="of one run, such as 256k; a million")
-  add("--text", default="speeches", help=f"{known}; or a file")
+  _add_text(command)
   add(
     "--budget",
     type=float,
@@ -93,6 +110,14 @@ def _add_running(command: argparse.ArgumentParser) -> None:
     help="for checkpoints; runners of one table share it",
   )
   add("--nice", type=int, default=10, help="lowers the priority to this")
+
+
+def _add_text(command: argparse.ArgumentParser) -> None:
+  known = "; ".join(f"{name}: {what}" for name, what in texts.TEXTS.items())
+  command.add_argument(
+    "--tokens", type=count, help="of one run, such as 256k; a million"
+  )
+  command.add_argument("--text", default="speeches", help=f"{known}; or a file")
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -122,6 +147,15 @@ def act(flags: argparse.Namespace) -> int:
   """Does what was asked for."""
   if flags.command in ("run", "quick"):
     return run(flags)
+  if flags.command == "time":
+    checkpoint.quiet()
+    table = tables.TABLES[flags.table]
+    tokens = flags.tokens or table.tokens
+    speed.measure(
+      runner.plan(table, tokens, flags.text, flags.results), flags.results
+    )
+    print(f"wrote {flags.results / speed.FILE}")
+    return 0
   if flags.command == "mechanism":
     checkpoint.quiet()
     mechanism.run(flags.results)

@@ -21,7 +21,6 @@ Record = dict[str, Any]
 Point = tuple[float, float]  # learning rate, multiplier
 USUAL = 8  # runs of a search
 NEAR = 0.01  # nats of validation loss that the first seed cannot tell apart
-MOST = 3  # points that are so near, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Plan:
     best = min(losses.values(), default=math.inf)
     found = [p for p, loss in losses.items() if loss <= best + NEAR]
     found.sort(key=lambda point: (losses[point], point))
-    most = MOST if math.isfinite(best) else 1
+    most = self.table.near if math.isfinite(best) else 1
     # What was repeated before a better one came between stays.
     return [
       point

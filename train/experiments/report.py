@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from train import files
 from train.errors import UserError
-from train.experiments import course, figures, mechanism, records
+from train.experiments import course, figures, mechanism, records, speed
 from train.experiments.plan import Plan, Point, Record
 from train.experiments.tables import TABLES, Entry, Line, Table
 
@@ -35,6 +35,7 @@ HEAD = (
   "optimizer state, MiB",
   "of the first row",
   "weights, MiB",
+  "step, of the first row's",
   "learning rate",
   "multiplier",
   "points searched",
@@ -90,7 +91,8 @@ def render(
     if name == "mechanism":
       body = _mechanism(folder)
     elif name in TABLES:
-      part = grid if hit["name"].endswith(GRID) else section
+      whole = lambda plan: section(plan, folder)
+      part = grid if hit["name"].endswith(GRID) else whole
       body = _sections(TABLES[name], folder, found, part)
     else:
       return hit[0]
@@ -131,12 +133,13 @@ def _mechanism(folder: pathlib.Path) -> str:
   return mechanism.text(found)
 
 
-def section(plan: Plan) -> str:
+def section(plan: Plan, folder: pathlib.Path) -> str:
   """A table, its pictures and where it comes from."""
   pictures = [
     f"![{title}](evidence/{path})" for path, title in figures.names(plan)
   ]
-  parts = [_title(plan), table(plan)]
+  times = speed.ratios(folder, plan.table.name)
+  parts = [_title(plan), table(plan, times)]
   if plan.table.is_long:
     parts.append(_markdown(course.HEAD, course.rows(plan)))
   return "\n\n".join([*parts, origin(plan), *pictures])
@@ -151,15 +154,22 @@ def _title(plan: Plan) -> str:
   return f"**{plan.table.title}, {plan.tokens:,} tokens a run{short}, {text}**"
 
 
-def table(plan: Plan) -> str:
-  """Perplexity on the text that nothing was selected by, and what it took."""
+def table(plan: Plan, times: Mapping[str, float] | None = None) -> str:
+  """Perplexity on the text that nothing was selected by, and what it took.
+
+  Args:
+    plan: the table with its runs.
+    times: of a step by the names of entries, of the first one's.
+  """
   base = plan.table.entries[0]
   first = plan.seeds(base) if plan.complete(base) else []
-  rows = [_row(plan, entry, first) for entry in plan.table.entries]
+  rows = [_row(plan, entry, first, times or {}) for entry in plan.table.entries]
   return _markdown(HEAD, rows)
 
 
-def _row(plan: Plan, entry: Entry, first: list[Record]) -> list[str]:
+def _row(
+  plan: Plan, entry: Entry, first: list[Record], times: Mapping[str, float]
+) -> list[str]:
   found, point = plan.seeds(entry), plan.chosen(entry)
   if point is None or not found:
     return [entry.label, "not measured yet", *[""] * (len(HEAD) - 2)]
@@ -178,6 +188,7 @@ def _row(plan: Plan, entry: Entry, first: list[Record]) -> list[str]:
     f"{size / 2**20:.2f}",
     f"{size / first[0]['bytes']['optimizer']:.0%}" if first else "",
     f"{found[0]['bytes']['weights'] / 2**20:.2f}",
+    f"{times[entry.name]:.2f}" if entry.name in times else "",
     f"{point[0]:g}{_edge(point[0], plan.table.rates)}" if whole else "",
     f"{point[1]:g}{_edge(point[1], plan.table.multipliers)}" if whole else "",
     f"{len(plan.tried(entry))}{'' if whole else ' so far'}",

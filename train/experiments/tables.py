@@ -84,6 +84,7 @@ class Table(NamedTuple):
   seeds: tuple[int, ...] = SEEDS
   tokens: int = TOKENS
   evaluations: int = 2  # of the validation text in a run
+  near: int = 3  # points at most that all seeds decide between
 
   @property
   def is_long(self) -> bool:
@@ -187,7 +188,6 @@ ABLATIONS = Table(
     (
       _change("reverse_std", "longer side projected", "proj_type=reverse_std"),
       _change("full", "both sides projected", "proj_type=full"),
-      _change("basis_bfloat16", "bases in bfloat16", "basis_dtype=bfloat16"),
       _change("basis_int8", "bases in 8 bits", "basis_dtype=int8"),
       _change("basis_int4", "bases in 4 bits", "basis_dtype=int4"),
       Entry("moments_8bit", "moments in 8 bits", "galore_8bit"),
@@ -206,6 +206,7 @@ ABLATIONS = Table(
   ),
   rates=Line(TUNED, TUNED, TUNED),
   multipliers=Line(1 / 8, 1 / 256, 1.0),
+  near=1,
 )
 
 # At the points that `methods` has come to in runs of 256k tokens. AdamW has no

@@ -8,7 +8,7 @@ import pathlib
 import shlex
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -122,12 +122,7 @@ def train(
     folder.claim_run(out, config, overwrite=True)
   corpus = data.prepare(config.data, config.model.vocab_size)
   mesh = meshes.make_mesh(config.mesh, config.data.batch)
-  with (
-    (out / "log.txt").open("a", encoding="utf-8") as log,
-    contextlib.redirect_stdout(log),
-    contextlib.redirect_stderr(log),
-    jax.set_mesh(mesh),
-  ):
+  with aside(out / "log.txt"), jax.set_mesh(mesh):
     job, state = _prepare(config, out, corpus, mesh)
     try:
       found = _finish(job, state, parts, stopped)
@@ -137,6 +132,17 @@ def train(
   if found is None:
     return None
   return _heading(run, config, parts) | found
+
+
+@contextlib.contextmanager
+def aside(path: pathlib.Path) -> Iterator[None]:
+  """Lets a run print into a file."""
+  with (
+    path.open("a", encoding="utf-8") as log,
+    contextlib.redirect_stdout(log),
+    contextlib.redirect_stderr(log),
+  ):
+    yield
 
 
 def _prepare(
