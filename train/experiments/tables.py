@@ -186,8 +186,6 @@ ABLATIONS = Table(
       _change("gaps_50", "50 to 60 bases in a run", gaps=50),
     ),
     (
-      _change("reverse_std", "longer side projected", "proj_type=reverse_std"),
-      _change("full", "both sides projected", "proj_type=full"),
       _change("basis_int8", "bases in 8 bits", "basis_dtype=int8"),
       _change("basis_int4", "bases in 4 bits", "basis_dtype=int4"),
       Entry("moments_8bit", "moments in 8 bits", "galore_8bit"),
@@ -202,6 +200,8 @@ ABLATIONS = Table(
         "model.weights=int8",
         "train.rounding=nearest",
       ),
+      _change("reverse_std", "longer side projected", "proj_type=reverse_std"),
+      _change("full", "both sides projected", "proj_type=full"),
     ),
   ),
   rates=Line(TUNED, TUNED, TUNED),
