@@ -58,6 +58,7 @@ class Line(NamedTuple):
 RATES = Line(3.2e-2, 1e-3, 1.28e-1)
 TUNED = 3.2e-2  # what GaLore has come to in `methods`
 MULTIPLIERS = Line(1 / 16, 1 / 1024, 4.0)
+EVERY_STEP = 10**6  # more bases than steps: a gap is one step at least
 
 
 class Entry(NamedTuple):
@@ -175,6 +176,9 @@ ABLATIONS = Table(
       *(e for e in RANK_ENTRIES if e.name != "rank_64"),
       # A basis of full rank would save nothing: nothing is projected then.
       BASELINE,
+      _change("every_step", "a basis at every step", gaps=EVERY_STEP),
+      _change("gaps_50", "50 to 60 bases in a run", gaps=50),
+      _change("gaps_2", "2 bases in a run, not 10", gaps=2),
     ),
     (
       _change("synchronous", "all bases in one step", "refresh=synchronous"),
@@ -182,8 +186,6 @@ ABLATIONS = Table(
       _change("reset", "moments zeroed at a refresh", "moments=reset"),
       _change("auto", "sides of the smallest state", "proj_type=auto"),
       _change("svd", "bases by exact SVD", "projector=svd"),
-      _change("gaps_2", "2 bases in a run, not 10", gaps=2),
-      _change("gaps_50", "50 to 60 bases in a run", gaps=50),
     ),
     (
       _change("basis_int8", "bases in 8 bits", "basis_dtype=int8"),
