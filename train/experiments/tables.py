@@ -218,7 +218,7 @@ LONG = Table(
   "Many refreshes: 60 gaps",
   (
     (
-      BASELINE._replace(gaps=60, at=(3.2e-2, 1 / 64)),
+      BASELINE._replace(gaps=60, at=(6.4e-2, 1 / 64)),
       OURS._replace(gaps=60, at=(3.2e-2, 1 / 8)),
       Entry(
         "galore_10", "GaLore, 10 gaps", "galore", gaps=10, at=(3.2e-2, 1 / 8)
