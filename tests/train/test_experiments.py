@@ -465,7 +465,7 @@ def test_the_course_of_a_run_is_told_against_the_first_row(tmp_path):
     *("+0.0 %", "+0.0 %", "+0.0 %", ""),
   ]
   assert second == [
-    *("GaLore, our defaults", "0", "0.25 nats", "2", "1 of 3", "0.300 nats"),
+    *("GaLore, 60 gaps", "0", "0.25 nats", "2", "1 of 3", "0.300 nats"),
     *("-9.5 %", "+22.1 %", "+64.9 %", "3e-07"),
   ]
   section = report.section(whole, tmp_path)
