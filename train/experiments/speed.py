@@ -64,7 +64,8 @@ def measure(
       for _ in range(laps)
     ]
   found = {
-    "command": f"python -m train.experiments time {plan.table.name}",
+    "command": f"python -m train.experiments time {plan.table.name}"
+    f" --tokens {plan.tokens} --text {plan.text}",
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "machine": machines.machine(),
     "versions": machines.versions(),
