@@ -60,21 +60,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   run = commands.add_parser("run", help="train what a table lacks")
   run.add_argument("table", choices=tables.TABLES, help="see tables.py")
   _add_running(run)
-  run.add_argument(
-    "--results",
-    type=pathlib.Path,
-    default=records.FOLDER,
-    help="of finished runs",
-  )
+  _add_results(run)
   timing = commands.add_parser("time", help="time the steps of a table")
   timing.add_argument("table", choices=tables.TABLES, help="see tables.py")
   _add_text(timing)
-  timing.add_argument(
-    "--results",
-    type=pathlib.Path,
-    default=records.FOLDER,
-    help="of finished runs",
-  )
+  _add_results(timing)
   quick = commands.add_parser("quick", help="try it on a tiny model")
   _add_running(quick)
   quick.add_argument("--results", type=pathlib.Path, default=WORK / "quick")
@@ -83,14 +73,18 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     ("mechanism", "look at gradients, then report"),
   ):
     command = commands.add_parser(name, help=what)
-    command.add_argument(
-      "--results",
-      type=pathlib.Path,
-      default=records.FOLDER,
-      help="of finished runs",
-    )
+    _add_results(command)
     command.add_argument("--page", type=pathlib.Path, default=report.PAGE)
   return parser.parse_args(words)
+
+
+def _add_results(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    "--results",
+    type=pathlib.Path,
+    default=records.FOLDER,
+    help="of finished runs",
+  )
 
 
 def _add_running(command: argparse.ArgumentParser) -> None:
