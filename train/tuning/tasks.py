@@ -104,6 +104,7 @@ def _span(name: str, path: str, unanswerable: bool) -> Task:
   )
 
 
+SPEECH = ("held_out_perplexity",)  # of what the assistant says
 OTHERS = (
   _span("squad", "hub:rajpurkar/squad", unanswerable=False),
   _span("squad_v2", "hub:rajpurkar/squad_v2", unanswerable=True),
@@ -137,7 +138,16 @@ OTHERS = (
   Task("classify", "classify", "text", metrics=("accuracy", "macro_f1")),
   Task("regress", "regress", "text", metrics=("pearson", "spearman")),
   _span("span", "", unanswerable=True),
-  Task("chat", "chat", "messages", label="", metrics=("held_out_perplexity",)),
+  Task("chat", "chat", "messages", label="", metrics=SPEECH),
+  Task(
+    "fiqa",
+    "chat",
+    "question",
+    "answer",
+    label="",
+    metrics=SPEECH,
+    path=f"{PACKAGE}fiqa",
+  ),
 )
 TASKS = {task.name: task for task in (*GLUE, *OTHERS)}
 
