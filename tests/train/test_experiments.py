@@ -191,6 +191,20 @@ def test_close_points_are_told_apart_by_all_seeds():
   assert report.grid(known).count("3 seeds") == 2
 
 
+def test_what_has_all_seeds_stays_whatever_its_first_says():
+  """As with a point that was the best until a better one was found."""
+  known, _ = finished(METHODS._replace(groups=((tables.OURS,),)))
+  far = (8e-3, 0.5)
+  assert far not in known.near(tables.OURS)
+  for seed in (0, 1, 2):
+    run = known.run(tables.OURS, far, seed)
+    known.found[run.key] = fake(run, 4.1 if seed == 0 else 3.9)
+  assert known.near(tables.OURS)[0] == (4e-3, 0.5)
+  assert known.chosen(tables.OURS) == far
+  wanted = known.search(tables.OURS)[1]
+  assert wanted == (1.6e-2, 0.5)  # and has neighbours of its own
+
+
 def test_what_has_its_point_is_not_searched():
   entry = tables.OURS._replace(at=(4e-3, 0.5))
   table = METHODS._replace(groups=((entry,),))

@@ -60,13 +60,16 @@ def _draw_perplexities(plan: Plan, path: pathlib.Path) -> None:
     spreads = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in values]
     states.errorbar(sizes, means, spreads, fmt="o", color="C0", ms=4, lw=0.7)
     for x, y, (entry, _) in zip(sizes, means, chosen, strict=True):
-      states.annotate(
-        entry.name,
-        (x, y),
-        xytext=(4, 3),
-        textcoords="offset points",
-        fontsize="x-small",
-      )
+      if entry == plan.table.entries[0] or _unbeaten(x, y, sizes, means):
+        left = x > 0.8 * max(sizes)
+        states.annotate(
+          entry.name,
+          (x, y),
+          xytext=(-4 if left else 4, 3),
+          textcoords="offset points",
+          ha="right" if left else "left",
+          fontsize="small",
+        )
     states.set_xlabel("optimizer state, MiB")
     states.set_xlim(left=0)
     seeds.set_xlabel("perplexity")
@@ -76,6 +79,14 @@ def _draw_perplexities(plan: Plan, path: pathlib.Path) -> None:
     if chosen[0][0] == plan.table.entries[0]:
       seeds.axvline(means[0], color="C1", lw=1)
       states.axhline(means[0], color="C1", lw=1)
+
+
+def _unbeaten(
+  size: float, mean: float, sizes: list[float], means: list[float]
+) -> bool:
+  """Whether nothing is as small and better: those have a name in the figure."""
+  others = zip(sizes, means, strict=True)
+  return not any(x <= size and y < mean for x, y in others)
 
 
 def _perplexity(record: Record) -> float:
@@ -124,12 +135,20 @@ def _draw_ranks(plan: Plan, path: pathlib.Path) -> None:
     for rank, values, _ in found:
       quality.plot([rank] * len(values), values, "o", color="0.6", ms=3)
     means = [sum(values) / len(values) for _, values, _ in found]
-    quality.plot(ranks, means, marker="o", color="C0")
+    quality.plot(ranks, means, marker="o", color="C0", label="GaLore")
+    for entry, records in _chosen(plan):
+      if entry.name == "adamw":
+        full = statistics.mean(map(_perplexity, records))
+        quality.axhline(full, color="C1", label=entry.label)
+        size = records[0]["bytes"]["optimizer"] / 2**20
+        memory.axhline(size, color="C1")
+    quality.legend(frameon=False, fontsize="small")
     quality.set_ylabel("perplexity")
     memory.plot(ranks, [size / 2**20 for *_, size in found], marker="o")
     memory.set_ylabel("optimizer state, MiB")
     memory.set_ylim(bottom=0)
     for axis in (quality, memory):
       axis.set_xscale("log", base=2)
+      axis.set_xticks(ranks, [str(rank) for rank in ranks])
       axis.set_xlabel("rank")
       axis.grid(alpha=0.25)

@@ -119,7 +119,10 @@ class Plan:
     ]
 
   def near(self, entry: Entry) -> list[Point]:
-    """Points about as good as the best by the first seed, which comes first."""
+    """Points about as good as the best by the first seed, which comes first.
+
+    And what has all seeds already, for these say more than the first.
+    """
     if entry.at:
       return [entry.at]
     seed = self.table.seeds[0]
@@ -128,14 +131,13 @@ class Plan:
       for point in self.tried(entry)
     }
     best = min(losses.values(), default=math.inf)
-    found = [p for p, loss in losses.items() if loss <= best + NEAR]
-    found.sort(key=lambda point: (losses[point], point))
+    order = sorted(losses, key=lambda point: (losses[point], point))
     most = self.table.near if math.isfinite(best) else 1
-    # What was repeated before a better one came between stays.
     return [
       point
-      for i, point in enumerate(found)
-      if i < most or self._repeated(entry, point)
+      for i, point in enumerate(order)
+      if (i < most and losses[point] <= best + NEAR)
+      or (losses[point] < math.inf and self._repeated(entry, point))
     ]
 
   def _best(self, entry: Entry, points: list[Point]) -> Point:
