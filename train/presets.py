@@ -77,6 +77,9 @@ LDADAM: dict[str, Any] = {
 }
 Q_GALORE_B2 = 0.95  # of Q-GaLore's scripts; all others take 0.999
 SMALL_GALORE: dict[str, Any] = {"learning_rate": 8e-3, "scale": 0.25}
+# Gain by sixty bases in a short run over ten (docs/evidence.md); for others
+# that was not tried, costs an SVD of all, or ends what gaps are for.
+FREQUENT = ("galore", "galore_8bit", "q_galore")
 
 
 def sotu_small(optimizer: OptimizerName) -> Config:
@@ -84,9 +87,10 @@ def sotu_small(optimizer: OptimizerName) -> Config:
 
   `python -m train.pretrain` reads a million tokens in some four minutes on
   two CPU cores. Held-out perplexity a token, seed 0: 2,147 untrained, 578 for
-  a unigram model, 46 with GaLore at the end.
+  a unigram model, 45 with GaLore at the end (46 with a basis every 50 steps).
   """
   rates = SMALL_RATES.get(optimizer, SMALL_GALORE)
+  gap = 8 if optimizer in FREQUENT else 50
   return Config(
     preset="sotu_small",
     model=ModelConfig(
@@ -94,7 +98,7 @@ def sotu_small(optimizer: OptimizerName) -> Config:
     ),
     data=DataConfig(length=128, batch=16),
     optimizer=OptimizerConfig(
-      name=optimizer, rank=48, update_proj_gap=50, **rates
+      name=optimizer, rank=48, update_proj_gap=gap, **rates
     ),
     train=TrainConfig(steps=500),
   )
