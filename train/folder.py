@@ -86,6 +86,11 @@ def claim_examples(out: pathlib.Path, digest: str) -> None:
   )
 
 
+def examples_of(out: pathlib.Path) -> str:
+  """What `claim_examples` has written there."""
+  return _read(out / TEXT)["digest"]
+
+
 def _claim_data(
   out: pathlib.Path, described: dict[str, Any], other: str
 ) -> None:

@@ -759,6 +759,18 @@ def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
     grid.method("lora:x")
 
 
+def test_rates_that_were_picked_on_other_examples_do_not_count(tmp_path):
+  path = tmp_path / "results.jsonl"
+  picked = [(1e-3, 0.9, "old"), (2e-3, 0.5, "new"), (3e-3, 0.4, "new")]
+  rows = [
+    record("lora:4", rate, score, stage="pick") | {"examples": examples}
+    for rate, score, examples in picked
+  ]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  given = ["run", str(path), "--from", "x", "--task", "cola"]
+  assert planned([*given, "--methods", "lora:4"]) == [("lora:4", 2e-3, 0)]
+
+
 def test_the_best_rate_of_a_chat_is_that_of_the_least_perplexity(tmp_path):
   path, rows = tmp_path / "results.jsonl", []
   for rate, loss in ((1e-4, 1.4), (1e-3, 1.2), (1e-2, 6.8)):

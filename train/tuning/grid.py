@@ -7,11 +7,11 @@
   python -m train.tuning.grid table RESULTS
 
 `pick` trains each method with each rate and scores it on a part of the
-training split; `run` takes the best rate of each method from there (of the
-same optimizer at another rank, if need be; or `--rates` where one is given),
-and scores on the validation split. Both add a
-line a run to the file RESULTS and leave out what is in it, so that the same
-command goes on where it was stopped. What other flags mean is said by
+training split; `run` takes the best rate of each method from there (of those
+on the same examples as the last; of the same optimizer at another rank, if
+need be; or `--rates` where one is given), and scores on the validation split.
+Both add a line a run to the file RESULTS and leave out what is in it, so that
+the same command goes on where it was stopped. What other flags mean is said by
 `python -m train.finetune --help`.
 """
 
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from train import ending, finetune
+from train import ending, finetune, folder
 from train.config import HUB
 from train.errors import UserError
 from train.tuning import evaluation, tasks
@@ -95,6 +95,9 @@ def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
     and r["checkpoint"] == flags.checkpoint
     and _settings(r) == wanted
   ]
+  if tried:  # what was held out before the data changed is no measure
+    now = tried[-1].get("examples")
+    tried = [r for r in tried if r.get("examples") == now]
   # At another rank the same optimizer's rate serves, if there is none at this.
   picked = [r for r in tried if r["method"] == chosen.text] or [
     r for r in tried if r["optimizer"] == chosen.optimizer
@@ -188,6 +191,7 @@ def run_all(flags: argparse.Namespace) -> int:
       "stage": flags.command,
       "method": chosen.text,
       "checkpoint": flags.checkpoint,
+      "examples": folder.examples_of(out),
     } | found
     record["command"] = shown(flags, command)
     flags.results.parent.mkdir(parents=True, exist_ok=True)
