@@ -21,7 +21,7 @@ from train import (
 )
 from train import mesh as meshes
 from train.errors import UserError
-from train.tuning import evaluation, recipes, spans, tasks
+from train.tuning import evaluation, grid, recipes, spans, tasks
 from train.tuning import job as jobs
 
 DEVICES = jax.devices()
@@ -120,6 +120,36 @@ def test_both_validation_splits_are_scored_each_epoch(mnli):
   assert [r["step"] for r in evaluated] == [0, 6, 12, 18, 24]
   trained = [loss for _, loss in losses(out)]
   assert np.mean(trained[-6:]) < np.mean(trained[:6]) - 0.1
+
+
+def test_rates_are_picked_and_their_best_is_run(mnli, bert, tmp_path, capsys):
+  _, data, _ = mnli
+  results = tmp_path / "results.jsonl"
+  changes = MNLI | {"task__epochs": 1}
+  given = words("mnli", bert, data, tmp_path, **changes)
+  settings = [x for x in given[given.index("--set") :] if x != "--set"]
+  settings = [x for x in settings if "learning_rate" not in x]
+  common = [str(results), "--task", "mnli", "--from", str(bert), "--methods"]
+  common += ["galore:2", "--work", str(tmp_path / "work")]
+  common += [word for x in settings for word in ("--set", x)]
+  picks = ["pick", *common, "--rates", "0.05", "1e-9"]
+  assert grid.main(picks) == 0
+  picked = grid.read(results)
+  assert [r["learning_rate"] for r in picked] == [0.05, 1e-9]
+  assert len({r["examples"] for r in picked}) == 1
+  assert grid.main(picks) == 0 and grid.read(results) == picked  # all done
+  assert grid.main(["run", *common]) == 0
+  (found,) = grid.read(results)[2:]
+  best = max(picked, key=lambda r: r["scores"]["accuracy"])
+  assert found["learning_rate"] == best["learning_rate"]
+  assert found["examples"] != best["examples"]  # the validation split
+  assert "validation_mismatched_accuracy" in found["scores"]
+  assert "validation_mismatched_accuracy" not in best["scores"]
+  capsys.readouterr()
+  assert grid.main(["table", str(results)]) == 0
+  score = f"{found['scores']['accuracy']:.4f}"
+  rate = f"{found['learning_rate']:g}"
+  assert f"| galore:2 | {rate} | {score} | 1 |" in capsys.readouterr().out
 
 
 def test_the_picture_has_a_panel_of_the_score(mnli, tmp_path, monkeypatch):
