@@ -149,7 +149,9 @@ def test_rates_are_picked_and_their_best_is_run(mnli, bert, tmp_path, capsys):
   assert grid.main(["table", str(results)]) == 0
   score = f"{found['scores']['accuracy']:.4f}"
   rate = f"{found['learning_rate']:g}"
-  assert f"| galore:2 | {rate} | {score} | 1 |" in capsys.readouterr().out
+  held_out = f"{best['scores']['accuracy']:.4f}"
+  row = f"| galore:2 | {rate} | {held_out} | {score} | 1 |"
+  assert row in capsys.readouterr().out
 
 
 def test_the_picture_has_a_panel_of_the_score(mnli, tmp_path, monkeypatch):

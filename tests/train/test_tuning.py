@@ -800,13 +800,19 @@ def test_checkpoints_are_told_apart_by_their_weights(tmp_path):
 def test_tables_keep_tasks_and_rates_apart():
   runs = [record("a", 1, 0.5), record("a", 1, 0.7, seed=1), record("a", 2, 0.1)]
   table = grid.table(runs)
-  assert "| a | 1 | 0.6000 ± 0.1414 | 2 | 8 | 0 | 0 | 2 | 0 |" in table
-  assert "| a | 2 | 0.1000 | 1 |" in table and "**cola**" not in table
+  assert "| a | 1 |  | 0.6000 ± 0.1414 | 2 | 8 | 0 | 0 | 2 | 0 |" in table
+  assert "| a | 2 |  | 0.1000 | 1 |" in table and "**cola**" not in table
   longer = record("a", 1, 0.3)
   longer["command"] += " --set task.epochs=9"
   apart = grid.table([*runs, longer])
-  assert "| a | 1 | 0.6000 ± 0.1414 | 2 |" in apart
-  assert "| a task.epochs=9 | 1 | 0.3000 | 1 |" in apart
+  assert "| a | 1 |  | 0.6000 ± 0.1414 | 2 |" in apart
+  assert "| a task.epochs=9 | 1 |  | 0.3000 | 1 |" in apart
+  pick = record("a", 2, 0.4, stage="pick")
+  pick["command"] += " --set data.validation=none"
+  beside = grid.table([*runs, pick])
+  assert (
+    "| a | 2 | 0.4000 | 0.1000 | 1 |" in beside and "| a | 1 |  |" in beside
+  )
   other = record("a", 1, 0.9) | {"task": "rte", "scores": {"accuracy": 0.9}}
   both = grid.table([*runs, other])
   assert both.index("**cola**") < both.index("matthews") < both.index("**rte**")

@@ -217,34 +217,37 @@ SIZES = ("weights", "adapters", "gradients", "optimizer", "optimizer_blocks")
 
 
 def table(records: list[Record]) -> str:
-  """The runs as Markdown, a table a task: mean and spread of scores, bytes."""
+  """The runs as Markdown, a table a task: mean and spread of scores, bytes.
+
+  Beside a rate stands what it scored when it was picked, if it was tried then.
+  """
   runs = [record for record in records if record["stage"] == "run"]
   if not runs:
     raise UserError("there is no finished run in the results")
   tasks_ = _by(runs, "task")
-  parts = [
-    f"**{name}**\n\n{_table(name, found)}"
-    if len(tasks_) > 1
-    # Its name is in the file's.
-    else _table(name, found)
-    for name, found in tasks_.items()
-  ]
-  return "\n\n".join(parts)
+  picks = [record for record in records if record["stage"] == "pick"]
+  table = lambda name: _table(
+    name, tasks_[name], [pick for pick in picks if pick["task"] == name]
+  )
+  if len(tasks_) == 1:  # its name is in the file's
+    return table(next(iter(tasks_)))
+  return "\n\n".join(f"**{name}**\n\n{table(name)}" for name in tasks_)
 
 
-def _table(task: str, runs: list[Record]) -> str:
+def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
   metric = tasks.find(task).metrics[0]
+  tried = {_key(pick): pick["scores"][metric] for pick in picks}
   lines = [
-    f"| method | learning rate | {metric} | seeds | weights | adapters |"
-    " gradients | optimizer state | of it blocks |",
-    "|---|---|---|---|---|---|---|---|---|",
+    f"| method | learning rate | held out | {metric} | seeds | weights |"
+    " adapters | gradients | optimizer state | of it blocks |",
+    "|---|---|---|---|---|---|---|---|---|---|",
   ]
   alike: dict[tuple, list[Record]] = {}  # but for their seeds
   for record in runs:
-    key = (record["method"], record["learning_rate"], _settings(record))
-    alike.setdefault(key, []).append(record)
+    alike.setdefault(_key(record), []).append(record)
   common = frozenset.intersection(*(settings for *_, settings in alike))
-  for (name, rate, settings), same in alike.items():
+  for key, same in sorted(alike.items(), key=lambda item: item[0][:2]):
+    name, rate, settings = key
     values = [record["scores"][metric] for record in same]
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     sizes = same[0]["bytes"]
@@ -252,12 +255,18 @@ def _table(task: str, runs: list[Record]) -> str:
     cells = [
       " ".join([name, *own]),
       f"{rate:g}",
+      f"{tried[key]:.4f}" if key in tried else "",
       f"{statistics.mean(values):.4f}{spread}",
       str(len(values)),
       *(f"{sizes.get(part, 0):,}" for part in SIZES),
     ]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
+
+
+def _key(record: Record) -> tuple[str, float, frozenset[str]]:
+  """What runs have in common that differ in their seeds alone."""
+  return record["method"], record["learning_rate"], _settings(record)
 
 
 def _settings(record: Record) -> frozenset[str]:

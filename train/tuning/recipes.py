@@ -40,6 +40,7 @@ GLUE = {
 }
 ADAPTERS = ("lora", "qlora")
 RANK = 4  # of the papers' tables, with 8
+PAPERS_GAP = 500
 EVERY = 10**9  # examples that are evaluated, at most: all of them
 METHODS = (
   "adamw",
@@ -61,7 +62,7 @@ class Recipe(NamedTuple):
   full: float  # learning rate of methods that train the weights
   adapters: float  # and of those that train factors
   scale: float  # GaLore's alpha
-  gap: int = 500  # steps between two bases of a matrix
+  gap: int = 50  # steps between two bases of a matrix
   rank: int = RANK
   clip: float = 1.0  # norm of the gradient
 
@@ -75,6 +76,7 @@ def _glue(name: str, rank: int) -> Recipe:
     row.rank4 if small else row.rank8,
     row.lora,
     4.0 if small else 2.0,
+    gap=PAPERS_GAP,
     clip=0.0,
   )
 
@@ -86,6 +88,7 @@ def _span(epochs: float) -> Recipe:
     3e-5,
     3e-4,
     2.0,
+    gap=PAPERS_GAP,
     rank=16,
   )
 
@@ -104,7 +107,7 @@ SMALL = {
     1e-4,
     1e-3,
     4.0,
-    gap=50,
+    gap=10,
   ),
   "imdb": Recipe(
     {"epochs": 2.0, "pool": "mean"},
