@@ -810,9 +810,14 @@ def test_tables_keep_tasks_and_rates_apart():
   pick = record("a", 2, 0.4, stage="pick")
   pick["command"] += " --set data.validation=none"
   beside = grid.table([*runs, pick])
-  assert (
-    "| a | 2 | 0.4000 | 0.1000 | 1 |" in beside and "| a | 1 |  |" in beside
-  )
+  assert "| a | 2 | 0.4000 | 0.1000 | 1 |" in beside
+  assert "| a | 1 |  |" in beside
+  again = record("a", 2, 0.6, stage="pick", seed=1)
+  again["command"] += " --set data.validation=none"
+  assert "| a | 2 | 0.5000 | 0.1000 |" in grid.table([*runs, pick, again])
+  larger = grid.table([*runs, record("a", 1, 0.9) | {"checkpoint": "y"}])
+  assert "| a x | 1 |  | 0.6000 ± 0.1414 | 2 |" in larger
+  assert "| a y | 1 |  | 0.9000 | 1 |" in larger
   other = record("a", 1, 0.9) | {"task": "rte", "scores": {"accuracy": 0.9}}
   both = grid.table([*runs, other])
   assert both.index("**cola**") < both.index("matthews") < both.index("**rte**")

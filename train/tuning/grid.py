@@ -236,7 +236,9 @@ def table(records: list[Record]) -> str:
 
 def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
   metric = tasks.find(task).metrics[0]
-  tried = {_key(pick): pick["scores"][metric] for pick in picks}
+  tried: dict[tuple, list[float]] = {}
+  for pick in picks:
+    tried.setdefault(_key(pick), []).append(pick["scores"][metric])
   lines = [
     f"| method | learning rate | held out | {metric} | seeds | weights |"
     " adapters | gradients | optimizer state | of it blocks |",
@@ -246,16 +248,17 @@ def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
   for record in runs:
     alike.setdefault(_key(record), []).append(record)
   common = frozenset.intersection(*(settings for *_, settings in alike))
-  for key, same in sorted(alike.items(), key=lambda item: item[0][:2]):
-    name, rate, settings = key
+  several = len({checkpoint for _, _, checkpoint, _ in alike}) > 1
+  for key, same in sorted(alike.items(), key=lambda item: item[0][:3]):
+    name, rate, checkpoint, settings = key
     values = [record["scores"][metric] for record in same]
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     sizes = same[0]["bytes"]
     own = sorted(settings - common - set(method(name).settings))
     cells = [
-      " ".join([name, *own]),
+      " ".join([name, *own, *([checkpoint] if several else [])]),
       f"{rate:g}",
-      f"{tried[key]:.4f}" if key in tried else "",
+      f"{statistics.mean(tried[key]):.4f}" if key in tried else "",
       f"{statistics.mean(values):.4f}{spread}",
       str(len(values)),
       *(f"{sizes.get(part, 0):,}" for part in SIZES),
@@ -264,9 +267,15 @@ def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
   return "\n".join(lines)
 
 
-def _key(record: Record) -> tuple[str, float, frozenset[str]]:
+def _key(record: Record) -> tuple[str, float, str, frozenset[str]]:
   """What runs have in common that differ in their seeds alone."""
-  return record["method"], record["learning_rate"], _settings(record)
+  settings = _settings(record)
+  return (
+    record["method"],
+    record["learning_rate"],
+    record["checkpoint"],
+    settings,
+  )
 
 
 def _settings(record: Record) -> frozenset[str]:

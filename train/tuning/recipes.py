@@ -88,7 +88,6 @@ def _span(epochs: float) -> Recipe:
     3e-5,
     3e-4,
     2.0,
-    gap=PAPERS_GAP,
     rank=16,
   )
 
@@ -124,8 +123,8 @@ SMALL = {
     4.0,
   ),
   "disflqa": _span(10.0),
-  "squad": _span(2.0),
-  "squad_v2": _span(2.0),
+  "squad": _span(2.0)._replace(gap=PAPERS_GAP),
+  "squad_v2": _span(2.0)._replace(gap=PAPERS_GAP),
   "span": _span(2.0),
   "chat": _chat(512),
   "fiqa": _chat(256),
