@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import pathlib
 import re
 import shutil
 import types
@@ -37,6 +38,8 @@ from train.tuning import (
 )
 from train.tuning import config as configs
 from train.tuning.tasks import GLUE, TASKS
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("task", GLUE, ids=lambda task: task.name)
@@ -720,8 +723,9 @@ def record(method, rate, accuracy, stage="run", seed=0, task="cola"):
   )
   return {
     "stage": stage, "method": method, "task": task, "optimizer": optimizer,
-    "learning_rate": rate, "seed": seed, "scores": {"matthews": accuracy},
-    "bytes": {"weights": 8, "optimizer": 2}, "command": command,
+    "learning_rate": rate, "seed": seed,
+    "scores": {"matthews": accuracy, "held_out_loss": 1 - accuracy},
+    "bytes": {"weights": 8_000_000, "optimizer": 2_000_000}, "command": command,
     "checkpoint": "x",
   }  # fmt: skip
 
@@ -797,27 +801,40 @@ def test_checkpoints_are_told_apart_by_their_weights(tmp_path):
     grid.fingerprint(str(tmp_path))
 
 
+def test_the_tables_of_the_docs_are_those_of_the_recorded_runs():
+  text = (DOCS / "fine-tuning.md").read_text(encoding="utf-8")
+  named = set(re.findall(r"docs/results/([\w-]+\.jsonl)", text))
+  assert "rotten_tomatoes-minilm.jsonl" in named
+  for name in named:
+    assert grid.table(grid.read(DOCS / "results" / name)) in text, name
+
+
 def test_tables_keep_tasks_and_rates_apart():
   runs = [record("a", 1, 0.5), record("a", 1, 0.7, seed=1), record("a", 2, 0.1)]
   table = grid.table(runs)
-  assert "| a | 1 |  | 0.6000 ± 0.1414 | 2 | 8 | 0 | 0 | 2 | 0 |" in table
-  assert "| a | 2 |  | 0.1000 | 1 |" in table and "**cola**" not in table
+  mean = "0.6000 ± 0.1414 | 0.4000 ± 0.1414 | 2 |"
+  assert f"| a | 1 |  | {mean} 8.00 | 0.00 | 0.00 | 2.00 | 0.00 |" in table
+  assert "| a | 2 |  | 0.1000 | 0.9000 | 1 |" in table
+  assert "**cola**" not in table
   longer = record("a", 1, 0.3)
   longer["command"] += " --set task.epochs=9"
   apart = grid.table([*runs, longer])
-  assert "| a | 1 |  | 0.6000 ± 0.1414 | 2 |" in apart
-  assert "| a task.epochs=9 | 1 |  | 0.3000 | 1 |" in apart
+  assert f"| a | 1 |  | {mean}" in apart
+  assert "| a task.epochs=9 | 1 |  | 0.3000 | 0.7000 | 1 |" in apart
   pick = record("a", 2, 0.4, stage="pick")
   pick["command"] += " --set data.validation=none"
   beside = grid.table([*runs, pick])
-  assert "| a | 2 | 0.4000 | 0.1000 | 1 |" in beside
+  assert "| a | 2 | 0.4000 | 0.1000 | 0.9000 | 1 |" in beside
   assert "| a | 1 |  |" in beside
   again = record("a", 2, 0.6, stage="pick", seed=1)
   again["command"] += " --set data.validation=none"
-  assert "| a | 2 | 0.5000 | 0.1000 |" in grid.table([*runs, pick, again])
+  assert "| a | 2 | 0.5000 | 0.1000 | 0" in grid.table([*runs, pick, again])
+  named = grid.table([record("a:4+task.freeze=^embed.*", 1, 0.5)])
+  assert "| a:4, freeze=^embed.* | 1 |" in named
   larger = grid.table([*runs, record("a", 1, 0.9) | {"checkpoint": "y"}])
-  assert "| a x | 1 |  | 0.6000 ± 0.1414 | 2 |" in larger
-  assert "| a y | 1 |  | 0.9000 | 1 |" in larger
-  other = record("a", 1, 0.9) | {"task": "rte", "scores": {"accuracy": 0.9}}
+  assert f"| a x | 1 |  | {mean}" in larger
+  assert "| a y | 1 |  | 0.9000 | 0.1000 | 1 |" in larger
+  scores = {"accuracy": 0.9, "held_out_loss": 0.3}
+  other = record("a", 1, 0.9) | {"task": "rte", "scores": scores}
   both = grid.table([*runs, other])
   assert both.index("**cola**") < both.index("matthews") < both.index("**rte**")

@@ -219,6 +219,9 @@ SIZES = ("weights", "adapters", "gradients", "optimizer", "optimizer_blocks")
 def table(records: list[Record]) -> str:
   """The runs as Markdown, a table a task: mean and spread of scores, bytes.
 
+  The loss tells methods apart where a score does not yet: it counts how sure
+  the answers are, in runs too short for more than the commonest class.
+
   Beside a rate stands what it scored when it was picked, if it was tried then.
   """
   runs = [record for record in records if record["stage"] == "run"]
@@ -240,9 +243,9 @@ def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
   for pick in picks:
     tried.setdefault(_key(pick), []).append(pick["scores"][metric])
   lines = [
-    f"| method | learning rate | held out | {metric} | seeds | weights |"
-    " adapters | gradients | optimizer state | of it blocks |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    f"| method | learning rate | held out | {metric} | loss | seeds |"
+    " weights, MB | adapters | gradients | optimizer state | of it blocks |",
+    "|---" * 11 + "|",
   ]
   alike: dict[tuple, list[Record]] = {}  # but for their seeds
   for record in runs:
@@ -251,20 +254,37 @@ def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
   several = len({checkpoint for _, _, checkpoint, _ in alike}) > 1
   for key, same in sorted(alike.items(), key=lambda item: item[0][:3]):
     name, rate, checkpoint, settings = key
-    values = [record["scores"][metric] for record in same]
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     sizes = same[0]["bytes"]
     own = sorted(settings - common - set(method(name).settings))
     cells = [
-      " ".join([name, *own, *([checkpoint] if several else [])]),
+      _title(name, [*own, *([checkpoint] if several else [])]),
       f"{rate:g}",
       f"{statistics.mean(tried[key]):.4f}" if key in tried else "",
-      f"{statistics.mean(values):.4f}{spread}",
-      str(len(values)),
-      *(f"{sizes.get(part, 0):,}" for part in SIZES),
+      _spread([record["scores"][metric] for record in same]),
+      _spread([record["scores"]["held_out_loss"] for record in same]),
+      str(len(same)),
+      *(f"{sizes.get(part, 0) / 1e6:.2f}" for part in SIZES),
     ]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
+
+
+def _title(name: str, own: list[str]) -> str:
+  """`galore:8, update_proj_gap=10`: a method and what its runs changed."""
+  text, *settings = name.split("+")
+  short = [setting.removeprefix(_group(setting)) for setting in settings]
+  return " ".join([", ".join([text, *short]), *own])
+
+
+def _group(setting: str) -> str:
+  field, _, _ = setting.partition("=")
+  return field[: field.rfind(".") + 1]
+
+
+def _spread(values: list[float]) -> str:
+  """Mean and standard deviation."""
+  spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+  return f"{statistics.mean(values):.4f}{spread}"
 
 
 def _key(record: Record) -> tuple[str, float, str, frozenset[str]]:
