@@ -55,13 +55,13 @@ class Adapter:
   dtype: str = dataclasses.field(metadata={"static": True})
 
   def change(self) -> jax.Array:
-    """The product s · a b in the shape of the weight, float32."""
+    """The product s · a b in the shape of the weight, at least float32."""
     product = jnp.einsum(
       "...mr,...rn->...mn",
       self.a,
       self.b,
       precision=jax.lax.Precision.HIGHEST,
-      preferred_element_type=jnp.float32,
+      preferred_element_type=jnp.promote_types(self.a.dtype, jnp.float32),
     )
     return self.view.from_matrix(self.scale * product)
 
@@ -393,7 +393,8 @@ def _weight(name: str, x: Any, change: Any, dtype: Any) -> Any:
     return change.change().astype(dtype)
   if qarray.is_quantized(x):
     x = sharding.run_auto(qarray.dequantize, x.codes, x)
-  return (x.astype(jnp.float32) + change.change()).astype(dtype)
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return (x.astype(wide) + change.change()).astype(dtype)
 
 
 def _quantize(x: jax.Array, kind: str, block: int) -> qarray.QArray:

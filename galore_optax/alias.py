@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from galore_optax import plan, schedule
+from galore_optax import checks, plan, schedule
 from galore_optax.adam8bit import adamw_8bit
 from galore_optax.galore import galore
 
@@ -98,6 +98,7 @@ def galore_adamw(
     <https://arxiv.org/abs/1711.05101>`_, 2019; Chen et al., `Fira
     <https://arxiv.org/abs/2410.01623>`_, 2024.
   """
+  checks.check_eps(eps, state_dtype)
   inner = optax.adamw(
     learning_rate,
     b1=b1,
@@ -194,6 +195,7 @@ def apollo_adamw(
     Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
     <https://arxiv.org/abs/2412.05270>`_, 2024, Algorithm 1.
   """
+  checks.check_eps(eps, state_dtype)
   return galore(
     optax.adamw(
       learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask
@@ -272,6 +274,7 @@ def apollo_mini_adamw(
     Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
     <https://arxiv.org/abs/2412.05270>`_, 2024, Algorithm 1.
   """
+  checks.check_eps(eps, state_dtype)
   return galore(
     optax.adamw(
       learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask

@@ -94,6 +94,31 @@ def check_float_dtype(
     )
 
 
+def dtype_name(name: str, value: Any, others: Sequence[str] = ()) -> str:
+  """The name of a floating-point dtype, or of one of `others`; raises else."""
+  try:
+    found = "float32" if value is None else jnp.dtype(value).name
+  except TypeError:
+    found = ""
+  if found not in others:
+    check_float_dtype(name, value, others)
+  return found
+
+
+def check_eps(eps: Any, state_dtype: Any) -> None:
+  """Raises where Adam's ε is 0 in the dtype of its moments: 0 / 0 is NaN."""
+  check_float_dtype("state_dtype", state_dtype)
+  if state_dtype is None or isinstance(eps, jax.core.Tracer) or not eps:
+    return
+  if not jnp.asarray(eps, state_dtype) > 0:
+    dtype = jnp.dtype(state_dtype)
+    raise ValueError(
+      f"`eps`={eps!r} is 0 in state_dtype={dtype.name!r}, and a gradient of "
+      f"zeros would make NaN of the weights. Use 'bfloat16', or an `eps` of at "
+      f"least {float(jnp.finfo(dtype).smallest_subnormal):.0e}."
+    )
+
+
 def check_not_nested(inner_state: Any, kind: type) -> None:
   """Raises where an inner optimizer's state holds one of our own.
 

@@ -90,6 +90,7 @@ class _GaLore:
       return self._skeleton(params)
     leaves = paths.leaves_by_path(params)
     sites = self.plan.sites(leaves, layout.masked_paths(params))
+    refresh_lib.check_gaps(self.refresh, sites)
     bases = {
       path: {side: self._start(site, side, leaves[path]) for side in site.sides}
       for path, site in sites.items()
@@ -309,11 +310,20 @@ class _GaLore:
     """The part of the full-size update that depends on parameters alone."""
     if params is None or not sites or self.params_mode == "project":
       return {}
-    params = jax.tree.map(self._cast, params)
+    # As matrices, as which the inner optimizer knows them: it may go by axes.
+    seen = paths.map_with_path(
+      lambda path, x: (
+        sites[path].view.as_matrix(self._cast(x))
+        if path in sites
+        else self._cast(x)
+      ),
+      params,
+    )
     try:
-      return decay.of_params(self.inner, inner_state, params, sites, extra_args)
+      owed = decay.of_params(self.inner, inner_state, seen, sites, extra_args)
     except decay.CoupledError as error:
       raise ValueError(_COUPLED.format(error)) from error
+    return {path: sites[path].view.from_matrix(h) for path, h in owed.items()}
 
   def _inner_params(
     self,
@@ -551,7 +561,8 @@ def galore(
       block-wise codes, see :class:`galore_optax.QArray`.
     state_dtype: Dtype in which `inner` sees gradients and parameters, and so of
       its moments. By default that of the parameters but at least float32,
-      because a bfloat16 second moment does not decay at b2 = 0.999.
+      because a bfloat16 second moment does not decay at b2 = 0.999. In float16
+      an ε of 1e-8 is 0, with which Adam divides 0 by 0.
     seed: Seed of the bases before their first refresh.
     adaptive: When a subspace counts as settled, for `refresh="adaptive"`; by
       default as in Q-GaLore.
@@ -641,8 +652,7 @@ def galore(
     2024.
   """
   checks.check_choice("params_mode", params_mode, PARAMS_MODES)
-  if basis_dtype not in BASIS_CODES:
-    checks.check_float_dtype("basis_dtype", basis_dtype, BASIS_CODES)
+  basis_dtype = checks.dtype_name("basis_dtype", basis_dtype, BASIS_CODES)
   checks.check_float_dtype("state_dtype", state_dtype)
   checks.check_not_negative("null_tolerance", null_tolerance)
   accumulation_steps = options.check_accumulation(accumulation_steps)

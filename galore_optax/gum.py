@@ -79,8 +79,9 @@ def gum(
   matrices, and a draw of γ without replacement in place of one that is
   independent for every matrix, whose number of slots would vary; also the
   exact polar factor, the factor √n and a momentum that starts from zero, since
-  none can be carried over from one branch to the other. A matrix whose
-  shape no other has stays at full rank, with a warning; there is no bias then.
+  none can be carried over from one branch to the other. A matrix whose shape
+  no other has stays at full rank, with a warning and the factor α√n of its own
+  longer side n; there is no bias then.
 
   Args:
     learning_rate: Learning rate η, a float or a schedule of the step.
@@ -135,6 +136,7 @@ def gum(
     <https://arxiv.org/abs/2510.17802>`_, 2025; for the exact polar factor
     Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025.
   """
+  checks.check_eps(eps, state_dtype)
   checked = plan.check_rules(rules)
   _check(sampled, refresh, projector, checked)
   kinds: dict[Hashable, Any] = {

@@ -62,7 +62,7 @@ class Layered(NamedTuple):
     read: Any = functools.partial(weights.dequantize_params, dtype=dtype)
     ends, layers = self.ends(params), params[self.key]
     x = self.first(self.lower(read(ends)), batch)
-    if isinstance(layers, list | tuple):
+    if _is_list_of_layers(layers):
       for layer in layers:
         x = self.layer(read(layer), x)
     else:
@@ -140,18 +140,24 @@ def _check_keys(model: Layered, params: Mapping[str, Any]) -> None:
 
 
 def _is_list_of_layers(layers: Any) -> bool:
-  """Whether these are single layers, such as `unstack` makes."""
-  if not isinstance(layers, list) or not isinstance(layers[0], Mapping):
+  """Whether these are single layers, such as `unstack` makes: a list of equals.
+
+  A tuple is a stack whose layers have several parts.
+  """
+  if not isinstance(layers, list):
     return False
-  return len({jax.tree.structure(layer) for layer in layers}) == 1
+  shapes = lambda layer: tuple(map(jnp.shape, jax.tree.leaves(layer)))
+  kinds = {(jax.tree.structure(layer), shapes(layer)) for layer in layers}
+  return len(kinds) == 1
 
 
 def check_layers(model: Layered, params: Any) -> None:
   """Raises unless the parameters hold a stack of layers."""
-  if not isinstance(params, Mapping) or model.key not in params:
+  # Of another Mapping the updates, plain dicts, would not be those.
+  if type(params) is not dict or model.key not in params:
     raise ValueError(
       f"`params` must be a dict with the stacked layers at {model.key!r}, got "
-      f"{list(params) if isinstance(params, Mapping) else type(params)}."
+      f"{list(params) if type(params) is dict else type(params)}."
     )
   _check_keys(model, params)
   leaves = paths.leaves_by_path(params[model.key])
@@ -160,7 +166,8 @@ def check_layers(model: Layered, params: Any) -> None:
   if _is_list_of_layers(params[model.key]):
     raise ValueError(
       f"`params[{model.key!r}]` is a list of single layers; make a stack of "
-      "them with `galore_optax.stack`."
+      "them with `galore_optax.stack`, or if they are the parts of one stack, "
+      "a tuple."
     )
   for path, x in leaves.items():
     if qarray.is_quantized(x) and x.ndim < 3:

@@ -17,15 +17,17 @@ from galore_optax import paths
 # Fields of the states of Optax (and its contrib) that hold running means of
 # gradients, order 1, and of their squares, order 2.
 _FIRST = ("mu", "trace", "ema", "momentum", "exp_avg", "grad_sum")
-_SECOND = ("nu", "nu_max", "sum_of_squares", "exp_avg_sq", "v")
-# What is not yet a moment: a sum that the next step divides by its count.
-_SUM = "acc_grads"
+_SECOND = ("nu", "nu_max", "sum_of_squares", "exp_avg_sq")
+# What is not yet a moment: sums for a step that is still to come, those of
+# `optax.MultiSteps` and of `optax.apply_every`.
+SUMS = ("acc_grads", "grad_acc")
 _ORDERS = {
-  **dict.fromkeys((*_FIRST, _SUM), 1),
+  **dict.fromkeys((*_FIRST, *SUMS), 1),
   **dict.fromkeys(_SECOND, 2),
 }
 # States that call them otherwise.
 _ORDERS_IN = {
+  "FactoredState": {"v": 2},
   "ScaleByAdanState": {"m": 1, "v": 1, "g": 1, "n": 2},
   "ScaleBySM3State": {"nu": 1},
   "ScaleByAdemamixState": {"m1": 1, "m2": 1, "nu": 2},
@@ -164,7 +166,7 @@ def is_sum(place: str) -> bool:
   They belong to a step that is still to come, so they are neither kept in
   another basis nor given up.
   """
-  return place.endswith(f".{_SUM}")
+  return place.rpartition(".")[2] in SUMS
 
 
 def _order(state: Any, keys: tuple) -> int | None:

@@ -264,6 +264,7 @@ def ldadam(
   checks.check_choice("projector", projector, ("subspace", "svd"))
   checks.check_positive("iterations", checks.required("iterations", iterations))
   checks.check_float_dtype("error_dtype", error_dtype)
+  checks.check_eps(eps, state_dtype)
   _check_share("b1", b1)
   _check_share("rho", rho)
   checked = plan.check_rules(rules)

@@ -28,6 +28,7 @@ def _make(
           f"The rule {pattern!r} in `rules` sets `{name}`, which adapters "
           "have no use for; they know `rank`, `rows` and `cols`."
         )
+  full = full if isinstance(full, str) else tuple(full)
   if isinstance(full, str) or not all(isinstance(x, str) for x in full):
     raise TypeError(
       f'`full` must be regular expressions such as ("norm",), got {full!r}.'
@@ -35,7 +36,7 @@ def _make(
   default = plan.Projection(rank=rank, proj_type="std")
   return LowRank(
     plan=plan.Plan(checked, default, always=True),
-    full=tuple(full),
+    full=full,
     dtype=None if dtype is None else jnp.dtype(dtype).name,
     **fields,
   )

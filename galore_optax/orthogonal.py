@@ -247,12 +247,14 @@ def sumo(
     <https://arxiv.org/abs/2505.24749>`_, 2025, Algorithm 1.
   """
   checks.check_choice("projector", projector, ("subspace", "svd"))
+  checks.check_eps(eps, state_dtype)
+  rules = plan.check_rules(rules)
   kinds: dict[Hashable, Any] = {
     "matrix": scale_by_orthogonal_momentum(decay, nesterov),
     "other": optax.scale_by_adam(b1, b2, eps),
   }
   inner = optax.chain(
-    optax.partition(kinds, kinds_by_name(plan.check_rules(rules))),
+    optax.partition(kinds, kinds_by_name(rules)),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )

@@ -20,12 +20,12 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "auto")
 
 # Leaves that the papers leave at full rank, recognised by their paths:
 # embeddings, output heads, norms, and the vectors that stacking layers turns
-# into two-dimensional arrays.
+# into two-dimensional arrays. Keys of flat dicts join names by dots.
 _FULL_RANK_PATHS = re.compile(
-  r"(^|/)[^/]*(embed|norm)[^/]*(/|$)"
-  r"|(^|/)(wte|wpe|ln|ln_?\w{1,3}|lm_head|unembed\w*)(/|$)"
-  r"|(^|/)(head|output|logits|classifier|score)(/(kernel|weight|w))?$"
-  r"|(^|/)(bias|scale)$",
+  r"(^|[./])[^./]*(embed|norm)[^./]*([./]|$)"
+  r"|(^|[./])(wte|wpe|ln|ln_?\w{1,3}|lm_head|unembed\w*)([./]|$)"
+  r"|(^|[./])(head|output|logits|classifier|score)([./](kernel|weight|w))?$"
+  r"|(^|[./])(bias|scale)$",
   re.IGNORECASE,
 )
 
@@ -184,7 +184,8 @@ class Plan:
       kept: Path to side to basis, from the state.
 
     Returns:
-      Path to site, in the order of the bases.
+      Path to site, in the order of the paths: in that in which `init` fills a
+      dict only until a transformation takes it apart and sorts its keys.
 
     Raises:
       ValueError: If the gradients are not those of the initialised parameters.
@@ -200,7 +201,7 @@ class Plan:
       )
     return {
       path: self._bound_site(path, leaves[path], bases)
-      for path, bases in kept.items()
+      for path, bases in sorted(kept.items())
     }
 
   def _bound_site(self, path: str, leaf: Any, bases: Mapping) -> Site:
@@ -261,6 +262,12 @@ class Plan:
           f"The rule {pattern!r} in `rules` matches no leaf.{hint} The leaves "
           f"are {_some(leaves)}; a pattern is searched in the path (re.search)."
         )
+
+  def scale(self, path: str) -> Any:
+    """The factor on the updates of a matrix that rules and names project."""
+    _, how = self._rule(path)
+    assert how is not None
+    return how.scale
 
   def projects(self, path: str) -> bool:
     """Whether rules and names let a leaf be projected, if it is a matrix."""
@@ -480,6 +487,7 @@ def check_rules(rules: Any) -> tuple[tuple[str, Projection | None], ...]:
   usage = 'such as [("attn", Projection(rank=64)), ("mlp", None)]'
   if isinstance(rules, str | Mapping):
     raise TypeError(f"`rules` must be pairs {usage}, got {rules!r}.")
+  rules = tuple(rules)  # an iterator is read once
   for rule in rules:
     pair = isinstance(rule, tuple | list) and len(rule) == 2
     if not pair or not isinstance(rule[0], str):

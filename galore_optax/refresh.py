@@ -78,6 +78,25 @@ class Moment:
     return not isinstance(self.layers, int)
 
 
+def check_gaps(how: Refresh, sites: Mapping[str, plan.Site]) -> None:
+  """Raises where the turns of matrices cannot be counted in int32.
+
+  Args:
+    how: What to do, and when.
+    sites: Path to site.
+  """
+  units = sum(site.view.count for site in sites.values())
+  for path, site in sites.items():
+    if how.policy != "staggered" or isinstance(site.gap, jax.core.Tracer):
+      continue
+    if float(site.gap) * units >= 2**31:
+      raise ValueError(
+        f"At the leaf {path!r}: with {units} matrices that take turns "
+        f"`update_proj_gap` can be at most {(2**31 - 1) // units}, got "
+        f'{site.gap}. With refresh="synchronous" there is no limit.'
+      )
+
+
 def refresh(
   how: Refresh,
   sites: Mapping[str, plan.Site],

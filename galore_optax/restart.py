@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import checks, qarray
+from galore_optax import checks, layout, qarray
 
 PRUNINGS = ("magnitude", "random")
 
@@ -96,7 +96,7 @@ def thin_out(
   groups: dict[Any, list[int]] = {}  # nodes of one leaf: its first moment, ...
   for i, (path, x) in enumerate(flat):
     # Gradients that are added up are of a step that is still to come.
-    pending = any(getattr(key, "name", "") == "acc_grads" for key in path)
+    pending = any(getattr(key, "name", "") in layout.SUMS for key in path)
     if is_factors(x) and not pending:
       groups.setdefault(path[-1], []).append(i)
   for number, places in enumerate(groups.values()):

@@ -45,7 +45,7 @@ class GumState(NamedTuple):
     galore: State of the low-rank branch, a :class:`galore_optax.GaLoreState`.
     held: Which matrices are at full rank in this period. The matrices of one
       shape are numbered through, leaf after leaf, and known by the path of the
-      first leaf.
+      first leaf; None for one that no other is like, which always is.
     momentum: Their momentum, likewise.
   """
 
@@ -135,7 +135,8 @@ class Sampled:
     sizes = {f.path: _number_of(self.sampled, f.count) for f in many}
     return GumState(
       state,
-      {path: jnp.arange(size, dtype=jnp.int32) for path, size in sizes.items()},
+      {path: jnp.arange(size, dtype=jnp.int32) for path, size in sizes.items()}
+      | dict.fromkeys(alone),
       {f.path: self._zeros(f, sizes[f.path], leaves) for f in many},
     )
 
@@ -178,8 +179,12 @@ class Sampled:
         f, held[f.path], decay, leaves, low, state.momentum[f.path]
       )
       new |= _placed(f, held[f.path], found, new)
-    done = paths.map_with_path(lambda path, _: new[path], updates)
-    return done, GumState(low, held, momentum)
+    alone = [path for path, numbers in state.held.items() if numbers is None]
+    new |= {path: self.plan.scale(path) * new[path] for path in alone}
+    done = paths.map_with_path(
+      lambda path, g: new[path].astype(jnp.result_type(g)), updates
+    )
+    return done, GumState(low, held | dict.fromkeys(alone), momentum)
 
   def _zeros(
     self, family: _Family, size: int, leaves: Mapping[str, Any]

@@ -40,6 +40,7 @@ def quantize_params(
     ('int8', 'float32')
   """
   checks.check_choice("kind", kind, KINDS)
+  rules = rules if isinstance(rules, str) else tuple(rules)
   _check_rules(rules, params)
 
   def one(path: str, x: Any) -> Any:

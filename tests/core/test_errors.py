@@ -7,13 +7,18 @@ import pytest
 
 from galore_optax import (
   Projection,
+  apollo_adamw,
+  apollo_mini_adamw,
   apply_updates,
   chain,
   dequantize_params,
   galore,
   galore_adamw,
+  gum,
+  ldadam,
   quantize_params,
   state_shardings,
+  sumo,
 )
 
 PARAMS = {"w": jnp.ones((16, 24)), "bias": jnp.ones(24)}
@@ -60,6 +65,37 @@ def test_sixteen_bits_at_least():
   for name in ("basis_dtype", "state_dtype"):
     with pytest.raises(TypeError, match=f"`{name}` must be a floating-point"):
       galore(optax.adam(1e-3), rank=4, **{name: "float8_e4m3fn"})
+
+
+@pytest.mark.parametrize(
+  "make", [galore_adamw, apollo_adamw, apollo_mini_adamw, ldadam, sumo, gum]
+)
+def test_an_epsilon_that_is_nothing_in_the_dtype_of_the_moments(make):
+  with pytest.raises(ValueError, match=r"`eps`=1e-08 is 0 in.*'float16'"):
+    make(1e-3, rank=4, state_dtype=jnp.float16)
+  for options in (
+    {"eps": 1e-6, "state_dtype": "float16"},
+    {"state_dtype": "bfloat16"},
+  ):
+    make(1e-3, rank=4, **options)
+
+
+def test_codes_of_bases_may_be_dtypes():
+  for code in ("int8", jnp.int8, jnp.dtype("int8")):
+    tx = galore(optax.sgd(1.0), rank=4, basis_dtype=code)
+    basis = tx.init(PARAMS).projector["w"]["left"]
+    assert basis.kind == "int8"
+
+
+def test_turns_that_cannot_be_counted():
+  params = {"w": jax.ShapeDtypeStruct((300, 16, 24), jnp.float32)}
+  make = lambda **how: galore(optax.sgd(1.0), rank=4, **how).init
+  most = (2**31 - 1) // 300
+  with pytest.raises(ValueError, match=f"'w'.*300 matrices.*at most {most}"):
+    jax.eval_shape(make(update_proj_gap=most + 1), params)
+  jax.eval_shape(make(update_proj_gap=most), params)
+  how = {"update_proj_gap": 10**9, "refresh": "synchronous"}
+  jax.eval_shape(make(**how), params)
 
 
 def test_projection_checks_its_own_values():

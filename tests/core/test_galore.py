@@ -3,6 +3,7 @@
 import functools
 import re
 import warnings
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from galore_optax import (
   galore_adamw,
   galore_sgd,
   layout,
+  paths,
+  plan,
   state_bytes,
 )
 
@@ -385,6 +388,7 @@ FAMILIES = {
     optax.optimistic_gradient_descent(1.0),
     {"previous_gradient": 1},
   ),
+  "every": (optax.apply_every(3), {"grad_acc": 1}),
   "steps": (
     optax.MultiSteps(optax.adam(1.0), 4).gradient_transformation(),
     {"mu": 1, "nu": 2, "acc_grads": 1},
@@ -415,6 +419,66 @@ def test_gradients_that_are_added_up_go_to_the_new_basis(moments):
   carried = new.T @ old @ sums[0]
   wanted = (carried + new.T @ grads[1]) / 2  # MultiSteps keeps the mean
   np.testing.assert_allclose(sums[1], wanted, atol=1e-4)
+
+
+def test_what_waits_for_a_later_step_is_as_without_galore():
+  """At full rank, where nothing is lost, with another basis every step."""
+  inner, params = (
+    optax.chain(optax.trace(0.9), optax.apply_every(2)),
+    {"w": jnp.zeros((4, 9))},
+  )
+  tx = galore(
+    inner, rank=4, update_proj_gap=1, scale=1.0, rules=[("w", Projection())]
+  )
+  state, plain, update = tx.init(params), inner.init(params), jax.jit(tx.update)
+  for i in range(4):
+    grads = normal({"w": (4, 9)}, i)
+    found, state = update(grads, state, params)
+    wanted, plain = inner.update(grads, plain, params)
+    np.testing.assert_allclose(found["w"], wanted["w"], atol=1e-4)
+
+
+class Velocity(NamedTuple):
+  """A state whose field is no second moment, though Adafactor has one so."""
+
+  v: Any
+
+
+def test_a_name_that_one_state_has_is_not_looked_for_in_others():
+  inner = optax.GradientTransformation(
+    lambda params: Velocity(optax.tree.zeros_like(params)),
+    lambda updates, state, params=None: (updates, state),
+  )
+  state = galore(inner, rank=2).init({"w": jnp.ones((8, 12))})
+  assert layout.moments(state.inner_state) == {}
+
+
+@pytest.mark.parametrize(("decays", "wanted"), [((0.1, 0), 0.1), ((0, 0.1), 0)])
+def test_an_optimizer_that_goes_by_axes_decays_what_it_optimises(
+  decays, wanted
+):
+  """A kernel of three axes that is read as a matrix is Muon's, not Adam's."""
+  params = {"k": jnp.ones((8, 2, 6))}
+  inner = optax.contrib.muon(
+    1.0, weight_decay=decays[0], adam_weight_decay=decays[1]
+  )
+  rules = [("k", Projection(rows=0, cols=(1, 2)))]
+  tx = galore(inner, rank=2, rules=rules)
+  zeros = optax.tree.zeros_like(params)
+  updates, _ = tx.update(zeros, tx.init(params), params)
+  np.testing.assert_allclose(updates["k"], jnp.full((8, 2, 6), -wanted))
+
+
+def test_turns_do_not_depend_on_what_orders_the_state():
+  params = [jnp.ones((8, 12))] * 12
+  state = galore(optax.sgd(1.0), rank=2).init(params)
+  leaves = paths.leaves_by_path(params)
+  numbered = plan.Plan((), Projection(update_proj_gap=12, scale=1.0))
+  orders = [
+    list(numbered.bound(leaves, found.projector))
+    for found in (state, jax.tree.map(lambda x: x, state))
+  ]
+  assert orders[0] == orders[1] == sorted(leaves)
 
 
 def test_a_projection_too_large_for_float16_counts_as_zero():

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -243,8 +244,33 @@ def test_other_leaves_get_adamw_and_a_single_shape_stays_whole():
     for name in ("bias", "embed"):
       np.testing.assert_allclose(ours[name], other[name], rtol=1e-5)
     moment = MU * moment + grad["odd"]
-    whole = -RATE * (24**0.5 * numpy_polar(moment) + DECAY)
+    whole = -RATE * (0.2 * 24**0.5 * numpy_polar(moment) + DECAY)
     np.testing.assert_allclose(ours["odd"], whole, atol=1e-4 * RATE)
+
+
+class Attention(NamedTuple):
+  """Of which the order differs from that of the names."""
+
+  query: Any
+  key: Any
+  out: Any
+
+
+@pytest.mark.parametrize(
+  "params",
+  [
+    Attention(*3 * [jnp.ones((8, 16))]),
+    {"block": {"w": jnp.ones((8, 16))}, "block.1": {"w": jnp.ones((8, 16))}},
+    [jnp.ones((8, 16 if i in (2, 10) else 17 + i)) for i in range(12)],
+  ],
+  ids=("fields", "dots", "numbers"),
+)
+@pytest.mark.filterwarnings("ignore:gum keeps")
+def test_a_state_is_known_whatever_the_order_of_its_keys(params):
+  tx = gum(RATE, **OPTIONS)
+  for state in (tx.init(params), jax.eval_shape(tx.init, params)):
+    _, after = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 def test_a_gradient_of_low_rank_or_without_sense_moves_no_noise():

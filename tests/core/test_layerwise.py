@@ -1,8 +1,10 @@
 """Layer by layer inside the backward pass, and the usual step: one result."""
 
+import collections
 import functools
 import re
 import warnings
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -426,6 +428,44 @@ def test_single_layers_have_the_same_loss_and_gradients():
   )
 
 
+class Parts(NamedTuple):
+  """What a layer may be made of, beside dicts."""
+
+  up: Any
+  down: Any
+
+
+@pytest.mark.parametrize("make", [lambda a, b: (a, b), Parts])
+def test_a_stack_may_be_a_tuple_of_arrays(make):
+  rng = np.random.default_rng(0)
+  weights = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  model = Layered(
+    first=lambda params, x: x @ params["embed"],
+    layer=lambda w, x: x + jnp.tanh(x @ w[0]) @ w[1],
+    last=lambda params, x, batch: jnp.mean(x**2),
+  )
+  params = {
+    "embed": weights(4, 4),
+    "layers": make(weights(3, 4, 4), weights(3, 4, 4)),
+  }
+  run, batch = layerwise(optax.sgd(1e-3), model), weights(2, 4)
+  _, _, metrics = run.step(params, run.init(params), batch)
+  wanted = batch @ params["embed"]
+  for up, down in zip(*params["layers"], strict=True):
+    wanted = wanted + jnp.tanh(wanted @ up) @ down
+  wanted = jnp.mean(wanted**2)
+  np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-5)
+  np.testing.assert_allclose(model.loss(params, batch), wanted, rtol=1e-5)
+  apart = unstack(params)
+  np.testing.assert_allclose(model.loss(apart, batch), wanted, rtol=1e-5)
+
+
+def test_only_plain_dicts_hold_a_stack():
+  run = layerwise(optax.sgd(1.0), PLAIN)
+  with pytest.raises(ValueError, match=r"must be a dict.*OrderedDict"):
+    run.init(collections.OrderedDict(small()))
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -434,6 +474,7 @@ def test_single_layers_have_the_same_loss_and_gradients():
     ({"layers": {"v": jnp.ones((2, 8)), "w": jnp.ones((3, 8, 8))}},
      r"same leading layer axis.*\(2,\).*\(3,\)"),
     ({"layers": [{"w": jnp.ones((8, 8))}] * 3}, r"list of single.*`galore_op"),
+    ({"layers": [jnp.ones((3, 8, 8))] * 2}, r"list of single.*a tuple"),
     ({"layers": quantize_params({"w": jnp.ones((3, 300))}, ("w",))},
      r"'w'.*quantised stack of vectors, of shape \(3, 300\)"),
   ],

@@ -81,6 +81,20 @@ def test_nothing_changes_at_first():
   assert 0.9 * 24**-0.5 < size.max() <= 24**-0.5 and size.min() < 0.01
 
 
+def test_in_double_precision_nothing_is_rounded():
+  with jax.enable_x64(True):
+    values = np.random.default_rng(0).normal(size=(16, 24))
+    params = {"w": jnp.asarray(values)}
+    method = lora(rank=2)
+    frozen, adapters = method.init(KEY, params)
+    same(method.apply(frozen, adapters), params)
+    frozen, adapters = method.init(KEY, params)
+    trained = jax.tree.map(lambda x: x + 0.1, adapters)
+    found = method.apply(frozen, trained)["w"]
+    change = trained["w"].scale * (trained["w"].a @ trained["w"].b)
+    np.testing.assert_allclose(found, params["w"] + change, rtol=1e-14)
+
+
 def test_merged_weights_are_the_sum():
   frozen, adapters = divide(LORA)(KEY, PARAMS)
   assert list(adapters) == [

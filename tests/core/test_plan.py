@@ -35,7 +35,8 @@ def arrays(**shapes):
     "embed/embedding", "tok_embeddings/weight", "wte", "wpe/embedding",
     "lm_head/kernel", "head", "output/weight", "logits/kernel", "unembed/w",
     "layers/attn_norm/scale", "layers/ln_1/g", "norm/weight", "layers/q/bias",
-    "layers/LayerNorm_0/scale",
+    "layers/LayerNorm_0/scale", "lm_head.weight", "transformer.wte.weight",
+    "model.ln_f.weight", "blocks.0.ln_1.scale", "h.0.attn.bias",
   ],
 )  # fmt: skip
 def test_full_rank_paths(path):
@@ -47,6 +48,7 @@ def test_full_rank_paths(path):
   [
     "layers/attn/q/kernel", "mlp/down", "encoder/layer/0/output/dense/kernel",
     "w", "heads/kernel", "layers/self_attn/o_proj/kernel",
+    "encoder.layer.0.output.dense.weight", "model.layers.0.mlp.up_proj.weight",
   ],
 )  # fmt: skip
 def test_projected_paths(path):
@@ -65,6 +67,12 @@ def test_first_matching_rule_decides():
     "lm_head": {"left": (32, 8)},
     "q": {"right": (48, 2)},
   }
+
+
+def test_rules_may_be_an_iterator():
+  rules = zip(["q", "k"], [None, Projection(rank=2)], strict=True)
+  found = projected(arrays(q=(32, 48), k=(32, 48)), rank=4, rules=rules)
+  assert found == {"k": {"left": (32, 2)}}
 
 
 def test_rules_reach_gap_and_scale():

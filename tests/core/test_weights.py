@@ -157,6 +157,11 @@ def test_float8_has_no_random_rounding():
     quantize(jnp.ones((8, 4)), "float8", key=jax.random.key(0))
 
 
+def test_rules_may_be_an_iterator():
+  found = quantize_params({"w": jnp.ones((8, 300))}, iter(["w"]))
+  assert isinstance(found["w"], QArray)
+
+
 def test_which_leaves_are_quantised():
   params = {
     "attn": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)},
