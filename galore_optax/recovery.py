@@ -151,12 +151,12 @@ def _check_sides(method: str, sites: Mapping[str, plan.Site]) -> None:
 
 
 def _check_inner(inner_state: Any) -> None:
-  is_multi = lambda x: isinstance(x, optax.MultiStepsState)
-  if any(map(is_multi, jax.tree.leaves(inner_state, is_leaf=is_multi))):
+  waits = lambda x: isinstance(x, optax.MultiStepsState | optax.ApplyEvery)
+  if any(map(waits, jax.tree.leaves(inner_state, is_leaf=waits))):
     raise ValueError(
       "`recovery` needs the whole gradient of a step, which an `inner` with "
-      "`optax.MultiSteps` does not see. Put `optax.MultiSteps` around the "
-      "whole optimizer."
+      "`optax.MultiSteps` or `optax.apply_every` does not see. Put "
+      "`optax.MultiSteps` around the whole optimizer."
     )
 
 

@@ -253,6 +253,11 @@ def test_layer_by_layer_equals_the_usual_step():
       {},
       r"`optax\.MultiSteps` around",
     ),
+    (
+      optax.chain(optax.scale(-1.0), optax.apply_every(2)),
+      {},
+      r"`optax\.apply_every` does not see",
+    ),
     (optax.rmsprop(1.0, momentum=0.9), {}, "'w' without its learning rate"),
     (
       optax.chain(optax.adam(lambda _: 1.0), optax.ema(0.9)),
