@@ -372,7 +372,8 @@ class Config:
       )
 
 
-# What a resumed run may change: it changes no number of the training.
+# What a resumed run may change: it changes no number of the training, but for
+# rounding, and what drops out where a batch is cut in other parts.
 FREE_GROUPS = ("preset", "mesh", "run")
 FREE_FIELDS = (
   "data.cache",

@@ -131,7 +131,9 @@ class Tokenizer:
       UserError: `length` is more than the model has positions for, or too
         small for `query` and `stride`.
     """
-    self._check_length(length, query + stride + 1)
+    self._check_length(
+      length, query + stride + 1, ", task.query or task.stride"
+    )
     self.tokenizer.no_truncation()
     short = [self._shorten(question, query) for question in questions]
     self.tokenizer.enable_truncation(
@@ -189,13 +191,14 @@ class Tokenizer:
       return question
     return question[: found.offsets[query - 1][1]]
 
-  def _check_length(self, length: int, text: int) -> None:
+  def _check_length(self, length: int, text: int, others: str = "") -> None:
     around = self.tokenizer.num_special_tokens_to_add(is_pair=True)
     if not around + text <= length <= self.max_length:
       raise UserError(
         f"texts of {length} tokens cannot be made: the model has"
         f" {self.max_length} positions, and {around + text} is the least that"
-        " holds the tokens around two texts and what is asked of the texts"
+        " holds the tokens around two texts and what is asked of the texts;"
+        f" change data.length{others}"
       )
 
 

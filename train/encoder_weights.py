@@ -299,7 +299,7 @@ def config_from_hf(
     )
   names = ("vocab_size", "hidden_size", "intermediate_size")
   names += ("num_hidden_layers", "num_attention_heads")
-  missing = [name for name in names if name not in given]
+  missing = [name for name in names if given.get(name) is None]
   if missing:
     raise UserError(f"{source} has no {', '.join(missing)}")
   _refuse_variants(given, source)

@@ -10,4 +10,8 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-  """Training cannot go on (the loss is not finite); exit status 1."""
+  """Training cannot go on; exit status 1."""
+
+
+class Diverged(TrainingError):
+  """Its gradients, or the loss that it ends with, are not finite."""

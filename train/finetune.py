@@ -14,6 +14,7 @@ import dataclasses
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ from train import (
 )
 from train import mesh as meshes
 from train.config import HUB
-from train.errors import UserError
+from train.errors import Diverged, UserError
 from train.rows import spread
 from train.tuning import encoders, evaluation, examples, llamas, recipes, report
 from train.tuning import job as jobs
@@ -52,7 +53,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog=f"tasks: {', '.join(TASKS)}\n\nfields for --set, with their values"
     " in the default run:\n"
-    + notes.summary(recipes.make("rotten_tomatoes", "galore", 4)),
+    + notes.summary(
+      recipes.make("rotten_tomatoes", "galore", 4), recipes.HIDDEN
+    ),
   )
   parser.add_argument("--task", default="rotten_tomatoes", metavar="NAME")
   parser.add_argument(
@@ -182,6 +185,7 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     print(f"\n{report.table(parts)}")
     return 0
   hosts.first_alone(lambda: folder.check_run(out, config, flags.overwrite))
+  _check_source(config.train.init, out)
   hosts.first_alone(lambda: folder.claim_run(out, config, flags.overwrite))
   digest = examples.digest(found)
   hosts.first_alone(lambda: folder.claim_examples(out, digest))
@@ -189,15 +193,35 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     job, state = jobs.prepare(config, out, learner, material, mesh, tx, placed)
     introduce(learner, material, placed, config)
     print(f"folder     {out}")
-    start = int(state.step)
     try:
-      outcome = loop.train(job, state, stopping.agreed(stopped, mesh))
-    finally:
-      job.close()
-    status = ending.stopped_status(job, outcome, start)
-    if status is not None:
-      return status
-    conclude(job, outcome)
+      return train(job, state, stopping.agreed(stopped, mesh))
+    except Diverged:
+      if hosts.is_first():  # a result without scores
+        report.write(out, config, {"scores": {}})
+      raise
+
+
+def _check_source(source: str, out: pathlib.Path) -> None:
+  """Refuses to write a run over the checkpoint that it starts from."""
+  inside = pathlib.Path(source).is_relative_to(out.resolve())
+  if inside and not source.startswith(HUB):
+    raise UserError(
+      f"--from {source} lies in --out {out}, which the run would write over;"
+      " name another --out"
+    )
+
+
+def train(job: jobs.Job, state: Any, stopped: Callable[[], bool]) -> int:
+  """From the state to the end of the run; returns the exit status."""
+  start = int(state.step)
+  try:
+    outcome = loop.train(job, state, stopped)
+  finally:
+    job.close()
+  status = ending.stopped_status(job, outcome, start)
+  if status is not None:
+    return status
+  conclude(job, outcome)
   return 0
 
 
@@ -241,21 +265,24 @@ def conclude(job: jobs.Job, outcome: loop.Outcome) -> None:
   """The end of a run: memory, scores, the model, a picture."""
   config, state = job.config, outcome.state
   assert isinstance(config, Config)
+  found = evaluation.last(job.out, config.train.steps)
   parts = report.components(job.placed, config, state.opt_state)
-  found = evaluation.last(job.out)
   print(f"\n{report.table(parts)}\n\nscores     {evaluation.text(found)}")
   if not hosts.is_first():
     return
-  report.write(
-    job.out / "result.json", config, {"scores": found, "bytes": parts}
-  )
+  report.write(job.out, config, {"scores": found, "bytes": parts})
   if jax.process_count() > 1 and config.task.export:
     print(
       "note       the trained model is not written, for several processes hold"
       " it; the same command in one process, on the same --out, writes it"
     )
   elif config.task.export:
-    weights = jax.device_get(job.placed.read(state.params))
+    # As they are computed with, in the dtype in which they are kept: what is
+    # read from eight bits has the model's.
+    weights = jax.tree.map(
+      lambda x: np.asarray(x).astype(config.model.param_dtype),
+      jax.device_get(job.placed.read(state.params)),
+    )
     shutil.rmtree(job.out / "model", ignore_errors=True)
     job.learner.save(job.out / "model", weights)
     print(f"model      {job.out / 'model'}")
@@ -266,12 +293,18 @@ def conclude(job: jobs.Job, outcome: loop.Outcome) -> None:
 
 def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
+  return ending.guarded(lambda: command(words))
+
+
+def command(words: list[str] | None = None) -> int:
+  """The command, with its errors: 0 done, 130 stopped.
+
+  Raises:
+    UserError: wrong input.
+    TrainingError: it diverged, or could not be saved.
+  """
   flags = arguments(words)
   checkpoint.quiet()
-  return ending.guarded(lambda: _command(flags))
-
-
-def _command(flags: argparse.Namespace) -> int:
   config = make_config(flags)
   default = f"{flags.task}-{config.optimizer.name}"
   out = flags.out or pathlib.Path("runs") / default

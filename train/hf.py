@@ -62,6 +62,11 @@ def load(path: pathlib.Path, step: int = 0) -> Weights:
       " and safetensors, a .gguf file, or a run"
     )
   config = read_json(path / CONFIG)
+  if "task.name" in config:
+    raise UserError(
+      f"{path} is the folder of a fine-tuning run; its weights are in"
+      f" {path / 'model'}"
+    )
   if "model.d_model" in config:
     return _load_run(path, config, step)
   return _load_folder(path, config)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from train import checkpoint, flops, metrics
 from train import config as configs
 from train import step as steps
-from train.errors import TrainingError
+from train.errors import Diverged
 from train.job import Job
 
 
@@ -143,7 +143,7 @@ def train(
     stopped: whether a stop was asked for, the same in every process.
 
   Raises:
-    TrainingError: too many steps in a row had no finite gradient.
+    Diverged: too many steps in a row had no finite gradient.
   """
   config, start = job.config, int(state.step)
   if start == 0:
@@ -191,7 +191,7 @@ def advance(
       due.add("save")
     settle(job, state, watch, due)
     if diverged:
-      raise TrainingError(_divergence(job, step))
+      raise Diverged(_divergence(job, step))
     if stopping:
       return Outcome(state, stopped=step < job.config.train.steps)
   if pending is not None:

@@ -11,6 +11,7 @@ import io
 import textwrap
 import tokenize
 import typing
+from collections.abc import Collection
 from typing import Any, Literal
 
 from train import config as configs
@@ -44,22 +45,32 @@ def field_notes(cls: type) -> dict[str, str]:
   return notes
 
 
-def summary(config: configs.Config) -> str:
-  """The fields that `--set` takes: values in `config`, choices, meanings."""
+def summary(
+  config: configs.Config, without: Collection[str] = frozenset()
+) -> str:
+  """The fields that `--set` takes: values in `config`, choices, meanings.
+
+  Args:
+    config: whose values are shown.
+    without: fields that are left out, as `group.name`.
+  """
   parts = []
   for group in dataclasses.fields(config):
     value = getattr(config, group.name)
     if dataclasses.is_dataclass(value):
       about = (type(value).__doc__ or "").strip().splitlines()[0]
-      parts += ["", f"{group.name}: {about}", *_describe(group.name, value)]
+      lines = _describe(group.name, value, without)
+      parts += ["", f"{group.name}: {about}", *lines]
   return "\n".join(parts[1:])
 
 
-def _describe(group: str, value: Any) -> list[str]:
+def _describe(group: str, value: Any, without: Collection[str]) -> list[str]:
   notes = field_notes(type(value))
   kinds = typing.get_type_hints(type(value))
   lines = []
   for field in dataclasses.fields(value):
+    if f"{group}.{field.name}" in without:
+      continue
     text = f"  {group}.{field.name}={_shown(getattr(value, field.name))}"
     note = f"{notes[field.name].rstrip('.')} ({_takes(kinds[field.name])})"
     wrapped = textwrap.wrap(note, WIDTH - COLUMN)

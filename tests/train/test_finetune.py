@@ -150,7 +150,8 @@ def test_rates_are_picked_and_their_best_is_run(mnli, bert, tmp_path, capsys):
   score = f"{found['scores']['accuracy']:.4f}"
   rate = f"{found['learning_rate']:g}"
   held_out = f"{best['scores']['accuracy']:.4f}"
-  row = f"| galore:2 | {rate} | {held_out} | {score} | 1 |"
+  loss = f"{found['scores']['held_out_loss']:.4f}"
+  row = f"| galore:2 | {rate} | {held_out} | {score} | {loss} | 1 |"
   assert row in capsys.readouterr().out
 
 
@@ -364,6 +365,88 @@ def test_a_llama_tells_classes_by_their_likelihood(llama, tmp_path):
   assert found["scores"]["held_out_loss"] < start["held_out_loss"]
   # 12 of both classes, whatever the order of the file.
   assert found["scores"]["accuracy"] in [i / 12 for i in range(13)]
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+  rows = tuning_files.conversations(60)
+  folder = tmp_path_factory.mktemp("chats")
+  return tuning_files.write_lines(folder / "chat.jsonl", rows)
+
+
+def test_a_run_that_ends_without_a_finite_loss_has_no_scores(
+  llama, chats, tmp_path, capsys
+):
+  """Not those of an evaluation before it, and the grid passes it over."""
+  changes = {"train__steps": 4, "data__holdout_every": 5}
+  out = tmp_path / "run"
+  given = words("chat", llama, chats, out, "adamw", **changes)
+  worse = [*given, "--set", "optimizer.learning_rate=1e18"]
+  for _ in range(2):
+    assert finetune.main(worse) == 1
+    assert "not finite after step 4" in capsys.readouterr().err
+    assert json.loads((out / "result.json").read_text())["scores"] == {}
+  results, rates = tmp_path / "results.jsonl", ["1e18", "1e-3"]
+  settings = [x for x in given[given.index("--set") :] if x != "--set"]
+  settings = [x for x in settings if "learning_rate" not in x]
+  common = [str(results), "--task", "chat", "--from", str(llama)]
+  common += ["--methods", "adamw", "--work", str(tmp_path / "work")]
+  common += [word for x in settings for word in ("--set", x)]
+  assert grid.main(["pick", *common, "--rates", *rates]) == 0
+  assert [bool(r["scores"]) for r in grid.read(results)] == [False, True]
+  assert grid.main(["run", *common]) == 0
+  assert grid.read(results)[-1]["learning_rate"] == 1e-3
+  assert grid.main(["run", *common, "--rates", "1e18"]) == 0
+  capsys.readouterr()
+  assert grid.main(["table", str(results)]) == 0
+  row = "| adamw | 1e+18 | diverged | diverged | diverged | 0 of 1 |"
+  assert row in capsys.readouterr().out
+
+
+def test_tokens_that_a_llama_has_no_embedding_for_are_refused(
+  llama, chats, tmp_path, capsys
+):
+  """As where somebody has added them to tokenizer.json alone."""
+  vocabulary = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))
+  vocabulary.add_tokens([f"<more{i}>" for i in range(99)])
+  other = tmp_path / "other"
+  other.mkdir()
+  for file in llama.iterdir():
+    (other / file.name).write_bytes(file.read_bytes())
+  vocabulary.save(str(other / "tokenizer.json"))
+  finetune.main(
+    [
+      *words("chat", other, chats, tmp_path / "run", data__holdout_every=5),
+      "--dry-run",
+    ]
+  )  # what no text has, does no harm
+  assert not capsys.readouterr().err
+  rows = [
+    {"messages": [
+      {"role": "user", "content": "<more98>"},
+      {"role": "assistant", "content": "yes <more98>"},
+    ]}
+  ] * 20  # fmt: skip
+  marked = vocabulary.to_str().replace("<|im_end|>", "<|end|>")
+  marked = marked.replace("<more98>", "<|im_end|>")
+  (other / "tokenizer.json").write_text(marked)
+  data = tuning_files.write_lines(tmp_path / "marked.jsonl", rows)
+  said = refused(capsys, words("chat", other, data, tmp_path / "run"))
+  assert "'<|im_end|>'" in said and f"{300:,} rows" in said
+
+
+def test_a_run_does_not_write_over_what_it_starts_from(mnli, capsys):
+  out, data, _ = mnli
+  given = words("mnli", out / "model", data, out, **MNLI)
+  said = refused(capsys, [*given, "--overwrite"])
+  assert "lies in --out" in said and "another --out" in said
+  assert (out / "model" / "config.json").exists()
+
+
+def test_other_commands_are_told_where_the_model_is(mnli):
+  out, _, _ = mnli
+  with pytest.raises(UserError, match=r"fine-tuning run; .*model"):
+    hf.load(out)
 
 
 def refused(capsys, given):

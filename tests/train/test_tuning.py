@@ -19,7 +19,7 @@ import tokenizers
 
 from tests.train import tuning_files
 from tests.train.conftest import TINY, WORDS
-from train import encoder, encoder_tokenizer, llama, tokenizer
+from train import encoder, encoder_tokenizer, hf_encoder, llama, tokenizer
 from train.config import DataConfig, TrainConfig
 from train.errors import UserError
 from train.tuning import (
@@ -493,9 +493,9 @@ def test_answers_are_learned_with_their_ends_and_nothing_else(writer):
 def learner(writer, labels, length):
   task = TASKS["classify"].named("", "", "", labels)
   config = configs.TaskConfig(prompt="{first} ")
-  nothing = dict.fromkeys(("model", "source", "graphdef", "boxes"))
+  nothing = dict.fromkeys(("source", "graphdef", "boxes"))
   return llamas.LlamaLearner(
-    task, config, length, False, writer=writer, **nothing
+    task, config, length, False, model=TINY, writer=writer, **nothing
   )  # type: ignore
 
 
@@ -609,10 +609,43 @@ def test_a_text_begins_as_the_tokenizer_has_it_begin(described, begins):
   assert writer.begin == ((start,) if begins else ())
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize(
+  ("context", "answer", "wanted"),
+  [
+    ("peace and people", " and", "and"),
+    ("peace and people", "and ", "and"),
+    ("peace and people ", "people ", "people"),
+    (" peace and", " peace", "peace"),
+    ("peace 中 people", "中", "中"),
+  ],
+)
+def test_targets_are_whole_tokens_and_no_more(
+  family, context, answer, wanted, tmp_path
+):
+  """Whatever white space is said to be of the answer; bytes of one letter."""
+  write = getattr(tuning_files, f"write_{family}")
+  words = hf_encoder.load(write(tmp_path / "out"), head="spans").tokenizer
+  found = words.windows(["who"], [context], 32, 8, 8)
+  span = answers.Span((answer,), (context.index(answer),))
+  targets = spans.targets(found, [span])
+  a, b = targets["start"][0], targets["end"][0]
+  offsets = found[0].offsets
+  assert a and context[offsets[a, 0] : offsets[b, 1]].strip() == wanted
+
+
+def test_every_row_has_a_label():
+  task = TASKS["classify"].named("text", "", "label", ("none", "some"))
+  with pytest.raises(UserError, match="it, row 2, column 'label' is empty"):
+    answers.check_there(["none", "some", None, "some"], task, "it")
+
+
 @pytest.mark.parametrize(("task", "prompt", "said"), [
   ("sst2", "is it good?", "must have {first}, the text of --task sst2"),
   ("rte", "{first}: so?", "must have {first} and {second}, the texts of"),
   ("sst2", "{first.x}", "must have {first}"),
+  ("sst2", "{first!r}", "must have {first}"),
+  ("sst2", "{first:d}", "must have {first}"),
   ("sst2", "{first} {", "stand for braces"),
 ])  # fmt: skip
 def test_a_prompt_asks_about_the_texts(task, prompt, said):
@@ -761,6 +794,22 @@ def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
       plan(*more)
   with pytest.raises(UserError, match="lora:x: the rank is 'x'"):
     grid.method("lora:x")
+  for setting in ("train.seed=3", "optimizer.learning_rate=1"):
+    with pytest.raises(UserError, match=f"--set {setting}: that is what"):
+      plan("--set", setting)
+  with pytest.raises(UserError, match="name the learning rates"):
+    planned(["pick", *given[1:]])
+  zero = words_of(grid.parse(given), "lora:0")
+  assert zero[zero.index("--rank") + 1] == "0"  # which the recipe refuses
+  path.write_text(
+    json.dumps(record("lora:4", 1, 0.5, stage="pick") | {"scores": {}}) + "\n"
+  )
+  with pytest.raises(UserError, match="diverged with every learning rate"):
+    plan()
+
+
+def words_of(flags, method):
+  return grid.words(flags, grid.method(method), 1e-3, 0)
 
 
 def test_rates_that_were_picked_on_other_examples_do_not_count(tmp_path):

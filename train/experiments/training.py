@@ -20,7 +20,7 @@ from train import data, folder, loop, metrics, presets
 from train import job as jobs
 from train import mesh as meshes
 from train.bench import record as machines
-from train.errors import TrainingError, UserError
+from train.errors import Diverged, UserError
 from train.experiments import course, tables, texts
 from train.experiments.plan import Record, Run
 from train.job import Job
@@ -167,7 +167,7 @@ def _finish(
   clock, sizes = Clock(stopped), _sizes(state)
   try:
     outcome = loop.train(job, state, clock)
-  except TrainingError as error:
+  except Diverged as error:
     return {"status": "diverged", "why": str(error)[:200], "bytes": sizes}
   if outcome.stopped:
     return None

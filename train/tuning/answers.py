@@ -54,6 +54,7 @@ def check(
   names = _names(table, task.label)
   if names:
     _check_names(names, task, name)
+  check_there(values, task, name)
   return [
     _class(v, task.labels, bool(names), place(i)) for i, v in enumerate(values)
   ]
@@ -70,6 +71,7 @@ def classes(
   named = _names(table, task.label)
   if named:
     return named
+  check_there(values, task, name)
   kinds = {type(value) for value in values}
   whole = lambda v: isinstance(v, int) or float(v).is_integer()
   if kinds == {str} or kinds == {bool}:
@@ -87,6 +89,20 @@ def classes(
       f" {MOST:,} can be told apart"
     )
   return tuple(found)
+
+
+def check_there(values: list[Any], task: Task, name: str) -> None:
+  """Sees that every row has a label.
+
+  Raises:
+    UserError: one has none.
+  """
+  empty = next((i for i, value in enumerate(values) if value is None), None)
+  if empty is not None:
+    raise UserError(
+      f"{name}, row {empty}, column {task.label!r} is empty; fill it, or leave"
+      " the row out"
+    )
 
 
 def _names(table: Table, column: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from train import metrics
+from train.errors import Diverged
 from train.tuning import scores, spans
 from train.tuning.feed import Batch, in_order
 from train.tuning.tasks import Task
@@ -71,11 +72,27 @@ def rank(task: Task, found: dict[str, float]) -> float:
   return -found[task.metrics[0]]
 
 
-def last(out: pathlib.Path) -> dict[str, float]:
-  """The scores of a run's last evaluation."""
+def last(out: pathlib.Path, step: int) -> dict[str, float]:
+  """The scores of a run whose last step is done.
+
+  Args:
+    out: the run's folder.
+    step: the last step.
+
+  Raises:
+    Diverged: the loss was not finite then, which scores do not show.
+  """
+  loss = "held_out_loss"
   records = metrics.read(out / metrics.FILE)
-  found = [record for record in records if "held_out_loss" in record][-1]
-  return {name: value for name, value in found.items() if name != "step"}
+  # What is no number is left out of the log.
+  found = [r for r in records if math.isfinite(r.get(loss, math.nan))]
+  if not found or found[-1]["step"] != step:
+    raise Diverged(
+      f"the loss on what is evaluated is not finite after step {step}; what"
+      f" was finite is in {out / metrics.FILE}. Try a smaller"
+      " optimizer.learning_rate"
+    )
+  return {name: value for name, value in found[-1].items() if name != "step"}
 
 
 def text(found: dict[str, float]) -> str:

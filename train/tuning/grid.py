@@ -27,10 +27,14 @@ from typing import Any, NamedTuple
 
 from train import ending, finetune, folder
 from train.config import HUB
-from train.errors import UserError
-from train.tuning import evaluation, tasks
+from train.errors import Diverged, UserError
+from train.tuning import evaluation, report, tasks
 
 Record = dict[str, Any]
+
+
+# The settings that runs of a method differ in, and what is held out.
+VARIED = ("optimizer.learning_rate=", "train.seed=", "data.validation=none")
 
 
 class Method(NamedTuple):
@@ -75,7 +79,7 @@ def words(
     settings += ["data.validation=none"]
   found = ["--task", flags.task, "--from", flags.source]
   found += ["--optimizer", chosen.optimizer]
-  found += ["--rank", str(chosen.rank)] if chosen.rank else []
+  found += ["--rank", str(chosen.rank)] if chosen.rank is not None else []
   return found + [word for s in settings for word in ("--set", s)]
 
 
@@ -87,6 +91,8 @@ def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
   """
   if flags.rates:
     return flags.rates
+  if flags.command == "pick":
+    raise UserError("pick: name the learning rates to try with --rates")
   task, wanted = tasks.find(flags.task), _own(flags, chosen)
   tried = [
     r
@@ -108,7 +114,13 @@ def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
       " this checkpoint and these settings; run `pick` first, or give one with"
       " --rates"
     )
-  means = _by(picked, "learning_rate")
+  finished = [r for r in picked if r["scores"]]
+  if not finished:
+    raise UserError(
+      f"{flags.results}: {chosen.text} diverged with every learning rate that"
+      " was tried; `pick` smaller ones"
+    )
+  means = _by(finished, "learning_rate")
   score = lambda rate: statistics.mean(
     evaluation.rank(task, r["scores"]) for r in means[rate]
   )
@@ -116,8 +128,19 @@ def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
 
 
 def _own(flags: argparse.Namespace, chosen: Method) -> frozenset[str]:
-  """The settings of a method's runs, whatever the rate and seed."""
-  return frozenset((*flags.settings, *chosen.settings))
+  """The settings of a method's runs, whatever the rate and seed.
+
+  Raises:
+    UserError: they are to say what other flags say.
+  """
+  found = (*flags.settings, *chosen.settings)
+  for setting in found:
+    if setting.startswith(VARIED):
+      raise UserError(
+        f"--set {setting}: that is what --rates, --seeds, and `pick` or `run`"
+        " say here"
+      )
+  return frozenset(found)
 
 
 def _by(records: list[Record], name: str) -> dict[Any, list[Record]]:
@@ -180,13 +203,17 @@ def run_all(flags: argparse.Namespace) -> int:
   for chosen, rate, seed in plan(flags):
     command = words(flags, chosen, rate, seed)
     # What a stop has left is of this run, which goes on with it, or goes.
-    same = _same(out, command)
-    status = finetune.main(
-      [*command, "--out", str(out), *([] if same else ["--overwrite"])]
-    )
+    goes_on = _same(out, command) and not flags.overwrite
+    anew = [] if goes_on else ["--overwrite"]
+    try:
+      status = finetune.command([*command, "--out", str(out), *anew])
+    except Diverged as error:
+      print(f"stopped: {error}\nnote       kept in {flags.results} as diverged")
+      status = 0
     if status:
       return status
-    found = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    flags.overwrite = False
+    found = json.loads((out / report.FILE).read_text(encoding="utf-8"))
     record = {
       "stage": flags.command,
       "method": chosen.text,
@@ -239,9 +266,9 @@ def table(records: list[Record]) -> str:
 
 def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
   metric = tasks.find(task).metrics[0]
-  tried: dict[tuple, list[float]] = {}
+  tried: dict[tuple, list[Record]] = {}
   for pick in picks:
-    tried.setdefault(_key(pick), []).append(pick["scores"][metric])
+    tried.setdefault(_key(pick), []).append(pick)
   lines = [
     f"| method | learning rate | held out | {metric} | loss | seeds |"
     " weights, MB | adapters | gradients | optimizer state | of it blocks |",
@@ -254,15 +281,17 @@ def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
   several = len({checkpoint for _, _, checkpoint, _ in alike}) > 1
   for key, same in sorted(alike.items(), key=lambda item: item[0][:3]):
     name, rate, checkpoint, settings = key
-    sizes = same[0]["bytes"]
+    finished = [record for record in same if record["scores"]]
+    sizes = finished[0]["bytes"] if finished else {}
+    of_all = "" if len(finished) == len(same) else f" of {len(same)}"
     own = sorted(settings - common - set(method(name).settings))
     cells = [
       _title(name, [*own, *([checkpoint] if several else [])]),
       f"{rate:g}",
-      f"{statistics.mean(tried[key]):.4f}" if key in tried else "",
-      _spread([record["scores"][metric] for record in same]),
-      _spread([record["scores"]["held_out_loss"] for record in same]),
-      str(len(same)),
+      _mean(tried[key], metric) if key in tried else "",
+      _spread(finished, metric),
+      _spread(finished, "held_out_loss"),
+      f"{len(finished)}{of_all}",
       *(f"{sizes.get(part, 0) / 1e6:.2f}" for part in SIZES),
     ]
     lines.append(f"| {' | '.join(cells)} |")
@@ -281,8 +310,18 @@ def _group(setting: str) -> str:
   return field[: field.rfind(".") + 1]
 
 
-def _spread(values: list[float]) -> str:
-  """Mean and standard deviation."""
+def _mean(records: list[Record], metric: str) -> str:
+  """The mean of a score, if all runs came to one."""
+  if not all(record["scores"] for record in records):
+    return "diverged"
+  return f"{statistics.mean(r['scores'][metric] for r in records):.4f}"
+
+
+def _spread(records: list[Record], metric: str) -> str:
+  """Mean and standard deviation of a score, of runs that came to one."""
+  if not records:
+    return "diverged"
+  values = [record["scores"][metric] for record in records]
   spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
   return f"{statistics.mean(values):.4f}{spread}"
 
@@ -301,8 +340,7 @@ def _key(record: Record) -> tuple[str, float, str, frozenset[str]]:
 def _settings(record: Record) -> frozenset[str]:
   """What a run was set to, but for its learning rate and seed."""
   words_ = record["command"].split(" --set ")[1:]
-  varied = ("optimizer.learning_rate=", "train.seed=", "data.validation=none")
-  return frozenset(word for word in words_ if not word.startswith(varied))
+  return frozenset(word for word in words_ if not word.startswith(VARIED))
 
 
 def parse(given: list[str] | None) -> argparse.Namespace:
@@ -326,7 +364,16 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     command.add_argument("--seeds", nargs="+", type=int, default=[0])
     command.add_argument("--set", action="append", default=[], dest="settings")
     command.add_argument(
-      "--work", type=pathlib.Path, default=pathlib.Path("runs/grid")
+      "--work",
+      type=pathlib.Path,
+      default=pathlib.Path("runs/grid"),
+      help="folder of the run that is being made, one grid at a time;"
+      " default: runs/grid",
+    )
+    command.add_argument(
+      "--overwrite",
+      action="store_true",
+      help="begin a run that was stopped anew, where its data have changed",
     )
   return parser.parse_args(given)
 

@@ -6,7 +6,6 @@ name of the right one.
 """
 
 import dataclasses
-import json
 import pathlib
 import string
 from collections.abc import Mapping, Sequence
@@ -128,14 +127,15 @@ class LlamaLearner:
     return len(row.ids) - _asked(row)
 
   def _row(self, messages: list[dict[str, str]]) -> chat.Row:
-    return self.writer.row(chat.opened(messages, self.config.system))
+    row = self.writer.row(chat.opened(messages, self.config.system))
+    _check_ids(row, self.model, self.writer.marks)
+    return row
 
   def _prompt(self, first: str, second: str) -> str:
-    text = self.config.prompt or (
-      "{first}\n" + "{second}\n" * bool(second) + "\nAnswer with one of:"
-      f" {', '.join(self.task.labels)}."
-    )
-    return text.format(first=first, second=second)
+    if self.config.prompt:
+      return self.config.prompt.format(first=first, second=second)
+    texts = f"{first}\n{second}\n" if second else f"{first}\n"
+    return f"{texts}\nAnswer with one of: {', '.join(self.task.labels)}."
 
   def _cut(self, row: chat.Row, room: int) -> chat.Row:
     """A row that is asked in `room` tokens: a long text loses its middle.
@@ -248,8 +248,9 @@ def check_prompt(task: Task, config: TaskConfig) -> None:
     raise UserError(
       f"task.prompt={config.prompt!r}: {error}; {{{{ and }}}} stand for braces"
     ) from None
-  found = {field for _, field, *_ in parts if field is not None}
-  if found != wanted:
+  fields = [part for part in parts if part[1] is not None]
+  plain = not any(kind or change for _, _, kind, change in fields)
+  if {field for _, field, *_ in fields} != wanted or not plain:
     names = " and ".join(f"{{{name}}}" for name in sorted(wanted))
     raise UserError(
       f"task.prompt={config.prompt!r} must have {names}, the"
@@ -261,6 +262,21 @@ def check_prompt(task: Task, config: TaskConfig) -> None:
 def _asked(row: chat.Row) -> int:
   """Tokens before the first that is learned."""
   return int(np.flatnonzero(row.learn)[0])
+
+
+def _check_ids(row: chat.Row, model: ModelConfig, marks: Any) -> None:
+  """Sees that the model has a row of its embedding for each token.
+
+  Raises:
+    UserError: a token is beyond it; its logits would be NaN.
+  """
+  most = int(row.ids.max(initial=0))
+  if most >= model.vocab_size:
+    raise UserError(
+      f"the token {marks.id_to_token(most)!r} has the number {most}, and the"
+      f" checkpoint's embedding {model.vocab_size:,} rows; take a tokenizer"
+      " whose tokens the model knows, or task.template=plain"
+    )
 
 
 def _prepared(
@@ -286,15 +302,11 @@ def is_llama(source: str) -> bool:
   if source.startswith(HUB):
     path = hf_encoder.fetch(source)
   try:
-    found = json.loads((path / hf.CONFIG).read_text(encoding="utf-8"))
-  except OSError as error:
+    found = hf.read_json(path / hf.CONFIG)
+  except UserError as error:
     raise UserError(
-      f"--from {source}: {path / hf.CONFIG} cannot be read ({error}); give a"
-      " folder in Hugging Face's layout, a .gguf file, or hub:NAME"
-    ) from None
-  except ValueError as error:
-    raise UserError(
-      f"--from {source}: {path / hf.CONFIG} is no JSON ({error})"
+      f"--from {source}: {error}; give a folder in Hugging Face's layout, a"
+      " .gguf file, or hub:NAME"
     ) from None
   if "task.name" in found:
     raise UserError(
@@ -347,6 +359,15 @@ def make(source: str, task: Task, config: Config) -> LlamaLearner:
   )
 
 
+def _vocabulary(found: weights.Weights) -> tokenizer.tokenizers.Tokenizer:
+  try:
+    return tokenizer.tokenizers.Tokenizer.from_str(found.tokenizer)
+  except Exception as error:  # the package has no kind of its own
+    raise UserError(
+      f"{found.source}: its {hf.TOKENIZER} cannot be read ({error})"
+    ) from None
+
+
 def _writer(found: weights.Weights, config: Config) -> chat.Writer:
   """With the tokens that begin and end a text in this checkpoint."""
   described = found.extra.get(hf.TOKENIZER_CONFIG, {})
@@ -355,7 +376,7 @@ def _writer(found: weights.Weights, config: Config) -> chat.Writer:
     value = described.get(name) or ""
     return value["content"] if isinstance(value, dict) else value
 
-  vocabulary = tokenizer.tokenizers.Tokenizer.from_str(found.tokenizer)
+  vocabulary = _vocabulary(found)
   known = [t for t in tokenizer.ENDS if vocabulary.token_to_id(t) is not None]
   end = token("eos_token") or next(iter(known), "")
   begin = vocabulary.token_to_id(token("bos_token") or "")

@@ -205,12 +205,25 @@ FIXED = {
     "is what the checkpoint of --from says",
   ),
   **dict.fromkeys(
-    ("train.z_loss", "data.end_token"), "is for pre-training only"
+    ("train.z_loss", "data.end_token", "run.prompt", "run.sample_tokens"),
+    "is for pre-training only",
   ),
   # The recipe follows them.
   "task.name": "is what --task says",
   "optimizer.name": "is what --optimizer says",
   "optimizer.rank": "is what --rank says",
+}
+
+
+# With those that a config refuses: what `--help` leaves out.
+HIDDEN = FIXED.keys() | {
+  "data.documents",
+  "data.shuffle_buffer",
+  "data.stream",
+  "data.text_field",
+  "optimizer.accumulate",
+  "run.watch",
+  "train.layerwise",
 }
 
 

@@ -45,6 +45,9 @@ def _blocks(opt_state: Any) -> int:
   )
 
 
+FILE = "result.json"
+
+
 def table(parts: dict[str, int]) -> str:
   """The components, one a line."""
   named = {
@@ -60,8 +63,8 @@ def table(parts: dict[str, int]) -> str:
   )
 
 
-def write(path: pathlib.Path, config: Config, found: dict[str, Any]) -> None:
-  """Writes what a run came to as one JSON object."""
+def write(out: pathlib.Path, config: Config, found: dict[str, Any]) -> None:
+  """Writes what a run came to as one JSON object into its folder."""
   head = {
     "task": config.task.name,
     "optimizer": config.optimizer.name,
@@ -71,4 +74,4 @@ def write(path: pathlib.Path, config: Config, found: dict[str, Any]) -> None:
     "seed": config.train.seed,
     "steps": config.train.steps,
   }
-  files.write_text(path, json.dumps(head | found, indent=2) + "\n")
+  files.write_text(out / FILE, json.dumps(head | found, indent=2) + "\n")

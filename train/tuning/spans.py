@@ -79,7 +79,10 @@ def targets(
   for i, window in enumerate(windows):
     span = answers[window.example]
     if span.texts:
-      first, last = span.starts[0], span.starts[0] + len(span.texts[0])
+      text = span.texts[0]
+      # White space at its ends is in no token of its own.
+      first = span.starts[0] + len(text) - len(text.lstrip())
+      last = span.starts[0] + len(text.rstrip())
       start[i], end[i] = _tokens(window, first, last)
   return {"start": start, "end": end}
 
@@ -92,9 +95,9 @@ def _tokens(window: Window, first: int, last: int) -> tuple[int, int]:
     return 0, 0
   if begins[inside[0]] > first or ends[inside[-1]] < last:
     return 0, 0
-  a = inside[np.flatnonzero(begins[inside] <= first)[-1]]
-  b = inside[np.flatnonzero(ends[inside] >= last)[0]]
-  return (int(a), int(b)) if a <= b else (0, 0)
+  # All tokens that touch them: a character may be made of several.
+  touched = inside[(ends[inside] > first) & (begins[inside] < last)]
+  return (int(touched[0]), int(touched[-1])) if len(touched) else (0, 0)
 
 
 def decode(
