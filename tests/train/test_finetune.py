@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 
 from tests.train import tuning_files
@@ -433,6 +434,17 @@ def test_tokens_that_a_llama_has_no_embedding_for_are_refused(
   data = tuning_files.write_lines(tmp_path / "marked.jsonl", rows)
   said = refused(capsys, words("chat", other, data, tmp_path / "run"))
   assert "'<|im_end|>'" in said and f"{300:,} rows" in said
+
+
+def test_weights_of_eight_bits_are_written_in_the_dtype_of_the_rest(
+  mnli, bert, tmp_path
+):
+  _, data, _ = mnli
+  changes = {"train__steps": 1, "model__dtype": "bfloat16"}
+  run("mnli", bert, data, tmp_path / "run", "q_galore", **changes)
+  file = tmp_path / "run" / "model" / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  assert {str(x.dtype) for x in tensors.values()} == {"float32"}
 
 
 def test_a_run_does_not_write_over_what_it_starts_from(mnli, capsys):
