@@ -92,8 +92,11 @@ def test_layer_by_layer_is_the_usual_step(batch, usual, devices):
 
 
 def test_tied_embeddings(batch):
+  """Whose gradient has two parts, added in another order: on some CPUs Adam
+  scales that rounding up to a few millionths of a weight."""
   wanted = _run(batch, tied=True)
-  _assert_same(_run(batch, tied=True, layerwise=True), wanted, 2e-6)
+  found = _run(batch, tied=True, layerwise=True)
+  _assert_same(found, wanted, 2e-6, of_weights=1e-5)
 
 
 def test_large_embeddings_go_in_chunks(batch, usual, monkeypatch):
