@@ -110,11 +110,12 @@ def check_eps(eps: Any, state_dtype: Any) -> None:
   check_float_dtype("state_dtype", state_dtype)
   if state_dtype is None or isinstance(eps, jax.core.Tracer) or not eps:
     return
-  if not jnp.asarray(eps, state_dtype) > 0:
-    dtype = jnp.dtype(state_dtype)
+  dtype = jnp.dtype(state_dtype)
+  # By NumPy: an optimizer may be made inside of `jax.jit`.
+  if not np.asarray(eps).astype(dtype) > 0:
     raise ValueError(
       f"`eps`={eps!r} is 0 in state_dtype={dtype.name!r}, and a gradient of "
-      f"zeros would make NaN of the weights. Use 'bfloat16', or an `eps` of at "
+      "zeros would make NaN of the weights. Use 'bfloat16', or an `eps` of at "
       f"least {float(jnp.finfo(dtype).smallest_subnormal):.0e}."
     )
 

@@ -11,6 +11,8 @@ from train import files, optimizer
 from train import step as steps
 from train.tuning.config import Config
 
+FILE = "result.json"
+
 
 def components(
   placed: steps.Placed, config: Config, opt_state: Any
@@ -43,9 +45,6 @@ def _blocks(opt_state: Any) -> int:
     for path, x in found
     if "layers/" in (name := optimizer.path_of(path)) and "kernel" in name
   )
-
-
-FILE = "result.json"
 
 
 def table(parts: dict[str, int]) -> str:
