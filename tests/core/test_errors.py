@@ -79,8 +79,8 @@ def test_an_epsilon_that_is_nothing_in_the_dtype_of_the_moments(make):
   ):
     make(1e-3, rank=4, **options)
     # As where a step makes its optimizer itself.
-    inside = lambda x, how=options: x if make(1e-3, rank=4, **how) else x
-    jax.eval_shape(inside, 1.0)
+    init = lambda params, how=options: make(1e-3, rank=4, **how).init(params)
+    jax.eval_shape(init, {"a": jnp.ones((16, 24)), "b": jnp.ones((16, 24))})
 
 
 def test_codes_of_bases_may_be_dtypes():

@@ -618,6 +618,7 @@ def test_a_text_begins_as_the_tokenizer_has_it_begin(described, begins):
     ("peace and people ", "people ", "people"),
     (" peace and", " peace", "peace"),
     ("peace 中 people", "中", "中"),
+    ("(peace), people", "peace", "peace"),  # between what touches it
   ],
 )
 def test_targets_are_whole_tokens_and_no_more(
