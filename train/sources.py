@@ -144,7 +144,7 @@ def _load_files(
       f"{name} holds files of several kinds, as {examples}; name one kind with"
       " a glob"
     )
-  paths = [path for path in paths if _readable(name, path)]
+  paths = [path for path in paths if readable(name, path)]
   if not paths:
     raise UserError(f"{name} is empty; it needs text to train on")
   (kind,) = kinds
@@ -165,7 +165,7 @@ def _load_files(
     return datasets.load_dataset(**options)
 
 
-def _readable(name: str, path: pathlib.Path) -> bool:
+def readable(name: str, path: pathlib.Path) -> bool:
   """Whether a file has content; an empty shard among others has none."""
   if not os.access(path, os.R_OK):
     raise UserError(f"{name}: {path} may not be read by this user")

@@ -247,6 +247,18 @@ def test_a_folder_may_hold_more_than_tables(tmp_path):
     )
 
 
+def test_an_empty_file_is_said_to_be_empty(tmp_path):
+  folder = tuning_files.write_glue(tmp_path / "data", "rte")
+  load = lambda path: examples.load(
+    TASKS["rte"], DataConfig(path=str(path)), tmp_path / "cache"
+  )
+  (folder / "train-1.jsonl").touch()  # a shard, as others are
+  assert len(load(folder).train) == 24
+  (tmp_path / "none.jsonl").touch()
+  with pytest.raises(UserError, match="none.jsonl is empty; it needs examples"):
+    load(tmp_path / "none.jsonl")
+
+
 def test_answers_of_a_chat_must_be_texts(tmp_path):
   rows = [{"question": "2+2?", "answer": 4}] * 2
   path = tuning_files.write_lines(tmp_path / "chat.jsonl", rows)

@@ -147,6 +147,9 @@ def _read(paths: list[pathlib.Path], cache: pathlib.Path, name: str) -> Table:
   if len(kinds) > 1:
     raise UserError(f"{name} mixes {' and '.join(map(str, kinds))} files")
   (kind,) = kinds
+  paths = [path for path in paths if sources.readable(name, path)]
+  if not paths:
+    raise UserError(f"{name} is empty; it needs examples")
   with sources.reading(name), sources.quiet():
     table = datasets.load_dataset(
       str(kind),
