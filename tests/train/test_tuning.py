@@ -255,7 +255,7 @@ def test_an_empty_file_is_said_to_be_empty(tmp_path):
   (folder / "train-1.jsonl").touch()  # a shard, as others are
   assert len(load(folder).train) == 24
   (tmp_path / "none.jsonl").touch()
-  with pytest.raises(UserError, match="none.jsonl is empty; it needs examples"):
+  with pytest.raises(UserError, match="is empty; it needs examples"):
     load(tmp_path / "none.jsonl")
 
 
