@@ -1,22 +1,10 @@
 """GaLore for JAX as a composable Optax gradient transformation."""
 
-from galore_optax.adam8bit import (
-  ScaleByAdam8bitState,
-  adamw_8bit,
-  scale_by_adam_8bit,
-)
-from galore_optax.adapters import Adapter, LowRank
-from galore_optax.alias import (
-  apollo_adamw,
-  apollo_mini_adamw,
-  galore_adafactor,
-  galore_adamw,
-  galore_adamw_8bit,
-  galore_lion,
-  galore_sgd,
-  q_galore_adamw_8bit,
-)
-from galore_optax.chaining import chain
+from galore_optax._chain import chain
+from galore_optax._galore import GaLoreState, galore
+from galore_optax.baselines.adapters import Adapter, LowRank
+from galore_optax.baselines.recipes import lora, low_rank, qlora, relora
+from galore_optax.baselines.restart import jagged_schedule
 from galore_optax.diagnostics import (
   basis_overlap,
   captured_energy,
@@ -26,33 +14,42 @@ from galore_optax.diagnostics import (
   stable_rank,
   state_bytes,
 )
-from galore_optax.galore import GaLoreState, galore
-from galore_optax.gum import gum
-from galore_optax.layered import Layered, stack, unstack
-from galore_optax.layerwise import (
+from galore_optax.linalg import polar_factor
+from galore_optax.optimizers._gum import gum
+from galore_optax.optimizers._ldadam import LDAdamState, ldadam
+from galore_optax.optimizers._sumo import scale_by_orthogonal_momentum, sumo
+from galore_optax.optimizers.adam8bit import (
+  ScaleByAdam8bitState,
+  adamw_8bit,
+  scale_by_adam_8bit,
+)
+from galore_optax.optimizers.gum_sampling import GumState
+from galore_optax.optimizers.recipes import (
+  apollo_adamw,
+  apollo_mini_adamw,
+  galore_adafactor,
+  galore_adamw,
+  galore_adamw_8bit,
+  galore_lion,
+  galore_sgd,
+  q_galore_adamw_8bit,
+)
+from galore_optax.per_layer.model import Layered, stack, unstack
+from galore_optax.per_layer.step import (
   EndState,
   Layerwise,
   LayerwiseState,
   layerwise,
 )
-from galore_optax.ldadam import LDAdamState, ldadam
-from galore_optax.lowrank import lora, low_rank, qlora, relora
-from galore_optax.orthogonal import (
-  polar_factor,
-  scale_by_orthogonal_momentum,
-  sumo,
-)
-from galore_optax.plan import Projection
-from galore_optax.qarray import QArray, dequantize, quantize
-from galore_optax.restart import jagged_schedule
-from galore_optax.sampled import GumState
-from galore_optax.schedule import Adaptive
-from galore_optax.sharding import quantized_shardings, state_shardings
-from galore_optax.weights import (
+from galore_optax.quantization.qarray import QArray, dequantize, quantize
+from galore_optax.quantized_params import (
   apply_updates,
   dequantize_params,
   quantize_params,
 )
+from galore_optax.subspace.adaptive import Adaptive
+from galore_optax.tree.plan import Projection
+from galore_optax.tree.sharding import quantized_shardings, state_shardings
 
 __version__ = "0.1.0"
 

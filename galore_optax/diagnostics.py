@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import paths, plan, projector, qarray
-from galore_optax.galore import GaLoreState
+from galore_optax import linalg
+from galore_optax._galore import GaLoreState
+from galore_optax.quantization import qarray
+from galore_optax.subspace import projection
+from galore_optax.tree import paths, plan
 
 
 def state_bytes(state: Any) -> int:
@@ -62,7 +65,7 @@ def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
     {'mlp': ['left']}
   """
   return {
-    path: projector.read_stacked(kept)
+    path: projection.read_stacked(kept)
     for x in jax.tree.leaves(state, is_leaf=_is_state)
     if _is_state(x)
     for path, kept in x.projector.items()
@@ -119,13 +122,13 @@ def stable_rank(g: jax.Array) -> jax.Array:
   vector = jnp.broadcast_to(start, (*g.shape[:-2], g.shape[-1]))
 
   def iterate(_, vector):
-    image = _matmul("...mn,...n->...m", g, vector)
-    vector = _matmul("...mn,...m->...n", g, image)
+    image = linalg.matmul("...mn,...n->...m", g, vector)
+    vector = linalg.matmul("...mn,...m->...n", g, image)
     norm = jnp.linalg.norm(vector, axis=-1, keepdims=True)
     return vector / jnp.where(norm > 0, norm, 1)
 
   vector = jax.lax.fori_loop(0, _POWER_ITERATIONS, iterate, vector)
-  image = _matmul("...mn,...n->...m", g, vector)
+  image = linalg.matmul("...mn,...n->...m", g, vector)
   return _ratio(_energy(g), jnp.sum(image * image, axis=-1))
 
 
@@ -149,7 +152,7 @@ def captured_energy(g: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
     0.6666667
   """
   g = _normalized(g)
-  low = projector.project(g, projector.read(bases))
+  low = projection.project(g, projection.read(bases))
   # Bases that are kept in a few bits are not quite of length one.
   return jnp.minimum(_ratio(_energy(low), _energy(g)), 1)
 
@@ -177,18 +180,14 @@ def basis_overlap(
   """
   shares = [
     _energy(turn) / turn.shape[-1]
-    for turn in projector.overlap(
-      projector.read(new), projector.read(old)
+    for turn in projection.overlap(
+      projection.read(new), projection.read(old)
     ).values()
   ]
   return jnp.minimum(jnp.min(jnp.stack(shares), axis=0), 1)
 
 
 _POWER_ITERATIONS = 64
-
-
-def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _normalized(g: jax.Array) -> jax.Array:
@@ -376,7 +375,7 @@ def _row(path: str, leaf: Any, bases: Any, owned: int, reason: str) -> Row:
   if not bases:
     return Row(path, shape, "", "", None, owned, adam, reason)
   side = "both" if len(bases) == 2 else next(iter(bases))
-  *stack, size, rank = projector.shape_of(next(iter(bases.values())))
+  *stack, size, rank = projection.shape_of(next(iter(bases.values())))
   other = math.prod(shape) // (math.prod(stack) * size)
   dims = (other, size) if side == "right" else (size, other)
   count = f"{math.prod(stack)} x " if stack else ""

@@ -5,7 +5,10 @@ from typing import Any
 
 import jax
 
-from galore_optax import checks, projector, refresh, schedule
+from galore_optax import checks
+from galore_optax.subspace import adaptive as adaptive_lib
+from galore_optax.subspace import find
+from galore_optax.subspace import refresh as refresh_lib
 
 # What the paper and its code do, where our defaults differ.
 _PAPER = {"projector": "svd", "refresh": "synchronous", "moments": "keep"}
@@ -22,12 +25,12 @@ def refresh_of(
   policy: str,
   moments: str,
   iterations: Any,
-  adaptive: schedule.Adaptive | None,
+  adaptive: adaptive_lib.Adaptive | None,
   share: bool,
   random_from: Any,
   seed: Any,
   faithful: bool,
-) -> refresh.Refresh:
+) -> refresh_lib.Refresh:
   """How bases are refreshed, from the options of :func:`galore_optax.galore`.
 
   Args:
@@ -48,9 +51,9 @@ def refresh_of(
     ValueError: If an option is out of its range, or contradicts another.
     TypeError: If an option is of the wrong type.
   """
-  checks.check_choice("projector", method, projector.METHODS)
-  checks.check_choice("refresh", policy, refresh.POLICIES)
-  checks.check_choice("moments", moments, refresh.MOMENTS)
+  checks.check_choice("projector", method, find.METHODS)
+  checks.check_choice("refresh", policy, refresh_lib.POLICIES)
+  checks.check_choice("moments", moments, refresh_lib.MOMENTS)
   checks.check_positive("iterations", iterations)
   if not isinstance(iterations, jax.core.Tracer) and iterations % 1:
     raise ValueError(f"`iterations` must be a whole number, got {iterations}.")
@@ -60,12 +63,12 @@ def refresh_of(
       {"projector": method, "refresh": policy, "moments": moments}
     )
     method, policy, moments = _PAPER.values()
-  how = refresh.Refresh(
+  how = refresh_lib.Refresh(
     policy=policy,
     method=method,
     moments=moments,
     iterations=iterations,
-    adaptive=adaptive or schedule.Adaptive(),
+    adaptive=adaptive or adaptive_lib.Adaptive(),
     share=share,
     random_from=random_from,
     seed=seed,
@@ -99,11 +102,11 @@ def _check_faithful(chosen: Mapping[str, str]) -> None:
 
 
 def _check_adaptive(
-  adaptive: schedule.Adaptive | None, refresh: str, projector: str
+  adaptive: adaptive_lib.Adaptive | None, refresh: str, projector: str
 ) -> None:
   if adaptive is None:
     return
-  if not isinstance(adaptive, schedule.Adaptive):
+  if not isinstance(adaptive, adaptive_lib.Adaptive):
     raise TypeError(
       f"`adaptive` must be a galore_optax.Adaptive, got {adaptive!r}."
     )
@@ -120,7 +123,7 @@ def _check_adaptive(
     )
 
 
-def _check_late(how: refresh.Refresh, faithful: bool) -> None:
+def _check_late(how: refresh_lib.Refresh, faithful: bool) -> None:
   if how.random_from is None:
     return
   checks.check_number("random_from", how.random_from)

@@ -3,8 +3,7 @@
 import argparse
 import pathlib
 
-from train import config as configs
-from train import notes, presets
+from train import config, notes, presets
 
 
 def folder(text: str) -> pathlib.Path:
@@ -56,7 +55,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     "--optimizer",
     default="galore",
     metavar="NAME",
-    help=", ".join(configs.OPTIMIZERS) + "; default: galore",
+    help=", ".join(config.OPTIMIZERS) + "; default: galore",
   )
   add(
     "--from",

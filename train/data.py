@@ -19,8 +19,8 @@ import numpy as np
 import tokenizers
 
 from train import files, holdout, sources, stream
-from train import rows as cut
-from train import tokenizer as vocabularies
+from train import rows as rows_lib
+from train import tokenizer as tokenizer_lib
 from train.config import DataConfig
 from train.errors import UserError
 from train.loader import Loader, State
@@ -37,7 +37,7 @@ class Corpus:
 
   config: DataConfig
   encoder: Encoder
-  feed: cut.Rows | stream.Stream
+  feed: rows_lib.Rows | stream.Stream
   held_out: np.ndarray  # (rows, length + 1) int32: what an evaluation reads
   held_out_bytes: (
     int  # UTF-8 bytes that the predicted held-out tokens stand for
@@ -54,7 +54,7 @@ class Corpus:
     """Tokens in the training rows; None for a stream, which is not counted."""
     if isinstance(self.feed, stream.Stream):
       return None
-    return int((self.feed.rows != cut.PAD).sum())
+    return int((self.feed.rows != rows_lib.PAD).sum())
 
   @functools.cached_property
   def digest(self) -> str:
@@ -64,7 +64,7 @@ class Corpus:
     """
     found = hashlib.blake2b(self.tokenizer.to_str().encode(), digest_size=16)
     found.update(np.ascontiguousarray(self.held_out).data)
-    if isinstance(self.feed, cut.Rows):
+    if isinstance(self.feed, rows_lib.Rows):
       found.update(np.ascontiguousarray(self.feed.rows).data)
     return found.hexdigest()
 
@@ -72,7 +72,7 @@ class Corpus:
     """What is trained on and evaluated, in half a line."""
     known = self.train_tokens
     size = "streamed" if known is None else f"{known:,} training tokens"
-    held_out = int((self.held_out != cut.PAD).sum())
+    held_out = int((self.held_out != rows_lib.PAD).sum())
     return (
       f"{size}, {held_out:,} evaluated; a step reads {self.config.batch} x"
       f" {self.config.length}, {self.config.rows}"
@@ -143,10 +143,10 @@ def _prepare_whole(
     train, held_out = holdout.split(train, config.holdout_every)
   texts: list[str] = list(cast(Any, held_out)["text"])
   train = holdout.without(train, texts, source.name)
-  encoder = vocabularies.find(config, vocab_size, train["text"], cache)
+  encoder = tokenizer_lib.find(config, vocab_size, train["text"], cache)
   evaluated, widths, _ = _held_out_rows(texts, encoder, config)
-  chosen = cut.spread(len(evaluated), config.eval_rows)
-  feed = cut.Rows(_training_rows(train, encoder, config), config.batch)
+  chosen = rows_lib.spread(len(evaluated), config.eval_rows)
+  feed = rows_lib.Rows(_training_rows(train, encoder, config), config.batch)
   _check_size(source.name, config, feed.rows, evaluated)
   return Corpus(
     config,
@@ -174,7 +174,7 @@ def _prepare_stream(
   shards = _shards(source, source.train)
   train = itertools.filterfalse(is_held_out, shards.documents())
   sample = _first(train, TEXT_SAMPLE)
-  encoder = vocabularies.find(config, vocab_size, sample, cache)
+  encoder = tokenizer_lib.find(config, vocab_size, sample, cache)
   if source.held_out is None:
     held_out = filter(is_held_out, shards.documents())
   else:
@@ -249,11 +249,11 @@ def _held_out_rows(
     return empty, empty, taken
   ids, widths = zip(*documents, strict=True)
   if config.rows == "padded":
-    rows = cut.pad(ids, config.length)
-    sizes = cut.pad(widths, config.length, filler=0)
+    rows = rows_lib.pad(ids, config.length)
+    sizes = rows_lib.pad(widths, config.length, filler=0)
   else:
-    rows = cut.pack(np.concatenate(ids), config.length)
-    sizes = cut.pack(np.concatenate(widths), config.length)
+    rows = rows_lib.pack(np.concatenate(ids), config.length)
+    sizes = rows_lib.pack(np.concatenate(widths), config.length)
   return rows[:limit], sizes[:limit], taken
 
 
@@ -272,13 +272,13 @@ def _training_rows(
   columns: Any = tokens.with_format("numpy", dtype=np.int32).iter(1000)
   ids = [ids for batch in columns for ids in batch["ids"]]
   if config.rows == "padded":
-    return cut.pad(ids, config.length)
-  return cut.pack(np.concatenate(ids), config.length)
+    return rows_lib.pad(ids, config.length)
+  return rows_lib.pack(np.concatenate(ids), config.length)
 
 
 def _count(ids: np.ndarray, vocab_size: int) -> np.ndarray:
   """How often each id of the vocabulary occurs."""
-  return np.bincount(ids[ids != cut.PAD], minlength=vocab_size)
+  return np.bincount(ids[ids != rows_lib.PAD], minlength=vocab_size)
 
 
 def _check_size(
@@ -314,7 +314,7 @@ def evaluation_batches(
   size = batch // parts
   for start in range(part * size, len(rows) + part * size, batch):
     found = rows[start : start + size]
-    full = np.full((size, rows.shape[1]), cut.PAD, np.int32)
+    full = np.full((size, rows.shape[1]), rows_lib.PAD, np.int32)
     full[: len(found)] = found
     yield full
 
@@ -328,5 +328,5 @@ def unigram_perplexity(counts: np.ndarray, targets: np.ndarray) -> float:
     targets: held-out ids to predict, any shape; padding is left out.
   """
   counts = counts + 1.0
-  nll = np.log(counts.sum()) - np.log(counts)[targets[targets != cut.PAD]]
+  nll = np.log(counts.sum()) - np.log(counts)[targets[targets != rows_lib.PAD]]
   return float(np.exp(nll.mean()))

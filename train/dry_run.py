@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 import galore_optax
-from train import adapters, flops, jaxprs, layered, optimizer
-from train import config as configs
-from train import mesh as meshes
-from train import step as steps
+from train import adapters, flops, jaxprs, layered, optimizer, step
+from train import config as config_lib
+from train import mesh as mesh_lib
 from train.errors import UserError
 
 # Group of a parameter, by the first part of its path that is a key here.
@@ -33,7 +32,7 @@ GROUPS = {
 }
 
 
-def main(config: configs.Config, as_json: bool) -> int:
+def main(config: config_lib.Config, as_json: bool) -> int:
   """Prints what the run would take; returns the exit status."""
   # Devices are not touched: another run may be at work on them.
   jax.config.update("jax_platforms", "cpu")
@@ -42,7 +41,7 @@ def main(config: configs.Config, as_json: bool) -> int:
   return 0
 
 
-def estimate(config: configs.Config) -> dict[str, Any]:
+def estimate(config: config_lib.Config) -> dict[str, Any]:
   """Counts parameters, bytes and FLOPs of a run.
 
   Args:
@@ -59,7 +58,7 @@ def estimate(config: configs.Config) -> dict[str, Any]:
   mesh: Any = abstract_mesh(config.mesh)  # shardings take it as a mesh
   tx, method = layered.make(config, mesh)
   parts = adapters.make(config.optimizer)
-  placed = steps.place(config.model, method, mesh, parts)
+  placed = step.place(config.model, method, mesh, parts)
   like = adapters.initial(config.optimizer, tx)
   plan = galore_optax.describe(like, placed.weights)
   return {
@@ -75,11 +74,11 @@ def estimate(config: configs.Config) -> dict[str, Any]:
   }
 
 
-def abstract_mesh(config: configs.MeshConfig) -> jax.sharding.AbstractMesh:
+def abstract_mesh(config: config_lib.MeshConfig) -> jax.sharding.AbstractMesh:
   """The mesh of a run without its devices."""
   sizes = (config.data or 1, config.fsdp, config.tensor)
   auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-  return jax.sharding.AbstractMesh(sizes, meshes.AXES, axis_types=auto)
+  return jax.sharding.AbstractMesh(sizes, mesh_lib.AXES, axis_types=auto)
 
 
 def parameters(params: Any) -> dict[str, int]:
@@ -92,13 +91,13 @@ def parameters(params: Any) -> dict[str, int]:
 
 
 def plan_rows(
-  plan: galore_optax.diagnostics.Description, config: configs.OptimizerConfig
+  plan: galore_optax.diagnostics.Description, config: config_lib.OptimizerConfig
 ) -> list[dict[str, Any]]:
   """The rows of `galore_optax.describe` as JSON takes them."""
   return [_plan_row(row, config) for row in plan.rows]
 
 
-def _plan_row(row: Any, config: configs.OptimizerConfig) -> dict[str, Any]:
+def _plan_row(row: Any, config: config_lib.OptimizerConfig) -> dict[str, Any]:
   side, rank = row.side or "full rank", row.rank
   block = row.path.startswith("layers/") and row.path.endswith("/kernel")
   if config.name == "contrib_galore" and block:  # which `describe` cannot know
@@ -116,7 +115,9 @@ def _plan_row(row: Any, config: configs.OptimizerConfig) -> dict[str, Any]:
 
 
 def memory(
-  config: configs.Config, placed: steps.Placed, mesh: jax.sharding.AbstractMesh
+  config: config_lib.Config,
+  placed: step.Placed,
+  mesh: jax.sharding.AbstractMesh,
 ) -> dict[str, dict[str, int]]:
   """Bytes of what lives on the devices: `whole`, and on one `device`.
 
@@ -143,7 +144,7 @@ def memory(
   return {"whole": whole, "device": device}
 
 
-def weights(placed: steps.Placed) -> dict[str, tuple[Any, Any]]:
+def weights(placed: step.Placed) -> dict[str, tuple[Any, Any]]:
   """The weights by group, as shapes, with their shardings.
 
   With factors that is what is kept, and the weights that a step makes of it.
@@ -158,7 +159,9 @@ def weights(placed: steps.Placed) -> dict[str, tuple[Any, Any]]:
   }
 
 
-def gradients(config: configs.Config, placed: steps.Placed) -> tuple[Any, Any]:
+def gradients(
+  config: config_lib.Config, placed: step.Placed
+) -> tuple[Any, Any]:
   """The gradients that are alive at once, as shapes, and their shardings.
 
   Layer by layer that is one layer's, and the embedding's or the head's.
@@ -190,7 +193,7 @@ def shard_bytes(tree: Any, shardings: Any) -> int:
   )
 
 
-def activation_bytes(config: configs.Config, shards: int) -> int:
+def activation_bytes(config: config_lib.Config, shards: int) -> int:
   """Bytes that one microbatch's loss and gradient keep at most."""
   parts = shards * config.parts
   rows, rest = divmod(config.data.batch, parts)
@@ -205,7 +208,7 @@ def activation_bytes(config: configs.Config, shards: int) -> int:
 
 
 def work(
-  config: configs.Config, tx: Any, placed: steps.Placed, rows: tuple
+  config: config_lib.Config, tx: Any, placed: step.Placed, rows: tuple
 ) -> dict[str, float]:
   """FLOPs of matrix products: a token's, a step's, and the run's."""
   length = config.data.length

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 
 from train import data, metrics
-from train import step as steps
+from train import step as step_lib
 
 if TYPE_CHECKING:
   from train.job import Job
 
 
 def evaluate(
-  job: Job, state: steps.TrainState, say: Callable[[str], None]
+  job: Job, state: step_lib.TrainState, say: Callable[[str], None]
 ) -> float:
   """Says and logs how well held-out text is predicted.
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import arguments as arguments_
+from train import arguments as arguments_lib
 from train import (
   checkpoint,
   data,
@@ -34,12 +34,12 @@ from train import (
   sinks,
   stopping,
 )
-from train import mesh as meshes
+from train import mesh as mesh_lib
 from train.config import HUB
 from train.errors import Diverged, UserError
 from train.rows import spread
 from train.tuning import encoders, evaluation, examples, llamas, recipes, report
-from train.tuning import job as jobs
+from train.tuning import job as job_lib
 from train.tuning.config import Config
 from train.tuning.feed import Feed
 from train.tuning.tasks import TASKS, Task
@@ -85,7 +85,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     help="changes one field of the recipe; may be repeated",
   )
   parser.add_argument(
-    "--out", type=arguments_.folder, help="default: runs/TASK-OPTIMIZER"
+    "--out", type=arguments_lib.folder, help="default: runs/TASK-OPTIMIZER"
   )
   parser.add_argument(
     "--overwrite", action="store_true", help="delete an earlier run in --out"
@@ -131,7 +131,7 @@ def make_learner(
 
 def make_material(
   learner: Any, found: examples.Examples, config: Config
-) -> jobs.Material:
+) -> job_lib.Material:
   """The examples as the model reads them, and the order of the batches."""
   train = learner.prepare(found.train)
   count, batch = len(train.lengths), config.data.batch
@@ -151,7 +151,7 @@ def make_material(
     learner.prepare(split.part(spread(len(split), most)))
     for split in found.evaluated
   ]
-  return jobs.Material(found.task, train, evaluated, feed)
+  return job_lib.Material(found.task, train, evaluated, feed)
 
 
 def timed(config: Config, feed: Feed, settings: list[str]) -> Config:
@@ -175,10 +175,10 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   learner, config = make_learner(found, config)
   material = make_material(learner, found, config)
   config = timed(config, material.feed, flags.settings)
-  mesh = meshes.make_mesh(
+  mesh = mesh_lib.make_mesh(
     config.mesh, config.data.batch, accumulate=config.train.accumulate
   )
-  tx, placed = jobs.lay_out(learner, config, mesh)
+  tx, placed = job_lib.lay_out(learner, config, mesh)
   if flags.dry_run:
     introduce(learner, material, placed, config)
     parts = report.components(placed, config, placed.state.opt_state)
@@ -190,7 +190,9 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   digest = examples.digest(found)
   hosts.first_alone(lambda: folder.claim_examples(out, digest))
   with jax.set_mesh(mesh), stopping.stop_requests() as stopped:
-    job, state = jobs.prepare(config, out, learner, material, mesh, tx, placed)
+    job, state = job_lib.prepare(
+      config, out, learner, material, mesh, tx, placed
+    )
     introduce(learner, material, placed, config)
     print(f"folder     {out}")
     try:
@@ -211,7 +213,7 @@ def _check_source(source: str, out: pathlib.Path) -> None:
     )
 
 
-def train(job: jobs.Job, state: Any, stopped: Callable[[], bool]) -> int:
+def train(job: job_lib.Job, state: Any, stopped: Callable[[], bool]) -> int:
   """From the state to the end of the run; returns the exit status."""
   start = int(state.step)
   try:
@@ -226,7 +228,7 @@ def train(job: jobs.Job, state: Any, stopped: Callable[[], bool]) -> int:
 
 
 def introduce(
-  learner: Any, material: jobs.Material, placed: Any, config: Config
+  learner: Any, material: job_lib.Material, placed: Any, config: Config
 ) -> None:
   """Says what is going to be trained, on what."""
   count = sum(x.size for x in jax.tree.leaves(placed.weights))
@@ -261,7 +263,7 @@ def _describe(task: Task) -> str:
   return f"{task.name}{labels}; scored by {', '.join(task.metrics)}"
 
 
-def conclude(job: jobs.Job, outcome: loop.Outcome) -> None:
+def conclude(job: job_lib.Job, outcome: loop.Outcome) -> None:
   """The end of a run: memory, scores, the model, a picture."""
   config, state = job.config, outcome.state
   assert isinstance(config, Config)

@@ -18,8 +18,7 @@ import optax
 from flax import nnx
 from jax.extend import core
 
-from train import jaxprs, llama
-from train import step as steps
+from train import jaxprs, llama, step
 from train.adapters import Adapters
 from train.config import ModelConfig, OptimizerConfig
 
@@ -71,7 +70,7 @@ def trace_loss(
   params = nnx.to_pure_dict(boxes)
 
   def loss(params: Any, rows: jax.Array) -> jax.Array:
-    return steps.token_losses(graphdef, params, rows).mean()
+    return step.token_losses(graphdef, params, rows).mean()
 
   batch = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
   run = jax.grad(loss) if gradient else loss

@@ -9,7 +9,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from train import config as configs
+from train import config as config_lib
 from train import files
 from train.data import Corpus
 from train.errors import UserError
@@ -20,7 +20,7 @@ FOLDER = "checkpoints"
 
 
 def check_run(
-  out: pathlib.Path, config: configs.Config, overwrite: bool
+  out: pathlib.Path, config: config_lib.Config, overwrite: bool
 ) -> None:
   """Refuses a folder that holds something else, before anything is written.
 
@@ -46,13 +46,13 @@ def check_run(
 
 
 def claim_run(
-  out: pathlib.Path, config: configs.Config, overwrite: bool
+  out: pathlib.Path, config: config_lib.Config, overwrite: bool
 ) -> None:
   """Writes the config into the run's folder, which `check_run` let pass."""
   files.make_folder(out, "--out")
   if overwrite:
     _delete_run(out)
-  text = json.dumps(configs.flatten(config), indent=2)
+  text = json.dumps(config_lib.flatten(config), indent=2)
   files.write_text(out / CONFIG, text + "\n")
 
 
@@ -141,12 +141,12 @@ def _shown(fields: dict[str, Any], name: str) -> Any:
 
 
 def _compare(
-  out: pathlib.Path, saved: dict[str, Any], config: configs.Config
+  out: pathlib.Path, saved: dict[str, Any], config: config_lib.Config
 ) -> None:
   # A run from before a field existed had what is now its default.
-  defaults = configs.flatten(type(config)(preset=""))
-  old = configs.fixed_fields(defaults | saved)
-  new = configs.fixed_fields(configs.flatten(config))
+  defaults = config_lib.flatten(type(config)(preset=""))
+  old = config_lib.fixed_fields(defaults | saved)
+  new = config_lib.fixed_fields(config_lib.flatten(config))
   names = [n for n in {**old, **new} if old.get(n) != new.get(n)]
   if names:
     changes = "; ".join(

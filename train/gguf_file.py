@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from train import weights as names
+from train import weights
 from train.errors import UserError
 from train.weights import Weights
 
@@ -44,10 +44,10 @@ def load(path: pathlib.Path) -> Weights:
   fields = {key: field.contents() for key, field in reader.fields.items()}
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   config = _config(fields, "output.weight" not in tensors, str(path))
-  model = names.model_from_hf(config, str(path))
+  model = weights.model_from_hf(config, str(path))
   places = {
     _theirs(gguf, name, model.n_layers): name
-    for name in names.their_shapes(model)
+    for name in weights.their_shapes(model)
   }
 
   def read(name: str) -> np.ndarray:

@@ -24,9 +24,9 @@ from orbax.checkpoint import v1 as ocp
 
 import galore_optax
 from train import adapters, files, folder, llama, tokenizer
-from train import config as configs
-from train import step as steps
-from train import weights as names
+from train import config as config_lib
+from train import step as step_lib
+from train import weights as weights_lib
 from train.errors import UserError
 from train.weights import Weights
 
@@ -53,7 +53,7 @@ def load(path: pathlib.Path, step: int = 0) -> Weights:
     UserError: it is none of them, or another architecture.
   """
   if path.suffix == ".gguf":
-    from train import gguf_file  # its package is an extra of its own
+    from train import gguf_file
 
     return gguf_file.load(path)
   if not path.is_dir():
@@ -89,7 +89,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _load_folder(path: pathlib.Path, config: dict[str, Any]) -> Weights:
   """Hugging Face's layout: one safetensors file, or shards and their index."""
-  model = names.model_from_hf(config, str(path / CONFIG))
+  model = weights_lib.model_from_hf(config, str(path / CONFIG))
   shapes, read = open_tensors(path)
   return Weights(
     source=str(path),
@@ -162,7 +162,7 @@ def _load_run(path: pathlib.Path, config: dict[str, Any], step: int) -> Weights:
     if name.startswith("model.")
   }
   try:
-    model = configs.ModelConfig(**fields)
+    model = config_lib.ModelConfig(**fields)
   except TypeError as error:
     raise UserError(
       f"{path / CONFIG} is of another version ({error})"
@@ -171,7 +171,7 @@ def _load_run(path: pathlib.Path, config: dict[str, Any], step: int) -> Weights:
   place = path / folder.FOLDER
   place /= str(step or _newest(place))
   text = _text(path / TOKENIZER)
-  return names.from_params(
+  return weights_lib.from_params(
     str(path),
     model,
     functools.cache(lambda: _restore(place, model, parts)),
@@ -190,7 +190,7 @@ def _adapters(
     if name.startswith("optimizer.")
   }
   try:
-    return adapters.make(configs.OptimizerConfig(**fields))
+    return adapters.make(config_lib.OptimizerConfig(**fields))
   except TypeError as error:
     raise UserError(
       f"{path / CONFIG} is of another version ({error})"
@@ -238,13 +238,13 @@ def describe_tokenizer(end: str, length: int) -> dict[str, Any]:
 
 def _restore(
   place: pathlib.Path,
-  model: configs.ModelConfig,
+  model: config_lib.ModelConfig,
   parts: adapters.Adapters | None,
 ) -> dict:
   """Parameters alone, not the optimizer's state, as arrays on the host."""
   # In the host's memory: an accelerator may not hold them beside its work.
   host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  store = parts.init if parts else functools.partial(steps.store, model)
+  store = parts.init if parts else functools.partial(step_lib.store, model)
   kept = jax.eval_shape(store, nnx.to_pure_dict(llama.abstract(model)[1]))
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), kept
@@ -275,7 +275,7 @@ def _newest(place: pathlib.Path) -> int:
   return max(found)
 
 
-def adopt(config: configs.Config, path: pathlib.Path) -> configs.Config:
+def adopt(config: config_lib.Config, path: pathlib.Path) -> config_lib.Config:
   """The config of a run that goes on from given weights.
 
   Shape and tokenizer are theirs; how the model is computed and trained stays
@@ -292,7 +292,7 @@ def adopt(config: configs.Config, path: pathlib.Path) -> configs.Config:
     )
   path = path.resolve()  # the run may be continued from another folder
   found = load(path)
-  names.check(found)
+  weights_lib.check(found)
   if not found.tokenizer:
     raise UserError(f"--from {path} has no {TOKENIZER}; put it there")
   kept = {name: getattr(config.model, name) for name in OURS}
@@ -310,7 +310,7 @@ def adopt(config: configs.Config, path: pathlib.Path) -> configs.Config:
   )
 
 
-def initial_params(config: configs.Config) -> dict | None:
+def initial_params(config: config_lib.Config) -> dict | None:
   """The weights that a run starts from, on the host; None: fresh ones.
 
   Raises:
@@ -319,7 +319,7 @@ def initial_params(config: configs.Config) -> dict | None:
   if not config.train.init:
     return None
   found = load(pathlib.Path(config.train.init))
-  return names.to_params(dataclasses.replace(found, model=config.model))
+  return weights_lib.to_params(dataclasses.replace(found, model=config.model))
 
 
 def save(weights: Weights, out: pathlib.Path, dtype: str = "") -> None:
@@ -334,12 +334,14 @@ def save(weights: Weights, out: pathlib.Path, dtype: str = "") -> None:
     UserError: the folder is not empty or cannot be written, or the weights
       do not fit their config.
   """
-  names.check(weights)
+  weights_lib.check(weights)
   with files.new_folder(out, "--out"):
     tensors = {}
-    for name in names.their_shapes(weights.model):
+    for name in weights_lib.their_shapes(weights.model):
       tensor = weights.read(name)
-      tensors[name] = tensor.astype(names.DTYPES[dtype]) if dtype else tensor
+      tensors[name] = (
+        tensor.astype(weights_lib.DTYPES[dtype]) if dtype else tensor
+      )
     stored = {str(x.dtype) for x in tensors.values()}
     # "pt" is what transformers wants to be told, whoever wrote the file.
     safetensors.numpy.save_file(tensors, out / ONE, {"format": "pt"})
@@ -356,7 +358,7 @@ def _texts(weights: Weights, dtype: str) -> dict[str, str]:
     for name, value in extra.get(CONFIG, {}).items()
     if name.endswith("_token_id") or name == "max_position_embeddings"
   }
-  parts[CONFIG] = names.model_to_hf(weights.model, dtype, kept)
+  parts[CONFIG] = weights_lib.model_to_hf(weights.model, dtype, kept)
   texts = {
     name: json.dumps(part, indent=2) + "\n" for name, part in parts.items()
   }

@@ -14,7 +14,6 @@ from train import (
   adapters,
   checkpoint,
   data,
-  evaluate,
   flops,
   hf,
   hosts,
@@ -25,21 +24,22 @@ from train import (
   sinks,
   subspace,
 )
-from train import config as configs
-from train import mesh as meshes
-from train import step as steps
+from train import config as config_lib
+from train import evaluate as evaluate_lib
+from train import mesh as mesh_lib
+from train import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
   """What the loop works with, built once by `prepare`."""
 
-  config: configs.Config
+  config: config_lib.Config
   out: pathlib.Path
   corpus: data.Corpus
   mesh: jax.sharding.Mesh
   part: tuple[int, int]  # of each batch: which this process feeds, of how many
-  placed: steps.Placed
+  placed: step_lib.Placed
   tx: optax.GradientTransformationExtraArgs
   rates: np.ndarray  # (steps,) learning rate of each update
   train_step: Any  # jitted
@@ -52,7 +52,7 @@ class Job:
 
   def put(self, rows: Any) -> Any:
     """Moves this process's rows of a batch to its devices."""
-    return meshes.put_batch(rows, meshes.batch_sharding(self.mesh))
+    return mesh_lib.put_batch(rows, mesh_lib.batch_sharding(self.mesh))
 
   def batch_shape(self) -> Any:
     """The shape of every batch; None where they have several."""
@@ -60,7 +60,7 @@ class Job:
     return jax.ShapeDtypeStruct(
       (config.batch, config.length + 1),
       "int32",
-      sharding=meshes.batch_sharding(self.mesh),
+      sharding=mesh_lib.batch_sharding(self.mesh),
     )
 
   def forward_flops(self) -> float:
@@ -68,10 +68,10 @@ class Job:
     return flops.forward_per_token(self.config.model, self.config.data.length)
 
   def evaluate(
-    self, state: steps.TrainState, say: Callable[[str], None]
+    self, state: step_lib.TrainState, say: Callable[[str], None]
   ) -> float:
     """Says and logs how good the model is; the lower the number the better."""
-    return evaluate.evaluate(self, state, say)
+    return evaluate_lib.evaluate(self, state, say)
 
   def close(self) -> None:
     """Ends the background work: the data's, then the checkpoints'."""
@@ -94,24 +94,24 @@ class Silent(metrics.Log):
 
 
 def prepare(
-  config: configs.Config,
+  config: config_lib.Config,
   out: pathlib.Path,
   corpus: data.Corpus,
   mesh: jax.sharding.Mesh,
-) -> tuple[Job, steps.TrainState]:
+) -> tuple[Job, step_lib.TrainState]:
   """Lays the model out, makes or restores its state, opens its files."""
   tx, method = layered.make(config, mesh)
   reparametrised = adapters.make(config.optimizer)
-  placed = steps.place(config.model, method, mesh, reparametrised)
+  placed = step_lib.place(config.model, method, mesh, reparametrised)
   restored = checkpoint.restore(out, placed)
   if restored is None:
     given, seed = hf.initial_params(config), config.train.seed
-    state = steps.init_state(config.model, method, placed, seed, given)
+    state = step_lib.init_state(config.model, method, placed, seed, given)
     progress = checkpoint.Progress(0.0, None)
   else:
     state, progress = restored
     print(f"continuing from the checkpoint of step {int(state.step)}")
-  part = meshes.part_of_batch(mesh)
+  part = mesh_lib.part_of_batch(mesh)
   done = int(state.step)
   job = Job(
     config=config,
@@ -122,10 +122,10 @@ def prepare(
     placed=placed,
     tx=tx,
     rates=rates_of(config),
-    train_step=steps.make_train_step(
+    train_step=step_lib.make_train_step(
       method, placed, config.train, config.optimizer.accumulate
     ),
-    eval_step=steps.make_eval_step(placed, config.parts),
+    eval_step=step_lib.make_eval_step(placed, config.parts),
     feed=make_feed(corpus, config, part, progress.data),
     checkpoints=checkpoint.Checkpoints(
       out, config.run.keep, config.run.keep_best
@@ -140,16 +140,16 @@ def prepare(
 
 
 def open_log(
-  config: configs.Config, out: pathlib.Path, done: int
+  config: config_lib.Config, out: pathlib.Path, done: int
 ) -> metrics.Log:
   """The log, from step `done` on, and where else its numbers go."""
   others = sinks.open_sinks(
-    config.run.sinks, out, configs.flatten(config), done
+    config.run.sinks, out, config_lib.flatten(config), done
   )
   return metrics.Log(out, done, others)
 
 
-def rates_of(config: configs.Config) -> np.ndarray:
+def rates_of(config: config_lib.Config) -> np.ndarray:
   """The learning rate of each update, as the schedule will give it."""
   count = config.train.steps
   schedule = optimizer.make_schedule(config.optimizer, count)
@@ -159,7 +159,7 @@ def rates_of(config: configs.Config) -> np.ndarray:
 
 def make_feed(
   corpus: data.Corpus,
-  config: configs.Config,
+  config: config_lib.Config,
   part: tuple[int, int],
   position: dict[str, int] | None,
 ) -> loader.Loader:

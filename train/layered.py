@@ -11,7 +11,7 @@ from flax import nnx
 
 import galore_optax
 from train import llama, optimizer
-from train import mesh as meshes
+from train import mesh as mesh_lib
 from train.config import Config, ModelConfig, TrainConfig
 
 # Elements of a chunk in which a leaf outside of the layers is updated, about:
@@ -77,7 +77,7 @@ def make(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
   """The optimizer of a run, and the method that trains with it on a mesh."""
   where = None
   if mesh.size > 1 and not config.train.layerwise:
-    where = meshes.param_shardings(llama.abstract(config.model)[1], mesh)
+    where = mesh_lib.param_shardings(llama.abstract(config.model)[1], mesh)
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps, where)
   return tx, fuse(config, tx) if config.train.layerwise else tx
 
@@ -195,7 +195,7 @@ def _all_sums(
 
 def _loss_chunks(batch: int, length: int) -> int:
   """In how many chunks the positions of the rows go."""
-  own = LOSS_CHUNK * meshes.batch_shards(jax.sharding.get_abstract_mesh())
+  own = LOSS_CHUNK * mesh_lib.batch_shards(jax.sharding.get_abstract_mesh())
   count = min(-(-batch * length // own), length)
   while length % count:
     count += 1

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from train import checkpoint, flops, metrics
-from train import config as configs
-from train import step as steps
+from train import config as config_lib
+from train import step as step_lib
 from train.errors import Diverged
 from train.job import Job
 
@@ -19,7 +19,7 @@ from train.job import Job
 class Outcome(NamedTuple):
   """How the loop ended."""
 
-  state: steps.TrainState
+  state: step_lib.TrainState
   stopped: bool  # by a signal, before the last step
 
 
@@ -41,8 +41,8 @@ class Watch:
     self.resume()
 
   def step(
-    self, compiled: Callable, step: int, state: steps.TrainState
-  ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
+    self, compiled: Callable, step: int, state: step_lib.TrainState
+  ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
     """Runs a step; now and then with a look at the subspaces."""
     rows, watcher = self._job.put(next(self._job.feed)), self._job.watcher
     begin, known = time.perf_counter(), self._programs(compiled)
@@ -58,7 +58,7 @@ class Watch:
 
   def _programs(self, compiled: Callable) -> int:
     """Programs that calls have compiled so far, none if that was done ahead."""
-    return steps.count_programs(compiled) + self._job.watcher.programs()
+    return step_lib.count_programs(compiled) + self._job.watcher.programs()
 
   def _leave_out(self, seconds: float, step: int) -> None:
     """Takes the time of a compilation for no time of training."""
@@ -133,7 +133,7 @@ class Watch:
 
 
 def train(
-  job: Job, state: steps.TrainState, stopped: Callable[[], bool]
+  job: Job, state: step_lib.TrainState, stopped: Callable[[], bool]
 ) -> Outcome:
   """The training loop, from the state's step to the last or to a stop.
 
@@ -165,7 +165,7 @@ def train(
 
 def advance(
   job: Job,
-  state: steps.TrainState,
+  state: step_lib.TrainState,
   compiled: Callable,
   watch: Watch,
   numbers: range,
@@ -200,7 +200,7 @@ def advance(
 
 
 def settle(
-  job: Job, state: steps.TrainState, watch: Watch, due: set[str]
+  job: Job, state: step_lib.TrainState, watch: Watch, due: set[str]
 ) -> None:
   """Evaluates and saves, whatever of it is due."""
   loss = None
@@ -208,7 +208,7 @@ def settle(
     loss = job.evaluate(state, watch.say)
     if job.config.run.keep_best and loss < job.checkpoints.best():
       due.add("save")
-  if "save" in due and not steps.all_finite(state.params):
+  if "save" in due and not step_lib.all_finite(state.params):
     job.checkpoints.failure = "its weights are not finite"
     watch.say(f"not saved: {job.checkpoints.failure}")
   elif "save" in due:
@@ -217,7 +217,7 @@ def settle(
   watch.resume()
 
 
-def actions(config: configs.Config, step: int, stopping: bool) -> set[str]:
+def actions(config: config_lib.Config, step: int, stopping: bool) -> set[str]:
   """What is due after `step` steps: `evaluate` and `save`."""
   last = step == config.train.steps
   due = set()
@@ -240,7 +240,7 @@ def _divergence(job: Job, step: int) -> str:
   )
 
 
-def compile_step(job: Job, state: steps.TrainState) -> Callable:
+def compile_step(job: Job, state: step_lib.TrainState) -> Callable:
   """Compiles the training step for exactly these shapes and shardings."""
   begin = time.perf_counter()
   rows = job.batch_shape()

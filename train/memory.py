@@ -19,15 +19,13 @@ import sys
 import time
 from typing import Any
 
-from train import targets  # before jax: see there  # isort: skip
-
 import jax
 
 import galore_optax
-from train import adapters, dry_run, hlo, layered, presets
-from train import config as configs
-from train import mesh as meshes
-from train import step as steps
+from train import adapters, dry_run, hlo, layered, presets, targets
+from train import config as config_lib
+from train import mesh as mesh_lib
+from train import step as step_lib
 from train.errors import UserError
 
 GIB = targets.GIB
@@ -73,7 +71,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     "--method",
     default="q_galore",
     metavar="NAME[,NAME]",
-    help="optimizers, compared: " + ", ".join(configs.OPTIMIZERS),
+    help="optimizers, compared: " + ", ".join(config_lib.OPTIMIZERS),
   )
   add("--layerwise", action="store_true", help="update layer by layer")
   add("--seq", type=int, metavar="N", help="tokens a row; default: the preset")
@@ -99,13 +97,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   return parser.parse_args(words)
 
 
-def configure(flags: argparse.Namespace, method: str) -> configs.Config:
+def configure(flags: argparse.Namespace, method: str) -> config_lib.Config:
   """The run that the flags describe."""
   config = presets.make(flags.preset, method)
   settings = [f"data.batch={flags.batch}"]
   settings += [f"data.length={flags.seq}"] if flags.seq else []
   settings += ["train.layerwise=true"] if flags.layerwise else []
-  return configs.override(config, settings + flags.settings)
+  return config_lib.override(config, settings + flags.settings)
 
 
 def parse_size(text: str) -> int | None:
@@ -120,7 +118,7 @@ def parse_size(text: str) -> int | None:
 
 
 def measure(
-  config: configs.Config, target: targets.Target, limit: int | None = None
+  config: config_lib.Config, target: targets.Target, limit: int | None = None
 ) -> dict[str, Any]:
   """Compiles a run's training step for a target.
 
@@ -150,7 +148,7 @@ def measure(
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     parts = adapters.make(config.optimizer)
-    placed = steps.place(config.model, method, mesh, parts)
+    placed = step_lib.place(config.model, method, mesh, parts)
     exact = argument_parts(config, placed)
     try:
       sizes = _compile(config, method, placed, target)
@@ -166,7 +164,9 @@ def measure(
   return found
 
 
-def _mesh(config: configs.Config, target: targets.Target) -> jax.sharding.Mesh:
+def _mesh(
+  config: config_lib.Config, target: targets.Target
+) -> jax.sharding.Mesh:
   """The mesh of the config over the target's devices.
 
   Devices that no axis asks for split the weights: that is what more of them
@@ -176,7 +176,7 @@ def _mesh(config: configs.Config, target: targets.Target) -> jax.sharding.Mesh:
   asked = (wanted.data or 1) * wanted.fsdp * wanted.tensor
   if asked == 1 and len(target.devices) > 1:
     wanted = dataclasses.replace(wanted, data=1, fsdp=len(target.devices))
-  return meshes.make_mesh(
+  return mesh_lib.make_mesh(
     wanted,
     config.data.batch,
     accumulate=config.parts,
@@ -185,9 +185,9 @@ def _mesh(config: configs.Config, target: targets.Target) -> jax.sharding.Mesh:
 
 
 def _compile(
-  config: configs.Config,
-  method: steps.Method,
-  placed: steps.Placed,
+  config: config_lib.Config,
+  method: step_lib.Method,
+  placed: step_lib.Placed,
   target: targets.Target,
 ) -> dict[str, Any]:
   """What the compiler assigns to the step, and sends, on each device."""
@@ -195,14 +195,14 @@ def _compile(
   rows = jax.ShapeDtypeStruct(
     (config.data.batch, config.data.length + 1),
     "int32",
-    sharding=meshes.batch_sharding(mesh),
+    sharding=mesh_lib.batch_sharding(mesh),
   )
   state = jax.tree.map(
     lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
     placed.state,
     placed.shardings,
   )
-  step: Any = steps.make_train_step(
+  step: Any = step_lib.make_train_step(
     method, placed, config.train, config.optimizer.accumulate
   )
   compiled = (
@@ -225,7 +225,7 @@ def _compile(
   }
 
 
-def _collectives(compiled: Any, config: configs.Config) -> dict[str, Any]:
+def _collectives(compiled: Any, config: config_lib.Config) -> dict[str, Any]:
   """Collectives of a step; those of a step that is skipped do not count."""
   usual = not config.train.layerwise and config.optimizer.accumulate == 1
   module = hlo.Module(compiled.as_text())
@@ -242,7 +242,7 @@ def _needed(error: Exception) -> int:
 
 
 def argument_parts(
-  config: configs.Config, placed: steps.Placed
+  config: config_lib.Config, placed: step_lib.Placed
 ) -> dict[str, int]:
   """Bytes on one device that are known before compiling, by component."""
   state, where = placed.state, placed.shardings
@@ -280,7 +280,7 @@ def components(
 
 
 def search(
-  config: configs.Config,
+  config: config_lib.Config,
   target: targets.Target,
   vary: str,
   limit: int | None,
@@ -296,7 +296,7 @@ def search(
   field = "length" if vary == "seq" else "batch"
 
   def at(size: int) -> dict[str, Any]:
-    varied = configs.override(config, [f"data.{field}={size}"])
+    varied = config_lib.override(config, [f"data.{field}={size}"])
     found = measure(varied, target, limit)
     print(
       f"{vary} {size}: {found['peak_bytes'] / GIB:.2f} GiB,"

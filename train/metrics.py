@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from train import files
-from train.progress import Progress as Progress  # where the loop looks for it
 from train.sinks import Sink
 
 FILE = "metrics.jsonl"

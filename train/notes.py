@@ -14,7 +14,7 @@ import typing
 from collections.abc import Collection
 from typing import Any, Literal
 
-from train import config as configs
+from train import config as config_lib
 
 WIDTH = 80
 COLUMN = 34  # where the notes start
@@ -46,7 +46,7 @@ def field_notes(cls: type) -> dict[str, str]:
 
 
 def summary(
-  config: configs.Config, without: Collection[str] = frozenset()
+  config: config_lib.Config, without: Collection[str] = frozenset()
 ) -> str:
   """The fields that `--set` takes: values in `config`, choices, meanings.
 

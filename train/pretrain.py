@@ -31,23 +31,23 @@ from train import (
   plot,
   presets,
   sinks,
+  step,
   stopping,
   subspace,
 )
-from train import config as configs
-from train import job as jobs
-from train import mesh as meshes
-from train import sample as samples
-from train import step as steps
+from train import config as config_lib
+from train import job as job_lib
+from train import mesh as mesh_lib
+from train import sample as sample_lib
 from train.job import Job
 
 
-def run(config: configs.Config, out: pathlib.Path, overwrite: bool) -> int:
+def run(config: config_lib.Config, out: pathlib.Path, overwrite: bool) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
   sinks.names(config.run.sinks)
   subspace.check(config)
   hosts.first_alone(lambda: folder.check_run(out, config, overwrite))
-  mesh = meshes.make_mesh(
+  mesh = mesh_lib.make_mesh(
     config.mesh,
     config.data.batch,
     accumulate=config.parts,
@@ -62,7 +62,7 @@ def run(config: configs.Config, out: pathlib.Path, overwrite: bool) -> int:
 
   hosts.first_alone(claim)
   with jax.set_mesh(mesh), stopping.stop_requests() as stopped:
-    job, state = jobs.prepare(config, out, corpus, mesh)
+    job, state = job_lib.prepare(config, out, corpus, mesh)
     introduce(job, mesh)
     start = int(state.step)
     try:
@@ -106,7 +106,7 @@ def introduce(job: Job, mesh: jax.sharding.Mesh) -> None:
     print(f"subspaces  not watched: {job.watcher.why_not}")
 
 
-def _method(config: configs.Config) -> str:
+def _method(config: config_lib.Config) -> str:
   """The optimizer with what its name does not tell."""
   chosen, weights = config.optimizer, config.model.weights
   text = f"{chosen.name}, learning rate {chosen.learning_rate:g}"
@@ -115,11 +115,11 @@ def _method(config: configs.Config) -> str:
     text += f", factors of rank {chosen.rank}"
   if chosen.name == "q_galore" and chosen.b2 == presets.Q_GALORE_B2:
     text += f"\n{'':11}b2 {chosen.b2:g}, as its authors have it; GaLore's is"
-    text += f" {configs.OptimizerConfig.b2:g}"
+    text += f" {config_lib.OptimizerConfig.b2:g}"
   return text
 
 
-def report(job: Job, state: steps.TrainState) -> None:
+def report(job: Job, state: step.TrainState) -> None:
   """The end of a run: memory table, sample, picture."""
   config, params = job.config, job.placed.weights
   sizes = [
@@ -156,17 +156,17 @@ def report(job: Job, state: steps.TrainState) -> None:
     print(f"\nsample: {sample(job, state)}")
 
 
-def sample(job: Job, state: steps.TrainState) -> str:
+def sample(job: Job, state: step.TrainState) -> str:
   """A text by the trained model, also written to sample.txt."""
   run = job.config.run
   try:
-    text = samples.sample_text(
+    text = sample_lib.sample_text(
       job.config.model,
       job.placed.read(state.params),
       job.corpus.tokenizer,
       run.prompt,
       run.sample_tokens,
-      samples.Sampling(run.temperature),
+      sample_lib.Sampling(run.temperature),
       job.config.train.seed,
     )
   except jax.errors.JaxRuntimeError as error:
@@ -191,7 +191,7 @@ def _command(flags: argparse.Namespace) -> int:
   config = presets.make(flags.preset, flags.optimizer)
   if flags.source:
     config = hf.adopt(config, flags.source)
-  config = configs.override(config, flags.settings)
+  config = config_lib.override(config, flags.settings)
   default = f"{flags.preset}-{config.optimizer.name}"
   if flags.dry_run:
     return dry_run.main(config, flags.json)

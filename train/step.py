@@ -10,7 +10,7 @@ from flax import nnx
 
 import galore_optax
 from train import layered, llama
-from train import mesh as meshes
+from train import mesh as mesh_lib
 from train.adapters import Adapters
 from train.config import ModelConfig, TrainConfig
 
@@ -154,7 +154,7 @@ def place_model(
     adapters: see `place`.
   """
   weights = nnx.to_pure_dict(boxes)
-  shardings = meshes.param_shardings(boxes, mesh)
+  shardings = mesh_lib.param_shardings(boxes, mesh)
   count = jax.ShapeDtypeStruct((), jnp.int32)
   params, stored = _place_params(config, adapters, weights, shardings)
   trained, where = weights, shardings
@@ -163,7 +163,7 @@ def place_model(
   opt_state = jax.eval_shape(tx.init, trained)
   # Without these, `jit` would put a copy of every moment on every device.
   opt_shardings = galore_optax.state_shardings(tx, trained, where)
-  whole = meshes.replicated(mesh)
+  whole = mesh_lib.replicated(mesh)
   return Placed(
     config,
     graphdef,
@@ -258,7 +258,7 @@ def make_train_step(
   return jax.jit(
     step,
     donate_argnums=0,
-    out_shardings=(placed.shardings, meshes.replicated(_mesh(placed))),
+    out_shardings=(placed.shardings, mesh_lib.replicated(_mesh(placed))),
   )
 
 
@@ -295,7 +295,7 @@ def _in_parts(run: Callable, count: int) -> Callable:
     if count == 1:
       (params, opt_state), found = part(carry, rows)
     else:
-      parts = meshes.microbatches(rows, count)
+      parts = mesh_lib.microbatches(rows, count)
       (params, opt_state), found = jax.lax.scan(part, carry, parts)
     loss, norm = found["loss"].mean(), found["grad_norm"].mean()
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -427,7 +427,7 @@ def make_gradient(
     # In float32 whatever the weights' dtype: many small terms are added.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     zeros = jax.lax.with_sharding_constraint(zeros, placed.weight_shardings)
-    parts = meshes.microbatches(rows, config.accumulate)
+    parts = mesh_lib.microbatches(rows, config.accumulate)
     (grads, loss), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), parts)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, params)
     return grads, loss, count
@@ -455,7 +455,7 @@ def make_eval_step(
       params = placed.read(params)
     if parts == 1:
       return sums(params, rows)
-    cut = meshes.microbatches(rows, parts)
+    cut = mesh_lib.microbatches(rows, parts)
     total, count = jax.lax.map(lambda part: sums(params, part), cut)
     return total.sum(), count.sum()
 
@@ -466,7 +466,7 @@ def make_eval_step(
     losses = token_losses(placed.graphdef, params, rows)
     return losses.sum(), is_predicted(rows).sum()
 
-  return jax.jit(eval_step, out_shardings=meshes.replicated(_mesh(placed)))
+  return jax.jit(eval_step, out_shardings=mesh_lib.replicated(_mesh(placed)))
 
 
 def all_finite(params: dict) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from train import mesh as meshes
+from train import mesh as mesh_lib
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def agreed(
 
   def ask() -> bool:
     own = np.full(mesh.local_mesh.size, stopped(), np.int32)
-    waiting.append(anyone(meshes.put_batch(own, sharding)))
+    waiting.append(anyone(mesh_lib.put_batch(own, sharding)))
     return len(waiting) > 1 and bool(jax.device_get(waiting.pop(0)))
 
   return ask

@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from train import rows as cut
+from train import rows as rows_lib
 from train import sources
 from train.errors import UserError
 from train.loader import Prefetch, State
@@ -242,7 +242,7 @@ class Stream:
       taken = list(itertools.islice(documents, size))
       (first, _), (last, ids) = taken[0], taken[-1]
       self._check_epochs(first.epoch, last.epoch)
-      rows = cut.pad([ids for _, ids in taken], self.length)
+      rows = rows_lib.pad([ids for _, ids in taken], self.length)
       yield rows, dataclasses.replace(last, offset=len(ids))
 
   def _check_epochs(self, first: int, last: int) -> None:

@@ -24,10 +24,8 @@ import optax
 from flax import nnx
 
 import galore_optax
-from train import config as configs
-from train import llama, optimizer
-from train import mesh as meshes
-from train import step as steps
+from train import config as config_lib
+from train import llama, mesh, optimizer, step
 from train.errors import UserError
 
 # At most one step in so many is looked at by default.
@@ -68,7 +66,7 @@ def matrices(description: galore_optax.diagnostics.Description) -> list[Matrix]:
 
 
 def candidates(
-  config: configs.Config, description: galore_optax.diagnostics.Description
+  config: config_lib.Config, description: galore_optax.diagnostics.Description
 ) -> tuple[list[Matrix], str]:
   """The matrices whose subspace says something, and if there is none why."""
   if config.optimizer.name in RANDOM:
@@ -131,7 +129,7 @@ def _matching(pattern: str, names: Mapping[str, Matrix]) -> dict[str, Matrix]:
   return hits
 
 
-def check(config: configs.Config) -> None:
+def check(config: config_lib.Config) -> None:
   """Raises a UserError unless `run.watch` fits the model, before it is made."""
   if config.run.watch in ("auto", "none"):
     return
@@ -153,8 +151,8 @@ class Watcher:
 
   def __init__(
     self,
-    config: configs.Config,
-    placed: steps.Placed,
+    config: config_lib.Config,
+    placed: step.Placed,
     description: galore_optax.diagnostics.Description,
   ):
     """Chooses the matrices.
@@ -168,7 +166,7 @@ class Watcher:
     self.matrices = choose(config.run.watch, known, self.why_not)
     self._config = config
     self._every = self._period()
-    where = meshes.replicated(placed.shardings.step.mesh)
+    where = mesh.replicated(placed.shardings.step.mesh)
     self._first: Any = jax.jit(self._before, out_shardings=where)
     self._second: Any = jax.jit(self._after, out_shardings=where)
 
@@ -201,7 +199,7 @@ class Watcher:
     faithful = config.name == "galore_faithful"
     return faithful or config.refresh == "synchronous"
 
-  def compile(self, state: steps.TrainState, rows: Any) -> None:
+  def compile(self, state: step.TrainState, rows: Any) -> None:
     """Compiles the looks ahead, so that the first one holds up no step.
 
     Args:
@@ -221,13 +219,13 @@ class Watcher:
 
   def programs(self) -> int:
     """Programs that looks have compiled so far, none if that was done ahead."""
-    return sum(map(steps.count_programs, (self._first, self._second)))
+    return sum(map(step.count_programs, (self._first, self._second)))
 
-  def before(self, state: steps.TrainState, rows: jax.Array) -> Look:
+  def before(self, state: step.TrainState, rows: jax.Array) -> Look:
     """Keeps gradients and bases of the state that the step will consume."""
     return self._first(state.params, state.opt_state, rows)
 
-  def after(self, look: Look, state: steps.TrainState) -> dict[str, jax.Array]:
+  def after(self, look: Look, state: step.TrainState) -> dict[str, jax.Array]:
     """The numbers of a look, with the bases that the step has used."""
     return self._second(look, state.opt_state)
 
@@ -247,7 +245,7 @@ class Watcher:
     }
 
   def _before(self, params: dict, opt_state: Any, rows: jax.Array) -> Look:
-    parts = meshes.microbatches(rows, self._config.parts)
+    parts = mesh.microbatches(rows, self._config.parts)
     return Look(self._gradients(params, parts), self._bases(opt_state))
 
   def _after(self, look: Look, opt_state: Any) -> dict[str, jax.Array]:
@@ -291,7 +289,7 @@ class Watcher:
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, jnp.maximum(rows[:, 1:], 0)
     )
-    return jnp.where(steps.is_predicted(rows), losses, 0).sum()
+    return jnp.where(step.is_predicted(rows), losses, 0).sum()
 
   def _bases(self, opt_state: Any) -> dict[str, dict[str, jax.Array]]:
     """The bases of the watched matrices."""
@@ -302,7 +300,7 @@ class Watcher:
     }
 
 
-def _visible(known: list[Matrix], state: steps.TrainState) -> list[Matrix]:
+def _visible(known: list[Matrix], state: step.TrainState) -> list[Matrix]:
   """Those whose bases a look finds layer by layer."""
   bases = jax.eval_shape(galore_optax.find_bases, state.opt_state)
   return [

@@ -10,8 +10,8 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from galore_optax import galore, state_shardings
-from galore_optax.projector import RandomBasis
-from galore_optax.qarray import is_quantized
+from galore_optax.quantization.qarray import is_quantized
+from galore_optax.subspace.projection import RandomBasis
 from tests.conformance import cases, inner_optimizers
 from tests.conformance.cases import every, every_state
 

@@ -12,11 +12,7 @@ from flax import nnx
 from flax.training import train_state
 
 from tests.conformance import cases
-from tests.conformance.cases import (
-  every,
-  every_of_arrays,
-  every_state,
-)
+from tests.conformance.cases import every, every_of_arrays, every_state
 
 _X = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
 

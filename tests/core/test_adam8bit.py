@@ -12,10 +12,10 @@ from galore_optax import (
   galore,
   galore_adamw,
   galore_adamw_8bit,
-  qarray,
   scale_by_adam_8bit,
   state_bytes,
 )
+from galore_optax.quantization import qarray
 
 SHAPES = {"bias": (96,), "kernel": (64, 96)}
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import decay
+from galore_optax.inner import separate
 
 PARAMS = {"a": jnp.linspace(-1.0, 2.0, 24).reshape(4, 6), "b": jnp.ones(6)}
 GRADS = jax.tree.map(lambda x: x**2 - 0.5, PARAMS)
@@ -85,7 +85,7 @@ def warm(inner):
 
 
 def of_params(inner, state):
-  return decay.of_params(inner, state, PARAMS, {"a": None}, {})
+  return separate.of_params(inner, state, PARAMS, {"a": None}, {})
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -108,7 +108,7 @@ def test_what_is_owed_is_the_difference_to_zero_parameters(name):
 @pytest.mark.parametrize("name", COUPLED)
 def test_coupled_optimizers_are_recognised(name):
   inner, state = warm(COUPLED[name])
-  with pytest.raises(decay.CoupledError, match=r"'a'|all leaves"):
+  with pytest.raises(separate.CoupledError, match=r"'a'|all leaves"):
     of_params(inner, state)
 
 
@@ -116,7 +116,7 @@ def test_extra_arguments_reach_the_inner_optimizer():
   inner = optax.chain(
     optax.adamw(1e-2, weight_decay=0.1), contrib.reduce_on_plateau()
   )
-  owed = decay.of_params(
+  owed = separate.of_params(
     inner, inner.init(PARAMS), PARAMS, {"a": None}, {"value": 1.0}
   )
   np.testing.assert_allclose(owed["a"], -1e-3 * PARAMS["a"], rtol=1e-6)

@@ -18,11 +18,10 @@ from galore_optax import (
   galore,
   galore_adamw,
   galore_sgd,
-  layout,
-  paths,
-  plan,
   state_bytes,
 )
+from galore_optax.subspace import moments as moments_lib
+from galore_optax.tree import paths, plan
 
 RATE = optax.linear_schedule(1e-2, 1e-3, 20)
 SHAPES = {
@@ -401,7 +400,7 @@ def test_moments_are_known_by_their_state_and_name(name):
   """Adan's v is linear in the gradient, and so is SM3's nu."""
   inner, wanted = FAMILIES[name]
   state = galore(inner, rank=2).init({"w": jnp.ones((8, 12))})
-  found = layout.moments(state.inner_state)
+  found = moments_lib.of_state(state.inner_state)
   orders = {
     place.rpartition(".")[2]: order for place, (order, _) in found.items()
   }
@@ -450,7 +449,7 @@ def test_a_name_that_one_state_has_is_not_looked_for_in_others():
     lambda updates, state, params=None: (updates, state),
   )
   state = galore(inner, rank=2).init({"w": jnp.ones((8, 12))})
-  assert layout.moments(state.inner_state) == {}
+  assert moments_lib.of_state(state.inner_state) == {}
 
 
 @pytest.mark.parametrize(("decays", "wanted"), [((0.1, 0), 0.1), ((0, 0.1), 0)])

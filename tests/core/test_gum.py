@@ -22,7 +22,7 @@ from galore_optax import (
   state_shardings,
   sumo,
 )
-from tests.core import small
+from tests.core import small as small_lib
 
 GAP, RANK, RATE, DECAY, MU, ALPHA = 3, 3, 1e-2, 0.1, 0.9, 0.5
 OPTIONS = {"rank": RANK, "update_proj_gap": GAP}
@@ -296,7 +296,7 @@ def test_a_gradient_of_low_rank_or_without_sense_moves_no_noise():
 )
 def test_goes_down_with_other_options(options):
   tx = gum(0.1, MU, **OPTIONS, **options)
-  assert small.left_of_the_way(tx, (3, 8, 24)) < 0.7
+  assert small_lib.left_of_the_way(tx, (3, 8, 24)) < 0.7
 
 
 def test_with_a_schedule_of_its_numbers():

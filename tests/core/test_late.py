@@ -12,9 +12,9 @@ from galore_optax import (
   adamw_8bit,
   find_bases,
   galore,
-  projector,
   scale_by_orthogonal_momentum,
 )
+from galore_optax.subspace import find
 from tests.core import small
 
 GAP, RANK, RATE, ALPHA, LATE = 3, 3, 1e-2, 0.5, 5
@@ -48,7 +48,7 @@ def run(tx, grads):
 
 def test_random_bases_are_uniform():
   keys = jax.random.split(jax.random.key(0), 400)
-  draw = lambda key: projector.random_basis(key, 6, 2)
+  draw = lambda key: find.random_basis(key, 6, 2)
   drawn = np.asarray(jax.lax.map(draw, keys), np.float64)
   gram = np.swapaxes(drawn, 1, 2) @ drawn
   np.testing.assert_allclose(

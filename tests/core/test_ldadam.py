@@ -13,7 +13,7 @@ from galore_optax import (
   state_bytes,
   state_shardings,
 )
-from tests.core import small
+from tests.core import small as small_lib
 
 RANK, RATE, DECAY, B1, B2, EPS = 3, 1e-2, 0.1, 0.9, 0.99, 1e-8
 SETTINGS = {"b1": B1, "b2": B2, "eps": EPS, "rank": RANK}
@@ -178,8 +178,8 @@ def test_other_leaves_get_adamw():
 
 def test_layer_by_layer_equals_the_usual_step():
   # A large eps, for entries of a rounding error's size.
-  tx = ldadam(RATE, eps=1e-3, rank=4, rules=small.RULES)
-  small.train_both_ways(tx, 4, atol=1e-3)
+  tx = ldadam(RATE, eps=1e-3, rank=4, rules=small_lib.RULES)
+  small_lib.train_both_ways(tx, 4, atol=1e-3)
 
 
 def test_the_error_is_sharded_as_the_weights_are():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_optax import QArray, dequantize, nf4, qarray, quantize, state_bytes
+from galore_optax import QArray, dequantize, quantize, state_bytes
+from galore_optax.quantization import nf4, qarray
 
 
 def normal(shape, seed=0):

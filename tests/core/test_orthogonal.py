@@ -15,7 +15,7 @@ from galore_optax import (
   state_bytes,
   sumo,
 )
-from tests.core import small
+from tests.core import small as small_lib
 
 GAP, RANK, RATE, DECAY, MU, ALPHA = 3, 3, 1e-2, 0.1, 0.9, 0.5
 STEPS = 3 * GAP + 2  # refreshes at 0, 3, 6, 9
@@ -185,7 +185,7 @@ def test_one_moment_is_kept():
 )
 def test_goes_down_with_other_options(options):
   tx = sumo(0.1, MU, **OPTIONS, **options)
-  assert small.left_of_the_way(tx, (8, 24)) < 0.85
+  assert small_lib.left_of_the_way(tx, (8, 24)) < 0.85
 
 
 def test_accumulation_is_that_of_the_mean():
@@ -203,12 +203,12 @@ def test_accumulation_is_that_of_the_mean():
 
 @pytest.mark.parametrize("name", ["sumo", "ldadam"])
 def test_layer_by_layer_equals_the_usual_step(name):
-  options = {"rules": small.RULES, **OPTIONS}
+  options = {"rules": small_lib.RULES, **OPTIONS}
   if name == "sumo":
     tx = sumo(RATE, MU, weight_decay=DECAY, **options)
   else:
     tx = galore(optax.adam(RATE), moments="ldadam", **options)
-  small.train_both_ways(tx, GAP + 1, atol=2e-4)
+  small_lib.train_both_ways(tx, GAP + 1, atol=2e-4)
 
 
 def test_what_is_refused():

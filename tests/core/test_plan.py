@@ -8,8 +8,9 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-from galore_optax import Projection, galore, matrix, paths, plan, state_bytes
-from train.bench import trees as bench
+from galore_optax import Projection, galore, state_bytes
+from galore_optax.tree import matrix_view, paths, plan
+from train.bench import trees
 
 FAST = hypothesis.settings(max_examples=60, deadline=None)
 
@@ -140,7 +141,7 @@ def test_matrix_view_is_a_bijection(data):
   order = data.draw(st.permutations(range(ndim)))
   cut = data.draw(st.integers(1, ndim - 1))
   end = data.draw(st.integers(cut + 1, ndim))
-  view = matrix.matrix_view(shape, order[:cut], order[cut:end])
+  view = matrix_view.matrix_view(shape, order[:cut], order[cut:end])
   x = np.arange(np.prod(shape)).reshape(shape)
   y = view.as_matrix(x)
   assert y.shape == (*view.stack, view.m, view.n)
@@ -174,7 +175,7 @@ def test_state_is_what_the_ledger_says(m, n, rank, proj_type):
 
 
 def llama_60m(stacked):
-  shapes = bench.llama_tree(512, 1376, 8, 32000, stacked=stacked)
+  shapes = trees.llama_tree(512, 1376, 8, 32000, stacked=stacked)
   return jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
     shapes,
@@ -199,7 +200,7 @@ def test_llama_60m_is_exactly_the_ledger(stacked):
 def test_auto_is_not_larger_than_contrib_on_the_same_leaves():
   params = llama_60m(stacked=False)
   ours = galore(optax.adamw(1.0), rank=128, proj_type="auto")
-  theirs = bench.contrib_galore(128, 200)
+  theirs = trees.contrib_galore(128, 200)
   ours, theirs = (
     state_bytes(jax.eval_shape(tx.init, params)) for tx in (ours, theirs)
   )
@@ -221,7 +222,7 @@ def test_two_leaves_of_one_path_are_refused():
 
 
 def test_a_layer_of_a_partitioned_stack_has_the_partition_of_its_matrix():
-  view = matrix.matrix_view((16, 32))
+  view = matrix_view.matrix_view((16, 32))
   assert view is not None
   assert view.spec((None, "fsdp", None)) == view.spec(("fsdp", None))
   assert view.spec((None, "fsdp", None)) == ("fsdp", None)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from galore_optax import projector
+from galore_optax import linalg
+from galore_optax.subspace import find as find_lib
+from galore_optax.subspace import moments, projection
 
-find = jax.jit(projector.find_basis, static_argnames=("side", "method"))
-start = functools.partial(projector.start_basis, jax.random.key(0))
+find = jax.jit(find_lib.find_basis, static_argnames=("side", "method"))
+start = functools.partial(find_lib.start_basis, jax.random.key(0))
 HARD = hypothesis.settings(max_examples=20, deadline=None)
 
 
@@ -42,7 +44,7 @@ def energy(g, basis, side):
   size=st.integers(1, 300), rank=st.integers(1, 40), seed=st.integers(0, 99)
 )
 def test_start_is_orthonormal(size, rank, seed):
-  basis = projector.start_basis(jax.random.key(seed), size, min(rank, size))
+  basis = find_lib.start_basis(jax.random.key(seed), size, min(rank, size))
   assert orthogonality(basis) < 1e-5
 
 
@@ -66,7 +68,7 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("method", projector.METHODS)
+@pytest.mark.parametrize("method", find_lib.METHODS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_gradients_leave_an_orthonormal_basis(name, side, method):
@@ -120,8 +122,8 @@ def test_full_rank_two_sided_round_trip(m, n, seed):
   }
   g = rng.normal(size=(3, m, n)).astype(np.float32)
   stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), bases)
-  low = projector.project(g, stacked)
-  np.testing.assert_allclose(projector.lift(low, stacked), g, atol=1e-5)
+  low = projection.project(g, stacked)
+  np.testing.assert_allclose(projection.lift(low, stacked), g, atol=1e-5)
   np.testing.assert_allclose(
     low[1],
     np.asarray(bases["left"]).T @ g[1] @ np.asarray(bases["right"]),
@@ -136,12 +138,12 @@ def test_rotation_is_exact_for_a_turn_within_the_subspace():
   new = {"left": jnp.asarray(old @ turn, jnp.float32)}
   old = {"left": jnp.asarray(old, jnp.float32)}
   moment = jnp.asarray(rng.normal(size=(4, 30)), jnp.float32)
-  overlap = projector.overlap(new, old)
-  mu = projector.rotate(moment, overlap, 1)
+  overlap = projection.overlap(new, old)
+  mu = moments.rotate(moment, overlap, 1)
   np.testing.assert_allclose(
-    projector.lift(mu, new), projector.lift(moment, old), atol=1e-5
+    projection.lift(mu, new), projection.lift(moment, old), atol=1e-5
   )
-  nu = projector.rotate(moment**2, overlap, 2)
+  nu = moments.rotate(moment**2, overlap, 2)
   np.testing.assert_allclose(nu, (turn.T**2) @ moment**2, atol=1e-5)
   assert (nu >= 0).all()
 
@@ -150,16 +152,16 @@ def test_rotation_by_both_sides():
   rng = np.random.default_rng(0)
   turn = {"left": rng.normal(size=(3, 3)), "right": rng.normal(size=(3, 3))}
   moment = rng.normal(size=(3, 3))
-  got = projector.rotate(jnp.asarray(moment), turn, 2)
+  got = moments.rotate(jnp.asarray(moment), turn, 2)
   expected = turn["left"] ** 2 @ moment @ (turn["right"] ** 2).T
   np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_null_directions_are_dropped_and_no_others():
   low = jnp.array([[3.0, 4.0], [1e-4, 0.0], [0.0, 3e-7], [0.0, 0.0]])
-  got = projector.drop_null(low, {"left": None}, 1e-6)
+  got = projection.drop_null(low, {"left": None}, 1e-6)
   np.testing.assert_array_equal(got, low.at[2].set(0))
-  got = projector.drop_null(low.T, {"right": None}, 1e-6)
+  got = projection.drop_null(low.T, {"right": None}, 1e-6)
   np.testing.assert_array_equal(got, low.at[2].set(0).T)
 
 
@@ -169,6 +171,6 @@ def test_elimination_of_several_blocks(rank):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(3 * rank, rank))
   gram = x.T @ x / len(x)
-  found = jax.jit(projector._eliminate)(jnp.asarray(gram, jnp.float32), 0.5)
+  found = jax.jit(linalg.eliminate)(jnp.asarray(gram, jnp.float32), 0.5)
   factor = np.linalg.cholesky(gram + 0.5 * np.eye(rank))
   np.testing.assert_allclose(found, np.linalg.inv(factor), atol=2e-6)

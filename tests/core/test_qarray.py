@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from galore_optax import QArray, dequantize, qarray, quantize
+from galore_optax import QArray, dequantize, quantize
+from galore_optax.quantization import qarray
 
 # Kind and symmetry to the largest error in a block that holds values from
 # `low` to `high`, whose largest magnitude is `top`.

@@ -11,9 +11,9 @@ from galore_optax import (
   adamw_8bit,
   find_bases,
   galore,
-  reproject,
   scale_by_orthogonal_momentum,
 )
+from galore_optax.subspace import moments
 
 GAP, RANK, RATE, DECAY, ALPHA = 3, 3, 1e-2, 0.1, 0.5
 B1, B2, EPS = 0.8, 0.95, 1e-8
@@ -114,7 +114,7 @@ def test_decays_are_read_in_whole_precision(dtype):
   params = {"w": jnp.zeros((4, 4), dtype)}
   state = inner.init(params)
   adam = state[0]._replace(count=jnp.int32(3))
-  ratios = reproject.bias_ratios(
+  ratios = moments.bias_ratios(
     optax.with_extra_args_support(inner), (adam, *state[1:]), params, params, {}
   )
   (found,) = ratios.values()

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import Adaptive, galore, q_galore_adamw_8bit, schedule
+from galore_optax import Adaptive, galore, q_galore_adamw_8bit
+from galore_optax.subspace import adaptive
 
 GAP = 4
 
@@ -45,7 +46,7 @@ def model(how, gap, index, count, similar, steps):
 @functools.partial(jax.jit, static_argnames=("how", "steps"))
 def simulate(how, gap, index, count, similar, told, steps):
   """Whether one matrix is refreshed, step by step."""
-  number = schedule.Number(index, count)
+  number = adaptive.Number(index, count)
 
   def step(state, now):
     due = state.due(now)[0]
@@ -55,7 +56,7 @@ def simulate(how, gap, index, count, similar, told, steps):
     new = jax.tree.map(lambda x: x[None], new)
     return jax.tree.map(lambda x, y: jnp.where(due, x, y), new, state), due
 
-  return jax.lax.scan(step, schedule.start((1,), how), jnp.arange(steps))
+  return jax.lax.scan(step, adaptive.start((1,), how), jnp.arange(steps))
 
 
 PATTERNS = {

@@ -11,10 +11,10 @@ from galore_optax import (
   apply_updates,
   dequantize,
   dequantize_params,
-  qarray,
   quantize,
   quantize_params,
 )
+from galore_optax.quantization import qarray
 
 
 def normal(shape, seed=0):

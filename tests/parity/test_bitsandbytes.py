@@ -7,12 +7,12 @@ import optax
 import pytest
 
 from galore_optax import QArray, adamw_8bit, dequantize
-from tests.parity import bitsandbytes_run as theirs
+from tests.parity import bitsandbytes_run
 
 
 @pytest.fixture(scope="module")
 def recorded():
-  with np.load(theirs.RECORD) as file:
+  with np.load(bitsandbytes_run.RECORD) as file:
     return dict(file)
 
 
@@ -30,11 +30,13 @@ def test_code_books(kind, dtype, name, recorded):
 
 def ours():
   """Weights, first and second moments after each step."""
-  tx = adamw_8bit(theirs.RATE, eps=theirs.EPS, weight_decay=0.0)
-  weights = jnp.zeros(theirs.SHAPE)
+  tx = adamw_8bit(
+    bitsandbytes_run.RATE, eps=bitsandbytes_run.EPS, weight_decay=0.0
+  )
+  weights = jnp.zeros(bitsandbytes_run.SHAPE)
   state, update, found = tx.init(weights), jax.jit(tx.update), []
   read = jax.jit(lambda s: (dequantize(s[0].mu), dequantize(s[0].nu)))
-  for g in theirs.gradients():
+  for g in bitsandbytes_run.gradients():
     updates, state = update(g, state, weights)
     weights = optax.apply_updates(weights, updates)
     found.append((weights, *read(state)))
@@ -44,15 +46,16 @@ def ours():
 def _steps_apart(x, y, recorded, i):
   """How many codes lie between moments, relative to the recorded scales."""
   book = np.sort(recorded["signed" if i == 1 else "unsigned"])
-  scale = recorded[f"absmax{i}"].reshape(theirs.STEPS, -1, 1)
+  scale = recorded[f"absmax{i}"].reshape(bitsandbytes_run.STEPS, -1, 1)
   place = lambda x: np.searchsorted(
-    (book[1:] + book[:-1]) / 2, x.reshape(theirs.STEPS, -1, 256) / scale
+    (book[1:] + book[:-1]) / 2,
+    x.reshape(bitsandbytes_run.STEPS, -1, 256) / scale,
   )
   return np.abs(place(x) - place(y)).reshape(x.shape)
 
 
 def test_recorded_run(recorded):
-  moments = theirs.moments(recorded)
+  moments = bitsandbytes_run.moments(recorded)
   weights, mu, nu = ours()
   # A second moment that was rounded to zero counts for more with us.
   lost = (moments["nu"] == 0).any(0)
@@ -67,15 +70,20 @@ def test_recorded_run(recorded):
   off = np.abs(weights[-1] - recorded["weights"])[~lost]
   assert np.mean(off) < 2e-6
   # There bitsandbytes takes steps of many times the learning rate.
-  assert np.abs(recorded["weights"][lost]).max() > 100 * theirs.RATE
-  assert np.abs(weights).max() < 1.5 * theirs.STEPS * theirs.RATE
+  assert np.abs(recorded["weights"][lost]).max() > 100 * bitsandbytes_run.RATE
+  assert (
+    np.abs(weights).max() < 1.5 * bitsandbytes_run.STEPS * bitsandbytes_run.RATE
+  )
 
 
 def test_live_run_is_the_recorded_one(recorded):
   pytest.importorskip(
     "bitsandbytes", reason="needs the extra `parity` (torch, bitsandbytes)"
   )
-  live = {**theirs.code_books(), **theirs.run(theirs.gradients())}
+  live = {
+    **bitsandbytes_run.code_books(),
+    **bitsandbytes_run.run(bitsandbytes_run.gradients()),
+  }
   for name, x in live.items():
     if x.dtype == np.uint8:
       assert np.mean(x != recorded[name]) < 1e-4

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.parity import encoder_run as theirs
+from tests.parity import encoder_run
 from tests.train import encoder_files
 from train import encoder, encoder_weights, hf, hf_encoder
 
@@ -29,7 +29,7 @@ def logits(config, params, given):
 
 @pytest.fixture(scope="module")
 def recorded():
-  with np.load(theirs.RECORD) as file:
+  with np.load(encoder_run.RECORD) as file:
     return dict(file)
 
 
@@ -38,7 +38,7 @@ def read(case, recorded):
     json.loads(str(recorded[f"{case}/config"])),
     case,
     head(case),
-    theirs.labels(case),
+    encoder_run.labels(case),
   )
   tensors = {
     name.removeprefix(f"{case}/"): array
@@ -51,20 +51,20 @@ def read(case, recorded):
   )
 
 
-@pytest.mark.parametrize("case", theirs.CASES)
+@pytest.mark.parametrize("case", encoder_run.CASES)
 def test_recorded_logits(case, recorded):
   config, params, notes = read(case, recorded)
   assert notes == ()
   expected = recorded[f"{case}/logits"]
   assert np.abs(expected).max() > 0.4 and expected.std() > 0.1
-  found = logits(config, params, theirs.inputs(case))
+  found = logits(config, params, encoder_run.inputs(case))
   np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", theirs.CASES)
+@pytest.mark.parametrize("case", encoder_run.CASES)
 def test_live_logits_are_the_recorded_ones(case, recorded):
   pytest.importorskip("transformers", reason=NEEDS)
-  for name, array in theirs.run(case).items():
+  for name, array in encoder_run.run(case).items():
     np.testing.assert_allclose(array, recorded[f"{case}/{name}"], atol=1e-5)
 
 
@@ -78,27 +78,29 @@ def tokenizer_for(case, folder):
   return transformers.RobertaTokenizerFast
 
 
-@pytest.mark.parametrize("case", theirs.CASES)
+@pytest.mark.parametrize("case", encoder_run.CASES)
 def test_folders_go_to_and_fro(case, tmp_path):
   """transformers writes, we read and write, transformers reads."""
   transformers = pytest.importorskip("transformers", reason=NEEDS)
-  model = theirs.build(case)
+  model = encoder_run.build(case)
   model.resize_token_embeddings(400)
   model.save_pretrained(tmp_path)
   tokenizer_for(case, tmp_path)
-  found = hf_encoder.load(tmp_path, head(case), theirs.labels(case))
-  given = theirs.inputs(case)
-  expected = theirs.logits(model.eval(), given)
+  found = hf_encoder.load(tmp_path, head(case), encoder_run.labels(case))
+  given = encoder_run.inputs(case)
+  expected = encoder_run.logits(model.eval(), given)
   ours = logits(found.config, found.params, given)
   np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
   out = tmp_path / "out"
   hf_encoder.save(found, out)
-  again = hf_encoder.load(out, head(case), theirs.labels(case))
+  again = hf_encoder.load(out, head(case), encoder_run.labels(case))
   assert again.config == found.config and again.notes == ()
-  reader = getattr(transformers, f"AutoModel{theirs.CASES[case][0]}")
+  reader = getattr(transformers, f"AutoModel{encoder_run.CASES[case][0]}")
   read_back = reader.from_pretrained(out).eval()
-  np.testing.assert_allclose(theirs.logits(read_back, given), expected, 1e-5)
+  np.testing.assert_allclose(
+    encoder_run.logits(read_back, given), expected, 1e-5
+  )
   text = "We are one, the people."
   read_tokenizer = transformers.AutoTokenizer.from_pretrained(out)
   [row] = found.tokenizer.texts([text], length=32)
@@ -181,9 +183,9 @@ def test_a_published_model_gives_the_embeddings_of_transformers(minilm):
   found = hf_encoder.load(minilm)
   [note] = found.notes
   assert "pooler.dense.weight" in note and "position_ids" in note
-  with np.load(theirs.MINILM) as expected:
+  with np.load(encoder_run.MINILM) as expected:
     expected = dict(expected)
-  rows = found.tokenizer.texts(list(theirs.SENTENCES))
+  rows = found.tokenizer.texts(list(encoder_run.SENTENCES))
   batch = found.tokenizer.pad(rows, length=expected["ids"].shape[1])
   for name in ("ids", "mask"):
     np.testing.assert_array_equal(batch[name], expected[name])

@@ -7,19 +7,19 @@ import optax
 import pytest
 
 from galore_optax import galore_adamw
-from tests.parity import galore_torch_run as theirs
+from tests.parity import galore_torch_run
 
 
 def run(name, arrays):
   """Weights after each step under the faithful preset."""
   tx = galore_adamw(
-    theirs.RATE,
-    eps=theirs.EPS,
+    galore_torch_run.RATE,
+    eps=galore_torch_run.EPS,
     weight_decay=0.0,
     faithful=True,
     # On square matrices galore-torch projects the other side than the paper.
     proj_type="right" if name == "square" else "std",
-    **theirs.SETTINGS,
+    **galore_torch_run.SETTINGS,
   )
   params = {"w": jnp.asarray(arrays[f"{name}/weight"])}
   state, update, weights = tx.init(params), jax.jit(tx.update), []
@@ -32,11 +32,11 @@ def run(name, arrays):
 
 @pytest.fixture(scope="module")
 def recorded():
-  with np.load(theirs.RECORD) as file:
+  with np.load(galore_torch_run.RECORD) as file:
     return dict(file)
 
 
-@pytest.mark.parametrize("name", theirs.SHAPES)
+@pytest.mark.parametrize("name", galore_torch_run.SHAPES)
 def test_recorded_run(name, recorded):
   ours, expected = run(name, recorded), recorded[f"{name}/weights"]
   moved = np.abs(expected[-1] - recorded[f"{name}/weight"]).max()
@@ -48,6 +48,6 @@ def test_live_run_is_the_recorded_one(recorded):
   pytest.importorskip(
     "galore_torch", reason="needs the extra `parity` (torch, galore-torch)"
   )
-  live = theirs.run(theirs.inputs())
+  live = galore_torch_run.run(galore_torch_run.inputs())
   for name, weights in live.items():
     np.testing.assert_allclose(weights, recorded[name], atol=1e-6)

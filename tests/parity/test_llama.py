@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.parity import llama_run as theirs
+from tests.parity import llama_run
 from train import hf, llama, weights
 
 NEEDS = "needs the extra `parity` (torch, transformers)"
@@ -33,16 +33,16 @@ def read(case, arrays):
 def logits(given):
   graphdef, _ = llama.abstract(given.model)
   run = jax.jit(llama.apply, static_argnums=0)
-  return run(graphdef, weights.to_params(given), theirs.tokens())
+  return run(graphdef, weights.to_params(given), llama_run.tokens())
 
 
 @pytest.fixture(scope="module")
 def recorded():
-  with np.load(theirs.RECORD) as file:
+  with np.load(llama_run.RECORD) as file:
     return dict(file)
 
 
-@pytest.mark.parametrize("case", theirs.CASES)
+@pytest.mark.parametrize("case", llama_run.CASES)
 def test_recorded_logits(case, recorded):
   expected = recorded[f"{case}/logits"]
   assert np.abs(expected).max() > 1
@@ -50,15 +50,15 @@ def test_recorded_logits(case, recorded):
   np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", theirs.CASES)
+@pytest.mark.parametrize("case", llama_run.CASES)
 def test_live_logits_are_the_recorded_ones(case, recorded):
   pytest.importorskip("transformers", reason=NEEDS)
-  for name, array in theirs.run(case).items():
+  for name, array in llama_run.run(case).items():
     np.testing.assert_allclose(array, recorded[f"{case}/{name}"], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", theirs.CASES)
+@pytest.mark.parametrize("case", llama_run.CASES)
 def test_transformers_loads_what_we_write(case, dtype, recorded, tmp_path):
   transformers = pytest.importorskip("transformers", reason=NEEDS)
   torch = pytest.importorskip("torch", reason=NEEDS)
@@ -76,7 +76,7 @@ def test_transformers_loads_what_we_write(case, dtype, recorded, tmp_path):
   stored = hf.load(tmp_path / "out")
   full = dataclasses.replace(stored.model, param_dtype="float32")
   found = logits(dataclasses.replace(stored, model=full))
-  np.testing.assert_allclose(found, theirs.logits(model), atol=1e-4, rtol=0)
+  np.testing.assert_allclose(found, llama_run.logits(model), atol=1e-4, rtol=0)
   if dtype == "float32":
     np.testing.assert_allclose(found, recorded[f"{case}/logits"], atol=1e-4)
 

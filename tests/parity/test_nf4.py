@@ -4,19 +4,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_optax import dequantize, nf4, qarray, quantize
-from tests.parity import nf4_run as theirs
+from galore_optax import dequantize, quantize
+from galore_optax.quantization import nf4, qarray
+from tests.parity import nf4_run
 
 
 @pytest.fixture(scope="module")
 def recorded():
-  with np.load(theirs.RECORD) as file:
+  with np.load(nf4_run.RECORD) as file:
     return dict(file)
 
 
 @pytest.fixture(scope="module")
 def ours():
-  return quantize(jnp.asarray(theirs.weight()), "nf4", block=theirs.BLOCK)
+  return quantize(jnp.asarray(nf4_run.weight()), "nf4", block=nf4_run.BLOCK)
 
 
 def test_code_book(recorded):
@@ -34,7 +35,7 @@ def test_codes_scales_and_values(recorded, ours):
 
 
 def test_double_quantisation_errs_no_more(recorded, ours):
-  x, once = theirs.weight(), np.asarray(recorded["values_single"])
+  x, once = nf4_run.weight(), np.asarray(recorded["values_single"])
   values = dequantize(qarray.quantize_scale(ours))
   size = lambda x: np.sqrt(np.mean(np.square(x)))
   added = [size(y - once) for y in (values, recorded["values_double"])]
@@ -47,7 +48,7 @@ def test_live_run_is_the_recorded_one(recorded):
   pytest.importorskip(
     "bitsandbytes", reason="needs the extra `parity` (torch, bitsandbytes)"
   )
-  live = theirs.run()
+  live = nf4_run.run()
   assert live.keys() == recorded.keys()
   for name, x in live.items():
     np.testing.assert_allclose(x, recorded[name], rtol=1e-5, err_msg=name)

@@ -5,26 +5,26 @@ import json
 
 import pytest
 
-from tests.parity import scores_run as theirs
+from tests.parity import scores_run
 from train.tuning import scores, spans
 from train.tuning.answers import Span
 
 
 @pytest.fixture(scope="module")
 def ours():
-  x = theirs.numbers()
+  x = scores_run.numbers()
   names = ("accuracy", "f1", "matthews")
   found = scores.score(names, x["found"], x["right"])
   found |= scores.score(["macro_f1"], x["guessed"], x["three"])
   found |= scores.score(["pearson", "spearman"], x["near"], x["score"])
-  answers = [Span(tuple(rights), (0,) * 2) for _, rights in theirs.ANSWERS]
-  texts = [text for text, _ in theirs.ANSWERS]
+  answers = [Span(tuple(rights), (0,) * 2) for _, rights in scores_run.ANSWERS]
+  texts = [text for text, _ in scores_run.ANSWERS]
   squad = spans.score(texts, answers)
   return found | {f"squad_{name}": value for name, value in squad.items()}
 
 
 def test_scores_are_those_recorded(ours):
-  recorded = json.loads(theirs.RECORD.read_text())
+  recorded = json.loads(scores_run.RECORD.read_text())
   assert ours == pytest.approx(recorded, abs=1e-6)
   assert 0.2 < ours["squad_exact_match"] < ours["squad_f1"] < 1
 
@@ -34,5 +34,5 @@ def test_scores_are_those_recorded(ours):
   reason="torchmetrics is not installed; compared with its record only",
 )
 def test_the_record_is_what_torchmetrics_gives():
-  recorded = json.loads(theirs.RECORD.read_text())
-  assert theirs.run() == pytest.approx(recorded, abs=1e-6)
+  recorded = json.loads(scores_run.RECORD.read_text())
+  assert scores_run.run() == pytest.approx(recorded, abs=1e-6)

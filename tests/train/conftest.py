@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import pytest
 
-from train import config, mesh, optimizer, step
+from train import config, optimizer, step
+from train import mesh as mesh_lib
 
 TINY = config.ModelConfig(
   vocab_size=300, d_model=32, d_ff=48, n_layers=2, n_heads=4
@@ -67,7 +68,9 @@ class Trainer:
       return step.init_state(self.model, self.tx, self.placed, seed)
 
   def put(self, array) -> jax.Array:
-    return mesh.put_batch(jax.device_get(array), mesh.batch_sharding(self.mesh))
+    return mesh_lib.put_batch(
+      jax.device_get(array), mesh_lib.batch_sharding(self.mesh)
+    )
 
   def losses(self, rows, count: int) -> list[float]:
     state, found = self.init(), []
@@ -87,7 +90,7 @@ def make_trainer(
   model: config.ModelConfig = TINY,
   **fields,
 ) -> Trainer:
-  grid = mesh.make_mesh(
+  grid = mesh_lib.make_mesh(
     config.MeshConfig(fsdp=fsdp, tensor=tensor), 8, jax.devices()[:devices]
   )
   settings: Any = {"learning_rate": 1e-2, "rank": 4, "update_proj_gap": 3}

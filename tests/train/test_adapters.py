@@ -22,7 +22,6 @@ from train import (
   folder,
   hf,
   job,
-  mesh,
   metrics,
   optimizer,
   presets,
@@ -31,6 +30,7 @@ from train import (
   step,
   weights,
 )
+from train import mesh as mesh_lib
 from train.errors import UserError
 
 NAMES = ("lora", "qlora", "relora", "low_rank")
@@ -64,8 +64,8 @@ class Trainer:
     return jax.device_put(*self.fresh)
 
   def put(self, rows):
-    where = mesh.batch_sharding(self.mesh)
-    return mesh.put_batch(jax.device_get(rows), where)
+    where = mesh_lib.batch_sharding(self.mesh)
+    return mesh_lib.put_batch(jax.device_get(rows), where)
 
   def run(self, rows, count, state=None):
     """The state and the losses of some steps."""
@@ -79,7 +79,7 @@ class Trainer:
 
 @functools.cache
 def trainer(name, devices=1, fsdp=1, tensor=1, accumulate=1):
-  grid = mesh.make_mesh(
+  grid = mesh_lib.make_mesh(
     config.MeshConfig(fsdp=fsdp, tensor=tensor), 8, jax.devices()[:devices]
   )
   chosen = config.OptimizerConfig(name=name, **FIELDS)
@@ -271,7 +271,9 @@ def losses_in(out):
 def arrays_in(out, chosen):
   tx = optimizer.make_optimizer(chosen.optimizer, 12)
   parts = adapters.make(chosen.optimizer)
-  placed = step.place(chosen.model, tx, mesh.make_mesh(chosen.mesh, 8), parts)
+  placed = step.place(
+    chosen.model, tx, mesh_lib.make_mesh(chosen.mesh, 8), parts
+  )
   state, _ = checkpoint.restore(out, placed)
   return jax.device_get(state), parts
 

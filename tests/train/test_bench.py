@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.bench import (
-  __main__ as command,
-)
+from train.bench import __main__ as command
 from train.bench import (
   chips,
   cost,

@@ -7,15 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import galore_optax
-from train import (
-  config,
-  dry_run,
-  flops,
-  jaxprs,
-  optimizer,
-  presets,
-  pretrain,
-)
+from train import config, dry_run, flops, jaxprs, presets, pretrain
+from train import optimizer as optimizer_lib
 
 
 def estimate(preset, optimizer, *settings):
@@ -119,7 +112,7 @@ def test_every_optimizer_is_counted():
       "sumo",
       "gum",
       "ldadam",
-    ) or optimizer.is_galore(name)
+    ) or optimizer_lib.is_galore(name)
     assert (found["flops"]["refresh"] > 0) == finds_bases, name
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import galore_optax
 from tests.train import conftest
-from train import config as configs
+from train import config as config_lib
 from train import data, folder, holdout, mesh, metrics
 from train.bench import gradients
 from train.errors import UserError
@@ -28,10 +28,10 @@ from train.experiments import (
   runner,
   speed,
   tables,
+  texts,
   theory,
   training,
 )
-from train.experiments import texts as texts_lib
 
 TOO_MUCH = 8e-3 * 1e40  # a learning rate
 # With lines for which it is known which points a search takes.
@@ -306,7 +306,7 @@ def test_a_diverged_run_is_not_chosen_and_is_reported():
 
 @pytest.mark.parametrize("table", tables.TABLES.values(), ids=lambda t: t.name)
 def test_every_entry_is_a_run_that_the_script_takes(table, tmp_path):
-  parts = texts_lib.Parts(*(tmp_path / name for name in "abc"))
+  parts = texts.Parts(*(tmp_path / name for name in "abc"))
   found = plan.Plan(table, 256_000, "speeches", {})
   keys = set()
   for entry in table.entries:
@@ -335,7 +335,7 @@ def test_every_entry_is_a_run_that_the_script_takes(table, tmp_path):
 
 def test_the_model_is_of_the_size_it_is_said_to_be():
   run = plan.Plan(tables.METHODS, 10**6, "speeches", {}).missing()[0]
-  model = training.config_of(run, texts_lib.Parts(*[None] * 3)).model  # type: ignore
+  model = training.config_of(run, texts.Parts(*[None] * 3)).model  # type: ignore
   d, ff = model.d_model, model.d_ff
   assert 2e6 <= model.n_layers * (4 * d * d + 3 * d * ff) <= 10e6 and d >= 192
 
@@ -344,7 +344,7 @@ def test_the_parts_of_a_text_share_no_document(tmp_path):
   path = tmp_path / "text.txt"
   text = conftest.speech(80)
   path.write_text(f"{text}\n\n{conftest.speech(60)}", encoding="utf-8")
-  parts = texts_lib.prepare(str(path), tmp_path / "cache")
+  parts = texts.prepare(str(path), tmp_path / "cache")
   kept = [
     {
       holdout.digest(json.loads(line)["text"])
@@ -354,12 +354,12 @@ def test_the_parts_of_a_text_share_no_document(tmp_path):
   ]
   assert all(kept) and len(set.union(*kept)) == 80
   assert sum(map(len, kept)) == 80
-  assert texts_lib.prepare(str(path), tmp_path / "cache") == parts
+  assert texts.prepare(str(path), tmp_path / "cache") == parts
 
 
 def test_a_text_that_is_not_there(tmp_path):
   with pytest.raises(UserError, match="reviews"):
-    texts_lib.prepare("nothing", tmp_path)
+    texts.prepare("nothing", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -517,8 +517,8 @@ def test_the_score_is_that_of_the_training_script(place, ran, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
   found = records.read(place / "out" / "quick.jsonl")[0]
   words = found["command"].split(" --set ")
-  parts = texts_lib.prepare(
-    str(place / "speech.txt"), data.cache_folder(configs.DataConfig())
+  parts = texts.prepare(
+    str(place / "speech.txt"), data.cache_folder(config_lib.DataConfig())
   )
   assert f"data.path={parts.train.name}" in words
   assert f"data.validation={parts.validation.name}" in words
@@ -542,7 +542,7 @@ def test_what_is_left_of_another_run_is_started_over(place, tmp_path):
   out = tmp_path / run.key
   out.mkdir()
   (out / folder.CONFIG).write_text("{ torn", encoding="utf-8")
-  parts = texts_lib.Parts(*(tmp_path / f"{n}.txt" for n in "abc"))
+  parts = texts.Parts(*(tmp_path / f"{n}.txt" for n in "abc"))
   with pytest.raises(UserError, match=r"data\.path"):  # there is no text
     training.train(run, parts, tmp_path, lambda: False)
   assert json.loads((out / folder.CONFIG).read_text())["train.seed"] == 0
@@ -591,7 +591,7 @@ def test_looks_at_gradients_are_shown(tmp_path, monkeypatch):
 
 def test_a_run_whose_checkpoints_are_damaged_starts_over(tmp_path, monkeypatch):
   run = plan.Plan(TINIEST, 640, "x", {}).missing()[0]
-  config = training.config_of(run, texts_lib.Parts(*"abc"))
+  config = training.config_of(run, texts.Parts(*"abc"))
   seen = []
 
   def prepare(_, out, *__):

@@ -9,21 +9,11 @@ import safetensors.numpy
 import tokenizers
 
 from tests.train import tuning_files
-from train import (
-  finetune,
-  hf,
-  hf_encoder,
-  loop,
-  metrics,
-  optimizer,
-  plot,
-  runs,
-  stopping,
-)
-from train import mesh as meshes
+from train import finetune, hf, hf_encoder, loop, metrics, plot, runs, stopping
+from train import mesh as mesh_lib
+from train import optimizer as optimizer_lib
 from train.errors import UserError
-from train.tuning import evaluation, grid, recipes, spans, tasks
-from train.tuning import job as jobs
+from train.tuning import evaluation, grid, job, recipes, spans, tasks
 
 DEVICES = jax.devices()
 SMALL = {
@@ -559,9 +549,9 @@ def test_every_method_sees_the_same_batches_and_counts_its_bytes(
 ):
   data = tuning_files.write_glue(tmp_path / "data", "cola")
   seen = []
-  put = jobs.Job.put
+  put = job.Job.put
   monkeypatch.setattr(
-    jobs.Job, "put", lambda self, b: seen.append(b["ids"]) or put(self, b)
+    job.Job, "put", lambda self, b: seen.append(b["ids"]) or put(self, b)
   )
   found = run("cola", bert, data, tmp_path / "run", method, task__epochs=1)
   assert found["optimizer"] == method
@@ -590,10 +580,10 @@ def test_weights_and_moments_are_split_over_devices(bert, tmp_path, change):
   )
   config = finetune.make_config(finetune.arguments(given))
   learner, config = finetune.make_learner(finetune.read_task(config), config)
-  mesh = meshes.make_mesh(config.mesh, 4, DEVICES[:4])
-  _, placed = jobs.lay_out(learner, config, mesh)
+  mesh = mesh_lib.make_mesh(config.mesh, 4, DEVICES[:4])
+  _, placed = job.lay_out(learner, config, mesh)
   found = {
-    optimizer.path_of(path): sharding.spec
+    optimizer_lib.path_of(path): sharding.spec
     for path, sharding in jax.tree_util.tree_leaves_with_path(
       (placed.shardings.params, placed.shardings.opt_state)
     )

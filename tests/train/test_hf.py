@@ -19,7 +19,7 @@ from train import (
   tokenizer,
   weights,
 )
-from train import config as configs
+from train import config as config_lib
 from train.errors import UserError
 
 SHAPES = {
@@ -197,7 +197,7 @@ def test_what_is_no_folder_of_weights_is_said(tmp_path, capsys):
 def run(trainer, tmp_path_factory):
   """A run's folder with one checkpoint, and its parameters."""
   out = tmp_path_factory.mktemp("run")
-  config = configs.Config("tiny", model=TINY)
+  config = config_lib.Config("tiny", model=TINY)
   folder.claim_run(out, config, overwrite=False)
   (out / "tokenizer.json").write_text(TEXT)
   state = trainer.init(seed=5)
@@ -240,7 +240,7 @@ def test_a_run_with_weights_in_eight_bits_is_exported(tmp_path):
     "q_galore", 1, model=dataclasses.replace(TINY, weights="int8")
   )
   state = small.init(seed=5)
-  config = configs.Config("tiny", model=small.model)
+  config = config_lib.Config("tiny", model=small.model)
   folder.claim_run(tmp_path / "run", config, overwrite=False)
   (tmp_path / "run" / "tokenizer.json").write_text(TEXT)
   saver = checkpoint.Checkpoints(tmp_path / "run", keep=1)
@@ -257,7 +257,9 @@ def test_a_run_with_weights_in_eight_bits_is_exported(tmp_path):
 
 def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
   base = presets.make("sotu_small", "galore")
-  config = hf.adopt(configs.override(base, ["model.remat=full"]), written.out)
+  config = hf.adopt(
+    config_lib.override(base, ["model.remat=full"]), written.out
+  )
   expected = dataclasses.replace(written.model, remat="full", unroll=4)
   assert config.model == expected
   assert config.data.tokenizer == str(written.out / "tokenizer.json")
@@ -273,7 +275,7 @@ def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
   same(jax.device_get(state.params), run.params)
   assert int(state.step) == 0
   # The shape can be changed after it was taken over, but not the weights.
-  wider = configs.override(config, ["model.d_ff=64"])
+  wider = config_lib.override(config, ["model.d_ff=64"])
   with pytest.raises(UserError, match=r"is \(48, 32\), not \(64, 32\)"):
     hf.initial_params(wider)
 

@@ -19,6 +19,7 @@ import pytest
 
 from train import (
   checkpoint,
+  job,
   llama,
   loop,
   metrics,
@@ -27,9 +28,8 @@ from train import (
   pretrain,
   step,
 )
-from train import config as configs
-from train import job as jobs
-from train import mesh as meshes
+from train import config as config_lib
+from train import mesh as mesh_lib
 from train.folder import FOLDER
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -103,13 +103,14 @@ def steps_of(out):
 def final(out):
   """The state of the last checkpoint, read without the run's own code."""
   tx = optimizer.make_optimizer(
-    configs.OptimizerConfig(rank=4, update_proj_gap=3, learning_rate=0.01), 12
+    config_lib.OptimizerConfig(rank=4, update_proj_gap=3, learning_rate=0.01),
+    12,
   )
   model = presets.make("sotu_small", "galore")
-  model = configs.override(
+  model = config_lib.override(
     model, [f"{k}={v}" for k, v in SETTINGS.items() if k.startswith("model.")]
   ).model
-  mesh = meshes.make_mesh(configs.MeshConfig(), 8)
+  mesh = mesh_lib.make_mesh(config_lib.MeshConfig(), 8)
   state, progress = checkpoint.restore(out, step.place(model, tx, mesh))
   assert int(state.step) == 12
   return state, progress
@@ -237,7 +238,7 @@ def is_poison(rows):
 
 def poison(monkeypatch, numbers):
   """Gives some batches a row of one id, of which the model makes a nan."""
-  plain, make_feed = llama.apply, jobs.make_feed
+  plain, make_feed = llama.apply, job.make_feed
 
   def overflow(graphdef, params, ids):
     return plain(graphdef, params, ids) / jnp.where(is_poison(ids), 0.0, 1.0)
@@ -258,7 +259,7 @@ def poison(monkeypatch, numbers):
     return loader
 
   monkeypatch.setattr(llama, "apply", overflow)
-  monkeypatch.setattr(jobs, "make_feed", feed)
+  monkeypatch.setattr(job, "make_feed", feed)
 
 
 def test_bad_steps_are_skipped_and_too_many_in_a_row_end_the_run(

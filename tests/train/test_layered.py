@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import TINY
-from train import config as configs
-from train import layered, mesh, optimizer, presets, step
+from train import config as config_lib
+from train import layered, optimizer, presets, step
+from train import mesh as mesh_lib
 from train.errors import UserError
 
 STEPS = 6
@@ -24,11 +25,11 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
     weights=settings["weights"],
     tie_embeddings=settings.get("tied", False),
   )
-  config = configs.Config(
+  config = config_lib.Config(
     "test",
     model=model,
-    data=configs.DataConfig(length=16, batch=8),
-    optimizer=configs.OptimizerConfig(
+    data=config_lib.DataConfig(length=16, batch=8),
+    optimizer=config_lib.OptimizerConfig(
       name=name,
       rank=8,
       update_proj_gap=3,
@@ -36,12 +37,12 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
       scale=settings.get("scale", 0.25),
       accumulate=parts,
     ),
-    train=configs.TrainConfig(
+    train=config_lib.TrainConfig(
       layerwise=settings["layerwise"], z_loss=1e-3, steps=STEPS
     ),
-    mesh=configs.MeshConfig(data=1, fsdp=devices),
+    mesh=config_lib.MeshConfig(data=1, fsdp=devices),
   )
-  where = mesh.make_mesh(
+  where = mesh_lib.make_mesh(
     config.mesh, 8, accumulate=parts, devices=jax.devices()[:devices]
   )
   tx = optimizer.make_optimizer(config.optimizer, STEPS)
@@ -54,7 +55,7 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
     losses = []
     for _ in range(STEPS):
       state, values = train(
-        state, mesh.put_batch(rows, mesh.batch_sharding(where))
+        state, mesh_lib.put_batch(rows, mesh_lib.batch_sharding(where))
       )
       losses.append(float(values["loss"]))
     evaluate = step.make_eval_step(placed)
@@ -176,9 +177,9 @@ def test_apollo_mini_in_eight_bits_has_apollo_mini_s_rates(name):
 
 def test_codes_are_what_is_kept(batch):
   model = dataclasses.replace(TINY, weights="int8")
-  tx = optimizer.make_optimizer(configs.OptimizerConfig(rank=8), STEPS)
-  where = mesh.make_mesh(
-    configs.MeshConfig(data=1), 8, devices=jax.devices()[:1]
+  tx = optimizer.make_optimizer(config_lib.OptimizerConfig(rank=8), STEPS)
+  where = mesh_lib.make_mesh(
+    config_lib.MeshConfig(data=1), 8, devices=jax.devices()[:1]
   )
   placed = step.place(model, tx, where)
   kernel = placed.state.params["layers"]["attn"]["q"]["kernel"]
@@ -195,11 +196,11 @@ def test_codes_are_what_is_kept(batch):
 )
 def test_two_ways_to_accumulate_are_refused(settings, words):
   with pytest.raises(UserError, match=words):
-    configs.override(presets.make("sotu_small", "galore"), settings)
+    config_lib.override(presets.make("sotu_small", "galore"), settings)
 
 
 def test_only_galore_adds_up_at_low_rank():
   with pytest.raises(UserError, match=r"train\.accumulate"):
     optimizer.make_optimizer(
-      configs.OptimizerConfig(name="adamw", accumulate=2), STEPS
+      config_lib.OptimizerConfig(name="adamw", accumulate=2), STEPS
     )

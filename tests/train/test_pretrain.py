@@ -12,7 +12,7 @@ import pytest
 
 import galore_optax
 from tests.train.conftest import TINY
-from train import config as configs
+from train import config as config_lib
 from train import data as data_lib
 from train import (
   folder,
@@ -118,7 +118,7 @@ def test_a_run_does_not_go_on_with_other_text(flags, text_file, tmp_path):
   """The same command, behind whose file other text has come to lie."""
   data = tmp_path / "own.txt"
   data.write_text(text_file.read_text())
-  settings = configs.override(
+  settings = config_lib.override(
     presets.make("sotu_small", "galore"),
     [*flags[1::2], f"data.path={data}"],
   )
@@ -166,16 +166,16 @@ def test_help_lists_presets_and_fields(capsys):
 
 
 def test_every_field_says_what_it_means():
-  groups = [type(v) for v in vars(configs.Config("")).values()]
+  groups = [type(v) for v in vars(config_lib.Config("")).values()]
   for group in filter(dataclasses.is_dataclass, groups):
     for field, note in notes.field_notes(group).items():
       assert note, f"{group.__name__}.{field} has no comment"
 
 
 def test_notes_are_read_beside_and_above_the_fields():
-  found = notes.field_notes(configs.RunConfig)
+  found = notes.field_notes(config_lib.RunConfig)
   assert found["keep"] == "newest checkpoints that stay"
-  proj_type = notes.field_notes(configs.OptimizerConfig)["proj_type"]
+  proj_type = notes.field_notes(config_lib.OptimizerConfig)["proj_type"]
   assert proj_type.startswith("The projected side:")
   assert proj_type.endswith("smallest state.")
 
@@ -194,8 +194,8 @@ def test_a_run_says_what_its_method_does(name, said, capsys, tmp_path):
   model = dataclasses.replace(TINY, weights="full")
   config = dataclasses.replace(presets.make("sotu_small", name), model=model)
   if name.startswith("q_"):
-    config = configs.override(config, ["model.weights=int8"])
-  config = configs.override(config, ["optimizer.rank=4"])
+    config = config_lib.override(config, ["model.weights=int8"])
+  config = config_lib.override(config, ["optimizer.rank=4"])
   grid = mesh.make_mesh(config.mesh, 8, jax.devices()[:1])
   tx = optimizer.make_optimizer(config.optimizer, 10)
   placed = step.place(config.model, tx, grid)

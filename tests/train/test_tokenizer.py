@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from tests.train.conftest import speech
-from train import tokenizer as bpe
+from train import tokenizer
 from train.config import DataConfig
 from train.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def trained():
-  return bpe.train([speech(20)], 300)
+  return tokenizer.train([speech(20)], 300)
 
 
 @hypothesis.given(st.text())
@@ -24,10 +24,10 @@ def trained():
   deadline=None,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-@hypothesis.example(bpe.END)
+@hypothesis.example(tokenizer.END)
 @hypothesis.example("naïve \u0000\r\n\t 🙂 e\u0301 \u202e")
 def test_any_text_survives_the_tokenizer(trained, text):
-  encoder = bpe.Encoder(trained, trained.token_to_id(bpe.END))
+  encoder = tokenizer.Encoder(trained, trained.token_to_id(tokenizer.END))
   (ids,) = encoder.encode([text])
   assert ids[-1] == encoder.end and encoder.end not in ids[:-1]
   assert trained.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
@@ -37,9 +37,11 @@ def test_any_text_survives_the_tokenizer(trained, text):
 
 
 def test_the_tokenizer_is_trained_once(tmp_path):
-  first, path, found = bpe.cached(["union and peace"] * 9, 280, tmp_path)
-  again, same, found_again = bpe.cached(["union and peace"] * 9, 280, tmp_path)
-  _, other, _ = bpe.cached(["union and war"] * 9, 280, tmp_path)
+  first, path, found = tokenizer.cached(["union and peace"] * 9, 280, tmp_path)
+  again, same, found_again = tokenizer.cached(
+    ["union and peace"] * 9, 280, tmp_path
+  )
+  _, other, _ = tokenizer.cached(["union and war"] * 9, 280, tmp_path)
   assert (found, found_again) == (False, True)
   assert path == same != other
   assert first.to_str() == again.to_str()
@@ -73,7 +75,7 @@ def file(tmp_path):
 
 def find(path, vocab_size, folder, **fields):
   config = DataConfig(tokenizer=str(path), **fields)
-  return bpe.find(config, vocab_size, [], folder)
+  return tokenizer.find(config, vocab_size, [], folder)
 
 
 def test_a_tokenizer_from_a_file_closes_documents_with_its_own_end(

@@ -26,7 +26,6 @@ from train.tuning import (
   answers,
   chat,
   encoders,
-  examples,
   feed,
   grid,
   job,
@@ -36,7 +35,8 @@ from train.tuning import (
   spans,
   tables,
 )
-from train.tuning import config as configs
+from train.tuning import config as config_lib
+from train.tuning import examples as examples_lib
 from train.tuning.tasks import GLUE, TASKS
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -46,7 +46,7 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 def test_glue_is_read_from_files_in_the_form_of_the_hub(task, tmp_path):
   folder = tuning_files.write_glue(tmp_path / "data", task.name)
   config = DataConfig(path=str(folder))
-  found = examples.load(task, config, tmp_path / "cache")
+  found = examples_lib.load(task, config, tmp_path / "cache")
   assert [s.name for s in found.evaluated] == list(task.validation)
   assert len(found.train) == 24 and len(found.evaluated[0]) == 9
   rows = tuning_files.glue_rows(task, 24)
@@ -103,12 +103,12 @@ def test_tables_of_ones_own_name_their_columns_and_classes(
   path.write_text("\n".join([head, *lines]) + "\n")
   task = TASKS["classify"].named("review", "", "mood", ())
   config = DataConfig(path=str(path), holdout_every=4)
-  found = examples.load(task, config, tmp_path / "cache")
+  found = examples_lib.load(task, config, tmp_path / "cache")
   assert found.task.labels == ("happy", "sad")
   assert len(found.train) == 9 and len(found.evaluated[0]) == 3
   # An order that is said is the order that counts.
   task = task.named("", "", "", ("sad", "happy"))
-  found = examples.load(task, config, tmp_path / "cache")
+  found = examples_lib.load(task, config, tmp_path / "cache")
   assert found.train.answers[:2] == [1, 0]
 
 
@@ -125,8 +125,8 @@ def test_a_set_of_the_hub_says_in_what_order_it_counts(tmp_path, monkeypatch):
   )
   config = DataConfig(path="hub:own/set", holdout_every=2)
   with pytest.raises(UserError, match="counts the labels pos, neg, the task"):
-    examples.load(TASKS["rotten_tomatoes"], config, tmp_path)
-  found = examples.load(TASKS["classify"], config, tmp_path)
+    examples_lib.load(TASKS["rotten_tomatoes"], config, tmp_path)
+  found = examples_lib.load(TASKS["classify"], config, tmp_path)
   assert found.task.labels == ("pos", "neg")
 
 
@@ -159,7 +159,7 @@ def test_a_wrong_answer_is_named_with_its_row(tmp_path):
   path = tuning_files.write_lines(tmp_path / "squad.jsonl", rows)
   config = DataConfig(path=str(path), holdout_every=2)
   with pytest.raises(UserError, match="row 2, column 'answers': 'wrong'"):
-    examples.load(TASKS["squad"], config, tmp_path)
+    examples_lib.load(TASKS["squad"], config, tmp_path)
 
 
 def read_labels(tmp_path, values, labels=(), kind="jsonl"):
@@ -176,7 +176,7 @@ def read_labels(tmp_path, values, labels=(), kind="jsonl"):
   shutil.copy(path, same)
   config = DataConfig(path=str(path), validation=str(same))
   task = TASKS["classify"].named("", "", "", labels)
-  found = examples.load(task, config, tmp_path / "cache")
+  found = examples_lib.load(task, config, tmp_path / "cache")
   assert found.evaluated[0].answers == found.train.answers
   return found.task.labels, found.train.answers
 
@@ -209,7 +209,7 @@ def test_none_is_a_class_and_a_text_and_quotes_are_characters(tmp_path):
   path = tmp_path / "quoted.tsv"
   path.write_text('text\tlabel\n"a\tx\nb"\ty\nnull\tx\n')
   config = DataConfig(path=str(path), validation="none", holdout_every=2)
-  found = examples.load(TASKS["classify"], config, tmp_path / "cache")
+  found = examples_lib.load(TASKS["classify"], config, tmp_path / "cache")
   read = [*found.train.first, *found.evaluated[0].first]
   assert sorted(read) == ['"a', 'b"', "null"]
 
@@ -235,21 +235,23 @@ def test_a_folder_may_hold_more_than_tables(tmp_path):
   (folder / "dataset_infos.json").write_text('{"a": {"b": 1}}')
   (folder / "train[1].txt").write_text("notes")
   config = DataConfig(path=str(folder))
-  found = examples.load(TASKS["cola"], config, tmp_path / "cache")
+  found = examples_lib.load(TASKS["cola"], config, tmp_path / "cache")
   assert len(found.train) == 24
   odd = (folder / "train.jsonl").rename(folder / "set[1].jsonl")
   alone = DataConfig(path=str(odd), holdout_every=4)
-  assert len(examples.load(TASKS["cola"], alone, tmp_path / "c").train) == 18
+  assert (
+    len(examples_lib.load(TASKS["cola"], alone, tmp_path / "c").train) == 18
+  )
   twice = f"{folder}/validation.jsonl,{folder}/test.jsonl,{folder}/test.jsonl"
   with pytest.raises(UserError, match="two files 'test'"):
-    examples.load(
+    examples_lib.load(
       TASKS["cola"], DataConfig(path=str(odd), validation=twice), tmp_path
     )
 
 
 def test_an_empty_file_is_said_to_be_empty(tmp_path):
   folder = tuning_files.write_glue(tmp_path / "data", "rte")
-  load = lambda path: examples.load(
+  load = lambda path: examples_lib.load(
     TASKS["rte"], DataConfig(path=str(path)), tmp_path / "cache"
   )
   (folder / "train-1.jsonl").touch()  # a shard, as others are
@@ -264,12 +266,12 @@ def test_answers_of_a_chat_must_be_texts(tmp_path):
   path = tuning_files.write_lines(tmp_path / "chat.jsonl", rows)
   task = TASKS["chat"].named("question", "answer", "", ())
   with pytest.raises(UserError, match="column 'answer' holds 4, not a text"):
-    examples.load(task, DataConfig(path=str(path)), tmp_path / "cache")
+    examples_lib.load(task, DataConfig(path=str(path)), tmp_path / "cache")
 
 
 def test_what_is_trained_on_is_not_evaluated(tmp_path):
   folder = tuning_files.write_glue(tmp_path / "data", "rte")
-  load = lambda **changes: examples.load(
+  load = lambda **changes: examples_lib.load(
     TASKS["rte"],
     DataConfig(**changes),
     tmp_path / "cache",
@@ -286,14 +288,14 @@ def test_what_is_trained_on_is_not_evaluated(tmp_path):
 def test_examples_that_changed_have_another_digest(tmp_path):
   folder = tuning_files.write_glue(tmp_path / "data", "rte")
   config = DataConfig(path=str(folder))
-  found = examples.load(TASKS["rte"], config, tmp_path / "cache")
+  found = examples_lib.load(TASKS["rte"], config, tmp_path / "cache")
   part = found.train.part(range(len(found.train)))
-  assert examples.digest(dataclasses.replace(found, train=part)) == (
-    examples.digest(found)
+  assert examples_lib.digest(dataclasses.replace(found, train=part)) == (
+    examples_lib.digest(found)
   )
   part.first[3] += " more"
-  other = examples.digest(dataclasses.replace(found, train=part))
-  assert other != examples.digest(found)
+  other = examples_lib.digest(dataclasses.replace(found, train=part))
+  assert other != examples_lib.digest(found)
 
 
 @pytest.mark.parametrize(("name", "labels", "said"), [
@@ -304,7 +306,7 @@ def test_examples_that_changed_have_another_digest(tmp_path):
 def test_classes_that_cannot_be_told_apart_are_refused(name, labels, said):
   task = dataclasses.replace(TASKS[name], labels=labels)
   with pytest.raises(UserError, match=said):
-    examples._check_classes(task, "data.path x")
+    examples_lib._check_classes(task, "data.path x")
 
 
 def test_what_is_held_out_is_drawn_from_all_classes(tmp_path):
@@ -314,7 +316,7 @@ def test_what_is_held_out_is_drawn_from_all_classes(tmp_path):
   tuning_files.write_lines(path, rows)
   config = DataConfig(path=str(path), holdout_every=4)
   found, again = (
-    examples.load(TASKS["classify"], config, tmp_path / "cache")
+    examples_lib.load(TASKS["classify"], config, tmp_path / "cache")
     for _ in range(2)
   )
   (held_out,) = found.evaluated
@@ -329,7 +331,7 @@ def test_questions_on_one_context_are_held_out_together(tmp_path):
   rows = [row for row in rows for _ in range(3)]
   path = tuning_files.write_lines(tmp_path / "squad.jsonl", rows)
   config = DataConfig(path=str(path), holdout_every=2)
-  found = examples.load(TASKS["squad"], config, tmp_path)
+  found = examples_lib.load(TASKS["squad"], config, tmp_path)
   (held_out,) = found.evaluated
   assert not set(found.train.second or ()) & set(held_out.second or ())
   assert len(held_out) == 6
@@ -387,7 +389,7 @@ def windows(tmp_path_factory):
   ]
   first = [row["question"] for row in rows]
   second = [row["context"] for row in rows]
-  split = examples.Split("validation", first, second, right)
+  split = examples_lib.Split("validation", first, second, right)
   return words.windows(first, second, 32, 8, 8), split
 
 
@@ -406,7 +408,7 @@ def test_targets_are_the_tokens_of_the_answer(windows):
   assert hits == {i for i, x in enumerate(split.answers) if x.texts}
 
 
-TASK = configs.TaskConfig(answer=5, n_best=40, query=8, stride=8)
+TASK = config_lib.TaskConfig(answer=5, n_best=40, query=8, stride=8)
 
 
 def brute_force(found, logits, split, unanswerable):
@@ -504,7 +506,7 @@ def test_answers_are_learned_with_their_ends_and_nothing_else(writer):
 
 def learner(writer, labels, length):
   task = TASKS["classify"].named("", "", "", labels)
-  config = configs.TaskConfig(prompt="{first} ")
+  config = config_lib.TaskConfig(prompt="{first} ")
   nothing = dict.fromkeys(("source", "graphdef", "boxes"))
   return llamas.LlamaLearner(
     task, config, length, False, model=TINY, writer=writer, **nothing
@@ -513,7 +515,7 @@ def learner(writer, labels, length):
 
 def test_all_classes_are_asked_about_whatever_a_split_is_called(writer):
   found = learner(writer, ("peace", "people"), 64)
-  split = examples.Split("train", ["we hold", "these"], None, [0, 1])
+  split = examples_lib.Split("train", ["we hold", "these"], None, [0, 1])
   assert list(found.prepare(split).right) == [True, False, False, True]
   learned = found.prepare(dataclasses.replace(split, training=True))
   assert list(learned.right) == [True, True] and list(learned.named) == [0, 1]
@@ -523,7 +525,7 @@ def test_a_text_that_is_too_long_is_cut_alike_for_all_classes(writer):
   labels = ("peace", "the people of these states")
   found = learner(writer, labels, 72)
   text = " ".join(WORDS * 20)
-  split = examples.Split("validation", [text, "we"], None, [0, 1])
+  split = examples_lib.Split("validation", [text, "we"], None, [0, 1])
   rows = found.prepare(split).rows
   asked = [row.ids[: np.flatnonzero(row.learn)[0]].tolist() for row in rows]
   assert asked[0] == asked[1] and asked[2] == asked[3] != asked[0]
@@ -662,7 +664,7 @@ def test_every_row_has_a_label():
   ("sst2", "{first} {", "stand for braces"),
 ])  # fmt: skip
 def test_a_prompt_asks_about_the_texts(task, prompt, said):
-  config = configs.TaskConfig(name=task, prompt=prompt)
+  config = config_lib.TaskConfig(name=task, prompt=prompt)
   with pytest.raises(UserError, match=re.escape(said)):
     llamas.check_prompt(TASKS[task], config)
   fine = "{first} {second}" if task == "rte" else "{{}} {first}"
@@ -671,7 +673,7 @@ def test_a_prompt_asks_about_the_texts(task, prompt, said):
 
 def test_the_likeliest_class_is_found(writer):
   found = learner(writer, ("sad", "calm", "happy"), 64)
-  split = examples.Split("validation", ["we", "hold"], None, [2, 0])
+  split = examples_lib.Split("validation", ["we", "hold"], None, [2, 0])
   prepared = found.prepare(split)
   values = [-5.0, -2.0, -3.0, -1.0, -7.0, -4.0]
   assert found.decide(prepared, dict(enumerate(values))).tolist() == [1, 0]
@@ -693,7 +695,7 @@ def test_the_likelihood_of_a_class_is_that_of_its_tokens(writer):
   found = dataclasses.replace(
     learner(writer, ("peace", "people"), 64), graphdef=graphdef, boxes=boxes
   )
-  rows = found.prepare(examples.Split("validation", ["we"], None, [1]))
+  rows = found.prepare(examples_lib.Split("validation", ["we"], None, [1]))
   batch = found.collate(rows, [0, 1], 2)
   outputs = found.outputs(params, batch)
   for i, row in enumerate(rows.rows):
@@ -714,7 +716,7 @@ def test_a_batch_in_parts_has_the_same_gradient(writer):
     graphdef=graphdef,
     boxes=boxes,
   )
-  split = examples.Split("train", ["we", "hold", "we hold", "the"], None,
+  split = examples_lib.Split("train", ["we", "hold", "we hold", "the"], None,
                          [0, 0, 1, 1], training=True)  # fmt: skip
   batch = found.collate(found.prepare(split), range(4), 4)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

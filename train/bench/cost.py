@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import projector
-from train import config as configs
+from galore_optax.subspace import find as find_lib
+from galore_optax.subspace import projection
+from train import config as config_lib
 from train import data, folder, loop, presets
-from train import job as jobs
-from train import mesh as meshes
+from train import job as job_lib
+from train import mesh as mesh_lib
 from train.bench import model, pictures, timing
 from train.bench.timing import short
 from train.errors import UserError
@@ -114,22 +115,22 @@ def _runs(site: model.Site) -> tuple[dict[str, Callable], dict[str, float]]:
   """What is timed for each part, compiled; and the compiler's FLOPs."""
   m, n, r, layers = site.m, site.n, site.r, site.layers
   g = jax.random.normal(jax.random.key(0), (layers, m, n))
-  start = projector.start_basis(jax.random.key(1), m, r)
+  start = find_lib.start_basis(jax.random.key(1), m, r)
   bases = jnp.broadcast_to(start, (layers, m, r)) + 0.0
   low = jax.random.normal(jax.random.key(2), (layers, r, n))
   adam = optax.scale_by_adam()
 
   def find(g: jax.Array, bases: jax.Array) -> jax.Array:
-    one = lambda pair: projector.find_basis(
+    one = lambda pair: find_lib.find_basis(
       pair[0], pair[1], "left", "subspace", jnp.int32(model.ITERATIONS)
     )
     return jax.lax.map(one, (g, bases))
 
   programs = {
     "project": _compile(
-      lambda g, p: projector.project(g, {"left": p}), g, bases
+      lambda g, p: projection.project(g, {"left": p}), g, bases
     ),
-    "lift": _compile(lambda x, p: projector.lift(x, {"left": p}), low, bases),
+    "lift": _compile(lambda x, p: projection.lift(x, {"left": p}), low, bases),
     "refresh": _compile(find, g, bases),
   }
   arguments = {
@@ -185,9 +186,9 @@ def pretraining(flags: argparse.Namespace) -> dict[str, Any]:
   }
 
 
-def _config(flags: argparse.Namespace, optimizer: Any) -> configs.Config:
+def _config(flags: argparse.Namespace, optimizer: Any) -> config_lib.Config:
   config = presets.make(flags.preset, optimizer)
-  return configs.override(config, flags.settings)
+  return config_lib.override(config, flags.settings)
 
 
 def _training_step(
@@ -195,12 +196,12 @@ def _training_step(
 ) -> Callable[[], Any]:
   """The compiled step of `train.pretrain`, repeated on one batch."""
   config = _config(flags, optimizer)
-  mesh = meshes.make_mesh(config.mesh, config.data.batch)
+  mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
   corpus = data.prepare(config.data, config.model.vocab_size)
   out = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
   with jax.set_mesh(mesh), contextlib.redirect_stdout(io.StringIO()):
     folder.claim_run(out, config, overwrite=False)
-    job, state = jobs.prepare(config, out, corpus, mesh)
+    job, state = job_lib.prepare(config, out, corpus, mesh)
     stack.enter_context(contextlib.closing(job))
     compiled = loop.compile_step(job, state)
     batch = job.put(next(job.feed))

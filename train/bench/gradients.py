@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import config as configs
+from train import config as config_lib
 from train import data, folder, loop, presets
-from train import job as jobs
-from train import mesh as meshes
-from train import step as steps
+from train import job as job_lib
+from train import mesh as mesh_lib
+from train import step as step_lib
 from train.errors import UserError
 
 
@@ -47,7 +47,7 @@ def record(
     of a stack of matrices, to a float32 array (layers, m, n).
   """
   last = max(*when.early, *when.late)
-  config = configs.override(
+  config = config_lib.override(
     presets.make(preset, "adamw"),
     [*settings, f"train.steps={max(last + 1, 500)}"],
   )
@@ -57,13 +57,13 @@ def record(
     for which, step in zip(("old", "new"), getattr(when, name), strict=True)
   }
   found: dict[str, np.ndarray] = {}
-  mesh = meshes.make_mesh(config.mesh, config.data.batch)
+  mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
   corpus = data.prepare(config.data, config.model.vocab_size)
   with tempfile.TemporaryDirectory() as name, jax.set_mesh(mesh):
     out = pathlib.Path(name)
     folder.claim_run(out, config, overwrite=False)
     with contextlib.redirect_stdout(io.StringIO()):
-      job, state = jobs.prepare(config, out, corpus, mesh)
+      job, state = job_lib.prepare(config, out, corpus, mesh)
       compiled = loop.compile_step(job, state)
     gradient = jax.jit(jax.grad(_loss(job)))
     with contextlib.closing(job):
@@ -76,9 +76,9 @@ def record(
   return found
 
 
-def _loss(job: jobs.Job):
+def _loss(job: job_lib.Job):
   def loss(params: dict, rows: jax.Array) -> jax.Array:
-    return steps.token_losses(job.placed.graphdef, params, rows).mean()
+    return step_lib.token_losses(job.placed.graphdef, params, rows).mean()
 
   return loss
 

@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from train import checkpoint, data, folder, loop, presets
-from train import config as configs
-from train import job as jobs
-from train import mesh as meshes
-from train import step as steps
+from train import checkpoint, data, folder, presets, step
+from train import config as config_lib
+from train import job as job_lib
+from train import loop as loop_lib
+from train import mesh as mesh_lib
 from train.errors import UserError
 
 
@@ -53,19 +53,19 @@ def timed(into: list[tuple[float, float]]) -> Iterator[None]:
   into.append((time.perf_counter() - begin, time.process_time() - busy))
 
 
-def measure(config: configs.Config, rounds: int, length: int) -> Times:
+def measure(config: config_lib.Config, rounds: int, length: int) -> Times:
   """Runs both in turn, `rounds` times `length` steps each."""
   times = Times()
-  mesh = meshes.make_mesh(config.mesh, config.data.batch)
+  mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
   corpus = data.prepare(config.data, config.model.vocab_size)
   with tempfile.TemporaryDirectory() as name, jax.set_mesh(mesh):
     out = pathlib.Path(name)
     folder.claim_run(out, config, overwrite=False)
-    job, state = jobs.prepare(config, out, corpus, mesh)
+    job, state = job_lib.prepare(config, out, corpus, mesh)
     with contextlib.closing(job):
-      compiled = loop.compile_step(job, state)
+      compiled = loop_lib.compile_step(job, state)
       batch = job.put(next(job.feed))
-      watch = loop.Watch(job, 0, 0)
+      watch = loop_lib.Watch(job, 0, 0)
       state = _bare(compiled, state, batch, length)  # a first one, to warm up
       for index in range(rounds):
         # Each of them comes first in every other round.
@@ -86,7 +86,7 @@ def measure(config: configs.Config, rounds: int, length: int) -> Times:
 
 
 def _bare(
-  compiled: Callable, state: steps.TrainState, batch: jax.Array, count: int
+  compiled: Callable, state: step.TrainState, batch: jax.Array, count: int
 ):
   """The compiled step and nothing else."""
   for _ in range(count):
@@ -95,20 +95,22 @@ def _bare(
 
 
 def _looped(
-  job: jobs.Job,
-  state: steps.TrainState,
+  job: job_lib.Job,
+  state: step.TrainState,
   compiled: Callable,
-  watch: loop.Watch,
+  watch: loop_lib.Watch,
   numbers: range,
-) -> steps.TrainState:
+) -> step.TrainState:
   """The script's own loop; what it prints goes nowhere."""
   with contextlib.redirect_stdout(io.StringIO()):
-    outcome = loop.advance(job, state, compiled, watch, numbers, lambda: False)
+    outcome = loop_lib.advance(
+      job, state, compiled, watch, numbers, lambda: False
+    )
     jax.block_until_ready(outcome.state)
   return outcome.state
 
 
-def _save(job: jobs.Job, state: steps.TrainState) -> float:
+def _save(job: job_lib.Job, state: step.TrainState) -> float:
   """Seconds that a save holds up the loop; the writing goes on behind."""
   progress = checkpoint.Progress(0.0, job.feed.state())
   job.checkpoints.save(state, progress)  # the first compiles its check sums
@@ -120,7 +122,7 @@ def _save(job: jobs.Job, state: steps.TrainState) -> float:
   return seconds[0][0]
 
 
-def report(config: configs.Config, times: Times, length: int) -> str:
+def report(config: config_lib.Config, times: Times, length: int) -> str:
   """The table, and the figure that matters below it."""
   tokens = config.data.batch * config.data.length * length
   rows = [f"{'tokens/s':22}{'median':>12}{'worst':>12}{'best':>12}"]
@@ -170,7 +172,7 @@ def main(words: list[str] | None = None) -> int:
   ]
   try:
     config = presets.make(flags.preset, flags.optimizer)
-    config = configs.override(config, [*flags.settings, *pauses])
+    config = config_lib.override(config, [*flags.settings, *pauses])
     times = measure(config, flags.rounds, flags.steps)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -10,10 +10,11 @@ token.
 import dataclasses
 from typing import Any
 
-from train.bench import refresh, trees
+from train.bench import refresh as refresh_lib
+from train.bench import trees
 
 FLOAT = 4  # bytes
-ITERATIONS = refresh.DEFAULT_ITERATIONS
+ITERATIONS = refresh_lib.DEFAULT_ITERATIONS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import galore, projector
+from galore_optax import galore
+from galore_optax.subspace import find as find_lib
+from galore_optax.subspace import projection
 from train.bench import gradients, pictures, timing, words
 from train.bench.timing import short
 
@@ -89,7 +91,7 @@ def _finder(method: str, side: str) -> Any:
 def _find(
   g: jax.Array, old: jax.Array, iterations: Any, method: str, side: str
 ) -> jax.Array:
-  return projector.find_basis(g, old, side, method, iterations)
+  return find_lib.find_basis(g, old, side, method, iterations)
 
 
 def find(
@@ -97,7 +99,7 @@ def find(
 ) -> jax.Array:
   """A basis by a method's name."""
   if method == RANDOM:
-    drawn = projector.RandomBasis(jnp.uint32(0), old.shape).draw()
+    drawn = projection.RandomBasis(jnp.uint32(0), old.shape).draw()
     return jnp.linalg.qr(drawn)[0]
   return _finder(method, side)(g, old, jnp.int32(iterations))
 
@@ -110,7 +112,7 @@ def cost(g: np.ndarray, old: np.ndarray) -> dict[str, Any]:
     runs[f"subspace {k}"] = functools.partial(
       find, "subspace", k, grad, start, "left"
     )
-  runs[RANDOM] = jax.jit(projector.RandomBasis(jnp.uint32(0), old.shape).draw)
+  runs[RANDOM] = jax.jit(projection.RandomBasis(jnp.uint32(0), old.shape).draw)
   budget = timing.Budget(most=9, least=1, limit=6.0)
   times = timing.interleave(runs, budget)
   return {
@@ -149,7 +151,7 @@ def energies(
   """
   side = "left" if g.shape[0] <= g.shape[1] else "right"
   grad, warm = jnp.asarray(g), jnp.asarray(old)
-  cold = projector.start_basis(jax.random.key(1), *old.shape)
+  cold = find_lib.start_basis(jax.random.key(1), *old.shape)
   if best is None:
     best = _energy(grad, find(SVD, 0, grad, warm, side), side)
   found = {
@@ -169,7 +171,7 @@ def energies(
 
 @functools.partial(jax.jit, static_argnames="side")
 def _kept(g: jax.Array, basis: jax.Array, side: str) -> jax.Array:
-  low = projector.project(g, {side: basis})
+  low = projection.project(g, {side: basis})
   return jnp.sum(low * low) / jnp.sum(g * g)
 
 

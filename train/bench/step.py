@@ -15,8 +15,7 @@ import gc
 import pathlib
 from typing import Any
 
-from train.bench import pictures, timing, torch_peers, trees, words
-from train.bench import runner as runners
+from train.bench import pictures, runner, timing, torch_peers, trees, words
 from train.bench.timing import short
 
 ADAMW = "optax.adamw"
@@ -97,7 +96,7 @@ def _measure_tree(
     chosen.pop(name, None)
   swapped = flags.results == "swapped"
   made = {
-    name: runners.start(make, tree, grads, swapped=swapped)
+    name: runner.start(make, tree, grads, swapped=swapped)
     for name, make in chosen.items()
   }
   peers = torch_peers.start(grads, rank, flags.gap) if flags.torch else {}
@@ -136,7 +135,7 @@ def _measure_tree(
   return rows
 
 
-def _first(optimizer: runners.Runner) -> float:
+def _first(optimizer: runner.Runner) -> float:
   """Seconds of a first step: the middle of three."""
   found = []
   for _ in range(3):

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from train import files
-from train.bench import gradients, pictures
-from train.bench import record as machines
+from train.bench import gradients, pictures, record
 from train.errors import UserError
 from train.experiments import theory
 
@@ -45,8 +44,8 @@ def run(
   kept = {
     "command": "python -m train.experiments mechanism",
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "machine": machines.machine(),
-    "versions": machines.versions(),
+    "machine": record.machine(),
+    "versions": record.versions(),
     "settings": list(settings),
     "steps": [*when.early, *when.late],
     "gradients": {stage: _stage(found, stage) for stage in STAGES},

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 
 from train import data, files
-from train import job as jobs
-from train import mesh as meshes
-from train.bench import record as machines
+from train import job as job_lib
+from train import mesh as mesh_lib
+from train.bench import record
 from train.config import DataConfig
 from train.experiments import texts, training
 from train.experiments.plan import Plan, Run
@@ -67,8 +67,8 @@ def measure(
     "command": f"python -m train.experiments time {plan.table.name}"
     f" --tokens {plan.tokens} --text {plan.text}",
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "machine": machines.machine(),
-    "versions": machines.versions(),
+    "machine": record.machine(),
+    "versions": record.versions(),
     "laps": laps,
     "tables": _load(folder) | {plan.table.name: _medians(times)},
   }
@@ -86,10 +86,10 @@ def _walking(run: Run, parts: texts.Parts):
   """A function that makes steps of a run, and gives their mean time."""
   config = training.config_of(run, parts)
   corpus = data.prepare(config.data, config.model.vocab_size)
-  mesh = meshes.make_mesh(config.mesh, config.data.batch)
+  mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
   with tempfile.TemporaryDirectory() as out, jax.set_mesh(mesh):
     with training.aside(pathlib.Path(out) / "log.txt"):
-      job, state = jobs.prepare(config, pathlib.Path(out), corpus, mesh)
+      job, state = job_lib.prepare(config, pathlib.Path(out), corpus, mesh)
 
     def walk(count: int) -> float:
       nonlocal state

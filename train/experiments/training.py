@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 import galore_optax
-from train import config as configs
+from train import config as config_lib
 from train import data, folder, loop, metrics, presets
-from train import job as jobs
-from train import mesh as meshes
-from train.bench import record as machines
+from train import job as job_lib
+from train import mesh as mesh_lib
+from train.bench import record
 from train.errors import Diverged, UserError
 from train.experiments import course, tables, texts
 from train.experiments.plan import Record, Run
@@ -48,7 +48,7 @@ class Clock:
 
 def settings(run: Run, parts: texts.Parts) -> list[str]:
   """What `--set` is given."""
-  shape = configs.override(
+  shape = config_lib.override(
     presets.make(tables.PRESET, run.entry.optimizer), list(run.settings)
   ).data
   steps = max(1, round(run.tokens / (shape.batch * shape.length)))
@@ -79,10 +79,10 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
   ]
 
 
-def config_of(run: Run, parts: texts.Parts) -> configs.Config:
+def config_of(run: Run, parts: texts.Parts) -> config_lib.Config:
   """The run as the training script's config."""
   start = presets.make(tables.PRESET, run.entry.optimizer)
-  return configs.override(start, settings(run, parts))
+  return config_lib.override(start, settings(run, parts))
 
 
 def command(run: Run, parts: texts.Parts) -> str:
@@ -121,7 +121,7 @@ def train(
   except UserError:  # what is left there is of no use
     folder.claim_run(out, config, overwrite=True)
   corpus = data.prepare(config.data, config.model.vocab_size)
-  mesh = meshes.make_mesh(config.mesh, config.data.batch)
+  mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
   with aside(out / "log.txt"), jax.set_mesh(mesh):
     job, state = _prepare(config, out, corpus, mesh)
     try:
@@ -146,19 +146,19 @@ def aside(path: pathlib.Path) -> Iterator[None]:
 
 
 def _prepare(
-  config: configs.Config,
+  config: config_lib.Config,
   out: pathlib.Path,
   corpus: data.Corpus,
   mesh: jax.sharding.Mesh,
 ) -> tuple[Job, Any]:
   """The run's parts; anew if what a kill has left cannot be read."""
   try:
-    return jobs.prepare(config, out, corpus, mesh)
+    return job_lib.prepare(config, out, corpus, mesh)
   except UserError:
     if not (out / folder.FOLDER).exists():
       raise
     folder.claim_run(out, config, overwrite=True)
-    return jobs.prepare(config, out, corpus, mesh)
+    return job_lib.prepare(config, out, corpus, mesh)
 
 
 def _finish(
@@ -236,7 +236,7 @@ def _thinned(points: list[tuple[int, float]]) -> list[list[float]]:
   ]
 
 
-def _heading(run: Run, config: configs.Config, parts: texts.Parts) -> Record:
+def _heading(run: Run, config: config_lib.Config, parts: texts.Parts) -> Record:
   """What was run, where and when."""
   return {
     "key": run.key,
@@ -248,7 +248,7 @@ def _heading(run: Run, config: configs.Config, parts: texts.Parts) -> Record:
     "steps": config.train.steps,
     "text": run.text,
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "machine": machines.machine(),
-    "versions": machines.versions(),
+    "machine": record.machine(),
+    "versions": record.versions(),
     "command": command(run, parts),
   }

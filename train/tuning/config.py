@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from train import config as base
+from train import config
 from train.errors import UserError
 
 TemplateName = Literal["chatml", "plain"]
@@ -40,8 +40,8 @@ class TaskConfig:
   template: TemplateName = "chatml"  # how turns of a conversation are written
 
   def __post_init__(self):
-    base.check_above("task", self, ("epochs", "stride"), low=-1e-9)
-    base.check_above(
+    config.check_above("task", self, ("epochs", "stride"), low=-1e-9)
+    config.check_above(
       "task", self, ("evaluations", "multiple", "query", "answer", "n_best")
     )
     if not (self.dropout == -1 or 0 <= self.dropout < 1):
@@ -50,15 +50,15 @@ class TaskConfig:
       )
 
 
-UNWATCHED = base.RunConfig(watch="none")
+UNWATCHED = config.RunConfig(watch="none")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(base.Config):
+class Config(config.Config):
   """A whole fine-tuning run; `model` is what the checkpoint says it is."""
 
   task: TaskConfig = TaskConfig()
-  run: base.RunConfig = UNWATCHED
+  run: config.RunConfig = UNWATCHED
 
   def __post_init__(self):
     super().__post_init__()
@@ -76,7 +76,7 @@ class Config(base.Config):
       raise UserError(
         f"run.watch={self.run.watch} is for pre-training; leave it at none"
       )
-    plain = base.DataConfig()
+    plain = config.DataConfig()
     for name in ("text_field", "documents", "shuffle_buffer", "stream"):
       if getattr(self.data, name) != getattr(plain, name):
         raise UserError(

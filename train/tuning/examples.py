@@ -14,7 +14,8 @@ import numpy as np
 
 from train.config import HUB, DataConfig
 from train.errors import UserError
-from train.tuning import answers, chat, tables
+from train.tuning import answers as answers_lib
+from train.tuning import chat, tables
 from train.tuning.tasks import Task
 
 
@@ -73,7 +74,7 @@ def load(task: Task, config: DataConfig, cache: pathlib.Path) -> Examples:
   train, evaluated = tables.read(path, config, task.validation, cache)
   if task.kind == "classify" and not task.labels:
     values = _column(train, task.label, "task.label", name)
-    found = answers.classes(values, train, task, name)
+    found = answers_lib.classes(values, train, task, name)
     task = dataclasses.replace(task, labels=found)
   if task.kind == "classify":
     _check_classes(task, name)
@@ -138,7 +139,7 @@ def _check(table: tables.Table, task: Task, name: str, split: str) -> Split:
     return Split(split, first, second, [None] * len(first))
   _check_texts(first, task.first, name)
   right = _column(table, task.label, "task.label", name)
-  found = answers.check(right, second, table, task, name)
+  found = answers_lib.check(right, second, table, task, name)
   return Split(split, first, second, found)
 
 

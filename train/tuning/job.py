@@ -21,9 +21,9 @@ from train import (
   optimizer,
   subspace,
 )
-from train import job as jobs
-from train import mesh as meshes
-from train import step as steps
+from train import job as job_lib
+from train import mesh as mesh_lib
+from train import step as step_lib
 from train.config import TrainConfig
 from train.errors import UserError
 from train.tuning import evaluation, freeze
@@ -46,7 +46,7 @@ class Material:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Job(jobs.Job):
+class Job(job_lib.Job):
   """What the loop works with, for a task."""
 
   learner: Learner
@@ -54,8 +54,8 @@ class Job(jobs.Job):
 
   def put(self, rows: Any) -> Any:
     """Moves this process's part of a batch to its devices."""
-    sharding = meshes.batch_sharding(self.mesh)
-    return {k: meshes.put_batch(v, sharding) for k, v in rows.items()}
+    sharding = mesh_lib.batch_sharding(self.mesh)
+    return {k: mesh_lib.put_batch(v, sharding) for k, v in rows.items()}
 
   def batch_shape(self) -> None:
     """Batches are as long as their longest row."""
@@ -75,7 +75,7 @@ class Job(jobs.Job):
     return jaxprs.count_flops(traced.jaxpr) / tokens
 
   def evaluate(
-    self, state: steps.TrainState, say: Callable[[str], None]
+    self, state: step_lib.TrainState, say: Callable[[str], None]
   ) -> float:
     """Says and logs the scores; returns one that is the better the lower."""
     index, parts = self.part
@@ -98,8 +98,8 @@ class Job(jobs.Job):
 
 
 def make_gradient(
-  learner: Learner, placed: steps.Placed, config: TrainConfig
-) -> steps.Gradient:
+  learner: Learner, placed: step_lib.Placed, config: TrainConfig
+) -> step_lib.Gradient:
   """The gradient of the mean loss of a batch, in parts if it is asked for."""
   differentiate = jax.value_and_grad(
     lambda w, batch, count, key: learner.loss(w, batch, key) / count
@@ -126,7 +126,7 @@ def make_gradient(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), weights)
     zeros = jax.lax.with_sharding_constraint(zeros, placed.weight_shardings)
     parts = {
-      k: meshes.microbatches(v, config.accumulate) for k, v in batch.items()
+      k: mesh_lib.microbatches(v, config.accumulate) for k, v in batch.items()
     }
     numbers = jnp.arange(config.accumulate)
     (grads, loss), _ = jax.lax.scan(
@@ -158,18 +158,18 @@ def reparametrise(learner: Learner, config: Config) -> adapters.Adapters | None:
 
 def lay_out(
   learner: Learner, config: Config, mesh: jax.sharding.Mesh
-) -> tuple[Any, steps.Placed]:
+) -> tuple[Any, step_lib.Placed]:
   """The optimizer, and the state on a mesh before it takes any memory.
 
   Raises:
     UserError: the method cannot be made, or not for this model.
   """
   where = (
-    None if mesh.size == 1 else meshes.param_shardings(learner.boxes, mesh)
+    None if mesh.size == 1 else mesh_lib.param_shardings(learner.boxes, mesh)
   )
   tx = optimizer.make_optimizer(config.optimizer, config.train.steps, where)
   changed = reparametrise(learner, config)
-  return tx, steps.place_model(
+  return tx, step_lib.place_model(
     config.model, learner.graphdef, learner.boxes, tx, mesh, changed
   )
 
@@ -181,18 +181,18 @@ def prepare(
   material: Material,
   mesh: jax.sharding.Mesh,
   tx: Any,
-  placed: steps.Placed,
-) -> tuple[Job, steps.TrainState]:
+  placed: step_lib.Placed,
+) -> tuple[Job, step_lib.TrainState]:
   """Makes or restores a run's state, opens its files."""
   restored = checkpoint.restore(out, placed)
   if restored is None:
     seed = config.train.seed
-    state = steps.init_state(config.model, tx, placed, seed, learner.params)
+    state = step_lib.init_state(config.model, tx, placed, seed, learner.params)
     progress = checkpoint.Progress(0.0, None)
   else:
     state, progress = restored
     print(f"continuing from the checkpoint of step {int(state.step)}")
-  done, part = int(state.step), meshes.part_of_batch(mesh)
+  done, part = int(state.step), mesh_lib.part_of_batch(mesh)
   begin = progress.data or {"batches": 0}
   shared: Any = {
     "config": config,
@@ -209,8 +209,8 @@ def prepare(
     part=part,
     placed=placed,
     tx=tx,
-    rates=jobs.rates_of(config),
-    train_step=steps.make_train_step(
+    rates=job_lib.rates_of(config),
+    train_step=step_lib.make_train_step(
       tx,
       placed,
       config.train,
@@ -225,7 +225,9 @@ def prepare(
     checkpoints=checkpoint.Checkpoints(
       out, config.run.keep, config.run.keep_best
     ),
-    log=jobs.open_log(config, out, done) if hosts.is_first() else jobs.Silent(),
+    log=job_lib.open_log(config, out, done)
+    if hosts.is_first()
+    else job_lib.Silent(),
     seconds=progress.seconds,
     learner=learner,
     material=material,
@@ -233,11 +235,11 @@ def prepare(
   return job, state
 
 
-def make_eval_step(learner: Learner, placed: steps.Placed) -> Callable:
+def make_eval_step(learner: Learner, placed: step_lib.Placed) -> Callable:
   """A function of parameters and a batch: outputs and loss, the same on all."""
 
   @functools.partial(
-    jax.jit, out_shardings=meshes.replicated(placed.shardings.step.mesh)
+    jax.jit, out_shardings=mesh_lib.replicated(placed.shardings.step.mesh)
   )
   def eval_step(params: dict, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
     weights = placed.read(params)

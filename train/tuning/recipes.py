@@ -12,7 +12,7 @@ the length and the epochs are BERT's.
 import dataclasses
 from typing import Any, NamedTuple
 
-from train import config as base
+from train import config as config_lib
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.errors import UserError
 from train.tuning import tasks
@@ -239,7 +239,7 @@ def adopt(config: Config, settings: list[str]) -> Config:
     raise UserError(f"--set {idle[0]}: it {FIXED[idle[0]]}")
   if "train.steps" in named and "task.epochs" not in named:
     settings = [*settings, "task.epochs=0"]  # the steps are counted instead
-  changed = base.override(config, settings)
+  changed = config_lib.override(config, settings)
   assert isinstance(changed, Config)
   if {"train.steps", "task.epochs"} <= named and changed.task.epochs:
     raise UserError(

@@ -7,15 +7,14 @@ from typing import Any
 import jax
 
 import galore_optax
-from train import files, optimizer
-from train import step as steps
+from train import files, optimizer, step
 from train.tuning.config import Config
 
 FILE = "result.json"
 
 
 def components(
-  placed: steps.Placed, config: Config, opt_state: Any
+  placed: step.Placed, config: Config, opt_state: Any
 ) -> dict[str, int]:
   """Bytes of weights, adapters, gradients and optimizer state.
 

@@ -1,0 +1,1 @@
+"""What GaLore is compared with: LoRA and its kin."""

@@ -1,0 +1,1 @@
+"""What an inner optimizer does, read off its jaxpr."""

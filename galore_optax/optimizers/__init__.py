@@ -1,0 +1,1 @@
+"""Ready optimizers: recipes around `galore`, 8-bit Adam and others."""

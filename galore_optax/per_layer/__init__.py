@@ -1,0 +1,1 @@
+"""Updates inside the backward pass, one layer at a time."""

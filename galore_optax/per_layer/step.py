@@ -1,0 +1,520 @@
+"""Weights updated layer by layer, inside the backward pass.
+
+A usual step holds the gradients of all layers before the first weight moves.
+Here the backward pass walks the layers from the last to the first; each one's
+weights and optimizer state are replaced as soon as its gradient is known, and
+no two layers' gradients are ever alive together.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import layout
+
+from galore_optax import checks, quantized_params
+from galore_optax._galore import LAYER_ARG
+from galore_optax.per_layer.model import Layered, check_layers
+from galore_optax.quantization import qarray
+from galore_optax.tree import paths, sharding
+
+
+class LayerwiseState(NamedTuple):
+  """State of :func:`layerwise`.
+
+  Attributes:
+    count: Steps so far, which also seeds the rounding.
+    first: The optimizer's state for the parameters that `first` reads, an
+      :class:`EndState`.
+    layers: Its state for the layers; every leaf has a leading layer axis.
+    last: Its state for the parameters that `last` alone reads.
+  """
+
+  count: Any  # shape=(), dtype=jnp.int32
+  first: Any  # EndState
+  layers: optax.OptState
+  last: Any  # EndState
+
+
+class EndState(NamedTuple):
+  """State of the parameters at one end of the model.
+
+  Attributes:
+    whole: The optimizer's state for the leaves that are updated at once.
+    chunked: Path of a leaf that is updated in chunks to the state for them;
+      every leaf has a leading axis that counts chunks.
+  """
+
+  whole: optax.OptState
+  chunked: dict[str, optax.OptState]
+
+
+class Layerwise(NamedTuple):
+  """A pair of pure functions, see :func:`layerwise`.
+
+  Attributes:
+    init: `params -> state`.
+    step: `(params, state, batch) -> (params, state, metrics)`.
+  """
+
+  init: Callable
+  step: Callable
+
+
+def layerwise(
+  tx: optax.GradientTransformation,
+  model: Layered,
+  *,
+  dtype: Any = None,
+  clip_norm: float | None = None,
+  chunks: Mapping[str, int] | None = None,
+  stochastic_rounding: bool = True,
+  seed: int = 0,
+) -> Layerwise:
+  r"""A training step that updates each layer inside the backward pass.
+
+  The forward pass keeps the input of each layer. The backward pass recomputes
+  one layer after the other from it, and updates the layer's weights and state
+  in place before it goes on. It computes what the usual step computes, with
+  the memory of one layer's gradients and activations. `tx` may be any
+  optimizer that treats every leaf by itself, such as
+  :func:`galore_optax.galore`, whose bases are refreshed in there, too.
+
+  What depends on several leaves is confined to a layer (and to either end of
+  the model): `optax.clip_by_global_norm` in `tx` clips each layer's gradient,
+  `optax.clip_by_block_rms` each matrix's. `clip_norm` clips by the global norm
+  of the whole gradient, exactly, with a second backward pass.
+
+  A layer whose gradient is not finite stays as it is, and its state too; with
+  `clip_norm` all do. Staggered refreshes come at the steps of the usual step
+  if no matrix outside of the layers is projected, else at others.
+
+  For gradient accumulation give GaLore its `accumulation_steps`, and call
+  `step` with one micro-batch after the other. (A layer that leaves a bad one
+  out is behind the others from then on; `clip_norm` keeps them in step.) Masks
+  in `tx` may be functions or trees in the parameters' structure.
+
+  Args:
+    tx: The optimizer.
+    model: The model in three parts. Its layers must be stacked.
+    dtype: Dtype in which quantised weights are read, None for float32.
+    clip_norm: Largest global norm of the gradient; None for no clipping.
+    chunks: Path of a leaf outside of the layers to the number of chunks of rows
+      in which it is updated, one after the other. An embedding of 32,000 rows
+      has as many elements as a whole layer; in chunks its update takes no more
+      memory than a layer's. The optimizer sees each chunk as a leaf of that
+      path, which makes no difference to elementwise ones such as Adam.
+    stochastic_rounding: Whether quantised weights are rounded at random.
+    seed: Seed of that.
+
+  Returns:
+    `init` and `step`, to be jitted; give `step` `donate_argnums=(0, 1)`. Its
+    metrics are float32 scalars: `loss`, `grad_norm` before clipping, not
+    finite if any part of the gradient was not.
+
+  Raises:
+    TypeError: If `tx` is no gradient transformation.
+    ValueError: If `clip_norm` is not positive, or `init` finds no layers.
+
+  Example:
+    >>> from galore_optax import galore
+    >>> toy = Layered(
+    ...   first=lambda params, batch: batch @ params["inner"],
+    ...   layer=lambda w, x: x + jnp.tanh(x @ w),
+    ...   last=lambda params, x, batch: jnp.mean((x @ params["outer"]) ** 2),
+    ... )
+    >>> params = {
+    ...   "inner": jnp.ones((8, 16)),
+    ...   "layers": jnp.ones((3, 16, 16)) / 64,
+    ...   "outer": jnp.ones((16, 1)),
+    ... }
+    >>> init, step = layerwise(galore(optax.adam(0.1), rank=4), toy)
+    >>> state = init(params)
+    >>> new, state, metrics = jax.jit(step)(params, state, jnp.ones((2, 8)))
+    >>> new["layers"].shape, int(state.count)
+    ((3, 16, 16), 1)
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section
+    4.3; Lv et al., `Full Parameter Fine-tuning for Large Language Models with
+    Limited Resources <https://arxiv.org/abs/2306.09782>`_, 2023.
+  """
+  if not isinstance(tx, optax.GradientTransformation):
+    raise TypeError(f"`tx` must be a gradient transformation, got {tx!r}.")
+  checks.check_positive("clip_norm", clip_norm)
+  run = _Run(
+    optax.with_extra_args_support(tx),
+    model,
+    functools.partial(quantized_params.dequantize_params, dtype=dtype),
+    clip_norm,
+    dict(chunks or {}),
+    seed if stochastic_rounding else None,
+  )
+  return Layerwise(run.init, run.step)
+
+
+class _Run(NamedTuple):
+  """The settings, and the two functions."""
+
+  tx: optax.GradientTransformationExtraArgs
+  model: Layered
+  read: Callable
+  clip_norm: float | None
+  chunks: Mapping[str, int]
+  seed: int | None
+
+  def init(self, params: Any) -> LayerwiseState:
+    """State for parameters; jit it to keep full-size copies out of memory."""
+    check_layers(self.model, params)
+    whole = self.read(params)
+    start = lambda part: self.tx.init(_only(whole, part))
+    lower, upper = self._end_leaves(whole)
+    _check_chunks(self.chunks, {**lower, **upper}, params)
+
+    def start_end(end: Mapping[str, Any]) -> EndState:
+      cut = {p: x for p, x in end.items() if p in self.chunks}
+      return EndState(
+        start({p: x for p, x in end.items() if p not in cut}),
+        {
+          p: jax.vmap(lambda x, p=p: start({p: x}))(self._cut(p, x))
+          for p, x in cut.items()
+        },
+      )
+
+    return LayerwiseState(
+      count=jnp.zeros([], jnp.int32),
+      first=start_end(lower),
+      layers=_apart(
+        jax.vmap(lambda layer: start(self._named(layer)))(whole[self.model.key])
+      ),
+      last=start_end(upper),
+    )
+
+  def step(
+    self, params: Any, state: LayerwiseState, batch: Any
+  ) -> tuple[Any, LayerwiseState, dict[str, jax.Array]]:
+    """One training step."""
+    check_layers(self.model, params)
+    forward = self._forward(params, batch)
+    scale = self._clip_scale(params, forward)
+    return self._backward(params, state, forward, scale)
+
+  def _forward(self, params: Any, batch: Any) -> "_Forward":
+    """The forward pass, and how the ends are differentiated."""
+    model = self.model
+    ends = self.read(model.ends(params))
+    x, first_vjp = jax.vjp(
+      lambda lower: model.first(lower, batch), model.lower(ends)
+    )
+    x, inputs = jax.lax.scan(
+      lambda x, layer: (model.layer(self.read(layer), x), x),
+      x,
+      params[model.key],
+    )
+
+    def last(upper: Any, x: Any) -> tuple[jax.Array, Any]:
+      found = model.last(upper, x, batch)
+      return found if model.has_aux else (found, None)
+
+    loss, last_vjp, aux = jax.vjp(last, model.upper(ends), x, has_aux=True)
+    return _Forward(loss, aux, inputs, first_vjp, last_vjp)
+
+  def _layer_gradient(
+    self, layer: Any, x: Any, dx: Any
+  ) -> tuple[dict[str, jax.Array], Any]:
+    """A layer's gradient by full path, and that of its input."""
+    _, vjp = jax.vjp(self.model.layer, self.read(layer), x)
+    grads, dx = vjp(dx)
+    return self._named(grads), dx
+
+  def _clip_scale(self, params: Any, forward: "_Forward") -> Any:
+    """The factor that global-norm clipping puts on all gradients."""
+    if self.clip_norm is None:
+      return None
+    ends, dx = forward.last_gradient()
+    layers = params[self.model.key]
+    count = _count(layers)
+
+    def body(j: jax.Array, carry: tuple) -> tuple:
+      dx, total = carry
+      i = count - 1 - j
+      x = _take(forward.inputs, i)
+      grads, dx = self._layer_gradient(_take(layers, i), x, dx)
+      return dx, total + _squares(grads)
+
+    dx, total = jax.lax.fori_loop(0, count, body, (dx, jnp.float32(0)))
+    norm = jnp.sqrt(total + _squares(forward.whole_gradient(ends, dx)))
+    # A gradient that is not finite anywhere makes all of it so: nothing is
+    # updated then, as nothing was by the usual step.
+    scale = jnp.minimum(1.0, self.clip_norm / norm)
+    return jnp.where(jnp.isfinite(norm), scale, jnp.nan)
+
+  def _backward(
+    self,
+    params: Any,
+    state: LayerwiseState,
+    forward: "_Forward",
+    scale: Any,
+  ) -> tuple[Any, LayerwiseState, dict[str, jax.Array]]:
+    """The backward pass with the updates in it."""
+    key, layers = self.model.key, params[self.model.key]
+    count, keys = _count(layers), self._keys(state.count)
+    ends, dx = forward.last_gradient()
+    _, upper = self._end_leaves(ends)
+    params, last = self._update_end(params, upper, state.last, scale, keys[0])
+
+    def body(j: jax.Array, carry: tuple) -> tuple:
+      dx, total, stack, states = carry
+      i = count - 1 - j
+      layer, opt = _read_barrier((_take(stack, i), _take(states, i)))
+      grads, dx = self._layer_gradient(layer, _take(forward.inputs, i), dx)
+      new, opt = self._update(
+        {**params, key: layer}, grads, opt, scale, keys[1], (i, count)
+      )
+      stack, states = _put(stack, new[key], i), _put(states, opt, i)
+      return dx, total + _squares(grads), stack, states
+
+    dx, total, stack, states = jax.lax.fori_loop(
+      0, count, body, (dx, _squares(upper), layers, state.layers)
+    )
+    grads = forward.whole_gradient(ends, dx)
+    lower, _ = self._end_leaves(grads)
+    params, first = self._update_end(params, lower, state.first, scale, keys[2])
+    norm = jnp.sqrt(total + _squares(lower))
+    metrics = {"loss": forward.loss.astype(jnp.float32), "grad_norm": norm}
+    if self.model.has_aux:
+      metrics["aux"] = forward.aux
+    return (
+      {**params, key: stack},
+      LayerwiseState(optax.safe_increment(state.count), first, states, last),
+      metrics,
+    )
+
+  def _update_end(
+    self,
+    params: Any,
+    grads: Mapping[str, jax.Array],
+    state: EndState,
+    scale: Any,
+    key: jax.Array | None,
+  ) -> tuple[Any, EndState]:
+    """The parameters after an update of one end, and its state."""
+    whole = {p: g for p, g in grads.items() if p not in state.chunked}
+    params, new = self._update(params, whole, state.whole, scale, key)
+    chunked = {}
+    for path, states in state.chunked.items():
+      params, chunked[path] = self._update_chunks(
+        params, path, grads[path], states, scale, key
+      )
+    return params, EndState(new, chunked)
+
+  def _update_chunks(
+    self,
+    params: Any,
+    path: str,
+    grad: jax.Array,
+    states: optax.OptState,
+    scale: Any,
+    key: jax.Array | None,
+  ) -> tuple[Any, optax.OptState]:
+    """The parameters after an update of one leaf, chunk by chunk."""
+    old = paths.leaves_by_path(params)[path]
+    grad = self._cut(path, grad)
+    replace = lambda x: paths.map_with_path(
+      lambda p, y: x if p == path else y, params
+    )
+
+    def body(i: jax.Array, carry: tuple) -> tuple:
+      leaf, states = carry
+      part, state = _read_barrier((_take(leaf, i), _take(states, i)))
+      chunk_key = None if key is None else jax.random.fold_in(key, i)
+      tree, state = self._update(
+        replace(part), {path: grad[i]}, state, scale, chunk_key
+      )
+      part = paths.leaves_by_path(tree)[path]
+      return _put(leaf, part, i), _put(states, state, i)
+
+    leaf, states = jax.lax.fori_loop(
+      0, self.chunks[path], body, (self._cut(path, old), states)
+    )
+    return replace(leaf.reshape(old.shape)), states
+
+  def _cut(self, path: str, x: jax.Array) -> jax.Array:
+    """A leaf in its chunks of rows."""
+    return x.reshape(self.chunks[path], -1, *x.shape[1:])
+
+  def _update(
+    self,
+    params: Any,
+    grads: Mapping[str, jax.Array],
+    state: optax.OptState,
+    scale: Any,
+    key: jax.Array | None,
+    layer: tuple[Any, Any] = (0, 1),
+  ) -> tuple[Any, optax.OptState]:
+    """The parameters after an update of one part of them, and its state."""
+    if scale is not None:
+      grads = {p: (g * scale).astype(g.dtype) for p, g in grads.items()}
+    layer = (jnp.int32(layer[0]), jnp.int32(layer[1]))
+    leaves = paths.leaves_by_path(params)
+    part = {p: leaves[p] for p in grads}
+    finite, old = jnp.isfinite(_squares(grads)), state
+    updates, state = self.tx.update(
+      _only(params, grads),
+      old,
+      _only(params, self.read(part)),
+      **{LAYER_ARG: layer},
+    )
+    found = paths.leaves_by_path(updates)
+    key = None if key is None else jax.random.fold_in(key, layer[0])
+    new: Any = quantized_params.apply_updates(
+      part, {p: found[p] for p in part}, key
+    )
+    new, state = jax.tree.map(
+      lambda x, y: jnp.where(finite, x, y), (new, state), (part, old)
+    )
+    return paths.map_with_path(lambda p, x: new.get(p, x), params), state
+
+  def _named(self, layer: Any) -> dict[str, Any]:
+    """A layer's leaves by their paths in all the parameters."""
+    return paths.leaves_by_path({self.model.key: layer})
+
+  def _end_leaves(self, tree: Mapping[str, Any]) -> tuple[dict, dict]:
+    """Leaves by path: those that `first` is given, and the other ends."""
+    ends = self.model.ends(tree)
+    keys = ends if self.model.first_keys is None else self.model.first_keys
+    lower = {k: v for k, v in ends.items() if k in keys}
+    upper = {k: v for k, v in ends.items() if k not in keys}
+    return paths.leaves_by_path(lower), paths.leaves_by_path(upper)
+
+  def _keys(self, count: jax.Array) -> Any:
+    """Random keys of a step, for head, layers and embedding."""
+    if self.seed is None:
+      return (None, None, None)
+    step = jax.random.fold_in(jax.random.key(self.seed), count)
+    return jax.random.split(step, 3)
+
+
+class _Forward(NamedTuple):
+  """What the backward pass needs of the forward pass."""
+
+  loss: jax.Array
+  aux: Any  # what `last` returns beside it
+  inputs: Any  # of each layer, with a leading layer axis
+  first_vjp: Callable
+  last_vjp: Callable
+
+  def last_gradient(self) -> tuple[dict, Any]:
+    """Gradients of the ends so far and of the last layer's output."""
+    return self.last_vjp(jnp.ones_like(self.loss))
+
+  def whole_gradient(self, ends: dict, dx: Any) -> dict:
+    """The ends' gradient, with what comes through the first layer's input."""
+    (lower,) = self.first_vjp(dx)
+    both = {
+      k: jax.tree.map(jnp.add, lower[k], ends[k]) for k in ends if k in lower
+    }
+    return {**ends, **lower, **both}
+
+
+def _only(tree: Any, part: Mapping[str, Any]) -> Any:
+  """A tree of which only the leaves of a part are there, masked elsewhere."""
+  return paths.map_with_path(
+    lambda path, _: part.get(path, optax.MaskedNode()), tree
+  )
+
+
+def _count(layers: Any) -> int:
+  return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _take(tree: Any, i: Any) -> Any:
+  """Layer i of a stack."""
+  take = jax.lax.dynamic_index_in_dim
+  return jax.tree.map(lambda x: take(_pin(x), i, keepdims=False), tree)
+
+
+def _put(tree: Any, new: Any, i: jax.Array) -> Any:
+  """A stack with layer i replaced, in place."""
+  put = jax.lax.dynamic_update_index_in_dim
+  return jax.tree.map(lambda x, y: _pin(put(_pin(x), y, i, 0)), tree, new)
+
+
+def _is_key(x: Any) -> bool:
+  """Whether it is a typed key of random numbers, as Optax's noise keeps."""
+  return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+
+
+def _apart(tree: Any) -> Any:
+  """A stack of states whose layers draw different numbers."""
+
+  def draw(x: Any) -> Any:
+    if not _is_key(x):
+      return x
+    numbers = jnp.arange(len(x), dtype=jnp.uint32)
+    fold = lambda keys, i: jax.vmap(
+      functools.partial(jax.random.fold_in, data=i)
+    )(keys.reshape(-1)).reshape(keys.shape)
+    return jax.vmap(fold)(x, numbers)
+
+  return jax.tree.map(draw, tree)
+
+
+def _pin(stack: jax.Array) -> jax.Array:
+  """Keeps a stack in the layout that it came in.
+
+  What is done with a layer may suit another one; compilers then choose that
+  for the whole loop, and copy all layers on the way in and out. On a mesh it is
+  left to them: the partitioner gathers what such a constraint is put on.
+  """
+  if sharding.on_mesh(stack) or _is_key(stack):
+    return stack
+  return layout.with_layout_constraint(
+    stack, layout.Layout(tuple(range(stack.ndim)))
+  )
+
+
+def _read_barrier(tree: Any) -> Any:
+  """Keeps the TPU compiler from copying whole stacks that it reads a slice of.
+
+  It would otherwise move reads across the writes of the same stack, and pay
+  for that with a copy.
+  """
+  return jax.lax.platform_dependent(
+    tree, tpu=jax.lax.optimization_barrier, default=lambda tree: tree
+  )
+
+
+def _squares(tree: Any) -> jax.Array:
+  """Sum of the squares of all entries, float32."""
+  return sum(
+    (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)),
+    start=jnp.float32(0),
+  )
+
+
+def _check_chunks(
+  chunks: Mapping[str, int], ends: Mapping[str, Any], params: Any
+) -> None:
+  """Raises unless chunks are those of arrays that they divide."""
+  leaves = paths.leaves_by_path(params)
+  for path, count in chunks.items():
+    if path not in ends:
+      raise ValueError(
+        f"`chunks` names {path!r}, which is no leaf outside of the layers; "
+        f"those are {', '.join(ends)}."
+      )
+    if qarray.is_quantized(leaves[path]):
+      raise ValueError(
+        f"`chunks` cuts {path!r}, which is quantised: its blocks may lie "
+        "across rows. Leave one of the two out."
+      )
+    shape = jnp.shape(ends[path])
+    if count < 1 or not shape or shape[0] % count:
+      raise ValueError(
+        f"`chunks` cuts {path!r} of shape {shape} in {count}; give a divisor "
+        "of its rows."
+      )

@@ -1,0 +1,1 @@
+"""Arrays in 4 and 8 bits."""

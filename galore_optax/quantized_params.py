@@ -1,0 +1,211 @@
+"""Weights that are trained in eight bits, with no copy in more bits."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax import checks
+from galore_optax.quantization import qarray
+from galore_optax.tree import paths, sharding
+
+# Formats of weights; the dynamic ones cannot be rounded at random.
+KINDS = ("int8", "int4", "float8")
+
+
+def quantize_params(
+  params: optax.Params, rules: Any = ("kernel$",), kind: str = "int8"
+) -> Any:
+  r"""Quantises the weights whose paths match.
+
+  Args:
+    params: Parameters; leaves that are quantised already stay as they are.
+    rules: Regular expressions; leaves of two axes or more in whose path one of
+      them is found (`re.search` in `layers/attn/q/kernel`) are quantised.
+    kind: `int8`, `int4` or `float8`, see :func:`galore_optax.quantize`.
+
+  Returns:
+    The parameters, with a :class:`galore_optax.QArray` in place of these.
+
+  Raises:
+    ValueError: If `kind` is unknown, or a rule is no regular expression or
+      matches no leaf of two axes or more.
+    TypeError: If `rules` is no sequence of strings, or a leaf has no real
+      floating-point entries.
+
+  Example:
+    >>> params = {"kernel": jnp.ones((512, 256)), "bias": jnp.ones(256)}
+    >>> small = quantize_params(params)
+    >>> small["kernel"].codes.dtype.name, small["bias"].dtype.name
+    ('int8', 'float32')
+  """
+  checks.check_choice("kind", kind, KINDS)
+  rules = rules if isinstance(rules, str) else tuple(rules)
+  _check_rules(rules, params)
+
+  def one(path: str, x: Any) -> Any:
+    hit = any(re.search(rule, path) for rule in rules)
+    if qarray.is_quantized(x) or not hit or jnp.ndim(x) < 2:
+      return x
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+      raise TypeError(
+        f"The leaf {path!r} is {jnp.result_type(x)}; only real floating-point "
+        "weights are quantised. Give `rules` that do not match it."
+      )
+    return _quantize(x, kind)
+
+  return paths.map_with_path(one, params)
+
+
+def dequantize_params(params: optax.Params, dtype: Any = None) -> Any:
+  """The weights as arrays, for a model to compute with.
+
+  Args:
+    params: Parameters, some of them quantised.
+    dtype: Dtype of the weights that were quantised; None for float32.
+
+  Returns:
+    Parameters without quantised leaves; all others are as they were.
+
+  Example:
+    >>> params = quantize_params({"kernel": jnp.ones((512, 256))})
+    >>> dequantize_params(params, jnp.bfloat16)["kernel"].dtype.name
+    'bfloat16'
+  """
+  return jax.tree.map(
+    lambda x: (
+      _dequantize(x, dtype or jnp.float32) if qarray.is_quantized(x) else x
+    ),
+    params,
+    is_leaf=qarray.is_quantized,
+  )
+
+
+def apply_updates(
+  params: optax.Params, updates: optax.Updates, key: jax.Array | None
+) -> Any:
+  r"""Adds updates to parameters of which some are quantised.
+
+  A quantised weight is read, updated and rounded again,
+
+  .. math::
+
+    W \leftarrow Q(D(W) + U)
+
+  up or down at random, so that updates smaller than a step are not lost but
+  arrive in the mean. A block keeps its steps while they fit it: with new ones
+  at each update, as in the reference code, weights that hardly change would
+  wander. A block whose update is zero is left as it is. All other parameters
+  are added to as by `optax.apply_updates`.
+
+  Args:
+    params: Parameters, some of them quantised.
+    updates: Updates in the shapes of the weights; None leaves are skipped.
+    key: Random key of this step. None rounds to the nearest, which loses small
+      updates: for comparison only, and for float8, which is always rounded to
+      the nearest.
+
+  Returns:
+    The new parameters, in the formats of the old ones.
+
+  Raises:
+    TypeError: If updates are quantised, as those are of a gradient that was
+      taken at quantised weights.
+    ValueError: If a quantised weight's update is not of its shape.
+
+  Example:
+    >>> params = quantize_params({"kernel": jnp.ones((512, 256))})
+    >>> updates = {"kernel": jnp.full((512, 256), 1e-4)}
+    >>> new = apply_updates(params, updates, jax.random.key(0))
+    >>> mean = jnp.mean(dequantize_params(new)["kernel"])
+    >>> bool(jnp.abs(mean - 1.0001) < 2e-5)
+    True
+
+  References:
+    Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section
+    3.4.
+  """
+  _check_updates(params, updates)
+  flat, treedef = jax.tree.flatten(params, is_leaf=qarray.is_quantized)
+  changes = treedef.flatten_up_to(updates)
+
+  def one(i: int, x: Any, u: Any) -> Any:
+    if u is None:
+      return x
+    if not qarray.is_quantized(x):
+      return optax.apply_updates(x, u)
+    return _add(x, u, None if key is None else jax.random.fold_in(key, i))
+
+  return treedef.unflatten(
+    [one(i, x, u) for i, (x, u) in enumerate(zip(flat, changes, strict=True))]
+  )
+
+
+def _check_updates(params: Any, updates: Any) -> None:
+  """Raises where an update does not fit a quantised weight."""
+  given = paths.leaves_by_path(updates)
+  paths.check_arrays(
+    given,
+    "Updates are arrays: take the gradient at `dequantize_params(params)`, and "
+    "give the optimizer's `update` that and its result.",
+  )
+  for path, x in paths.leaves_by_path(params).items():
+    u = given.get(path)
+    if qarray.is_quantized(x) and u is not None and jnp.shape(u) != x.shape:
+      raise ValueError(
+        f"The update of the leaf {path!r} is {jnp.shape(u)}, but its weight is "
+        f"{x.shape}."
+      )
+
+
+def _check_rules(rules: Any, params: Any) -> None:
+  """Raises unless each rule is a regular expression that matches a matrix."""
+  if isinstance(rules, str) or not all(isinstance(x, str) for x in rules):
+    raise TypeError(
+      '`rules` must be regular expressions such as ("kernel$",), got '
+      f"{rules!r}."
+    )
+  leaves = paths.leaves_by_path(params)
+  names = [name for name, x in leaves.items() if len(jnp.shape(x)) > 1]
+  for rule in rules:
+    try:
+      hit = any(re.search(rule, name) for name in names)
+    except re.error as error:
+      raise ValueError(
+        f"The rule {rule!r} in `rules` is not a regular expression: {error}."
+      ) from error
+    if not hit:
+      raise ValueError(
+        f"The rule {rule!r} in `rules` matches no leaf of two axes or more; "
+        f"those are {', '.join(names[:8]) or 'none'}."
+      )
+
+
+def _quantize(x: jax.Array, kind: str) -> qarray.QArray:
+  if not sharding.is_explicit(x):
+    return qarray.quantize(x, kind)
+  like = sharding.place_quantized(
+    qarray.zeros(jnp.shape(x), kind), x, lambda spec: spec
+  )
+  return sharding.run_auto(lambda x: qarray.quantize(x, kind), like, x)
+
+
+def _dequantize(q: qarray.QArray, dtype: Any) -> jax.Array:
+  return sharding.run_auto(lambda q: qarray.dequantize(q, dtype), q.codes, q)
+
+
+def _add(
+  x: qarray.QArray, u: jax.Array, key: jax.Array | None
+) -> qarray.QArray:
+  return sharding.run_auto(_round_sum, x, x, u, key)
+
+
+def _round_sum(
+  x: qarray.QArray, u: jax.Array, key: jax.Array | None
+) -> qarray.QArray:
+  total = qarray.dequantize(x) + u.astype(jnp.float32)
+  key = key if qarray.rounds_at_random(x.kind) else None
+  new = qarray.quantize_near(x, total, key)
+  return qarray.where_blocks(qarray.any_in_block(x, u != 0), new, x)

@@ -1,0 +1,1 @@
+"""Bases: how they are found, refreshed and applied to gradients."""

@@ -1,0 +1,71 @@
+"""The bases that matrices have before their first refresh."""
+
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax.quantization import qarray
+from galore_optax.subspace import find, projection
+from galore_optax.tree import plan, sharding
+
+CODES = ("int4", "int8")
+
+
+def basis(
+  site: plan.Site, side: str, like: Any, seed: Any, dtype: Any
+) -> jax.Array | qarray.QArray:
+  """Orthonormal bases, in the format in which the state keeps them.
+
+  Args:
+    site: The leaf, of which all matrices start with one basis.
+    side: `left` or `right`.
+    like: The leaf itself, whose mesh and sharding they follow.
+    seed: Seed of all bases; leaves and sides differ.
+    dtype: A float dtype, or one of `CODES`.
+
+  Returns:
+    Bases (..., m, r) for `left`, (..., n, r) for `right`; as codes, transposed.
+  """
+  key, shape = _key(site, side, seed), site.basis_shape(side)
+  axis = -2 if side == "left" else -1
+
+  def spec(spec: tuple) -> tuple:
+    return (*(parts := site.view.spec(spec))[:-2], parts[axis], None)
+
+  if dtype not in CODES:
+    return sharding.place(_spread(key, shape, jnp.dtype(dtype)), like, spec)
+  return sharding.place_quantized(
+    _codes(key, shape, dtype),
+    like,
+    lambda parts: (*spec(parts)[:-2], None, spec(parts)[-2]),
+  )
+
+
+def random_basis(
+  site: plan.Site, side: str, like: Any, seed: Any
+) -> projection.RandomBasis:
+  """A random projection that is never stored, with the arguments of `basis`."""
+  bits = jax.random.bits(_key(site, side, seed), (), jnp.uint32)
+  return projection.RandomBasis(
+    sharding.place(bits, like, lambda _: ()), site.basis_shape(side)
+  )
+
+
+def _key(site: plan.Site, side: str, seed: Any) -> jax.Array:
+  name = zlib.crc32(f"{site.path}/{side}".encode())
+  return jax.random.fold_in(jax.random.key(seed), name)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _spread(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  one = find.start_basis(key, *shape[-2:])
+  return jnp.broadcast_to(one, shape).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _codes(key: jax.Array, shape: tuple[int, ...], kind: str) -> qarray.QArray:
+  one = _spread(key, shape, jnp.float32)
+  return qarray.quantize(jnp.swapaxes(one, -1, -2), kind)

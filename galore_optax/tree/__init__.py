@@ -1,0 +1,1 @@
+"""Parameters as trees of matrices: paths, plan, views, shardings."""

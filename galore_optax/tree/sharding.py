@@ -1,0 +1,292 @@
+"""Where the state lives on a mesh."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax.quantization import qarray
+from galore_optax.tree import paths
+
+
+def place(x: jax.Array, like: Any, spec: Callable[[tuple], tuple]) -> jax.Array:
+  """Puts a new array on the mesh of a parameter.
+
+  Args:
+    x: The new array.
+    like: The parameter: an array, a traced one, or a `jax.ShapeDtypeStruct`.
+    spec: From the parameter's partition to the array's.
+
+  Returns:
+    The array, sharded if the parameter's sharding is known here.
+  """
+  sharding = _known_sharding(like)
+  if sharding is None:
+    return x
+  target = jax.NamedSharding(sharding.mesh, jax.P(*spec(tuple(sharding.spec))))
+  if isinstance(like, jax.core.Tracer):
+    return jax.sharding.reshard(x, target)
+  return jax.device_put(x, target)
+
+
+def place_quantized(
+  q: qarray.QArray, like: Any, spec: Callable[[tuple], tuple]
+) -> qarray.QArray:
+  """As :func:`place`, for codes and their scales.
+
+  Args:
+    q: The new quantised array.
+    like: The parameter.
+    spec: From the parameter's partition to the array's.
+
+  Returns:
+    The quantised array, sharded if the parameter's sharding is known here.
+  """
+
+  def scales(parts: tuple) -> tuple:
+    return qarray.scale_spec(spec(parts), q.shape)
+
+  return dataclasses.replace(
+    q,
+    codes=place(q.codes, like, spec),
+    scale=place_divisible(q.scale, like, scales),
+    zero=None if q.zero is None else place_divisible(q.zero, like, scales),
+  )
+
+
+def place_divisible(
+  x: jax.Array, like: Any, spec: Callable[[tuple], tuple]
+) -> jax.Array:
+  """As :func:`place`, but axes that the mesh does not divide stay whole."""
+  sharding = _known_sharding(like)
+  if sharding is None:
+    return x
+  return place(
+    x, like, lambda parts: _fitting(sharding.mesh, spec(parts), x.shape)
+  )
+
+
+def _fitting(mesh: Any, spec: tuple, shape: tuple[int, ...]) -> tuple:
+  """A partition without the axes that the mesh does not divide."""
+  sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+
+  def shards(names: Any) -> int:
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(sizes[name] for name in names)
+
+  return tuple(
+    axis if size % shards(axis) == 0 else None
+    for axis, size in zip(spec, shape, strict=False)
+  )
+
+
+def _known_sharding(like: Any) -> jax.NamedSharding | None:
+  """The sharding of an array; of a traced one only its Explicit axes."""
+  if isinstance(like, jax.core.Tracer):
+    sharding = jax.typeof(like).sharding
+  else:
+    sharding = getattr(like, "sharding", None)
+  if not isinstance(sharding, jax.NamedSharding) or sharding.mesh.empty:
+    return None
+  return sharding if any(sharding.spec) else None
+
+
+def with_auto_axes(update: Callable) -> Callable:
+  """Lets an update run on a mesh with Explicit axes.
+
+  Inside, the compiler partitions the operations, as on a mesh with Auto axes;
+  outside, every update is sharded like its gradient, the state like it was.
+
+  Args:
+    update: The update function of a gradient transformation.
+
+  Returns:
+    A function of the same arguments.
+  """
+
+  def wrapped(updates, state, params=None, **extra_args):
+    if not is_explicit(updates):
+      return update(updates, state, params, **extra_args)
+    arrays = {k: v for k, v in extra_args.items() if _is_arrays(v)}
+    others = {k: v for k, v in extra_args.items() if k not in arrays}
+    run: Callable = jax.sharding.auto_axes(
+      lambda g, s, p, kwargs: update(g, s, p, **kwargs, **others),
+      out_sharding=jax.tree.map(
+        lambda x: jax.typeof(x).sharding, (updates, state)
+      ),
+    )
+    return run(updates, state, params, arrays)
+
+  return wrapped
+
+
+def run_auto(f: Callable, like: Any, *args: Any) -> Any:
+  """Runs a function that does not know of meshes, also on Explicit axes.
+
+  Args:
+    f: The function.
+    like: Arrays in the structure of its result, sharded as that shall be.
+    *args: Its arguments, pytrees of arrays.
+
+  Returns:
+    `f(*args)`.
+  """
+  if not is_explicit((like, args)):
+    return f(*args)
+  out = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+  run: Callable = jax.sharding.auto_axes(f, out_sharding=out)
+  return run(*args)
+
+
+def is_explicit(tree: Any) -> bool:
+  """Whether any array of a tree is on a mesh with Explicit axes."""
+  return any(
+    kind == jax.sharding.AxisType.Explicit
+    for x in jax.tree.leaves(tree)
+    for kind in jax.typeof(x).sharding.mesh.axis_types
+  )
+
+
+def _is_arrays(tree: Any) -> bool:
+  return all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+
+
+def partitions(param_shardings: Any) -> dict[str, tuple]:
+  """Path to partition of the parameters.
+
+  Args:
+    param_shardings: `jax.NamedSharding` for each parameter, or None.
+  """
+  if param_shardings is None:
+    return {}
+  _one_mesh(param_shardings)
+  leaves = paths.leaves_by_path(param_shardings)
+  return {path: _dividing(x) for path, x in leaves.items()}
+
+
+def _dividing(sharding: jax.NamedSharding) -> tuple:
+  """A partition without the mesh axes of one device."""
+  sizes = sharding.mesh.shape
+  entries = [x if isinstance(x, tuple) else (x,) for x in sharding.spec]
+  left = [
+    tuple(axis for axis in entry if sizes.get(axis, 1) > 1) for entry in entries
+  ]
+  return tuple(entry or None for entry in left)
+
+
+def on_mesh(x: Any) -> bool:
+  """Whether an array, or what a traced one stands for, is on several devices.
+
+  Of a traced one that is known unless it has its sharding from nothing but the
+  `in_shardings` of `jax.jit`.
+  """
+  return jax.typeof(x).sharding.mesh.size > 1
+
+
+def quantized_shardings(params: Any, param_shardings: Any) -> Any:
+  """Shardings for parameters of which some are quantised.
+
+  Codes are sharded like the weights they stand for; of the scales, an axis
+  that the mesh does not divide stays whole.
+
+  Args:
+    params: Parameters with :class:`galore_optax.QArray` leaves, or their
+      `jax.ShapeDtypeStruct`.
+    param_shardings: `jax.NamedSharding` for each weight.
+
+  Returns:
+    `jax.NamedSharding` for each array, in the structure of `params`.
+  """
+
+  def spread(x: Any, sharding: jax.NamedSharding) -> Any:
+    if not qarray.is_quantized(x):
+      return sharding
+    spec = qarray.scale_spec(tuple(sharding.spec), x.shape)
+    fits = _fitting(sharding.mesh, spec, x.scale.shape)
+    scales = jax.NamedSharding(sharding.mesh, jax.P(*fits))
+    zero = None if x.zero is None else scales
+    scale = spread(x.scale, scales)  # which may be quantised itself
+    return dataclasses.replace(x, codes=sharding, scale=scale, zero=zero)
+
+  return jax.tree.map(
+    spread, params, param_shardings, is_leaf=qarray.is_quantized
+  )
+
+
+def _one_mesh(shardings: Any) -> Any:
+  """The mesh that all shardings share."""
+  leaves = jax.tree.leaves(shardings)
+  meshes = {x.mesh for x in leaves if isinstance(x, jax.NamedSharding)}
+  named = all(isinstance(x, jax.NamedSharding) for x in leaves)
+  if not named or len(meshes) != 1:
+    raise ValueError(
+      "`param_shardings` must hold one jax.NamedSharding for each parameter, "
+      f"all on one mesh, got {shardings!r}."
+    )
+  return meshes.pop()
+
+
+def state_shardings(tx: Any, params: Any, param_shardings: Any) -> Any:
+  """Shardings for an optimizer's state that follow the parameters'.
+
+  Moments are sharded like their parameters; those of rank r have r in place of
+  the projected side, and its mesh axes if they divide r. A basis is sharded
+  along the side it spans. Both are sharded along the axes that stack layers.
+
+  Args:
+    tx: Any optimizer, with GaLore anywhere in it or not at all, or what
+      :func:`galore_optax.layerwise` returns.
+    params: Parameters, or their `jax.ShapeDtypeStruct`. For those that are
+      quantised, `tx` is given the weights that they stand for.
+    param_shardings: `jax.NamedSharding` for each parameter; for a quantised one
+      that of the weight, or one for each of its arrays.
+
+  Returns:
+    `jax.NamedSharding` for each leaf of `tx.init(params)`, to be given to
+    `jax.jit(tx.init, out_shardings=...)` or to a checkpoint.
+
+  Raises:
+    ValueError: If `param_shardings` are not one `jax.NamedSharding` for each
+      parameter, all on one mesh.
+
+  Example:
+    >>> import optax
+    >>> from galore_optax import galore, state_shardings
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> params = {"w": jax.ShapeDtypeStruct((64, 256), "float32")}
+    >>> shardings = {"w": jax.NamedSharding(mesh, jax.P(None, "data"))}
+    >>> tx = galore(optax.adam(1e-3), rank=8)
+    >>> state = state_shardings(tx, params, shardings)
+    >>> optax.tree.get(state, "mu").low["w"].spec
+    P(None, 'data')
+  """
+  mesh = _one_mesh(param_shardings)
+  # With Explicit axes, shardings are part of the types, and the optimizer's own
+  # `init` says how it places its state.
+  explicit = jax.sharding.AbstractMesh(
+    mesh.axis_sizes,
+    mesh.axis_names,
+    axis_types=(jax.sharding.AxisType.Explicit,) * len(mesh.axis_names),
+  )
+
+  def typed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    dtype = jnp.float32 if qarray.is_quantized(x) else x.dtype
+    spec = (sharding.codes if qarray.is_quantized(sharding) else sharding).spec
+    return jax.ShapeDtypeStruct(
+      x.shape, dtype, sharding=jax.NamedSharding(explicit, spec)
+    )
+
+  like = jax.tree.map(
+    typed, params, param_shardings, is_leaf=qarray.is_quantized
+  )
+  with jax.sharding.use_abstract_mesh(explicit):
+    state = jax.eval_shape(tx.init, like)
+  return jax.tree.map(
+    lambda x: jax.NamedSharding(
+      mesh, x.sharding.spec if x.sharding is not None else jax.P()
+    ),
+    state,
+  )
