@@ -20,29 +20,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import arguments as arguments_lib
-from train import (
-  checkpoint,
-  data,
-  ending,
-  folder,
-  hosts,
-  loop,
-  notes,
-  optimizer,
-  plot,
-  sinks,
-  stopping,
+from train import plot
+from train.common.errors import Diverged, UserError
+from train.config import cli, field_help
+from train.config.schema import HUB
+from train.data import corpus
+from train.data.packing import spread
+from train.finetuning import (
+  encoders,
+  evaluation,
+  examples,
+  llamas,
+  recipes,
+  report,
 )
-from train import mesh as mesh_lib
-from train.config import HUB
-from train.errors import Diverged, UserError
-from train.rows import spread
-from train.tuning import encoders, evaluation, examples, llamas, recipes, report
-from train.tuning import job as job_lib
-from train.tuning.config import Config
-from train.tuning.feed import Feed
-from train.tuning.tasks import TASKS, Task
+from train.finetuning import job as job_lib
+from train.finetuning.batches import Feed
+from train.finetuning.config import Config
+from train.finetuning.tasks import TASKS, Task
+from train.parallel import mesh as mesh_lib
+from train.parallel import multihost
+from train.run import checkpoint, exit_status, loop, run_dir, signals, sinks
+from train.step import optimizer
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -53,7 +52,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog=f"tasks: {', '.join(TASKS)}\n\nfields for --set, with their values"
     " in the default run:\n"
-    + notes.summary(
+    + field_help.summary(
       recipes.make("rotten_tomatoes", "galore", 4), recipes.HIDDEN
     ),
   )
@@ -85,7 +84,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     help="changes one field of the recipe; may be repeated",
   )
   parser.add_argument(
-    "--out", type=arguments_lib.folder, help="default: runs/TASK-OPTIMIZER"
+    "--out", type=cli.folder, help="default: runs/TASK-OPTIMIZER"
   )
   parser.add_argument(
     "--overwrite", action="store_true", help="delete an earlier run in --out"
@@ -114,7 +113,7 @@ def read_task(config: Config) -> examples.Examples:
   names = config.task
   labels = tuple(filter(None, map(str.strip, names.labels.split(","))))
   task = TASKS[names.name].named(names.first, names.second, names.label, labels)
-  return examples.load(task, config.data, data.cache_folder(config.data))
+  return examples.load(task, config.data, corpus.cache_folder(config.data))
 
 
 def make_learner(
@@ -171,7 +170,7 @@ def timed(config: Config, feed: Feed, settings: list[str]) -> Config:
 def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
   sinks.names(config.run.sinks)
-  found = hosts.first_then_others(lambda: read_task(config))
+  found = multihost.first_then_others(lambda: read_task(config))
   learner, config = make_learner(found, config)
   material = make_material(learner, found, config)
   config = timed(config, material.feed, flags.settings)
@@ -184,21 +183,21 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     parts = report.components(placed, config, placed.state.opt_state)
     print(f"\n{report.table(parts)}")
     return 0
-  hosts.first_alone(lambda: folder.check_run(out, config, flags.overwrite))
+  multihost.first_alone(lambda: run_dir.check_run(out, config, flags.overwrite))
   _check_source(config.train.init, out)
-  hosts.first_alone(lambda: folder.claim_run(out, config, flags.overwrite))
+  multihost.first_alone(lambda: run_dir.claim_run(out, config, flags.overwrite))
   digest = examples.digest(found)
-  hosts.first_alone(lambda: folder.claim_examples(out, digest))
-  with jax.set_mesh(mesh), stopping.stop_requests() as stopped:
+  multihost.first_alone(lambda: run_dir.claim_examples(out, digest))
+  with jax.set_mesh(mesh), signals.stop_requests() as stopped:
     job, state = job_lib.prepare(
       config, out, learner, material, mesh, tx, placed
     )
     introduce(learner, material, placed, config)
     print(f"folder     {out}")
     try:
-      return train(job, state, stopping.agreed(stopped, mesh))
+      return train(job, state, signals.agreed(stopped, mesh))
     except Diverged:
-      if hosts.is_first():  # a result without scores
+      if multihost.is_first():  # a result without scores
         report.write(out, config, {"scores": {}})
       raise
 
@@ -220,7 +219,7 @@ def train(job: job_lib.Job, state: Any, stopped: Callable[[], bool]) -> int:
     outcome = loop.train(job, state, stopped)
   finally:
     job.close()
-  status = ending.stopped_status(job, outcome, start)
+  status = exit_status.stopped_status(job, outcome, start)
   if status is not None:
     return status
   conclude(job, outcome)
@@ -270,7 +269,7 @@ def conclude(job: job_lib.Job, outcome: loop.Outcome) -> None:
   found = evaluation.last(job.out, config.train.steps)
   parts = report.components(job.placed, config, state.opt_state)
   print(f"\n{report.table(parts)}\n\nscores     {evaluation.text(found)}")
-  if not hosts.is_first():
+  if not multihost.is_first():
     return
   report.write(job.out, config, {"scores": found, "bytes": parts})
   if jax.process_count() > 1 and config.task.export:
@@ -289,13 +288,13 @@ def conclude(job: job_lib.Job, outcome: loop.Outcome) -> None:
     job.learner.save(job.out / "model", weights)
     print(f"model      {job.out / 'model'}")
   picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
-  print(f"checkpoint {job.out / folder.FOLDER}/{job.checkpoints.latest}")
+  print(f"checkpoint {job.out / run_dir.FOLDER}/{job.checkpoints.latest}")
   print(f"picture    {picture}")
 
 
 def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
-  return ending.guarded(lambda: command(words))
+  return exit_status.guarded(lambda: command(words))
 
 
 def command(words: list[str] | None = None) -> int:
@@ -310,8 +309,8 @@ def command(words: list[str] | None = None) -> int:
   config = make_config(flags)
   default = f"{flags.task}-{config.optimizer.name}"
   out = flags.out or pathlib.Path("runs") / default
-  hosts.connect(config.mesh)
-  with hosts.only_first_speaks():
+  multihost.connect(config.mesh)
+  with multihost.only_first_speaks():
     return run(flags, config, out)
 
 

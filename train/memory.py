@@ -22,13 +22,13 @@ from typing import Any
 import jax
 
 import galore_optax
-from train import adapters, dry_run, hlo, layered, presets, targets
-from train import config as config_lib
-from train import mesh as mesh_lib
-from train import step as step_lib
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config import presets, schema
+from train.estimate import aot_targets, collectives, dry_run
+from train.parallel import mesh as mesh_lib
+from train.step import adapters, per_layer, train_step
 
-GIB = targets.GIB
+GIB = aot_targets.GIB
 PARTS = ("weights", "moments", "bases", "gradients", "activations")
 LONGEST = 2**17  # where `--fit` stops looking
 
@@ -36,9 +36,9 @@ LONGEST = 2**17  # where `--fit` stops looking
 def main(words: list[str] | None = None) -> int:
   """The command: 0 measured, 1 does not fit, 2 wrong input."""
   flags = parse(words)
-  targets.set_up()
+  aot_targets.set_up()
   try:
-    target = targets.find(flags.target)
+    target = aot_targets.find(flags.target)
     runs = [configure(flags, name) for name in flags.method.split(",")]
     if flags.fit:
       limit = parse_size(flags.fit)
@@ -71,7 +71,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     "--method",
     default="q_galore",
     metavar="NAME[,NAME]",
-    help="optimizers, compared: " + ", ".join(config_lib.OPTIMIZERS),
+    help="optimizers, compared: " + ", ".join(schema.OPTIMIZERS),
   )
   add("--layerwise", action="store_true", help="update layer by layer")
   add("--seq", type=int, metavar="N", help="tokens a row; default: the preset")
@@ -97,13 +97,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   return parser.parse_args(words)
 
 
-def configure(flags: argparse.Namespace, method: str) -> config_lib.Config:
+def configure(flags: argparse.Namespace, method: str) -> schema.Config:
   """The run that the flags describe."""
   config = presets.make(flags.preset, method)
   settings = [f"data.batch={flags.batch}"]
   settings += [f"data.length={flags.seq}"] if flags.seq else []
   settings += ["train.layerwise=true"] if flags.layerwise else []
-  return config_lib.override(config, settings + flags.settings)
+  return schema.override(config, settings + flags.settings)
 
 
 def parse_size(text: str) -> int | None:
@@ -118,7 +118,7 @@ def parse_size(text: str) -> int | None:
 
 
 def measure(
-  config: config_lib.Config, target: targets.Target, limit: int | None = None
+  config: schema.Config, target: aot_targets.Target, limit: int | None = None
 ) -> dict[str, Any]:
   """Compiles a run's training step for a target.
 
@@ -134,7 +134,7 @@ def measure(
     `hlo.totals`; bytes are of the whole arrays on one device.
   """
   mesh = _mesh(config, target)
-  _, method = layered.make(config, mesh)
+  _, method = per_layer.make(config, mesh)
   found: dict[str, Any] = {
     "preset": config.preset,
     "method": config.optimizer.name,
@@ -148,7 +148,7 @@ def measure(
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     parts = adapters.make(config.optimizer)
-    placed = step_lib.place(config.model, method, mesh, parts)
+    placed = train_step.place(config.model, method, mesh, parts)
     exact = argument_parts(config, placed)
     try:
       sizes = _compile(config, method, placed, target)
@@ -165,7 +165,7 @@ def measure(
 
 
 def _mesh(
-  config: config_lib.Config, target: targets.Target
+  config: schema.Config, target: aot_targets.Target
 ) -> jax.sharding.Mesh:
   """The mesh of the config over the target's devices.
 
@@ -185,10 +185,10 @@ def _mesh(
 
 
 def _compile(
-  config: config_lib.Config,
-  method: step_lib.Method,
-  placed: step_lib.Placed,
-  target: targets.Target,
+  config: schema.Config,
+  method: train_step.Method,
+  placed: train_step.Placed,
+  target: aot_targets.Target,
 ) -> dict[str, Any]:
   """What the compiler assigns to the step, and sends, on each device."""
   mesh = placed.shardings.step.mesh
@@ -202,7 +202,7 @@ def _compile(
     placed.state,
     placed.shardings,
   )
-  step: Any = step_lib.make_train_step(
+  step: Any = train_step.make_train_step(
     method, placed, config.train, config.optimizer.accumulate
   )
   compiled = (
@@ -225,11 +225,11 @@ def _compile(
   }
 
 
-def _collectives(compiled: Any, config: config_lib.Config) -> dict[str, Any]:
+def _collectives(compiled: Any, config: schema.Config) -> dict[str, Any]:
   """Collectives of a step; those of a step that is skipped do not count."""
   usual = not config.train.layerwise and config.optimizer.accumulate == 1
-  module = hlo.Module(compiled.as_text())
-  return hlo.totals(module.collectives(taken=1 if usual else 0))
+  module = collectives.Module(compiled.as_text())
+  return collectives.totals(module.collectives(taken=1 if usual else 0))
 
 
 def _needed(error: Exception) -> int:
@@ -242,7 +242,7 @@ def _needed(error: Exception) -> int:
 
 
 def argument_parts(
-  config: config_lib.Config, placed: step_lib.Placed
+  config: schema.Config, placed: train_step.Placed
 ) -> dict[str, int]:
   """Bytes on one device that are known before compiling, by component."""
   state, where = placed.state, placed.shardings
@@ -280,8 +280,8 @@ def components(
 
 
 def search(
-  config: config_lib.Config,
-  target: targets.Target,
+  config: schema.Config,
+  target: aot_targets.Target,
   vary: str,
   limit: int | None,
 ) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def search(
   field = "length" if vary == "seq" else "batch"
 
   def at(size: int) -> dict[str, Any]:
-    varied = config_lib.override(config, [f"data.{field}={size}"])
+    varied = schema.override(config, [f"data.{field}={size}"])
     found = measure(varied, target, limit)
     print(
       f"{vary} {size}: {found['peak_bytes'] / GIB:.2f} GiB,"
@@ -344,7 +344,7 @@ def render(found: dict[str, Any]) -> str:
   if found["room_bytes"] is not None:
     line("room", found["room_bytes"])
     lines.append("fits" if found["fits"] else "DOES NOT FIT")
-  lines += hlo.lines(found["collectives"] or {})
+  lines += collectives.lines(found["collectives"] or {})
   lines.append(
     f"Assigned by the compiler in {found['compile_seconds']} s; nothing was"
     " executed."

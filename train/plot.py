@@ -17,9 +17,9 @@ import numpy as np
 from matplotlib import colors, ticker
 from matplotlib import pyplot as plt
 
-from train import runs as runs_lib
-from train.errors import UserError
-from train.runs import Run
+from train.common.errors import UserError
+from train.run import history
+from train.run.history import Run
 
 FILE = "run.png"
 SMOOTH = 1 / 40  # of the points: width of the running mean of a loss
@@ -50,7 +50,7 @@ def draw(out: pathlib.Path, title: str) -> pathlib.Path:
   Raises:
     UserError: there is nothing to draw.
   """
-  return overlay([runs_lib.load(out)], out / FILE, "steps", title)
+  return overlay([history.load(out)], out / FILE, "steps", title)
 
 
 def overlay(
@@ -84,7 +84,7 @@ def overlay(
     panel(place, runs, axis)
     place.grid(alpha=0.25)
     place.spines[["top", "right"]].set_visible(False)
-    place.set_xlabel(runs_lib.AXES[axis])
+    place.set_xlabel(history.AXES[axis])
     place.tick_params(labelbottom=True)
     place.xaxis.set_major_locator(ticker.MaxNLocator(6))
     if axis == "tokens":
@@ -136,7 +136,7 @@ def _entitle(figure: plt.Figure, runs: list[Run], title: str) -> None:
   handles = [
     plt.Line2D([], [], color=_color(runs, i), lw=2) for i in range(len(runs))
   ]
-  texts = runs_lib.labels(runs)
+  texts = history.labels(runs)
   longest = max(map(len, texts))
   figure.legend(
     handles,
@@ -338,15 +338,15 @@ def main(words: list[str] | None = None) -> int:
     type=pathlib.Path,
     help="the picture; by default RUN/run.png for one run, runs.png for more",
   )
-  parser.add_argument("--x", choices=runs_lib.AXES, default="steps")
+  parser.add_argument("--x", choices=history.AXES, default="steps")
   flags = parser.parse_args(words)
   try:
-    found = [runs_lib.load(out) for out in flags.runs]
+    found = [history.load(out) for out in flags.runs]
     one = len(found) == 1
     path = flags.out or (
       flags.runs[0] / FILE if one else pathlib.Path("runs.png")
     )
-    title = runs_lib.labels(found)[0] if one else ""
+    title = history.labels(found)[0] if one else ""
     print(overlay(found, path, flags.x, title))
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)

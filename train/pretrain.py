@@ -14,59 +14,55 @@ import sys
 import jax
 
 import galore_optax
-from train import (
-  adapters,
-  arguments,
+from train import plot
+from train import sample as sample_lib
+from train.common import atomic_files
+from train.config import cli, presets, schema
+from train.data import corpus as corpus_lib
+from train.estimate import dry_run
+from train.parallel import mesh as mesh_lib
+from train.parallel import multihost
+from train.pretrained import checkpoint_folder
+from train.run import (
   checkpoint,
-  data,
-  dry_run,
-  ending,
-  files,
-  folder,
-  hf,
-  hosts,
+  exit_status,
   loop,
   metrics,
-  optimizer,
-  plot,
-  presets,
+  run_dir,
+  signals,
   sinks,
-  step,
-  stopping,
-  subspace,
+  subspace_watch,
 )
-from train import config as config_lib
-from train import job as job_lib
-from train import mesh as mesh_lib
-from train import sample as sample_lib
-from train.job import Job
+from train.run import job as job_lib
+from train.run.job import Job
+from train.step import adapters, optimizer, train_step
 
 
-def run(config: config_lib.Config, out: pathlib.Path, overwrite: bool) -> int:
+def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
   sinks.names(config.run.sinks)
-  subspace.check(config)
-  hosts.first_alone(lambda: folder.check_run(out, config, overwrite))
+  subspace_watch.check(config)
+  multihost.first_alone(lambda: run_dir.check_run(out, config, overwrite))
   mesh = mesh_lib.make_mesh(
     config.mesh,
     config.data.batch,
     accumulate=config.parts,
   )
-  corpus = hosts.first_then_others(
-    lambda: data.prepare(config.data, config.model.vocab_size)
+  corpus = multihost.first_then_others(
+    lambda: corpus_lib.prepare(config.data, config.model.vocab_size)
   )
 
   def claim() -> None:
-    folder.claim_run(out, config, overwrite)
-    folder.claim_text(out, corpus)
+    run_dir.claim_run(out, config, overwrite)
+    run_dir.claim_text(out, corpus)
 
-  hosts.first_alone(claim)
-  with jax.set_mesh(mesh), stopping.stop_requests() as stopped:
+  multihost.first_alone(claim)
+  with jax.set_mesh(mesh), signals.stop_requests() as stopped:
     job, state = job_lib.prepare(config, out, corpus, mesh)
     introduce(job, mesh)
     start = int(state.step)
     try:
-      outcome = loop.train(job, state, stopping.agreed(stopped, mesh))
+      outcome = loop.train(job, state, signals.agreed(stopped, mesh))
     finally:
       job.close()
     return conclude(job, outcome, start)
@@ -74,7 +70,7 @@ def run(config: config_lib.Config, out: pathlib.Path, overwrite: bool) -> int:
 
 def conclude(job: Job, outcome: loop.Outcome, start: int) -> int:
   """Says how the run ended; returns the exit status."""
-  status = ending.stopped_status(job, outcome, start)
+  status = exit_status.stopped_status(job, outcome, start)
   if status is not None:
     return status
   report(job, outcome.state)
@@ -106,7 +102,7 @@ def introduce(job: Job, mesh: jax.sharding.Mesh) -> None:
     print(f"subspaces  not watched: {job.watcher.why_not}")
 
 
-def _method(config: config_lib.Config) -> str:
+def _method(config: schema.Config) -> str:
   """The optimizer with what its name does not tell."""
   chosen, weights = config.optimizer, config.model.weights
   text = f"{chosen.name}, learning rate {chosen.learning_rate:g}"
@@ -115,11 +111,11 @@ def _method(config: config_lib.Config) -> str:
     text += f", factors of rank {chosen.rank}"
   if chosen.name == "q_galore" and chosen.b2 == presets.Q_GALORE_B2:
     text += f"\n{'':11}b2 {chosen.b2:g}, as its authors have it; GaLore's is"
-    text += f" {config_lib.OptimizerConfig.b2:g}"
+    text += f" {schema.OptimizerConfig.b2:g}"
   return text
 
 
-def report(job: Job, state: step.TrainState) -> None:
+def report(job: Job, state: train_step.TrainState) -> None:
   """The end of a run: memory table, sample, picture."""
   config, params = job.config, job.placed.weights
   sizes = [
@@ -146,9 +142,9 @@ def report(job: Job, state: step.TrainState) -> None:
   )
   if rare:
     print(f"{rare}\n")
-  if hosts.is_first():
+  if multihost.is_first():
     picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
-    print(f"checkpoint {job.out / folder.FOLDER}/{job.checkpoints.latest}")
+    print(f"checkpoint {job.out / run_dir.FOLDER}/{job.checkpoints.latest}")
     print(f"picture    {picture}")
   # Last: it reads all weights at once, for which a chip that they were
   # trained on layer by layer may have no room.
@@ -156,7 +152,7 @@ def report(job: Job, state: step.TrainState) -> None:
     print(f"\nsample: {sample(job, state)}")
 
 
-def sample(job: Job, state: step.TrainState) -> str:
+def sample(job: Job, state: train_step.TrainState) -> str:
   """A text by the trained model, also written to sample.txt."""
   run = job.config.run
   try:
@@ -176,28 +172,28 @@ def sample(job: Job, state: step.TrainState) -> str:
       f"none, the whole weights have no room here; python -m train.sample"
       f" {job.out} makes one where they have"
     )
-  files.write_text(job.out / "sample.txt", text + "\n")
+  atomic_files.write_text(job.out / "sample.txt", text + "\n")
   return text
 
 
 def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
-  flags = arguments.parse(words)
+  flags = cli.parse(words)
   checkpoint.quiet()
-  return ending.guarded(lambda: _command(flags))
+  return exit_status.guarded(lambda: _command(flags))
 
 
 def _command(flags: argparse.Namespace) -> int:
   config = presets.make(flags.preset, flags.optimizer)
   if flags.source:
-    config = hf.adopt(config, flags.source)
-  config = config_lib.override(config, flags.settings)
+    config = checkpoint_folder.adopt(config, flags.source)
+  config = schema.override(config, flags.settings)
   default = f"{flags.preset}-{config.optimizer.name}"
   if flags.dry_run:
     return dry_run.main(config, flags.json)
   out = flags.out or pathlib.Path("runs") / default
-  hosts.connect(config.mesh)
-  with hosts.only_first_speaks():
+  multihost.connect(config.mesh)
+  with multihost.only_first_speaks():
     return run(config, out, flags.overwrite)
 
 

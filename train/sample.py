@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from train import hf, llama, weights
-from train.config import ModelConfig
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config.schema import ModelConfig
+from train.models import llama
+from train.pretrained import checkpoint_folder, llama_names
 
 CHUNK = 16  # tokens drawn before they are fetched and shown
 
@@ -227,7 +228,7 @@ def encode(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
 
 
 def beginning(
-  tokenizer: tokenizers.Tokenizer, found: weights.Weights
+  tokenizer: tokenizers.Tokenizer, found: llama_names.Weights
 ) -> list[int]:
   """The token that a text begins with, where config and tokenizer say so."""
   token = found.extra.get("config.json", {}).get("bos_token_id")
@@ -299,7 +300,7 @@ def run(flags: argparse.Namespace) -> None:
   how = Sampling(flags.temperature, flags.top_k, flags.top_p).check()
   if flags.tokens < 1:
     raise UserError(f"--tokens is {flags.tokens}; use 1 or more")
-  found = hf.load(flags.source, flags.step)
+  found = checkpoint_folder.load(flags.source, flags.step)
   if not found.tokenizer:
     raise UserError(f"{flags.source} has no tokenizer.json; put it there")
   tokenizer = tokenizers.Tokenizer.from_str(found.tokenizer)
@@ -316,7 +317,7 @@ def run(flags: argparse.Namespace) -> None:
       config, dtype=flags.dtype, param_dtype=flags.dtype
     )
     found = dataclasses.replace(found, model=config)
-  params = jax.device_put(weights.to_params(found))
+  params = jax.device_put(llama_names.to_params(found))
   chunks = stream(config, params, rows, flags.tokens, how, flags.seed)
   if len(rows) == 1:
     say(chunks, tokenizer, rows[0], found.end_ids)

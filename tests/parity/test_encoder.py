@@ -10,7 +10,12 @@ import pytest
 
 from tests.parity import encoder_run
 from tests.train import encoder_files
-from train import encoder, encoder_weights, hf, hf_encoder
+from train.models import encoder
+from train.pretrained import (
+  checkpoint_folder,
+  encoder_checkpoint,
+  encoder_names,
+)
 
 NEEDS = "needs the extra `parity` (torch, transformers)"
 
@@ -34,7 +39,7 @@ def recorded():
 
 
 def read(case, recorded):
-  config = encoder_weights.config_from_hf(
+  config = encoder_names.config_from_hf(
     json.loads(str(recorded[f"{case}/config"])),
     case,
     head(case),
@@ -46,7 +51,7 @@ def read(case, recorded):
     if name.startswith(f"{case}/") and name.endswith((".weight", ".bias"))
   }
   shapes = {name: array.shape for name, array in tensors.items()}
-  return config, *encoder_weights.to_params(
+  return config, *encoder_names.to_params(
     case, config, shapes, tensors.__getitem__
   )
 
@@ -86,15 +91,17 @@ def test_folders_go_to_and_fro(case, tmp_path):
   model.resize_token_embeddings(400)
   model.save_pretrained(tmp_path)
   tokenizer_for(case, tmp_path)
-  found = hf_encoder.load(tmp_path, head(case), encoder_run.labels(case))
+  found = encoder_checkpoint.load(
+    tmp_path, head(case), encoder_run.labels(case)
+  )
   given = encoder_run.inputs(case)
   expected = encoder_run.logits(model.eval(), given)
   ours = logits(found.config, found.params, given)
   np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
   out = tmp_path / "out"
-  hf_encoder.save(found, out)
-  again = hf_encoder.load(out, head(case), encoder_run.labels(case))
+  encoder_checkpoint.save(found, out)
+  again = encoder_checkpoint.load(out, head(case), encoder_run.labels(case))
   assert again.config == found.config and again.notes == ()
   reader = getattr(transformers, f"AutoModel{encoder_run.CASES[case][0]}")
   read_back = reader.from_pretrained(out).eval()
@@ -120,7 +127,7 @@ CONFIGS = {
 @pytest.fixture(scope="module", params=CONFIGS)
 def both(request, tmp_path_factory):
   """Our tokenizer of a folder, and that of transformers."""
-  from train import encoder_tokenizer
+  from train.pretrained import encoder_tokenizer
 
   folder = tmp_path_factory.mktemp(request.param)
   reader = tokenizer_for(request.param, folder)
@@ -180,7 +187,7 @@ def minilm():
 
 
 def test_a_published_model_gives_the_embeddings_of_transformers(minilm):
-  found = hf_encoder.load(minilm)
+  found = encoder_checkpoint.load(minilm)
   [note] = found.notes
   assert "pooler.dense.weight" in note and "position_ids" in note
   with np.load(encoder_run.MINILM) as expected:
@@ -204,13 +211,13 @@ def test_a_published_model_gives_the_embeddings_of_transformers(minilm):
 
 
 def test_a_published_model_takes_a_head(minilm):
-  found = hf_encoder.load(minilm, "classify", labels=3, dropout=0.0)
+  found = encoder_checkpoint.load(minilm, "classify", labels=3, dropout=0.0)
   assert found.notes == (
     "head starts afresh: the checkpoint has no classifier.weight and no"
     " classifier.bias",
     "left out of the checkpoint: embeddings.position_ids",
   )
   assert found.config.dropout == 0.0
-  _, stored = hf.open_tensors(minilm)
+  _, stored = checkpoint_folder.open_tensors(minilm)
   kernel = found.params["pooler"]["kernel"]
   np.testing.assert_array_equal(kernel, stored("pooler.dense.weight").T)

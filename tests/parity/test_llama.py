@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.parity import llama_run
-from train import hf, llama, weights
+from train.models import llama
+from train.pretrained import checkpoint_folder, llama_names
 
 NEEDS = "needs the extra `parity` (torch, transformers)"
 
@@ -21,9 +22,9 @@ def read(case, arrays):
     if name.startswith(f"{case}/") and name.endswith(".weight")
   }
   config = json.loads(str(arrays[f"{case}/config"]))
-  return weights.Weights(
+  return llama_names.Weights(
     source=case,
-    model=weights.model_from_hf(config, case),
+    model=llama_names.model_from_hf(config, case),
     shapes={name: array.shape for name, array in named.items()},
     read=named.__getitem__,
     extra={"config.json": config},
@@ -33,7 +34,7 @@ def read(case, arrays):
 def logits(given):
   graphdef, _ = llama.abstract(given.model)
   run = jax.jit(llama.apply, static_argnums=0)
-  return run(graphdef, weights.to_params(given), llama_run.tokens())
+  return run(graphdef, llama_names.to_params(given), llama_run.tokens())
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +65,16 @@ def test_transformers_loads_what_we_write(case, dtype, recorded, tmp_path):
   torch = pytest.importorskip("torch", reason=NEEDS)
   given = read(case, recorded)
   # Through our own parameters, as a run's are.
-  params = weights.to_params(given)
-  ours = weights.from_params(
+  params = llama_names.to_params(given)
+  ours = llama_names.from_params(
     case, given.model, lambda: params, extra=given.extra
   )
-  hf.save(ours, tmp_path / "out", dtype)
+  checkpoint_folder.save(ours, tmp_path / "out", dtype)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / "out", dtype=torch.float32
   )
   assert model.config.rope_parameters["rope_theta"] == given.model.rope_theta
-  stored = hf.load(tmp_path / "out")
+  stored = checkpoint_folder.load(tmp_path / "out")
   full = dataclasses.replace(stored.model, param_dtype="float32")
   found = logits(dataclasses.replace(stored, model=full))
   np.testing.assert_allclose(found, llama_run.logits(model), atol=1e-4, rtol=0)
@@ -83,14 +84,14 @@ def test_transformers_loads_what_we_write(case, dtype, recorded, tmp_path):
 
 def test_transformers_reads_the_exported_tokenizer(tmp_path):
   transformers = pytest.importorskip("transformers", reason=NEEDS)
-  from train import tokenizer
+  from train.data import tokenizer
 
   trained = tokenizer.train(["one two three two one"] * 9, 300)
   for name, text in (
     ("tokenizer.json", trained.to_str()),
     (
       "tokenizer_config.json",
-      json.dumps(hf.describe_tokenizer("<|endoftext|>", 64)),
+      json.dumps(checkpoint_folder.describe_tokenizer("<|endoftext|>", 64)),
     ),
   ):
     (tmp_path / name).write_text(text)

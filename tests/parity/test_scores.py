@@ -6,8 +6,8 @@ import json
 import pytest
 
 from tests.parity import scores_run
-from train.tuning import scores, spans
-from train.tuning.answers import Span
+from train.finetuning import scores, spans
+from train.finetuning.labels import Span
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import pytest
 
-from train import config, optimizer, step
-from train import mesh as mesh_lib
+from train.config import schema
+from train.parallel import mesh as mesh_lib
+from train.step import optimizer
+from train.step import train_step as train_step_lib
 
-TINY = config.ModelConfig(
+TINY = schema.ModelConfig(
   vocab_size=300, d_model=32, d_ff=48, n_layers=2, n_heads=4
 )
 WORDS = [
@@ -57,15 +59,15 @@ class Trainer:
   """A tiny model on a mesh, with its compiled steps."""
 
   mesh: jax.sharding.Mesh
-  placed: step.Placed
+  placed: train_step_lib.Placed
   tx: Any
   train_step: Any
   eval_step: Any
-  model: config.ModelConfig = TINY
+  model: schema.ModelConfig = TINY
 
-  def init(self, seed: int = 0) -> step.TrainState:
+  def init(self, seed: int = 0) -> train_step_lib.TrainState:
     with jax.set_mesh(self.mesh):
-      return step.init_state(self.model, self.tx, self.placed, seed)
+      return train_step_lib.init_state(self.model, self.tx, self.placed, seed)
 
   def put(self, array) -> jax.Array:
     return mesh_lib.put_batch(
@@ -86,24 +88,24 @@ def make_trainer(
   devices: int,
   fsdp: int = 1,
   tensor: int = 1,
-  train: config.TrainConfig | None = None,
-  model: config.ModelConfig = TINY,
+  train: schema.TrainConfig | None = None,
+  model: schema.ModelConfig = TINY,
   **fields,
 ) -> Trainer:
   grid = mesh_lib.make_mesh(
-    config.MeshConfig(fsdp=fsdp, tensor=tensor), 8, jax.devices()[:devices]
+    schema.MeshConfig(fsdp=fsdp, tensor=tensor), 8, jax.devices()[:devices]
   )
   settings: Any = {"learning_rate": 1e-2, "rank": 4, "update_proj_gap": 3}
-  chosen = config.OptimizerConfig(name=name, **(settings | fields))
+  chosen = schema.OptimizerConfig(name=name, **(settings | fields))
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    placed = step.place(model, tx, grid)
+    placed = train_step_lib.place(model, tx, grid)
   return Trainer(
     grid,
     placed,
     tx,
-    step.make_train_step(tx, placed, train or config.TrainConfig()),
-    step.make_eval_step(placed),
+    train_step_lib.make_train_step(tx, placed, train or schema.TrainConfig()),
+    train_step_lib.make_eval_step(placed),
     model,
   )
 

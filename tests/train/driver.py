@@ -8,7 +8,8 @@ import pathlib
 import signal
 import sys
 
-from train import loop, pretrain
+from train import pretrain
+from train.run import loop
 
 
 def killed_when(event: str, ending: str) -> None:

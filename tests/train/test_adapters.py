@@ -13,25 +13,15 @@ import optax
 import pytest
 
 from tests.train.conftest import TINY
-from train import (
-  adapters,
-  checkpoint,
-  config,
-  dry_run,
-  flops,
-  folder,
-  hf,
-  job,
-  metrics,
-  optimizer,
-  presets,
-  pretrain,
-  states,
-  step,
-  weights,
-)
-from train import mesh as mesh_lib
-from train.errors import UserError
+from train import hf, pretrain
+from train.common.errors import UserError
+from train.config import presets, schema
+from train.estimate import dry_run, flops, state_table
+from train.parallel import mesh as mesh_lib
+from train.pretrained import checkpoint_folder, llama_names
+from train.run import checkpoint, job, metrics, run_dir
+from train.step import adapters, optimizer
+from train.step import train_step as train_step_lib
 
 NAMES = ("lora", "qlora", "relora", "low_rank")
 FIELDS = {
@@ -48,7 +38,7 @@ class Trainer:
   """A tiny model with factors, and its compiled steps."""
 
   mesh: jax.sharding.Mesh
-  placed: step.Placed
+  placed: train_step_lib.Placed
   tx: optax.GradientTransformation
   train_step: object
   eval_step: object
@@ -56,7 +46,7 @@ class Trainer:
   @functools.cached_property
   def fresh(self):
     with jax.set_mesh(self.mesh):
-      state = step.init_state(TINY, self.tx, self.placed, 0)
+      state = train_step_lib.init_state(TINY, self.tx, self.placed, 0)
       where = jax.tree.map(lambda x: x.sharding, state)
       return jax.device_get(state), where
 
@@ -80,19 +70,19 @@ class Trainer:
 @functools.cache
 def trainer(name, devices=1, fsdp=1, tensor=1, accumulate=1):
   grid = mesh_lib.make_mesh(
-    config.MeshConfig(fsdp=fsdp, tensor=tensor), 8, jax.devices()[:devices]
+    schema.MeshConfig(fsdp=fsdp, tensor=tensor), 8, jax.devices()[:devices]
   )
-  chosen = config.OptimizerConfig(name=name, **FIELDS)
+  chosen = schema.OptimizerConfig(name=name, **FIELDS)
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    placed = step.place(TINY, tx, grid, adapters.make(chosen))
-  train = config.TrainConfig(accumulate=accumulate)
+    placed = train_step_lib.place(TINY, tx, grid, adapters.make(chosen))
+  train = schema.TrainConfig(accumulate=accumulate)
   return Trainer(
     grid,
     placed,
     tx,
-    step.make_train_step(tx, placed, train),
-    step.make_eval_step(placed),
+    train_step_lib.make_train_step(tx, placed, train),
+    train_step_lib.make_eval_step(placed),
   )
 
 
@@ -122,7 +112,7 @@ def test_training_learns_in_one_program(name, rows):
   with jax.set_mesh(here.mesh):
     total, count = here.eval_step(state.params, here.put(rows))
   read = here.placed.read(state.params)
-  expected = step.token_losses(here.placed.graphdef, read, rows)
+  expected = train_step_lib.token_losses(here.placed.graphdef, read, rows)
   assert count == expected.size
   np.testing.assert_allclose(total, expected.sum(), rtol=1e-4)
 
@@ -134,7 +124,9 @@ def test_the_step_is_the_gradient_of_the_adapters(rows):
 
   def loss(trained):
     params = here.placed.adapters.method.apply(frozen, trained)
-    return step.token_losses(here.placed.graphdef, params, rows).mean()
+    return train_step_lib.token_losses(
+      here.placed.graphdef, params, rows
+    ).mean()
 
   grads = jax.jit(jax.grad(loss))(trained)
   # The first learning rate is zero; with no warm-up left it is not.
@@ -271,7 +263,7 @@ def losses_in(out):
 def arrays_in(out, chosen):
   tx = optimizer.make_optimizer(chosen.optimizer, 12)
   parts = adapters.make(chosen.optimizer)
-  placed = step.place(
+  placed = train_step_lib.place(
     chosen.model, tx, mesh_lib.make_mesh(chosen.mesh, 8), parts
   )
   state, _ = checkpoint.restore(out, placed)
@@ -292,7 +284,7 @@ def test_a_run_goes_on_bit_by_bit_and_goes_out(
   state, parts = arrays_in(out, chosen)
   losses = losses_in(out)
   for later in ("8", "12"):
-    shutil.rmtree(out / folder.FOLDER / later)
+    shutil.rmtree(out / run_dir.FOLDER / later)
   assert pretrain.main(words) == 0
   assert "continuing from the checkpoint of step 4" in capsys.readouterr().out
   assert losses_in(out) == losses and len(losses) == 12
@@ -300,13 +292,13 @@ def test_a_run_goes_on_bit_by_bit_and_goes_out(
 
   exported = tmp_path / "exported"
   assert hf.main(["export", str(out), "--out", str(exported)]) == 0
-  found = weights.to_params(hf.load(exported))
+  found = llama_names.to_params(checkpoint_folder.load(exported))
   expected = parts.read(state.params)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, expected
   )
-  other = hf.adopt(presets.make("sotu_small", "lora"), out)
-  start = hf.initial_params(other)
+  other = checkpoint_folder.adopt(presets.make("sotu_small", "lora"), out)
+  start = checkpoint_folder.initial_params(other)
   same(start, found)
 
 
@@ -314,7 +306,7 @@ def configured(out, name, flags):
   chosen = presets.make("sotu_small", name)
   settings = [x for x in flags if x != "--set"]
   assert (out / "config.json").exists()
-  return config.override(chosen, settings)
+  return schema.override(chosen, settings)
 
 
 @pytest.mark.parametrize(
@@ -330,11 +322,11 @@ def configured(out, name, flags):
 )
 def test_what_does_not_go_together_is_refused(settings, match):
   with pytest.raises(UserError, match=match):
-    config.override(presets.make("sotu_small", "relora"), settings)
+    schema.override(presets.make("sotu_small", "relora"), settings)
 
 
 def test_low_rank_accumulation_is_refused():
-  chosen = config.OptimizerConfig(name="lora", accumulate=2)
+  chosen = schema.OptimizerConfig(name="lora", accumulate=2)
   with pytest.raises(UserError, match=r"use train\.accumulate"):
     optimizer.make_optimizer(chosen, 10)
 
@@ -346,7 +338,7 @@ def test_a_dry_run_counts_what_is_trained(capsys):
   rest = 2 * 300 * 64 + (2 * 2 + 1) * 64
   found = {}
   for name in NAMES:
-    chosen = config.override(presets.make("sotu_small", name), sets)
+    chosen = schema.override(presets.make("sotu_small", name), sets)
     with pytest.MonkeyPatch.context() as patch:
       # The same for all of them, and not what is looked at.
       patch.setattr(flops, "forward_per_token", lambda *_: 1.0)
@@ -377,27 +369,27 @@ def test_a_dry_run_counts_what_is_trained(capsys):
 
 
 def test_published_sizes_are_those_of_the_paper(monkeypatch):
-  monkeypatch.setattr(states, "ROWS", {"lora": ("lora", {})})
-  found = states.table()["lora"]
+  monkeypatch.setattr(state_table, "ROWS", {"lora": ("lora", {})})
+  found = state_table.table()["lora"]
   # Its figures of Table 6b are estimates, of two digits.
-  for preset, (_, _, paper) in states.PAPER.items():
+  for preset, (_, _, paper) in state_table.PAPER.items():
     assert found[preset] / 1e9 == pytest.approx(paper, abs=0.006, rel=0.03)
-  assert "paper: LoRA" in states.render({"lora": found})
+  assert "paper: LoRA" in state_table.render({"lora": found})
 
 
 def test_a_run_of_another_version_is_named(tmp_path):
-  base = config.flatten(presets.make("sotu_small", "lora"))
+  base = schema.flatten(presets.make("sotu_small", "lora"))
   (tmp_path / "config.json").write_text(
     json.dumps(base | {"optimizer.unheard_of": 1})
   )
   with pytest.raises(UserError, match="another version"):
-    hf.load(tmp_path)
+    checkpoint_folder.load(tmp_path)
 
 
 def test_names_are_those_of_the_config():
-  for name in config.OPTIMIZERS:
-    chosen = config.OptimizerConfig(name=name)
+  for name in schema.OPTIMIZERS:
+    chosen = schema.OptimizerConfig(name=name)
     parts = adapters.make(chosen)
     assert (parts is None) == (name not in NAMES)
     assert chosen.has_adapters == (name in NAMES)
-  assert adapters.make(config.OptimizerConfig(name="relora")).reset_every == 100
+  assert adapters.make(schema.OptimizerConfig(name="relora")).reset_every == 100

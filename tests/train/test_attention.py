@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import attention
-from train.config import MeshConfig
-from train.errors import UserError
-from train.mesh import make_mesh
+from train.common.errors import UserError
+from train.config.schema import MeshConfig
+from train.models import attention
+from train.parallel.mesh import make_mesh
 
 
 def arrays(length, heads=2, kv_heads=1, rows=1, width=8):

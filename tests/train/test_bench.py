@@ -16,20 +16,18 @@ import pytest
 from train.bench import __main__ as command
 from train.bench import (
   chips,
+  compiled_step,
   cost,
-  gradients,
   model,
-  record,
   refresh,
   report,
-  runner,
   shard,
   step,
-  timing,
   torch_peers,
   trees,
 )
-from train.errors import UserError
+from train.common.errors import UserError
+from train.measure import gradients, machine, timing
 
 TINY_STEP = ["step", "--trees=tiny", "--layouts=unrolled", "--gap=4"]
 
@@ -54,7 +52,7 @@ def measured(tmp_path_factory):
 
 
 def test_a_record_says_where_it_comes_from(measured):
-  kept = record.load(measured / "step-tiny-unrolled.json")
+  kept = machine.load(measured / "step-tiny-unrolled.json")
   assert kept["command"] == (
     "python -m train.bench step --gap=4 --peer-steps=2 --trees tiny"
     " --layouts unrolled --results in_place"
@@ -65,11 +63,11 @@ def test_a_record_says_where_it_comes_from(measured):
   assert kept["machine"]["cores"] >= 1
   assert str(measured) not in str(kept)  # nor any other place on the machine
   words = ["chips", "--keep", "a", "--seq", "9", "--python=b"]
-  assert record.without(words, record._LOCAL) == ["chips", "--seq", "9"]
+  assert machine.without(words, machine._LOCAL) == ["chips", "--seq", "9"]
 
 
 def test_step_figures(measured):
-  entry = record.load(measured / "step-tiny-unrolled.json")["results"]
+  entry = machine.load(measured / "step-tiny-unrolled.json")["results"]
   rows = entry["rows"]
   assert len(rows[trees.OURS]["times"]) == entry["gap"] == 4
   assert rows["contrib.galore"]["steps"] == 2
@@ -92,8 +90,8 @@ def test_a_step_in_place_copies_nothing():
   leaves = jax.tree.leaves(tree, is_leaf=trees.is_shape)
   weights = 4 * sum(map(math.prod, leaves))
   adamw = trees.optimizers(8, 4)["optax.adamw"]
-  assert runner.compile_step(adamw, tree).temporaries < weights / 10
-  swapped = runner.compile_step(adamw, tree, swapped=True)
+  assert compiled_step.compile_step(adamw, tree).temporaries < weights / 10
+  swapped = compiled_step.compile_step(adamw, tree, swapped=True)
   assert swapped.temporaries >= 2 * weights
 
 
@@ -369,7 +367,7 @@ def test_chips_are_compiled_once(tmp_path, monkeypatch):
   assert len(commands) == 2
   assert "--batch=4" in commands[0]
   assert ["--layerwise" in words for words in commands] == [False, True]
-  results = record.load(tmp_path / "chips.json")["results"]
+  results = machine.load(tmp_path / "chips.json")["results"]
   table = chips.tables(results)
   assert "| v6e:2x2, adamw | 1.00 | 1.00 | 1.00 | - | 5.00 | 50% |" in table
   assert "| v6e:2x2, galore, layerwise | 1.00 |" in table
@@ -418,5 +416,5 @@ def test_the_page_has_a_place_for_every_benchmark():
   text = report.PAGE.read_text(encoding="utf-8")
   for name in command.BENCHMARKS:
     assert f"<!-- {name}: begin -->" in text
-  _, count = report.render(text, record.FOLDER)
+  _, count = report.render(text, machine.FOLDER)
   assert count >= len(command.BENCHMARKS)

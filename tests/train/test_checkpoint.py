@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import make_trainer
-from train import checkpoint, metrics
-from train.errors import UserError
-from train.folder import FOLDER
+from train.common.errors import UserError
+from train.run import checkpoint, metrics
+from train.run.run_dir import FOLDER
 
 PROGRESS = checkpoint.Progress(1.5, {"step": 4, "text": "ü"})
 

@@ -3,14 +3,15 @@ import math
 import jax
 import pytest
 
-from train import config, llama, presets
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config import presets, schema
+from train.models import llama
 
 BASE = presets.make("sotu_small", "galore")
 
 
 def test_overrides_of_every_type_in_one_go():
-  changed = config.override(
+  changed = schema.override(
     BASE,
     [
       "optimizer.rank=32",
@@ -32,7 +33,7 @@ def test_overrides_of_every_type_in_one_go():
 
 def test_fields_that_are_checked_together_change_together():
   # 5 heads do not divide the preset's width: both must come at once.
-  changed = config.override(BASE, ["model.n_heads=5", "model.d_model=40"])
+  changed = schema.override(BASE, ["model.n_heads=5", "model.d_model=40"])
   assert changed.model.head_width == 8
 
 
@@ -62,7 +63,7 @@ def test_fields_that_are_checked_together_change_together():
 )
 def test_a_bad_override_says_what_would_work(setting, words):
   with pytest.raises(UserError) as raised:
-    config.override(BASE, [setting])
+    schema.override(BASE, [setting])
   assert all(word in str(raised.value) for word in words), raised.value
 
 
@@ -74,8 +75,8 @@ def test_unknown_names_list_the_known_ones():
 
 
 def test_fixed_fields_are_those_that_change_the_numbers():
-  flat = config.flatten(BASE)
-  fixed = config.fixed_fields(flat)
+  flat = schema.flatten(BASE)
+  fixed = schema.fixed_fields(flat)
   assert flat["optimizer.rank"] == fixed["optimizer.rank"]
   assert {"mesh.fsdp", "run.keep", "data.cache", "preset"} <= set(flat)
   assert not {"mesh.fsdp", "run.keep", "data.cache", "preset"} & set(fixed)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from train import data, holdout, rows
-from train.config import DataConfig
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config.schema import DataConfig
+from train.data import corpus as corpus_lib
+from train.data import holdout, packing
 
 
 def config_of(path, folder, **fields):
@@ -22,14 +23,14 @@ def config_of(path, folder, **fields):
 
 @hypothesis.given(st.integers(0, 200), st.integers(1, 20))
 def test_packing_keeps_every_token_once_in_order(count, length):
-  found = rows.pack(np.arange(count), length)
+  found = packing.pack(np.arange(count), length)
   assert found.shape == (count // (length + 1), length + 1)
   assert found.reshape(-1).tolist() == list(range(found.size))
   assert count - found.size <= length
 
 
 def test_padding_gives_a_document_a_row():
-  found = rows.pad([np.arange(2), np.arange(9), np.arange(4)], 3)
+  found = packing.pad([np.arange(2), np.arange(9), np.arange(4)], 3)
   assert found.tolist() == [[0, 1, -1, -1], [0, 1, 2, 3], [0, 1, 2, 3]]
   assert found.dtype == np.int32
 
@@ -59,7 +60,7 @@ def take(feed, count, state=None, part=0, parts=1, seed=7):
 
 
 def test_an_epoch_takes_every_row_once_and_each_epoch_anew():
-  feed = rows.Rows(np.arange(26)[:, None], 6)
+  feed = packing.Rows(np.arange(26)[:, None], 6)
   batches = [batch for batch, _ in take(feed, 8)]
   first, second = np.reshape(batches, (2, 24)).tolist()
   assert len(set(first)) == len(set(second)) == 24
@@ -68,7 +69,7 @@ def test_an_epoch_takes_every_row_once_and_each_epoch_anew():
 
 
 def test_rows_in_memory_continue_from_any_position_in_any_parts():
-  feed = rows.Rows(np.arange(50)[:, None], 8)
+  feed = packing.Rows(np.arange(50)[:, None], 8)
   whole = take(feed, 20)
   for index in (1, 5, 6, 7, 17):  # an epoch has six batches
     state = json.loads(json.dumps(whole[index - 1][1]))
@@ -82,7 +83,7 @@ def test_rows_in_memory_continue_from_any_position_in_any_parts():
 def test_evaluation_reads_every_row_once(count, parts):
   held_out = np.arange(count * 3, dtype=np.int32).reshape(count, 3)
   streams = [
-    list(data.evaluation_batches(held_out, 4, part, parts))
+    list(corpus_lib.evaluation_batches(held_out, 4, part, parts))
     for part in range(parts)
   ]
   assert len({len(stream) for stream in streams}) == 1
@@ -90,15 +91,15 @@ def test_evaluation_reads_every_row_once(count, parts):
   seen = np.concatenate(
     [np.concatenate(batch) for batch in zip(*streams, strict=True)]
   )
-  real = seen[seen[:, 0] != rows.PAD]
+  real = seen[seen[:, 0] != packing.PAD]
   assert real.tolist() == held_out.tolist()
-  assert (seen[len(real) :] == rows.PAD).all()
+  assert (seen[len(real) :] == packing.PAD).all()
 
 
 def test_unigram_perplexity_by_hand():
   # Counts 3, 1, 0 and one each: probabilities 4/7, 2/7, 1/7.
-  found = data.unigram_perplexity(
-    np.array([3, 1, 0]), np.array([[0, 1], [2, rows.PAD]])
+  found = corpus_lib.unigram_perplexity(
+    np.array([3, 1, 0]), np.array([[0, 1], [2, packing.PAD]])
   )
   assert math.isclose(found, (7 / 4 * 7 / 2 * 7) ** (1 / 3), rel_tol=1e-12)
 
@@ -106,7 +107,7 @@ def test_unigram_perplexity_by_hand():
 @pytest.fixture(scope="module")
 def corpus(text_file, tmp_path_factory):
   folder = tmp_path_factory.mktemp("corpus")
-  return data.prepare(config_of(text_file, folder, prefetch=0), 300)
+  return corpus_lib.prepare(config_of(text_file, folder, prefetch=0), 300)
 
 
 def test_a_whole_corpus_is_split_packed_and_disjoint(corpus, text_file):
@@ -145,7 +146,7 @@ def test_a_copy_of_a_held_out_document_is_not_trained_on(tmp_path):
   texts[31] = f"  {texts[10]}\n"  # 10, 30 and 50 are held out
   path = tmp_path / "speeches.jsonl"
   path.write_text("\n".join(json.dumps({"text": t}) for t in texts))
-  corpus = data.prepare(config_of(path, tmp_path), 300)
+  corpus = corpus_lib.prepare(config_of(path, tmp_path), 300)
   text = corpus.tokenizer.decode(corpus.feed.rows.reshape(-1).tolist())
   assert "number 10" not in text and "number 31" not in text
   assert text.count("number ") == 56
@@ -155,14 +156,14 @@ def test_padded_rows_hold_one_document_each(tmp_path):
   texts = [f"{i} " + "peace " * (i % 9) for i in range(40)]
   path = tmp_path / "speeches.jsonl"
   path.write_text("\n".join(json.dumps({"text": t}) for t in texts))
-  corpus = data.prepare(config_of(path, tmp_path, rows="padded"), 300)
+  corpus = corpus_lib.prepare(config_of(path, tmp_path, rows="padded"), 300)
   assert len(corpus.feed.rows) == 38 and len(corpus.held_out) == 2
   train = [t for i, t in enumerate(texts) if i % 20 != 10]
   for row, text in zip(corpus.feed.rows, train, strict=True):
     ids = [*corpus.tokenizer.encode(text).ids, corpus.encoder.end]
-    expected = (ids + [rows.PAD] * 17)[:17]
+    expected = (ids + [packing.PAD] * 17)[:17]
     assert row.tolist() == expected
-  padding = (corpus.feed.rows == rows.PAD).sum()
+  padding = (corpus.feed.rows == packing.PAD).sum()
   assert corpus.train_tokens == corpus.feed.rows.size - padding > 0
 
 
@@ -170,7 +171,7 @@ def test_another_file_can_be_held_out(text_file, tmp_path):
   other = tmp_path / "other.txt"
   other.write_text("\n\n".join(f"an address, part {i}" for i in range(30)))
   config = config_of(text_file, tmp_path, validation=str(other), eval_rows=3)
-  corpus = data.prepare(config, 300)
+  corpus = corpus_lib.prepare(config, 300)
   assert "address" in corpus.tokenizer.decode(corpus.held_out[1].tolist())
   assert len(corpus.held_out) == 3
   text = corpus.tokenizer.decode(corpus.feed.rows.reshape(-1).tolist())
@@ -180,11 +181,11 @@ def test_another_file_can_be_held_out(text_file, tmp_path):
 def test_nothing_is_left_to_train_on(text_file, tmp_path):
   config = config_of(text_file, tmp_path, validation=str(text_file))
   with pytest.raises(UserError, match="every document to train on is also"):
-    data.prepare(config, 300)
+    corpus_lib.prepare(config, 300)
 
 
 def test_the_bundled_corpus_is_whole(tmp_path_factory):
-  from train import sources
+  from train.data import sources
 
   folder = tmp_path_factory.mktemp("bundled")
   documents: Any = sources.load(DataConfig(), folder).train
@@ -199,12 +200,12 @@ def test_too_few_held_out_tokens(text_file, tmp_path):
   config = config_of(text_file, tmp_path, batch=2)
   config = dataclasses.replace(config, length=250, holdout_every=200)
   with pytest.raises(UserError, match="held-out documents do not fill"):
-    data.prepare(config, 300)
+    corpus_lib.prepare(config, 300)
 
 
 def test_a_vocabulary_smaller_than_the_bytes(text_file, tmp_path):
   with pytest.raises(UserError, match=r"model.vocab_size is 100.* 257"):
-    data.prepare(config_of(text_file, tmp_path), 100)
+    corpus_lib.prepare(config_of(text_file, tmp_path), 100)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 import galore_optax
-from train import config, dry_run, flops, jaxprs, presets, pretrain
-from train import optimizer as optimizer_lib
+from train import pretrain
+from train.config import presets, schema
+from train.estimate import dry_run, flops, jaxpr_cost
+from train.step import optimizer as optimizer_lib
 
 
 def estimate(preset, optimizer, *settings):
   return dry_run.estimate(
-    config.override(presets.make(preset, optimizer), settings)
+    schema.override(presets.make(preset, optimizer), settings)
   )
 
 
@@ -41,7 +43,7 @@ def test_bytes_of_a_device_are_its_shards(giant):
   one = flops.trace_loss(
     presets.make("llama_7b", "adamw").model, rows, 256, True
   )
-  assert device["activations"] == jaxprs.peak_bytes(one)
+  assert device["activations"] == jaxpr_cost.peak_bytes(one)
 
 
 def test_state_bytes_are_those_of_describe(giant):
@@ -83,10 +85,10 @@ def test_a_refresh_costs_what_its_program_does(side):
   params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
   tx = galore_optax.galore_sgd(0.1, rank=rank, moments="keep")
   rows = galore_optax.describe(tx, params).rows
-  settings = config.OptimizerConfig(rank=rank, moments="keep")
+  settings = schema.OptimizerConfig(rank=rank, moments="keep")
   state = jax.eval_shape(tx.init, params)
   program = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
-  dear, cheap = (jaxprs.count_flops(program, f) for f in (max, min))
+  dear, cheap = (jaxpr_cost.count_flops(program, f) for f in (max, min))
   # The loop over iterations has no known length: it counts as one turn.
   one = flops.refresh(rows, settings) / flops.ITERATIONS
   assert dear - cheap == pytest.approx(one, rel=0.05)
@@ -95,7 +97,7 @@ def test_a_refresh_costs_what_its_program_does(side):
 def test_svd_and_rotation_cost_more():
   tx = galore_optax.galore_sgd(0.1, rank=8)
   rows = galore_optax.describe(tx, {"w": jnp.zeros((3, 64, 256))}).rows
-  base = config.OptimizerConfig(rank=8, moments="keep")
+  base = schema.OptimizerConfig(rank=8, moments="keep")
   cost = lambda **c: flops.refresh(rows, dataclasses.replace(base, **c))
   assert cost(projector="svd") > 10 * cost()
   assert cost(moments="rotate") > cost()
@@ -103,7 +105,7 @@ def test_svd_and_rotation_cost_more():
 
 
 def test_every_optimizer_is_counted():
-  for name in config.OPTIMIZERS:
+  for name in schema.OPTIMIZERS:
     found = estimate("llama_9m", name)
     state = found["bytes"]["whole"]["optimizer_state"]
     assert found["optimizer_state"][f"this run ({name})"] == state

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import galore_optax
-from train import attention, encoder, mesh, optimizer
-from train.config import MeshConfig
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config.schema import MeshConfig
+from train.models import attention, encoder
+from train.parallel import mesh
+from train.step import optimizer
 
 BERT = encoder.Config(60, 16, 24, 2, 4, max_length=16, head="classify")
 ROBERTA = dataclasses.replace(

@@ -5,8 +5,9 @@ import pytest
 import tokenizers
 
 from tests.train import encoder_files
-from train import encoder, encoder_tokenizer
-from train.errors import UserError
+from train.common.errors import UserError
+from train.models import encoder
+from train.pretrained import encoder_tokenizer
 
 CONFIG = encoder.Config(60, 16, 24, 2, 4, max_length=32)
 

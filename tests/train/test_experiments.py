@@ -14,24 +14,26 @@ import pytest
 
 import galore_optax
 from tests.train import conftest
-from train import config as config_lib
-from train import data, folder, holdout, mesh, metrics
-from train.bench import gradients
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config import schema
+from train.data import corpus, holdout
 from train.experiments import __main__ as command
 from train.experiments import (
-  course,
   mechanism,
   plan,
-  records,
   report,
+  results,
   runner,
   speed,
+  stability,
   tables,
   texts,
   theory,
   training,
 )
+from train.measure import gradients
+from train.parallel import mesh
+from train.run import metrics, run_dir
 
 TOO_MUCH = 8e-3 * 1e40  # a learning rate
 # With lines for which it is known which points a search takes.
@@ -388,7 +390,7 @@ def ran(place, tmp_path_factory):
     patch.setattr(training, "Clock", Stopping)
     first = command.main(words)
     left = {path.name for path in (place / "work").iterdir()}
-    before = records.read(place / "out" / "quick.jsonl")
+    before = results.read(place / "out" / "quick.jsonl")
     second = command.main(words)
     steps, third = asked[0], command.main(words)
     assert asked[0] == steps  # nothing was run again
@@ -399,7 +401,7 @@ def test_a_stopped_table_goes_on_where_it_was(place, ran):
   first, second, third, left, before = ran
   assert (first, second, third) == (130, 0, 0)
   assert len(left) == 2 and before == []  # the lock, and the run under way
-  found = records.read(place / "out" / "quick.jsonl")
+  found = results.read(place / "out" / "quick.jsonl")
   assert len(found) == 6 and {path.name for path in place.glob("work/*")} == {
     "lock"
   }
@@ -413,7 +415,7 @@ def test_a_stopped_table_goes_on_where_it_was(place, ran):
 
 def test_all_methods_see_the_same_batches(place, ran, monkeypatch):
   """Before the first update, two methods of one seed have one loss."""
-  found = records.read(place / "out" / "quick.jsonl")
+  found = results.read(place / "out" / "quick.jsonl")
   starts = {}
   for record in found:
     if record["status"] == "done":
@@ -437,7 +439,7 @@ def test_the_report_says_what_was_found(place, ran, capsys):
   assert "6 of about 6 runs are there" in text
   rows = re.findall(r"^\| (AdamW, full rank|GaLore, our.*?) \|", text, re.M)
   assert len(rows) == 2 + 4  # the table, and two rates of each in the grid
-  found = records.read(place / "out" / "quick.jsonl")
+  found = results.read(place / "out" / "quick.jsonl")
   pair = [
     math.exp(r["test_loss"])
     for r in found
@@ -451,14 +453,14 @@ def test_a_jump_of_the_loss_is_found_and_a_worn_basis():
   losses = [(step, 5 - 0.01 * step) for step in range(1, 101)]
   losses[5] = (6, 9.0)  # while it warms up
   losses[69] = (70, 7.3)
-  found = course.look(losses, ())
+  found = stability.look(losses, ())
   assert found["jump"] == [70, pytest.approx(7.3 - 4.405, abs=1e-3)]
-  assert "basis_error" not in found and "jump" not in course.look([], ())
+  assert "basis_error" not in found and "jump" not in stability.look([], ())
   tx = galore_optax.galore(optax.adam(1e-3), rank=4)
   state = tx.init({"w": jnp.zeros((8, 12))})
-  assert course.look(losses, state)["basis_error"] < 1e-6
+  assert stability.look(losses, state)["basis_error"] < 1e-6
   worn = jax.tree.map(lambda x: 1.5 * x if x.shape == (8, 4) else x, state)
-  assert course.look(losses, worn)["basis_error"] == pytest.approx(1.25)
+  assert stability.look(losses, worn)["basis_error"] == pytest.approx(1.25)
 
 
 def test_the_course_of_a_run_is_told_against_the_first_row(tmp_path):
@@ -473,7 +475,7 @@ def test_the_course_of_a_run_is_told_against_the_first_row(tmp_path):
   more = {"jump": [2, 0.25], "basis_error": 3e-7}
   whole.found[base.key] = fake(base, 3.0, validation_curve=flat)
   whole.found[ours.key] = fake(ours, 3.5, validation_curve=bent, **more)
-  first, second = course.rows(whole)
+  first, second = stability.rows(whole)
   assert first == [
     *("AdamW, full rank", "0", "", "", "0 of 3", ""),
     *("+0.0 %", "+0.0 %", "+0.0 %", ""),
@@ -483,7 +485,7 @@ def test_the_course_of_a_run_is_told_against_the_first_row(tmp_path):
     *("-9.5 %", "+22.1 %", "+64.9 %", "3e-07"),
   ]
   section = report.section(whole, tmp_path)
-  assert f"| {' | '.join(course.HEAD)} |" in section
+  assert f"| {' | '.join(stability.HEAD)} |" in section
   assert f"| {' | '.join(second)} |" in section
 
 
@@ -515,10 +517,10 @@ def test_quick_ends_with_its_table(place, ran, monkeypatch, capsys):
 def test_the_score_is_that_of_the_training_script(place, ran, monkeypatch):
   """The validation loss belongs to the config that the record names."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-  found = records.read(place / "out" / "quick.jsonl")[0]
+  found = results.read(place / "out" / "quick.jsonl")[0]
   words = found["command"].split(" --set ")
   parts = texts.prepare(
-    str(place / "speech.txt"), data.cache_folder(config_lib.DataConfig())
+    str(place / "speech.txt"), corpus.cache_folder(schema.DataConfig())
   )
   assert f"data.path={parts.train.name}" in words
   assert f"data.validation={parts.validation.name}" in words
@@ -526,7 +528,7 @@ def test_the_score_is_that_of_the_training_script(place, ran, monkeypatch):
 
 
 def test_a_run_that_diverges_is_recorded(place, ran):
-  found = records.read(place / "out" / "quick.jsonl")
+  found = results.read(place / "out" / "quick.jsonl")
   lost = [record for record in found if record["status"] == "diverged"]
   assert {record["learning_rate"] for record in lost} == {TOO_MUCH}
   assert {record["entry"] for record in lost} == {"adamw", "galore"}
@@ -541,11 +543,11 @@ def test_what_is_left_of_another_run_is_started_over(place, tmp_path):
   run = plan.Plan(TINIEST, 640, "x", {}).missing()[0]
   out = tmp_path / run.key
   out.mkdir()
-  (out / folder.CONFIG).write_text("{ torn", encoding="utf-8")
+  (out / run_dir.CONFIG).write_text("{ torn", encoding="utf-8")
   parts = texts.Parts(*(tmp_path / f"{n}.txt" for n in "abc"))
   with pytest.raises(UserError, match=r"data\.path"):  # there is no text
     training.train(run, parts, tmp_path, lambda: False)
-  assert json.loads((out / folder.CONFIG).read_text())["train.seed"] == 0
+  assert json.loads((out / run_dir.CONFIG).read_text())["train.seed"] == 0
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -595,13 +597,13 @@ def test_a_run_whose_checkpoints_are_damaged_starts_over(tmp_path, monkeypatch):
   seen = []
 
   def prepare(_, out, *__):
-    seen.append((out / folder.FOLDER).exists())
+    seen.append((out / run_dir.FOLDER).exists())
     if seen[-1]:
       raise UserError("no checkpoint can be read")
     return "job", "state"
 
   monkeypatch.setattr(training.jobs, "prepare", prepare)
-  (tmp_path / folder.FOLDER / "5").mkdir(parents=True)
+  (tmp_path / run_dir.FOLDER / "5").mkdir(parents=True)
   assert training._prepare(config, tmp_path, None, None) == ("job", "state")
   assert seen == [True, False]
   monkeypatch.setattr(training.jobs, "prepare", lambda *_: 1 / 0)
@@ -617,7 +619,7 @@ def test_runners_at_one_table_take_different_runs(tmp_path):
     assert first == order[0] and second is not None and second != first
     assert third is None and len(now.missing()) == 2
     for run in (first, second):
-      records.append(tmp_path / "out" / "quick.jsonl", found.found[run.key])
+      results.append(tmp_path / "out" / "quick.jsonl", found.found[run.key])
   # What another has finished since the plan was made is not run again.
   with claim() as late:
     assert late is None
@@ -641,4 +643,4 @@ def test_a_torn_line_is_named(tmp_path):
   path = tmp_path / "methods.jsonl"
   path.write_text('{"key": 1}\n{"key"', encoding="utf-8")
   with pytest.raises(UserError, match=re.escape(str(path))):
-    records.read(path)
+    results.read(path)

@@ -9,11 +9,14 @@ import safetensors.numpy
 import tokenizers
 
 from tests.train import tuning_files
-from train import finetune, hf, hf_encoder, loop, metrics, plot, runs, stopping
-from train import mesh as mesh_lib
-from train import optimizer as optimizer_lib
-from train.errors import UserError
-from train.tuning import evaluation, grid, job, recipes, spans, tasks
+from train import finetune, plot
+from train.common.errors import UserError
+from train.experiments import finetune_grid
+from train.finetuning import evaluation, job, recipes, spans, tasks
+from train.parallel import mesh as mesh_lib
+from train.pretrained import checkpoint_folder, encoder_checkpoint
+from train.run import history, loop, metrics, signals
+from train.step import optimizer as optimizer_lib
 
 DEVICES = jax.devices()
 SMALL = {
@@ -124,20 +127,22 @@ def test_rates_are_picked_and_their_best_is_run(mnli, bert, tmp_path, capsys):
   common += ["galore:2", "--work", str(tmp_path / "work")]
   common += [word for x in settings for word in ("--set", x)]
   picks = ["pick", *common, "--rates", "0.05", "1e-9"]
-  assert grid.main(picks) == 0
-  picked = grid.read(results)
+  assert finetune_grid.main(picks) == 0
+  picked = finetune_grid.read(results)
   assert [r["learning_rate"] for r in picked] == [0.05, 1e-9]
   assert len({r["examples"] for r in picked}) == 1
-  assert grid.main(picks) == 0 and grid.read(results) == picked  # all done
-  assert grid.main(["run", *common]) == 0
-  (found,) = grid.read(results)[2:]
+  assert (
+    finetune_grid.main(picks) == 0 and finetune_grid.read(results) == picked
+  )  # all done
+  assert finetune_grid.main(["run", *common]) == 0
+  (found,) = finetune_grid.read(results)[2:]
   best = max(picked, key=lambda r: r["scores"]["accuracy"])
   assert found["learning_rate"] == best["learning_rate"]
   assert found["examples"] != best["examples"]  # the validation split
   assert "validation_mismatched_accuracy" in found["scores"]
   assert "validation_mismatched_accuracy" not in best["scores"]
   capsys.readouterr()
-  assert grid.main(["table", str(results)]) == 0
+  assert finetune_grid.main(["table", str(results)]) == 0
   score = f"{found['scores']['accuracy']:.4f}"
   rate = f"{found['learning_rate']:g}"
   held_out = f"{best['scores']['accuracy']:.4f}"
@@ -151,7 +156,7 @@ def test_the_picture_has_a_panel_of_the_score(mnli, tmp_path, monkeypatch):
   monkeypatch.setattr(
     plot.plt.Axes, "set_ylabel", lambda self, text: panels.append(text)
   )
-  path = plot.overlay([runs.load(mnli[0])], tmp_path / "run.png", "steps")
+  path = plot.overlay([history.load(mnli[0])], tmp_path / "run.png", "steps")
   assert path.exists() and "held-out accuracy" in panels
   assert not any("perplexity" in panel for panel in panels)
 
@@ -162,7 +167,7 @@ def test_the_model_that_is_written_scores_as_the_run_did(mnli):
   config = finetune.make_config(finetune.arguments(given))
   learner, config = finetune.make_learner(finetune.read_task(config), config)
   assert learner.loaded.notes == ()
-  extra = json.loads((out / "model" / hf.CONFIG).read_text())
+  extra = json.loads((out / "model" / checkpoint_folder.CONFIG).read_text())
   assert extra["id2label"]["1"] == "neutral"
   assert extra["galore_optax_pool"] == "mean"
   read = finetune.make_material(learner, finetune.read_task(config), config)
@@ -182,7 +187,7 @@ def test_a_run_is_no_checkpoint_but_holds_one(mnli, tmp_path, capsys):
   said = refused(capsys, words("mnli", out, data, tmp_path / "run"))
   assert f"its weights are in {out / 'model'}" in said
   with pytest.raises(UserError, match="--x tokens: the batches"):
-    plot.overlay([runs.load(out)], tmp_path / "run.png", "tokens")
+    plot.overlay([history.load(out)], tmp_path / "run.png", "tokens")
 
 
 def stop_after_five_steps(given, monkeypatch):
@@ -190,7 +195,7 @@ def stop_after_five_steps(given, monkeypatch):
   calls = []
   with monkeypatch.context() as patch:
     patch.setattr(
-      stopping,
+      signals,
       "agreed",
       lambda *_: lambda: calls.append(0) or len(calls) == 5,
     )
@@ -227,7 +232,7 @@ def test_regression_with_lora_trains_factors_and_head_only(bert, tmp_path):
   assert sizes["gradients"] == sizes["adapters"] + head
   assert sizes["optimizer_blocks"] == 2 * sizes["adapters"]
   start, trained = (
-    hf_encoder.load(f, head="classify", labels=1).params
+    encoder_checkpoint.load(f, head="classify", labels=1).params
     for f in (bert, tmp_path / "run" / "model")
   )
   same = lambda name: np.array_equal(
@@ -245,7 +250,7 @@ def test_a_roberta_tells_pairs_apart_with_lora(roberta, tmp_path):
   trained = [loss for _, loss in losses(tmp_path / "run")]
   assert np.mean(trained[-8:]) < np.mean(trained[:8])
   start, end = (
-    hf_encoder.load(f, "classify", 2).params
+    encoder_checkpoint.load(f, "classify", 2).params
     for f in (roberta, tmp_path / "run" / "model")
   )
   # RoBERTa's head has two layers; both are trained as they are.
@@ -324,7 +329,7 @@ def test_a_llama_learns_conversations_packed_and_with_4_bit_weights(
     "held_out_perplexity"
   ]
   assert found["scores"]["held_out_perplexity"] < start
-  written = hf.load(tmp_path / "run" / "model")
+  written = checkpoint_folder.load(tmp_path / "run" / "model")
   assert written.model.n_layers == 2
   # It says how it is asked, and ends where it has learned to end.
   end = tokenizers.Tokenizer.from_str(written.tokenizer).token_to_id(
@@ -383,13 +388,16 @@ def test_a_run_that_ends_without_a_finite_loss_has_no_scores(
   common = [str(results), "--task", "chat", "--from", str(llama)]
   common += ["--methods", "adamw", "--work", str(tmp_path / "work")]
   common += [word for x in settings for word in ("--set", x)]
-  assert grid.main(["pick", *common, "--rates", *rates]) == 0
-  assert [bool(r["scores"]) for r in grid.read(results)] == [False, True]
-  assert grid.main(["run", *common]) == 0
-  assert grid.read(results)[-1]["learning_rate"] == 1e-3
-  assert grid.main(["run", *common, "--rates", "1e18"]) == 0
+  assert finetune_grid.main(["pick", *common, "--rates", *rates]) == 0
+  assert [bool(r["scores"]) for r in finetune_grid.read(results)] == [
+    False,
+    True,
+  ]
+  assert finetune_grid.main(["run", *common]) == 0
+  assert finetune_grid.read(results)[-1]["learning_rate"] == 1e-3
+  assert finetune_grid.main(["run", *common, "--rates", "1e18"]) == 0
   capsys.readouterr()
-  assert grid.main(["table", str(results)]) == 0
+  assert finetune_grid.main(["table", str(results)]) == 0
   row = "| adamw | 1e+18 | diverged | diverged | diverged | 0 of 1 |"
   assert row in capsys.readouterr().out
 
@@ -448,7 +456,7 @@ def test_a_run_does_not_write_over_what_it_starts_from(mnli, capsys):
 def test_other_commands_are_told_where_the_model_is(mnli):
   out, _, _ = mnli
   with pytest.raises(UserError, match=r"fine-tuning run; .*model"):
-    hf.load(out)
+    checkpoint_folder.load(out)
 
 
 def refused(capsys, given):
@@ -507,9 +515,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(
   other.mkdir()
   for file in bert.iterdir():
     (other / file.name).write_bytes(file.read_bytes())
-  config = json.loads((other / hf.CONFIG).read_text())
+  config = json.loads((other / checkpoint_folder.CONFIG).read_text())
   config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-  (other / hf.CONFIG).write_text(json.dumps(config))
+  (other / checkpoint_folder.CONFIG).write_text(json.dumps(config))
   out = tmp_path / "run"
   said = refused(capsys, words("stsb", other, data, out))
   assert "'gpt2', and what can be read is bert, roberta and llama" in said

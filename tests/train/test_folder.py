@@ -5,40 +5,42 @@ import pathlib
 
 import pytest
 
-from train import config, files, folder, presets
-from train.errors import UserError
+from train.common import atomic_files
+from train.common.errors import UserError
+from train.config import presets, schema
+from train.run import run_dir
 
 BASE = presets.make("sotu_small", "galore")
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
   out = tmp_path / "run"
-  folder.check_run(out, BASE, overwrite=False)
+  run_dir.check_run(out, BASE, overwrite=False)
   assert not out.exists()
-  folder.claim_run(out, BASE, overwrite=False)
-  folder.check_run(out, BASE, overwrite=False)
-  other = config.override(BASE, ["optimizer.rank=8", "train.seed=5"])
+  run_dir.claim_run(out, BASE, overwrite=False)
+  run_dir.check_run(out, BASE, overwrite=False)
+  other = schema.override(BASE, ["optimizer.rank=8", "train.seed=5"])
   with pytest.raises(UserError) as raised:
-    folder.check_run(out, other, overwrite=False)
+    run_dir.check_run(out, other, overwrite=False)
   for word in (str(out), "optimizer.rank: 48 there, 8 now", "train.seed: 0",
                "--overwrite", "--out"):  # fmt: skip
     assert word in str(raised.value)
-  folder.check_run(out, other, overwrite=True)
+  run_dir.check_run(out, other, overwrite=True)
 
 
 def test_what_changes_no_number_may_change(tmp_path):
-  folder.claim_run(tmp_path, BASE, overwrite=False)
-  free = config.override(BASE, ["run.keep=7", "mesh.fsdp=2"])
-  folder.check_run(tmp_path, free, overwrite=False)
+  run_dir.claim_run(tmp_path, BASE, overwrite=False)
+  free = schema.override(BASE, ["run.keep=7", "mesh.fsdp=2"])
+  run_dir.check_run(tmp_path, free, overwrite=False)
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
-  folder.claim_run(tmp_path, BASE, overwrite=False)
+  run_dir.claim_run(tmp_path, BASE, overwrite=False)
   (tmp_path / "metrics.jsonl").write_text("{}\n")
-  (tmp_path / folder.FOLDER / "9").mkdir(parents=True)
+  (tmp_path / run_dir.FOLDER / "9").mkdir(parents=True)
   (tmp_path / "notes.md").write_text("mine")
-  other = dataclasses.replace(BASE, train=config.TrainConfig(steps=5))
-  folder.claim_run(tmp_path, other, overwrite=True)
+  other = dataclasses.replace(BASE, train=schema.TrainConfig(steps=5))
+  run_dir.claim_run(tmp_path, other, overwrite=True)
   assert {p.name for p in tmp_path.iterdir()} == {"config.json", "notes.md"}
   saved = json.loads((tmp_path / "config.json").read_text())
   assert saved["train.steps"] == 5
@@ -48,54 +50,54 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
   (tmp_path / "thesis.tex").write_text("words")
   for overwrite in (False, True):
     with pytest.raises(UserError, match="not empty"):
-      folder.check_run(tmp_path, BASE, overwrite)
+      run_dir.check_run(tmp_path, BASE, overwrite)
   with pytest.raises(UserError, match="is a file"):
-    folder.check_run(tmp_path / "thesis.tex", BASE, False)
+    run_dir.check_run(tmp_path / "thesis.tex", BASE, False)
 
 
 def test_a_broken_config_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(UserError, match=r"config.json cannot be read"):
-    folder.check_run(tmp_path, BASE, overwrite=False)
+    run_dir.check_run(tmp_path, BASE, overwrite=False)
 
 
 def test_a_field_that_a_run_does_not_know_had_its_default(tmp_path):
-  folder.claim_run(tmp_path, BASE, overwrite=False)
+  run_dir.claim_run(tmp_path, BASE, overwrite=False)
   path = tmp_path / "config.json"
   saved = json.loads(path.read_text())
   del saved["train.z_loss"]
   path.write_text(json.dumps(saved))
-  folder.check_run(tmp_path, BASE, overwrite=False)
-  changed = config.override(BASE, ["train.z_loss=0.1"])
+  run_dir.check_run(tmp_path, BASE, overwrite=False)
+  changed = schema.override(BASE, ["train.z_loss=0.1"])
   with pytest.raises(UserError, match=r"train.z_loss: 0.0 there, 0.1 now"):
-    folder.check_run(tmp_path, changed, overwrite=False)
+    run_dir.check_run(tmp_path, changed, overwrite=False)
 
 
 def test_an_empty_value_is_shown_as_such(tmp_path):
-  folder.claim_run(tmp_path, BASE, overwrite=False)
-  other = config.override(BASE, ["data.path=my.txt"])
+  run_dir.claim_run(tmp_path, BASE, overwrite=False)
+  other = schema.override(BASE, ["data.path=my.txt"])
   with pytest.raises(UserError, match=r'data.path: "" there, my.txt now'):
-    folder.check_run(tmp_path, other, overwrite=False)
+    run_dir.check_run(tmp_path, other, overwrite=False)
 
 
 def test_files_have_the_permissions_of_any_other(tmp_path):
   (tmp_path / "plain").write_text("")
-  files.write_text(tmp_path / "new" / "a", "one")
-  files.write_text(tmp_path / "new" / "a", "two")
+  atomic_files.write_text(tmp_path / "new" / "a", "one")
+  atomic_files.write_text(tmp_path / "new" / "a", "two")
   assert (tmp_path / "new" / "a").read_text() == "two"
   modes = {p.stat().st_mode for p in (tmp_path / "plain", tmp_path / "new/a")}
   assert len(modes) == 1
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-  files.write_text(tmp_path / "a", "old")
+  atomic_files.write_text(tmp_path / "a", "old")
 
   def full(self, target):
     raise OSError(errno.ENOSPC, "No space left on device")
 
   monkeypatch.setattr(pathlib.Path, "replace", full)
   with pytest.raises(OSError, match="No space"):
-    files.write_text(tmp_path / "a", "new")
+    atomic_files.write_text(tmp_path / "a", "new")
   assert [p.name for p in tmp_path.iterdir()] == ["a"]
   assert (tmp_path / "a").read_text() == "old"
 
@@ -106,7 +108,7 @@ def test_a_folder_that_cannot_be_filled_is_as_before(tmp_path, existed):
   if existed:
     out.mkdir()
   full = pytest.raises(UserError, match=r"--out .*No space")
-  with full, files.new_folder(out, "--out"):
+  with full, atomic_files.new_folder(out, "--out"):
     (out / "half").write_text("x")
     raise OSError(errno.ENOSPC, "No space left on device")
   assert out.exists() == existed and not list(tmp_path.rglob("half"))

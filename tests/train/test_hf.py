@@ -9,18 +9,14 @@ import pytest
 import safetensors.numpy
 
 from tests.train.conftest import TINY, make_trainer
-from train import (
-  checkpoint,
-  folder,
-  hf,
-  llama,
-  presets,
-  step,
-  tokenizer,
-  weights,
-)
-from train import config as config_lib
-from train.errors import UserError
+from train import hf
+from train.common.errors import UserError
+from train.config import presets, schema
+from train.data import tokenizer
+from train.models import llama
+from train.pretrained import checkpoint_folder, llama_names
+from train.run import checkpoint, run_dir
+from train.step import train_step
 
 SHAPES = {
   "plain": TINY,
@@ -38,7 +34,7 @@ EXTRA = {
 def given(model, **more):
   params = llama.init(model, 0)
   more = {"tokenizer": TEXT, "extra": EXTRA} | more
-  return weights.from_params("test", model, lambda: params, **more), params
+  return llama_names.from_params("test", model, lambda: params, **more), params
 
 
 def same(found, expected):
@@ -51,15 +47,15 @@ def written(request, tmp_path_factory):
   model = SHAPES[request.param]
   source, params = given(model)
   out = tmp_path_factory.mktemp("written") / "out"
-  hf.save(source, out)
+  checkpoint_folder.save(source, out)
   return types.SimpleNamespace(out=out, model=model, params=params)
 
 
 def copy(written, tmp_path, **config):
   """The folder's tensors and config, to be changed and written again."""
-  tensors = safetensors.numpy.load_file(written.out / hf.ONE)
-  old = json.loads((written.out / hf.CONFIG).read_text())
-  (tmp_path / hf.CONFIG).write_text(json.dumps(old | config))
+  tensors = safetensors.numpy.load_file(written.out / checkpoint_folder.ONE)
+  old = json.loads((written.out / checkpoint_folder.CONFIG).read_text())
+  (tmp_path / checkpoint_folder.CONFIG).write_text(json.dumps(old | config))
   return tensors
 
 
@@ -68,11 +64,11 @@ def save(tensors, path):
 
 
 def test_what_is_written_is_read_back(written):
-  found = hf.load(written.out)
+  found = checkpoint_folder.load(written.out)
   assert found.model == written.model
   assert found.tokenizer == TEXT
   assert found.end_ids == (0,)
-  same(weights.to_params(found), written.params)
+  same(llama_names.to_params(found), written.params)
 
 
 def test_shards_are_read_by_their_index(written, tmp_path):
@@ -84,28 +80,34 @@ def test_shards_are_read_by_their_index(written, tmp_path):
     save(part, tmp_path / file)
   index = {name: file for file, part in parts.items() for name in part}
   text = json.dumps({"weight_map": index})
-  (tmp_path / hf.INDEX).write_text(text)
-  same(weights.to_params(hf.load(tmp_path)), written.params)
-  (tmp_path / hf.INDEX).write_text(text.replace("b.safe", "c.safe"))
+  (tmp_path / checkpoint_folder.INDEX).write_text(text)
+  same(llama_names.to_params(checkpoint_folder.load(tmp_path)), written.params)
+  (tmp_path / checkpoint_folder.INDEX).write_text(
+    text.replace("b.safe", "c.safe")
+  )
   with pytest.raises(UserError, match=r"c\.safetensors cannot be read"):
-    hf.load(tmp_path)
-  (tmp_path / hf.INDEX).write_text(text.replace("b.safe", "a.safe"))
+    checkpoint_folder.load(tmp_path)
+  (tmp_path / checkpoint_folder.INDEX).write_text(
+    text.replace("b.safe", "a.safe")
+  )
   with pytest.raises(UserError, match="does not fit its shards"):
-    hf.load(tmp_path)
+    checkpoint_folder.load(tmp_path)
 
 
 def test_tensors_are_cast_to_the_parameters_dtype(written, tmp_path):
   words = ["import", str(written.out), "--out", str(tmp_path / "half")]
   assert hf.main([*words, "--dtype", "bfloat16"]) == 0
-  found = hf.load(tmp_path / "half")
-  config = json.loads((tmp_path / "half" / hf.CONFIG).read_text())
+  found = checkpoint_folder.load(tmp_path / "half")
+  config = json.loads(
+    (tmp_path / "half" / checkpoint_folder.CONFIG).read_text()
+  )
   assert config["torch_dtype"] == "bfloat16"
   assert found.read("model.norm.weight").dtype == ml_dtypes.bfloat16
   rounded = jax.tree.map(
     lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32),
     written.params,
   )
-  same(weights.to_params(found), rounded)
+  same(llama_names.to_params(found), rounded)
 
 
 def change(tensors, name, value):
@@ -127,24 +129,24 @@ def test_wrong_tensors_are_named(written, tmp_path, kind):
   tensors = copy(written, tmp_path)
   *how, said = WRONG_TENSORS[kind]
   change(tensors, *how)
-  save(tensors, tmp_path / hf.ONE)
+  save(tensors, tmp_path / checkpoint_folder.ONE)
   with pytest.raises(UserError, match=said):
-    weights.to_params(hf.load(tmp_path))
+    llama_names.to_params(checkpoint_folder.load(tmp_path))
 
 
 def test_angles_are_ignored_and_a_tied_head_must_be_the_embedding(tmp_path):
   source, params = given(SHAPES["tied"])
-  hf.save(source, tmp_path / "out")
+  checkpoint_folder.save(source, tmp_path / "out")
   written = types.SimpleNamespace(out=tmp_path / "out")
   tensors = copy(written, tmp_path)
   tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, "f")
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-  save(tensors, tmp_path / hf.ONE)
-  same(weights.to_params(hf.load(tmp_path)), params)
+  save(tensors, tmp_path / checkpoint_folder.ONE)
+  same(llama_names.to_params(checkpoint_folder.load(tmp_path)), params)
   tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
-  save(tensors, tmp_path / hf.ONE)
+  save(tensors, tmp_path / checkpoint_folder.ONE)
   with pytest.raises(UserError, match=r"lm_head\.weight differs"):
-    weights.to_params(hf.load(tmp_path))
+    llama_names.to_params(checkpoint_folder.load(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -161,19 +163,19 @@ def test_angles_are_ignored_and_a_tied_head_must_be_the_embedding(tmp_path):
   ],
 )
 def test_another_architecture_is_refused(field, value, said):
-  config = weights.model_to_hf(TINY, "float32", {})
+  config = llama_names.model_to_hf(TINY, "float32", {})
   config = {k: v for k, v in (config | {field: value}).items() if v is not None}
   with pytest.raises(UserError, match=said):
-    weights.model_from_hf(config, "config.json")
+    llama_names.model_from_hf(config, "config.json")
 
 
 def test_older_and_newer_spellings_of_theta_are_read():
-  config = weights.model_to_hf(SHAPES["tied"], "float32", {})
+  config = llama_names.model_to_hf(SHAPES["tied"], "float32", {})
   for name in ("rope_theta", "rope_parameters"):
     rest = {k: v for k, v in config.items() if k != name}
-    assert weights.model_from_hf(rest, "").rope_theta == 5e5
+    assert llama_names.model_from_hf(rest, "").rope_theta == 5e5
   bare = {k: v for k, v in config.items() if not k.startswith("rope")}
-  assert weights.model_from_hf(bare, "").rope_theta == 1e4
+  assert llama_names.model_from_hf(bare, "").rope_theta == 1e4
 
 
 def test_what_is_no_folder_of_weights_is_said(tmp_path, capsys):
@@ -181,24 +183,24 @@ def test_what_is_no_folder_of_weights_is_said(tmp_path, capsys):
   assert hf.main(["import", str(tmp_path / "none"), "--out", out]) == 2
   assert "is no folder and no .gguf file" in capsys.readouterr().err
   with pytest.raises(UserError, match=r"config\.json cannot be read"):
-    hf.load(tmp_path)
-  config = weights.model_to_hf(TINY, "float32", {})
-  (tmp_path / hf.CONFIG).write_text(json.dumps(config))
+    checkpoint_folder.load(tmp_path)
+  config = llama_names.model_to_hf(TINY, "float32", {})
+  (tmp_path / checkpoint_folder.CONFIG).write_text(json.dumps(config))
   with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
-    hf.load(tmp_path)
-  (tmp_path / hf.ONE).write_bytes(b"damaged")
+    checkpoint_folder.load(tmp_path)
+  (tmp_path / checkpoint_folder.ONE).write_bytes(b"damaged")
   with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
-    hf.load(tmp_path)
+    checkpoint_folder.load(tmp_path)
   with pytest.raises(UserError, match="is not empty"):
-    hf.save(given(TINY)[0], tmp_path)
+    checkpoint_folder.save(given(TINY)[0], tmp_path)
 
 
 @pytest.fixture(scope="module")
 def run(trainer, tmp_path_factory):
   """A run's folder with one checkpoint, and its parameters."""
   out = tmp_path_factory.mktemp("run")
-  config = config_lib.Config("tiny", model=TINY)
-  folder.claim_run(out, config, overwrite=False)
+  config = schema.Config("tiny", model=TINY)
+  run_dir.claim_run(out, config, overwrite=False)
   (out / "tokenizer.json").write_text(TEXT)
   state = trainer.init(seed=5)
   saver = checkpoint.Checkpoints(out, keep=1)
@@ -211,8 +213,8 @@ def run(trainer, tmp_path_factory):
 def test_a_run_is_exported(run, tmp_path, capsys):
   assert hf.main(["export", str(run.out), "--out", str(tmp_path / "o")]) == 0
   assert "parameters from" in capsys.readouterr().out
-  found = hf.load(tmp_path / "o")
-  same(weights.to_params(found), run.params)
+  found = checkpoint_folder.load(tmp_path / "o")
+  same(llama_names.to_params(found), run.params)
   assert found.tokenizer == TEXT
   assert found.extra["config.json"]["max_position_embeddings"] == 128
   described = found.extra["tokenizer_config.json"]
@@ -222,10 +224,10 @@ def test_a_run_is_exported(run, tmp_path, capsys):
     t for t in json.loads(TEXT)["model"]["vocab"] if t != tokenizer.END
   )
   text = {"digest": "", "end_token": other}
-  (run.out / folder.TEXT).write_text(json.dumps(text))
+  (run.out / run_dir.TEXT).write_text(json.dumps(text))
   assert hf.main(["export", str(run.out), "--out", str(tmp_path / "p")]) == 0
-  (run.out / folder.TEXT).unlink()
-  extra = hf.load(tmp_path / "p").extra
+  (run.out / run_dir.TEXT).unlink()
+  extra = checkpoint_folder.load(tmp_path / "p").extra
   assert extra["tokenizer_config.json"]["eos_token"] == other
   number = json.loads(TEXT)["model"]["vocab"][other]
   assert extra["config.json"]["eos_token_id"] == number
@@ -240,8 +242,8 @@ def test_a_run_with_weights_in_eight_bits_is_exported(tmp_path):
     "q_galore", 1, model=dataclasses.replace(TINY, weights="int8")
   )
   state = small.init(seed=5)
-  config = config_lib.Config("tiny", model=small.model)
-  folder.claim_run(tmp_path / "run", config, overwrite=False)
+  config = schema.Config("tiny", model=small.model)
+  run_dir.claim_run(tmp_path / "run", config, overwrite=False)
   (tmp_path / "run" / "tokenizer.json").write_text(TEXT)
   saver = checkpoint.Checkpoints(tmp_path / "run", keep=1)
   with jax.set_mesh(small.mesh):
@@ -250,40 +252,40 @@ def test_a_run_with_weights_in_eight_bits_is_exported(tmp_path):
   out = str(tmp_path / "o")
   assert hf.main(["export", str(tmp_path / "run"), "--out", out]) == 0
   expected = jax.device_get(small.placed.read(state.params))
-  same(weights.to_params(hf.load(tmp_path / "o")), expected)
+  same(llama_names.to_params(checkpoint_folder.load(tmp_path / "o")), expected)
   base = presets.make("sotu_small", "galore")
-  assert hf.adopt(base, tmp_path / "run").model.weights == "full"
+  assert checkpoint_folder.adopt(base, tmp_path / "run").model.weights == "full"
 
 
 def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
   base = presets.make("sotu_small", "galore")
-  config = hf.adopt(
-    config_lib.override(base, ["model.remat=full"]), written.out
+  config = checkpoint_folder.adopt(
+    schema.override(base, ["model.remat=full"]), written.out
   )
   expected = dataclasses.replace(written.model, remat="full", unroll=4)
   assert config.model == expected
   assert config.data.tokenizer == str(written.out / "tokenizer.json")
   assert config.data.end_token == tokenizer.END
-  same(hf.initial_params(config), written.params)
-  assert hf.initial_params(base) is None
+  same(checkpoint_folder.initial_params(config), written.params)
+  assert checkpoint_folder.initial_params(base) is None
 
-  config = hf.adopt(base, run.out)
+  config = checkpoint_folder.adopt(base, run.out)
   assert config.model == dataclasses.replace(TINY, unroll=4)
-  placed, params = trainer.placed, hf.initial_params(config)
+  placed, params = trainer.placed, checkpoint_folder.initial_params(config)
   with jax.set_mesh(trainer.mesh):
-    state = step.init_state(TINY, trainer.tx, placed, 0, params)
+    state = train_step.init_state(TINY, trainer.tx, placed, 0, params)
   same(jax.device_get(state.params), run.params)
   assert int(state.step) == 0
   # The shape can be changed after it was taken over, but not the weights.
-  wider = config_lib.override(config, ["model.d_ff=64"])
+  wider = schema.override(config, ["model.d_ff=64"])
   with pytest.raises(UserError, match=r"is \(48, 32\), not \(64, 32\)"):
-    hf.initial_params(wider)
+    checkpoint_folder.initial_params(wider)
 
 
 def test_going_on_needs_a_tokenizer(tmp_path):
-  hf.save(given(TINY, tokenizer="")[0], tmp_path / "out")
+  checkpoint_folder.save(given(TINY, tokenizer="")[0], tmp_path / "out")
   base = presets.make("sotu_small", "galore")
   with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-    hf.adopt(base, tmp_path / "out")
+    checkpoint_folder.adopt(base, tmp_path / "out")
   with pytest.raises(UserError, match=r"import it first"):
-    hf.adopt(base, tmp_path / "model.gguf")
+    checkpoint_folder.adopt(base, tmp_path / "model.gguf")

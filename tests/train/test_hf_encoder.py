@@ -12,8 +12,13 @@ import pytest
 import safetensors.numpy
 
 from tests.train import encoder_files, hub
-from train import encoder, encoder_weights, hf, hf_encoder
-from train.errors import UserError
+from train.common.errors import UserError
+from train.models import encoder
+from train.pretrained import (
+  checkpoint_folder,
+  encoder_checkpoint,
+  encoder_names,
+)
 
 BERT = encoder.Config(
   60, 16, 24, 2, 4, max_length=16, head="classify", labels=3
@@ -37,9 +42,13 @@ def written(request, tmp_path_factory):
   config, write_tokenizer = CASES[request.param]
   given = tmp_path_factory.mktemp("given")
   write_tokenizer(given)
-  tokenizer = hf_encoder.encoder_tokenizer.load(given, config)
-  loaded = hf_encoder.Loaded(config, encoder.init(config, 0), tokenizer, ())
-  hf_encoder.save(loaded, given / "out", {"id2label": {"0": "no", "1": "yes"}})
+  tokenizer = encoder_checkpoint.encoder_tokenizer.load(given, config)
+  loaded = encoder_checkpoint.Loaded(
+    config, encoder.init(config, 0), tokenizer, ()
+  )
+  encoder_checkpoint.save(
+    loaded, given / "out", {"id2label": {"0": "no", "1": "yes"}}
+  )
   return types.SimpleNamespace(out=given / "out", **dataclasses.asdict(loaded))
 
 
@@ -47,11 +56,11 @@ def copy(written, folder, tensors=None, **config):
   """The folder again, with other tensors or config."""
   for file in written.out.iterdir():
     (folder / file.name).write_bytes(file.read_bytes())
-  old = json.loads((folder / hf.CONFIG).read_text())
+  old = json.loads((folder / checkpoint_folder.CONFIG).read_text())
   kept = {k: v for k, v in (old | config).items() if v is not None}
-  (folder / hf.CONFIG).write_text(json.dumps(kept))
+  (folder / checkpoint_folder.CONFIG).write_text(json.dumps(kept))
   if tensors is not None:
-    save(tensors, folder / hf.ONE)
+    save(tensors, folder / checkpoint_folder.ONE)
   return folder
 
 
@@ -60,7 +69,7 @@ def save(tensors, path):
 
 
 def tensors_of(written):
-  return safetensors.numpy.load_file(written.out / hf.ONE)
+  return safetensors.numpy.load_file(written.out / checkpoint_folder.ONE)
 
 
 def config_of(written):
@@ -68,17 +77,17 @@ def config_of(written):
 
 
 def test_what_is_written_is_read_back(written):
-  found = hf_encoder.load(written.out, "classify", 3)
+  found = encoder_checkpoint.load(written.out, "classify", 3)
   assert found.config == config_of(written) and found.notes == ()
   same(found.params, written.params)
-  stored = json.loads((written.out / hf.CONFIG).read_text())
+  stored = json.loads((written.out / checkpoint_folder.CONFIG).read_text())
   assert stored["id2label"]["1"] == "yes"
   with pytest.raises(UserError, match="is not empty"):
-    hf_encoder.save(found, written.out)
+    encoder_checkpoint.save(found, written.out)
 
 
 def test_a_head_of_other_labels_starts_afresh(written):
-  found = hf_encoder.load(written.out, "classify", 2, seed=1)
+  found = encoder_checkpoint.load(written.out, "classify", 2, seed=1)
   [note] = found.notes
   assert note.startswith("head starts afresh: the checkpoint has")
   assert "(3, 16), not (2, 16)" in note
@@ -87,7 +96,9 @@ def test_a_head_of_other_labels_starts_afresh(written):
   assert head["kernel"].shape == (16, 2)
   assert 0.01 < head["kernel"].std() < 0.04 and (head["bias"] == 0).all()
   again, other = (
-    hf_encoder.load(written.out, "classify", 2, seed=seed).params["head"]
+    encoder_checkpoint.load(written.out, "classify", 2, seed=seed).params[
+      "head"
+    ]
     for seed in (1, 2)
   )
   same(again, head)
@@ -102,24 +113,24 @@ def test_a_head_that_counts_classes_otherwise_is_turned_round(
 ):
   folder = copy(written, tmp_path, id2label=NAMES)
   ours = ("entailment", "neutral", "contradiction")
-  found = hf_encoder.load(folder, "classify", 3, names=ours)
+  found = encoder_checkpoint.load(folder, "classify", 3, names=ours)
   assert found.notes == ()
   for name, x in written.params["head"].items():
     np.testing.assert_array_equal(found.params["head"][name], x[..., ::-1])
   # Where either side has numbers for names, they are places.
   for names in ((), ("0", "1", "2")):
-    found = hf_encoder.load(folder, "classify", 3, names=names)
+    found = encoder_checkpoint.load(folder, "classify", 3, names=names)
     same(found.params["head"], written.params["head"])
   unnamed = {str(i): f"LABEL_{i}" for i in range(3)}
   copy(written, tmp_path, id2label=unnamed)
-  found = hf_encoder.load(tmp_path, "classify", 3, names=ours)
+  found = encoder_checkpoint.load(tmp_path, "classify", 3, names=ours)
   same(found.params["head"], written.params["head"])
 
 
 def test_a_head_of_other_classes_starts_afresh(written, tmp_path):
   folder = copy(written, tmp_path, id2label=NAMES)
   ours = ("entailment", "neutral", "unrelated")
-  found = hf_encoder.load(folder, "classify", 3, names=ours)
+  found = encoder_checkpoint.load(folder, "classify", 3, names=ours)
   [note] = found.notes
   assert note == (
     "head starts afresh: the checkpoint has classes of other names,"
@@ -130,13 +141,17 @@ def test_a_head_of_other_classes_starts_afresh(written, tmp_path):
 
 
 def test_what_the_head_was_given_is_kept(written, tmp_path):
-  assert hf_encoder.load(written.out, "classify", 3).config.pool == "first"
+  assert (
+    encoder_checkpoint.load(written.out, "classify", 3).config.pool == "first"
+  )
   folder = copy(written, tmp_path, galore_optax_pool="mean")
-  assert hf_encoder.load(folder, "classify", 3).config.pool == "mean"
+  assert encoder_checkpoint.load(folder, "classify", 3).config.pool == "mean"
 
 
 def test_what_a_head_has_no_place_for_is_left_out_and_named(written):
-  found = hf_encoder.load(written.out, "spans", remat="full", dropout=0.0)
+  found = encoder_checkpoint.load(
+    written.out, "spans", remat="full", dropout=0.0
+  )
   fresh, left = found.notes
   assert "no qa_outputs.weight" in fresh
   for name in tensors_of(written):
@@ -156,26 +171,30 @@ def test_names_of_a_masked_language_model_are_understood(written, tmp_path):
       old[name.replace("LayerNorm.bias", "LayerNorm.beta")] = tensor
   old[f"{family}.embeddings.position_ids"] = np.arange(16)[None]
   old["cls.predictions.bias"] = np.zeros(60, "f")
-  found = hf_encoder.load(copy(written, tmp_path, old), "none")
+  found = encoder_checkpoint.load(copy(written, tmp_path, old), "none")
   same(found.params["layers"], written.params["layers"])
   [note] = found.notes
   assert "position_ids" in note and "cls.predictions.bias" in note
   bare = {name.removeprefix(f"{family}."): x for name, x in old.items()}
-  save(bare, tmp_path / hf.ONE)
-  same(hf_encoder.load(tmp_path, "none").params, found.params)
+  save(bare, tmp_path / checkpoint_folder.ONE)
+  same(encoder_checkpoint.load(tmp_path, "none").params, found.params)
 
 
 def test_tensors_become_the_parameters_dtype_and_shards_are_read(
   written, tmp_path
 ):
   copy(written, tmp_path)
-  (tmp_path / hf.ONE).unlink()
+  (tmp_path / checkpoint_folder.ONE).unlink()
   index = {}
   for i, (name, tensor) in enumerate(tensors_of(written).items()):
     index[name] = f"{i}.safetensors"
     save({name: tensor}, tmp_path / index[name])
-  (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": index}))
-  found = hf_encoder.load(tmp_path, "classify", 3, param_dtype="bfloat16")
+  (tmp_path / checkpoint_folder.INDEX).write_text(
+    json.dumps({"weight_map": index})
+  )
+  found = encoder_checkpoint.load(
+    tmp_path, "classify", 3, param_dtype="bfloat16"
+  )
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)),
     found.params,
@@ -206,7 +225,7 @@ def test_wrong_tensors_are_named_before_any_is_read(written, kind):
     raise AssertionError(f"{name} was read")
 
   with pytest.raises(UserError, match=said):
-    encoder_weights.to_params("here", config, shapes, read)
+    encoder_names.to_params("here", config, shapes, read)
 
 
 @pytest.mark.parametrize(
@@ -227,28 +246,28 @@ def test_wrong_tensors_are_named_before_any_is_read(written, kind):
 def test_another_architecture_is_refused(written, tmp_path, field, value, said):
   copy(written, tmp_path, **{field: value})
   with pytest.raises(UserError, match=said):
-    hf_encoder.load(tmp_path, "classify")
+    encoder_checkpoint.load(tmp_path, "classify")
 
 
 def test_what_is_no_checkpoint_is_said(written, tmp_path):
   with pytest.raises(UserError, match="none is no folder; name one with"):
-    hf_encoder.load(tmp_path / "none")
+    encoder_checkpoint.load(tmp_path / "none")
   with pytest.raises(UserError, match=r"config\.json cannot be read"):
-    hf_encoder.load(tmp_path)
+    encoder_checkpoint.load(tmp_path)
   copy(written, tmp_path)
-  (tmp_path / hf.TOKENIZER).unlink()
+  (tmp_path / checkpoint_folder.TOKENIZER).unlink()
   with pytest.raises(UserError, match="has no tokenizer: neither"):
-    hf_encoder.load(tmp_path)
+    encoder_checkpoint.load(tmp_path)
   copy(written, tmp_path)
-  (tmp_path / hf.ONE).unlink()
+  (tmp_path / checkpoint_folder.ONE).unlink()
   with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
-    hf_encoder.load(tmp_path)
+    encoder_checkpoint.load(tmp_path)
 
 
 USER = """
 import sys
 from train import hf_encoder
-from train.errors import UserError
+from train.common.errors import UserError
 
 for name in sys.argv[1:]:
   try:

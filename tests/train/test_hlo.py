@@ -1,9 +1,9 @@
-"""train.hlo: collectives of written and of compiled programs."""
+"""Collectives of written and of compiled programs."""
 
 import jax
 import pytest
 
-from train import hlo
+from train.estimate import collectives
 
 TEXT = """\
 HloModule m
@@ -51,17 +51,17 @@ ENTRY %main (a: f32[]) -> f32[] {
 
 
 def test_collectives_are_read_with_their_loops_and_branches():
-  found = hlo.Module(TEXT).collectives()
+  found = collectives.Module(TEXT).collectives()
   assert [(x.kind, x.times, x.always, x.bytes) for x in found] == [
     ("all-gather", 5, True, 64 * 16 * 4),  # its parts share a channel
     ("all-reduce", 1, False, 4 * 4 * 2),  # the loop's length is not known
     ("reduce-scatter", 1, False, 16 * 4 * 4),  # what it reduces
   ]
-  taken = hlo.Module(TEXT).collectives(taken=1)
+  taken = collectives.Module(TEXT).collectives(taken=1)
   assert [x.always for x in taken] == [True, False, True]
-  sums = hlo.totals(found)
+  sums = collectives.totals(found)
   assert sums["every_step"] == {"all-gather": {"count": 5, "bytes": 5 * 4096}}
-  assert "all-gather, every step" in hlo.lines(sums)[0]
+  assert "all-gather, every step" in collectives.lines(sums)[0]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_collectives_are_read_with_their_loops_and_branches():
 )
 def test_arrays_are_told_by_their_shapes(shape, name):
   matrices = [(512, 512), (512, 1376)]
-  assert hlo.named(shape, matrices, 96, [8]) == name
+  assert collectives.named(shape, matrices, 96, [8]) == name
 
 
 def test_collectives_of_a_compiled_program():
@@ -87,7 +87,7 @@ def test_collectives_of_a_compiled_program():
   whole = jax.NamedSharding(mesh, jax.P())
   x = jax.ShapeDtypeStruct((64, 16), "float32", sharding=rows)
   step = jax.jit(lambda x: (x + 1, x.sum()), out_shardings=(whole, whole))
-  found = hlo.Module(step.lower(x).compile().as_text()).collectives()
+  found = collectives.Module(step.lower(x).compile().as_text()).collectives()
   sizes = {(x.kind, x.bytes, x.always) for x in found}
   assert ("all-gather", 64 * 16 * 4, True) in sizes
   assert ("all-reduce", 4, True) in sizes

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from tests.train.test_interrupt import SETTINGS
-from train import config, hosts, mesh, metrics, pretrain
-from train.errors import UserError
+from train import pretrain
+from train.common.errors import UserError
+from train.config import schema
+from train.parallel import mesh, multihost
+from train.run import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -79,19 +82,21 @@ def test_two_processes_train_to_the_losses_of_one(
 
 
 def test_launchers_that_start_several_processes_are_known():
-  assert not hosts.several({})
-  assert not hosts.several({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"})
-  assert hosts.several({"SLURM_STEP_NUM_TASKS": "4"})
-  assert hosts.several({"OMPI_COMM_WORLD_SIZE": "2"})
-  assert not hosts.several({"TPU_WORKER_HOSTNAMES": "localhost"})
-  assert hosts.several({"TPU_WORKER_HOSTNAMES": "a,b"})
-  assert hosts.several({"JAX_COORDINATOR_ADDRESS": "a:1"})
+  assert not multihost.several({})
+  assert not multihost.several(
+    {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}
+  )
+  assert multihost.several({"SLURM_STEP_NUM_TASKS": "4"})
+  assert multihost.several({"OMPI_COMM_WORLD_SIZE": "2"})
+  assert not multihost.several({"TPU_WORKER_HOSTNAMES": "localhost"})
+  assert multihost.several({"TPU_WORKER_HOSTNAMES": "a,b"})
+  assert multihost.several({"JAX_COORDINATOR_ADDRESS": "a:1"})
 
 
 def test_one_process_is_first_and_alone(capsys):
-  assert hosts.is_first()
-  assert hosts.gather({"text": "ü"}) == [{"text": "ü"}]
-  with hosts.only_first_speaks():
+  assert multihost.is_first()
+  assert multihost.gather({"text": "ü"}) == [{"text": "ü"}]
+  with multihost.only_first_speaks():
     print("heard")
   assert capsys.readouterr().out == "heard\n"
 
@@ -99,8 +104,8 @@ def test_one_process_is_first_and_alone(capsys):
     raise UserError("no such thing")
 
   with pytest.raises(UserError, match="no such thing"):
-    hosts.first_alone(refuse)
-  assert hosts.first_then_others(lambda: 3) == 3
+    multihost.first_alone(refuse)
+  assert multihost.first_then_others(lambda: 3) == 3
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), OSError(28, "full")])
@@ -112,25 +117,25 @@ def test_what_fails_in_one_process_ends_all(monkeypatch, error):
 
   told = []
   with monkeypatch.context() as patch:
-    patch.setattr(hosts, "gather", lambda text: told.append(text) or [text])
-    for run in (hosts.first_alone, hosts.first_then_others):
+    patch.setattr(multihost, "gather", lambda text: told.append(text) or [text])
+    for run in (multihost.first_alone, multihost.first_then_others):
       with pytest.raises(type(error)) as raised:
         run(fail)
       assert raised.value is error
   assert told == [str(error)] * 2
-  monkeypatch.setattr(hosts, "gather", lambda text: [told[0], text])
-  monkeypatch.setattr(hosts, "is_first", lambda: False)
-  for run in (hosts.first_alone, hosts.first_then_others):
+  monkeypatch.setattr(multihost, "gather", lambda text: [told[0], text])
+  monkeypatch.setattr(multihost, "is_first", lambda: False)
+  for run in (multihost.first_alone, multihost.first_then_others):
     with pytest.raises(UserError) as raised:
       run(lambda: 3)
     assert str(raised.value) == str(error)
 
 
 def test_devices_of_other_processes_are_not_left_alone(monkeypatch):
-  monkeypatch.setattr(hosts.jax, "process_count", lambda: 4)
-  monkeypatch.setattr(hosts, "several", lambda environment: False)
+  monkeypatch.setattr(multihost.jax, "process_count", lambda: 4)
+  monkeypatch.setattr(multihost, "several", lambda environment: False)
   with pytest.raises(UserError, match=r"one of 4 processes.*coordinator=auto"):
-    hosts.connect(config.MeshConfig())
+    multihost.connect(schema.MeshConfig())
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,7 @@ def test_devices_of_other_processes_are_not_left_alone(monkeypatch):
 )
 def test_what_cannot_be_joined_is_refused(fields, message):
   with pytest.raises(UserError, match=message):
-    config.MeshConfig(**fields)
+    schema.MeshConfig(**fields)
 
 
 class Device:

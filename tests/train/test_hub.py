@@ -34,8 +34,8 @@ configs:
 USER = """
 import json, sys
 from train import data
-from train.config import DataConfig
-from train.errors import UserError
+from train.config.schema import DataConfig
+from train.common.errors import UserError
 
 for fields in map(json.loads, sys.stdin):
   settings = {"path": "hub:allenai/c4:en", "tokenizer": "hub:t5-base",

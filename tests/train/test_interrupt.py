@@ -17,20 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import (
-  checkpoint,
-  job,
-  llama,
-  loop,
-  metrics,
-  optimizer,
-  presets,
-  pretrain,
-  step,
-)
-from train import config as config_lib
-from train import mesh as mesh_lib
-from train.folder import FOLDER
+from train import pretrain
+from train.config import presets, schema
+from train.models import llama
+from train.parallel import mesh as mesh_lib
+from train.run import checkpoint, job, loop, metrics
+from train.run.run_dir import FOLDER
+from train.step import optimizer, train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = {
@@ -103,15 +96,15 @@ def steps_of(out):
 def final(out):
   """The state of the last checkpoint, read without the run's own code."""
   tx = optimizer.make_optimizer(
-    config_lib.OptimizerConfig(rank=4, update_proj_gap=3, learning_rate=0.01),
+    schema.OptimizerConfig(rank=4, update_proj_gap=3, learning_rate=0.01),
     12,
   )
   model = presets.make("sotu_small", "galore")
-  model = config_lib.override(
+  model = schema.override(
     model, [f"{k}={v}" for k, v in SETTINGS.items() if k.startswith("model.")]
   ).model
-  mesh = mesh_lib.make_mesh(config_lib.MeshConfig(), 8)
-  state, progress = checkpoint.restore(out, step.place(model, tx, mesh))
+  mesh = mesh_lib.make_mesh(schema.MeshConfig(), 8)
+  state, progress = checkpoint.restore(out, train_step.place(model, tx, mesh))
   assert int(state.step) == 12
   return state, progress
 
@@ -284,7 +277,9 @@ def test_bad_steps_are_skipped_and_too_many_in_a_row_end_the_run(
   assert records[9]["skipped"] == 5
   state, _ = final(out)
   assert (int(state.skipped), int(state.skips_in_row)) == (5, 0)
-  assert step.all_finite(state.params) and step.all_finite(state.opt_state)
+  assert train_step.all_finite(state.params) and train_step.all_finite(
+    state.opt_state
+  )
 
 
 def small_disk(folder):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import TINY
-from train import config as config_lib
-from train import layered, optimizer, presets, step
-from train import mesh as mesh_lib
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config import presets, schema
+from train.parallel import mesh as mesh_lib
+from train.step import optimizer, per_layer, train_step
 
 STEPS = 6
 
@@ -25,11 +25,11 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
     weights=settings["weights"],
     tie_embeddings=settings.get("tied", False),
   )
-  config = config_lib.Config(
+  config = schema.Config(
     "test",
     model=model,
-    data=config_lib.DataConfig(length=16, batch=8),
-    optimizer=config_lib.OptimizerConfig(
+    data=schema.DataConfig(length=16, batch=8),
+    optimizer=schema.OptimizerConfig(
       name=name,
       rank=8,
       update_proj_gap=3,
@@ -37,28 +37,28 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
       scale=settings.get("scale", 0.25),
       accumulate=parts,
     ),
-    train=config_lib.TrainConfig(
+    train=schema.TrainConfig(
       layerwise=settings["layerwise"], z_loss=1e-3, steps=STEPS
     ),
-    mesh=config_lib.MeshConfig(data=1, fsdp=devices),
+    mesh=schema.MeshConfig(data=1, fsdp=devices),
   )
   where = mesh_lib.make_mesh(
     config.mesh, 8, accumulate=parts, devices=jax.devices()[:devices]
   )
   tx = optimizer.make_optimizer(config.optimizer, STEPS)
   if settings["layerwise"]:
-    tx = layered.fuse(config, tx)
+    tx = per_layer.fuse(config, tx)
   with jax.set_mesh(where):
-    placed = step.place(model, tx, where)
-    state = step.init_state(model, tx, placed, 0)
-    train = step.make_train_step(tx, placed, config.train, parts)
+    placed = train_step.place(model, tx, where)
+    state = train_step.init_state(model, tx, placed, 0)
+    train = train_step.make_train_step(tx, placed, config.train, parts)
     losses = []
     for _ in range(STEPS):
       state, values = train(
         state, mesh_lib.put_batch(rows, mesh_lib.batch_sharding(where))
       )
       losses.append(float(values["loss"]))
-    evaluate = step.make_eval_step(placed)
+    evaluate = train_step.make_eval_step(placed)
     total, count = evaluate(state.params, rows)
   weights = jax.device_get(placed.read(state.params))
   return np.array(losses), weights, float(total) / int(count)
@@ -101,7 +101,7 @@ def test_tied_embeddings(batch):
 
 
 def test_large_embeddings_go_in_chunks(batch, usual, monkeypatch):
-  monkeypatch.setattr(layered, "CHUNK", 1000)
+  monkeypatch.setattr(per_layer, "CHUNK", 1000)
   _assert_same(_run(batch, layerwise=True), usual, 2e-6)
 
 
@@ -111,25 +111,25 @@ def test_large_embeddings_go_in_chunks(batch, usual, monkeypatch):
 )
 def test_no_vocabulary_goes_in_very_many_chunks(rows, count):
   table = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16)
-  found = layered.chunks({"embed": {"embedding": table}})
+  found = per_layer.chunks({"embed": {"embedding": table}})
   assert found == ({"embed/embedding": count} if count else {})
 
 
 def test_logits_are_made_in_chunks(batch, usual, monkeypatch):
-  monkeypatch.setattr(layered, "LOSS_CHUNK", 24)
+  monkeypatch.setattr(per_layer, "LOSS_CHUNK", 24)
   _assert_same(_run(batch, layerwise=True), usual, 2e-6, of_weights=1e-3)
 
 
 def test_on_a_mesh_every_device_has_its_part_of_a_chunk():
-  assert layered._loss_chunks(16, 2048) == 32
+  assert per_layer._loss_chunks(16, 2048) == 32
   mesh = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Auto,))
   with jax.set_mesh(mesh):
-    assert layered._loss_chunks(16, 2048) == 4
+    assert per_layer._loss_chunks(16, 2048) == 4
 
 
 def test_padding_does_not_count(batch):
   padded = batch.copy()
-  padded[1:4, 9:] = step.PADDING
+  padded[1:4, 9:] = train_step.PADDING
   _assert_same(_run(padded, layerwise=True), _run(padded), 2e-6)
 
 
@@ -177,11 +177,11 @@ def test_apollo_mini_in_eight_bits_has_apollo_mini_s_rates(name):
 
 def test_codes_are_what_is_kept(batch):
   model = dataclasses.replace(TINY, weights="int8")
-  tx = optimizer.make_optimizer(config_lib.OptimizerConfig(rank=8), STEPS)
+  tx = optimizer.make_optimizer(schema.OptimizerConfig(rank=8), STEPS)
   where = mesh_lib.make_mesh(
-    config_lib.MeshConfig(data=1), 8, devices=jax.devices()[:1]
+    schema.MeshConfig(data=1), 8, devices=jax.devices()[:1]
   )
-  placed = step.place(model, tx, where)
+  placed = train_step.place(model, tx, where)
   kernel = placed.state.params["layers"]["attn"]["q"]["kernel"]
   assert kernel.codes.dtype == jnp.int8
   assert placed.state.params["embed"]["embedding"].dtype == jnp.float32
@@ -196,11 +196,11 @@ def test_codes_are_what_is_kept(batch):
 )
 def test_two_ways_to_accumulate_are_refused(settings, words):
   with pytest.raises(UserError, match=words):
-    config_lib.override(presets.make("sotu_small", "galore"), settings)
+    schema.override(presets.make("sotu_small", "galore"), settings)
 
 
 def test_only_galore_adds_up_at_low_rank():
   with pytest.raises(UserError, match=r"train\.accumulate"):
     optimizer.make_optimizer(
-      config_lib.OptimizerConfig(name="adamw", accumulate=2), STEPS
+      schema.OptimizerConfig(name="adamw", accumulate=2), STEPS
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import TINY
-from train import llama
+from train.models import llama
 
 
 @functools.cache

@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from train.errors import UserError
-from train.loader import Loader, Prefetch
+from train.common.errors import UserError
+from train.data.prefetch import Loader, Prefetch
 
 
 def numbered(count, started=None):

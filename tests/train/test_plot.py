@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from train import config, plot, presets, runs
-from train.errors import UserError
+from train import plot
+from train.common.errors import UserError
+from train.config import presets, schema
+from train.run import history
 
 
 def make_run(
@@ -20,8 +22,8 @@ def make_run(
   watched=("attn.q.0",),
 ):
   out.mkdir(parents=True)
-  made = config.override(presets.make("sotu_small", optimizer), settings)
-  (out / "config.json").write_text(json.dumps(config.flatten(made)))
+  made = schema.override(presets.make("sotu_small", optimizer), settings)
+  (out / "config.json").write_text(json.dumps(schema.flatten(made)))
   records = []
   for step in range(0, 101, 5):
     loss = 3 + 4 * math.exp(-step / 20)
@@ -103,17 +105,17 @@ def test_hours_are_those_of_training(tmp_path, figures):
 
 
 def test_runs_that_differ_in_nothing_have_the_names_of_their_folders(tmp_path):
-  found = [runs.load(make_run(tmp_path / name)) for name in ("a", "b")]
-  assert runs.labels(found) == ["a", "b"]
+  found = [history.load(make_run(tmp_path / name)) for name in ("a", "b")]
+  assert history.labels(found) == ["a", "b"]
 
 
 def test_a_long_value_is_cut_and_a_path_is_its_file(tmp_path):
   paths = ["/data/news/speeches.jsonl", "/data/" + 40 * "x" + ".txt"]
   found = [
-    runs.load(make_run(tmp_path / str(n), f"data.path={path}"))
+    history.load(make_run(tmp_path / str(n), f"data.path={path}"))
     for n, path in enumerate(paths)
   ]
-  first, second = runs.labels(found)
+  first, second = history.labels(found)
   assert first == "path speeches.jsonl"
   assert second == "path " + 23 * "x" + "…"
 
@@ -141,9 +143,10 @@ def test_matrices_of_several_runs_differ_in_tint_dashes_and_marker(
 
 def test_runs_that_differ_in_how_they_are_shown_say_so(tmp_path):
   found = [
-    runs.load(make_run(tmp_path / str(n), f"run.log_every={n}")) for n in (5, 6)
+    history.load(make_run(tmp_path / str(n), f"run.log_every={n}"))
+    for n in (5, 6)
   ]
-  assert runs.labels(found) == ["log_every 5", "log_every 6"]
+  assert history.labels(found) == ["log_every 5", "log_every 6"]
 
 
 def test_smoothing_has_no_lag_and_keeps_constants():
@@ -177,4 +180,4 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys):
 
 def test_a_missing_run_is_a_user_error(tmp_path):
   with pytest.raises(UserError):
-    runs.load(tmp_path)
+    history.load(tmp_path)

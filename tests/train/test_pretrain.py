@@ -12,20 +12,13 @@ import pytest
 
 import galore_optax
 from tests.train.conftest import TINY
-from train import config as config_lib
-from train import data as data_lib
-from train import (
-  folder,
-  mesh,
-  metrics,
-  notes,
-  optimizer,
-  presets,
-  pretrain,
-  step,
-  subspace,
-)
-from train.errors import UserError
+from train import pretrain
+from train.common.errors import UserError
+from train.config import field_help, presets, schema
+from train.data import corpus
+from train.parallel import mesh
+from train.run import metrics, run_dir, subspace_watch
+from train.step import optimizer, train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -118,22 +111,22 @@ def test_a_run_does_not_go_on_with_other_text(flags, text_file, tmp_path):
   """The same command, behind whose file other text has come to lie."""
   data = tmp_path / "own.txt"
   data.write_text(text_file.read_text())
-  settings = config_lib.override(
+  settings = schema.override(
     presets.make("sotu_small", "galore"),
     [*flags[1::2], f"data.path={data}"],
   )
-  prepare = lambda: data_lib.prepare(settings.data, 300)
+  prepare = lambda: corpus.prepare(settings.data, 300)
   out = tmp_path / "run"
-  folder.claim_run(out, settings, overwrite=False)
-  folder.claim_text(out, prepare())
-  folder.claim_text(out, prepare())
+  run_dir.claim_run(out, settings, overwrite=False)
+  run_dir.claim_text(out, prepare())
+  run_dir.claim_text(out, prepare())
   before = (out / "tokenizer.json").read_text()
   data.write_text(text_file.read_text() + "\n\nMore of it.\n" * 40)
   with pytest.raises(UserError, match="belongs to a run on other text"):
-    folder.claim_text(out, prepare())
+    run_dir.claim_text(out, prepare())
   assert (out / "tokenizer.json").read_text() == before
-  folder.claim_run(out, settings, overwrite=True)
-  folder.claim_text(out, prepare())
+  run_dir.claim_run(out, settings, overwrite=True)
+  run_dir.claim_text(out, prepare())
 
 
 def test_a_folder_of_another_run_is_left_alone(flags, tmp_path, capsys):
@@ -166,16 +159,16 @@ def test_help_lists_presets_and_fields(capsys):
 
 
 def test_every_field_says_what_it_means():
-  groups = [type(v) for v in vars(config_lib.Config("")).values()]
+  groups = [type(v) for v in vars(schema.Config("")).values()]
   for group in filter(dataclasses.is_dataclass, groups):
-    for field, note in notes.field_notes(group).items():
+    for field, note in field_help.field_notes(group).items():
       assert note, f"{group.__name__}.{field} has no comment"
 
 
 def test_notes_are_read_beside_and_above_the_fields():
-  found = notes.field_notes(config_lib.RunConfig)
+  found = field_help.field_notes(schema.RunConfig)
   assert found["keep"] == "newest checkpoints that stay"
-  proj_type = notes.field_notes(config_lib.OptimizerConfig)["proj_type"]
+  proj_type = field_help.field_notes(schema.OptimizerConfig)["proj_type"]
   assert proj_type.startswith("The projected side:")
   assert proj_type.endswith("smallest state.")
 
@@ -194,13 +187,13 @@ def test_a_run_says_what_its_method_does(name, said, capsys, tmp_path):
   model = dataclasses.replace(TINY, weights="full")
   config = dataclasses.replace(presets.make("sotu_small", name), model=model)
   if name.startswith("q_"):
-    config = config_lib.override(config, ["model.weights=int8"])
-  config = config_lib.override(config, ["optimizer.rank=4"])
+    config = schema.override(config, ["model.weights=int8"])
+  config = schema.override(config, ["optimizer.rank=4"])
   grid = mesh.make_mesh(config.mesh, 8, jax.devices()[:1])
   tx = optimizer.make_optimizer(config.optimizer, 10)
-  placed = step.place(config.model, tx, grid)
+  placed = train_step.place(config.model, tx, grid)
   plan = galore_optax.describe(tx, placed.weights)
-  watcher = subspace.Watcher(config, placed, plan)
+  watcher = subspace_watch.Watcher(config, placed, plan)
   job = types.SimpleNamespace(
     config=config, placed=placed, tx=tx, watcher=watcher, out=tmp_path,
     corpus=types.SimpleNamespace(describe=lambda: "text"),

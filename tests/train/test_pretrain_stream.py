@@ -4,8 +4,10 @@ import json
 import pytest
 
 from tests.train.conftest import speech
-from train import loader, metrics, pretrain
-from train.errors import UserError
+from train import pretrain
+from train.common.errors import UserError
+from train.data import prefetch
+from train.run import metrics
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_a_streamed_run_that_fails_goes_on_to_the_same_numbers(
   assert pretrain.main(["--out", str(whole), *flags]) == 0
   printed = capsys.readouterr().out
   assert "streamed" in printed and "s for data" in printed
-  take = loader.Loader.__next__
+  take = prefetch.Loader.__next__
   taken = []
 
   def fail(self):
@@ -51,11 +53,11 @@ def test_a_streamed_run_that_fails_goes_on_to_the_same_numbers(
       raise UserError("shard 2 of 3 cannot be read: the line is down")
     return take(self)
 
-  monkeypatch.setattr(loader.Loader, "__next__", fail)
+  monkeypatch.setattr(prefetch.Loader, "__next__", fail)
   assert pretrain.main(["--out", str(cut), *flags]) == 2
   assert "the line is down" in capsys.readouterr().err
   assert len(losses(cut)) < 8
-  monkeypatch.setattr(loader.Loader, "__next__", take)
+  monkeypatch.setattr(prefetch.Loader, "__next__", take)
   assert pretrain.main(["--out", str(cut), *flags]) == 0
   assert "continuing from the checkpoint of step 4" in capsys.readouterr().out
   assert losses(cut) == losses(whole)

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import TINY
-from train import hf, llama, mesh, sample, tokenizer, weights
-from train.config import MeshConfig
+from train import sample
+from train.config.schema import MeshConfig
+from train.data import tokenizer
+from train.models import llama
+from train.parallel import mesh
+from train.pretrained import checkpoint_folder, llama_names
 from train.sample import Sampling
 
 CONFIG = dataclasses.replace(TINY, n_kv_heads=2)
@@ -114,11 +118,11 @@ def folder(params, tmp_path_factory):
   text = "we the people of these states hold that peace and union are one "
   trained = tokenizer.train([text * 9], CONFIG.vocab_size)
   extra = {"config.json": {"eos_token_id": trained.token_to_id("one")}}
-  given = weights.from_params(
+  given = llama_names.from_params(
     "test", CONFIG, lambda: params, tokenizer=trained.to_str(), extra=extra
   )
   out = tmp_path_factory.mktemp("model") / "folder"
-  hf.save(given, out)
+  checkpoint_folder.save(given, out)
   return out
 
 

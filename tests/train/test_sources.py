@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from train import data, sources, stream
-from train.config import DataConfig
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config.schema import DataConfig
+from train.data import corpus, sources, stream
 
 TEXTS = [f"speech {i}, naïve 🙂" for i in range(5)]
 
@@ -157,7 +157,7 @@ def test_a_bad_file_is_named_with_what_is_wrong(
     path.write_bytes(content)
   config = DataConfig(path=str(path), cache=str(cache), stream=choice)
   with pytest.raises(UserError, match=message) as raised:
-    data.prepare(config, 300)
+    corpus.prepare(config, 300)
   assert name in str(raised.value)
   assert "\n" not in str(raised.value)
   # What is raised is not logged by `datasets` as well.
@@ -177,7 +177,7 @@ def test_too_small_a_file(tmp_path, cache):
     path.write_text(text)
     config = DataConfig(path=str(path), cache=str(cache), length=4)
     with pytest.raises(UserError, match=message):
-      data.prepare(config, 300)
+      corpus.prepare(config, 300)
 
 
 def test_folders_that_do_not_say_what_is_meant(tmp_path, cache):

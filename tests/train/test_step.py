@@ -11,13 +11,16 @@ import pytest
 
 import galore_optax
 from tests.train.conftest import TINY, make_trainer
-from train import config, llama, mesh, optimizer, step
+from train.config import schema
+from train.models import llama
+from train.parallel import mesh
+from train.step import optimizer, train_step
 
 
 def test_the_loss_is_the_cross_entropy_of_the_next_token(trainer, rows):
   params = trainer.init().params
   graphdef = trainer.placed.graphdef
-  losses = step.token_losses(graphdef, params, rows)
+  losses = train_step.token_losses(graphdef, params, rows)
   assert losses.shape == (8, 16)
   logits = llama.apply(graphdef, params, rows)
   expected = -jax.nn.log_softmax(logits[2, 5])[rows[2, 6]]
@@ -50,15 +53,15 @@ def padded(rows):
   """The rows, ends of very different lengths taken off some of them."""
   rows = np.array(rows)
   for row, length in ((1, 3), (4, 9), (5, 1), (6, 0)):
-    rows[row, length:] = step.PADDING
+    rows[row, length:] = train_step.PADDING
   return rows
 
 
 def test_padding_is_never_predicted(trainer, rows):
   params, graphdef = trainer.init().params, trainer.placed.graphdef
-  whole = np.array(step.token_losses(graphdef, params, rows))
-  cut = np.array(step.token_losses(graphdef, params, padded(rows)))
-  valid = np.array(step.is_predicted(padded(rows)))
+  whole = np.array(train_step.token_losses(graphdef, params, rows))
+  cut = np.array(train_step.token_losses(graphdef, params, padded(rows)))
+  valid = np.array(train_step.is_predicted(padded(rows)))
   assert valid.sum() == 4 * 16 + 2 + 8
   np.testing.assert_allclose(cut[valid], whole[valid], rtol=1e-6)
   assert (cut[~valid] == 0).all()
@@ -67,10 +70,10 @@ def test_padding_is_never_predicted(trainer, rows):
 def test_evaluation_leaves_out_the_padding(trainer, rows):
   params = trainer.init().params
   filled = np.array(rows)
-  filled[3:] = step.PADDING
+  filled[3:] = train_step.PADDING
   with jax.set_mesh(trainer.mesh):
     total, count = trainer.eval_step(params, trainer.put(filled))
-  expected = step.token_losses(trainer.placed.graphdef, params, rows)[:3]
+  expected = train_step.token_losses(trainer.placed.graphdef, params, rows)[:3]
   assert count == 3 * 16
   np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
 
@@ -79,8 +82,10 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(trainer, rows):
   params, rows = trainer.init().params, padded(rows)
 
   def gradient(**fields):
-    chosen = config.TrainConfig(**fields)
-    return jax.jit(step.make_gradient(trainer.placed, chosen))(params, rows)
+    chosen = schema.TrainConfig(**fields)
+    return jax.jit(train_step.make_gradient(trainer.placed, chosen))(
+      params, rows
+    )
 
   with jax.set_mesh(trainer.mesh):
     whole, loss, count = gradient(z_loss=0.1)
@@ -101,7 +106,7 @@ def test_an_evaluation_in_parts_adds_up_to_the_whole(trainer, rows):
   params, rows = trainer.init().params, padded(rows)
   with jax.set_mesh(trainer.mesh):
     whole, count = trainer.eval_step(params, trainer.put(rows))
-    cut = step.make_eval_step(trainer.placed, parts=4)
+    cut = train_step.make_eval_step(trainer.placed, parts=4)
     parts, again = cut(params, trainer.put(rows))
     compiled = [
       run.lower(params, trainer.put(rows)).compile().memory_analysis()
@@ -115,7 +120,7 @@ def test_an_evaluation_in_parts_adds_up_to_the_whole(trainer, rows):
 
 def test_the_z_loss_is_the_mean_square_of_the_normaliser(trainer, rows):
   params, rows = trainer.init().params, padded(rows)
-  graphdef, valid = trainer.placed.graphdef, step.is_predicted(rows)
+  graphdef, valid = trainer.placed.graphdef, train_step.is_predicted(rows)
 
   def expected(params):
     logits = llama.apply(graphdef, params, jnp.maximum(rows[:, :-1], 0))
@@ -125,12 +130,12 @@ def test_the_z_loss_is_the_mean_square_of_the_normaliser(trainer, rows):
     )[..., 0]  # fmt: skip
     return ((losses + 0.3 * log_z**2) * valid).sum() / valid.sum()
 
-  chosen = config.TrainConfig(z_loss=0.3)
+  chosen = schema.TrainConfig(z_loss=0.3)
   with jax.set_mesh(trainer.mesh):
-    gradient = jax.jit(step.make_gradient(trainer.placed, chosen))
+    gradient = jax.jit(train_step.make_gradient(trainer.placed, chosen))
     found, loss, _ = gradient(params, rows)
     wanted = jax.jit(jax.grad(expected))(params)
-    plain = step.token_losses(graphdef, params, rows).sum() / 74
+    plain = train_step.token_losses(graphdef, params, rows).sum() / 74
   np.testing.assert_allclose(loss, plain, rtol=1e-6)  # without the penalty
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -170,7 +175,7 @@ def test_the_computation_is_in_bfloat16_and_the_weights_keep_their_dtype(
   stored, accumulate
 ):
   model = dataclasses.replace(TINY, dtype="bfloat16", param_dtype=stored)
-  train = config.TrainConfig(accumulate=accumulate)
+  train = schema.TrainConfig(accumulate=accumulate)
   trainer = make_trainer("galore", 1, train=train, model=model)
   batch = jax.ShapeDtypeStruct((8, 17), jnp.int32)
   with jax.set_mesh(trainer.mesh):
@@ -205,7 +210,7 @@ def test_many_devices_give_the_losses_of_one(trainer, name):
 def test_parts_take_the_rows_of_every_device():
   if jax.device_count() < 4:
     pytest.skip(f"needs 4 devices, found {jax.device_count()}")
-  grid = mesh.make_mesh(config.MeshConfig(fsdp=2), 16, jax.devices()[:4], 2)
+  grid = mesh.make_mesh(schema.MeshConfig(fsdp=2), 16, jax.devices()[:4], 2)
   rows = np.arange(16, dtype=np.int32).reshape(16, 1)
   with jax.set_mesh(grid):
     placed = mesh.put_batch(rows, mesh.batch_sharding(grid))
@@ -219,8 +224,8 @@ def test_parts_take_the_rows_of_every_device():
 
 
 def test_a_batch_that_its_parts_do_not_divide_is_refused():
-  with pytest.raises(config.UserError, match=r"accumulate = 3 parts .* of 3$"):
-    mesh.make_mesh(config.MeshConfig(), 8, jax.devices()[:1], 3)
+  with pytest.raises(schema.UserError, match=r"accumulate = 3 parts .* of 3$"):
+    mesh.make_mesh(schema.MeshConfig(), 8, jax.devices()[:1], 3)
 
 
 def test_weights_and_moments_are_sharded_over_fsdp_and_tensor():
@@ -242,10 +247,10 @@ def params():
 
 # On a bowl in the space of the model's own parameters: the paths decide what
 # is projected, and a step compiles in no time.
-@pytest.mark.parametrize("name", config.OPTIMIZERS)
+@pytest.mark.parametrize("name", schema.OPTIMIZERS)
 def test_every_optimizer_goes_downhill(name, params):
   rate = {"sgd": 0.1, "galore_sgd": 0.1}.get(name, 1e-2)
-  chosen = config.OptimizerConfig(
+  chosen = schema.OptimizerConfig(
     name=name, learning_rate=rate, rank=8, update_proj_gap=2, scale=1.0
   )
   tx = optimizer.make_optimizer(chosen, steps=20)
@@ -271,7 +276,7 @@ def test_every_optimizer_goes_downhill(name, params):
 
 def _update(**fields):
   settings: Any = {"name": "adamw", "clip": 0.0, "warmup": 0.0} | fields
-  tx = optimizer.make_optimizer(config.OptimizerConfig(**settings), steps=10)
+  tx = optimizer.make_optimizer(schema.OptimizerConfig(**settings), steps=10)
   params = llama.init(TINY, 0)
   grads = jax.tree.map(jnp.ones_like, params)
   state = tx.init(params)
@@ -307,7 +312,7 @@ def test_norms_do_not_decay():
 
 
 def test_the_schedule_warms_up_and_ends_at_its_fraction():
-  settings = config.OptimizerConfig(learning_rate=2.0, warmup=0.1, final=0.1)
+  settings = schema.OptimizerConfig(learning_rate=2.0, warmup=0.1, final=0.1)
   schedule = optimizer.make_schedule(settings, 100)
   np.testing.assert_allclose(schedule(5), 1.0)
   np.testing.assert_allclose(schedule(10), 2.0)
@@ -328,7 +333,7 @@ def test_unstacked_layers_take_the_same_steps_as_stacked_ones(rows):
 
 @pytest.mark.parametrize("field", [{"moments": "ldadam"}, {"accumulate": 2}])
 def test_accounting_leaves_out_what_only_galore_knows(field):
-  chosen = config.OptimizerConfig(name="galore", rank=4, **field)
+  chosen = schema.OptimizerConfig(name="galore", rank=4, **field)
   params = jax.eval_shape(lambda: llama.init(TINY, 0))
   found = optimizer.accounting(chosen, params)
   plain = dataclasses.replace(chosen, moments="rotate", accumulate=1)
@@ -337,14 +342,14 @@ def test_accounting_leaves_out_what_only_galore_knows(field):
 
 def test_no_warm_up_begins_at_the_peak():
   for decay in ("cosine", "linear"):
-    chosen = config.OptimizerConfig(warmup=0.0, decay=decay)  # type: ignore
+    chosen = schema.OptimizerConfig(warmup=0.0, decay=decay)  # type: ignore
     schedule = optimizer.make_schedule(chosen, 100)
     assert schedule(0) == pytest.approx(chosen.learning_rate)
 
 
 def test_accounting_counts_what_the_states_take():
   params = llama.init(TINY, 0)
-  chosen = config.OptimizerConfig(name="galore_lion", rank=4)
+  chosen = schema.OptimizerConfig(name="galore_lion", rank=4)
   found = optimizer.accounting(chosen, params)
   size = sum(x.nbytes for x in jax.tree.leaves(params))
   assert 2 * size < found["adamw"] < 2 * size + 64
@@ -375,9 +380,9 @@ def test_accounting_counts_what_the_states_take():
 
 def test_options_that_exclude_one_another_are_refused():
   chosen = dataclasses.replace(
-    config.OptimizerConfig(), name="galore_faithful", moments="reset"
+    schema.OptimizerConfig(), name="galore_faithful", moments="reset"
   )
-  with pytest.raises(config.UserError, match="galore_faithful"):
+  with pytest.raises(schema.UserError, match="galore_faithful"):
     optimizer.make_optimizer(chosen, 10)
 
 
@@ -386,17 +391,17 @@ def test_options_that_exclude_one_another_are_refused():
   "fields", [{"moments": "keep"}, {"random_from": 5}, {"refresh": "adaptive"}]
 )
 def test_what_a_method_has_no_use_for_is_refused(name, fields):
-  chosen = config.OptimizerConfig(name=name, **fields)
-  with pytest.raises(config.UserError, match=next(iter(fields))):
+  chosen = schema.OptimizerConfig(name=name, **fields)
+  with pytest.raises(schema.UserError, match=next(iter(fields))):
     optimizer.make_optimizer(chosen, 10)
 
 
 def test_gum_does_not_go_layer_by_layer():
-  with pytest.raises(config.UserError, match=r"train\.layerwise.*use sumo"):
-    config.Config(
+  with pytest.raises(schema.UserError, match=r"train\.layerwise.*use sumo"):
+    schema.Config(
       "",
-      optimizer=config.OptimizerConfig(name="gum"),
-      train=config.TrainConfig(layerwise=True),
+      optimizer=schema.OptimizerConfig(name="gum"),
+      train=schema.TrainConfig(layerwise=True),
     )
 
 
@@ -407,7 +412,7 @@ def test_golore_is_galore_with_random_bases_from_half_of_the_run():
   }
 
   def program(**fields):
-    chosen = config.OptimizerConfig(rank=2, **fields)
+    chosen = schema.OptimizerConfig(rank=2, **fields)
     tx = optimizer.make_optimizer(chosen, steps=10)
     return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
 

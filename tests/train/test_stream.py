@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from train import data, holdout, stream
-from train.config import DataConfig
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config.schema import DataConfig
+from train.data import corpus as corpus_lib
+from train.data import holdout, stream
 
 SHARDS, DOCUMENTS = 3, 40
 
@@ -48,7 +49,7 @@ def make(folder, tmp_path_factory):
       "stream": "true", "length": 8, "batch": 4, "eval_rows": 99,
       "shuffle_buffer": 16, "cache": str(cache), "prefetch": 0,
     }  # fmt: skip
-    return data.prepare(DataConfig(**(settings | fields)), 300)
+    return corpus_lib.prepare(DataConfig(**(settings | fields)), 300)
 
   return prepare
 

@@ -8,18 +8,21 @@ import pytest
 
 import galore_optax
 from tests.train.conftest import TINY, make_trainer
-from train import config, llama, optimizer, step, subspace
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config import schema
+from train.models import llama
+from train.run import subspace_watch
+from train.step import optimizer, train_step
 
 
 @pytest.fixture(scope="module")
 def whole(trainer):
-  settings = config.OptimizerConfig(rank=4, update_proj_gap=3)
-  return config.Config(
+  settings = schema.OptimizerConfig(rank=4, update_proj_gap=3)
+  return schema.Config(
     preset="",
     model=TINY,
     optimizer=settings,
-    run=config.RunConfig(watch="attn.q.0,mlp.up.1", watch_every=3),
+    run=schema.RunConfig(watch="attn.q.0,mlp.up.1", watch_every=3),
   )
 
 
@@ -27,7 +30,7 @@ def make_watcher(trainer, whole, **changes):
   run = dataclasses.replace(whole.run, **changes)
   plan = galore_optax.describe(trainer.tx, trainer.placed.weights)
   changed = dataclasses.replace(whole, run=run)
-  return subspace.Watcher(changed, trainer.placed, plan)
+  return subspace_watch.Watcher(changed, trainer.placed, plan)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,9 @@ def looks(trainer, whole, rows):
     batch = trainer.put(rows)
     for index in range(7):
       exact = jax.grad(
-        lambda p: step.token_losses(trainer.placed.graphdef, p, batch).sum()
+        lambda p: train_step.token_losses(
+          trainer.placed.graphdef, p, batch
+        ).sum()
       )(state.params)
       exact = jax.device_get(exact)
       look = watcher.before(state, batch)
@@ -94,7 +99,7 @@ def test_numbers_are_those_of_numpy(looks):
 def test_looks_are_rare_by_default(trainer, whole):
   watcher = make_watcher(trainer, whole, watch_every=0)
   due = [t for t in range(1000) if watcher.is_due(t)]
-  assert due[0] == 0 and 10 < len(due) <= 1000 / subspace.RARE + 1
+  assert due[0] == 0 and 10 < len(due) <= 1000 / subspace_watch.RARE + 1
 
 
 def test_quantised_weights_are_looked_at_as_the_model_reads_them(whole, rows):
@@ -105,7 +110,7 @@ def test_quantised_weights_are_looked_at_as_the_model_reads_them(whole, rows):
   with jax.set_mesh(trainer.mesh):
     batch = trainer.put(rows)
     exact = jax.grad(
-      lambda p: step.token_losses(trainer.placed.graphdef, p, batch).sum()
+      lambda p: train_step.token_losses(trainer.placed.graphdef, p, batch).sum()
     )(trainer.placed.read(state.params))
     exact = jax.device_get(exact["layers"]["mlp"]["up"]["kernel"][1])
     look = jax.device_get(watcher.before(state, batch))
@@ -127,16 +132,16 @@ def test_quantised_weights_are_looked_at_as_the_model_reads_them(whole, rows):
   ],
 )
 def test_what_cannot_be_looked_at_has_a_reason(method, fields, why_not):
-  chosen = config.OptimizerConfig(name=method, **({"rank": 4} | fields))
+  chosen = schema.OptimizerConfig(name=method, **({"rank": 4} | fields))
   tx = optimizer.make_optimizer(chosen, 10)
   params = jax.eval_shape(lambda: llama.init(TINY, 0))
-  whole = config.Config(preset="", model=TINY, optimizer=chosen)
+  whole = schema.Config(preset="", model=TINY, optimizer=chosen)
   plan = galore_optax.describe(tx, params)
-  known, said = subspace.candidates(whole, plan)
+  known, said = subspace_watch.candidates(whole, plan)
   assert not known and why_not in said
-  assert subspace.choose("auto", known, said) == []
+  assert subspace_watch.choose("auto", known, said) == []
   with pytest.raises(UserError, match=f"attn.q.0.*{why_not}"):
-    subspace.choose("attn.q.0", known, said)
+    subspace_watch.choose("attn.q.0", known, said)
 
 
 def test_names_choose_matrices(trainer, whole):

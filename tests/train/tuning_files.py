@@ -6,8 +6,10 @@ import random
 
 from tests.train import encoder_files
 from tests.train.conftest import TINY, WORDS
-from train import encoder, hf, hf_encoder, llama, tokenizer, weights
-from train.tuning import tasks
+from train.data import tokenizer
+from train.finetuning import tasks
+from train.models import encoder, llama
+from train.pretrained import checkpoint_folder, encoder_checkpoint, llama_names
 
 MARKS = ("<|im_start|>", "<|im_end|>")
 
@@ -34,13 +36,13 @@ def _write_encoder(out: pathlib.Path, write, **fields) -> pathlib.Path:
   given.mkdir()
   size = write(given)
   config = encoder.Config(size, 16, 24, 2, 4, max_length=32, **fields)
-  loaded = hf_encoder.Loaded(
+  loaded = encoder_checkpoint.Loaded(
     config,
     encoder.init(config, 0),
-    hf_encoder.encoder_tokenizer.load(given, config),
+    encoder_checkpoint.encoder_tokenizer.load(given, config),
     (),
   )
-  hf_encoder.save(loaded, out)
+  encoder_checkpoint.save(loaded, out)
   return out
 
 
@@ -49,14 +51,14 @@ def write_llama(out: pathlib.Path) -> pathlib.Path:
   vocabulary = tokenizer.train([" ".join(WORDS) * 9], 290)
   vocabulary.add_special_tokens(list(MARKS))
   params = llama.init(TINY, 0)
-  source = weights.from_params(
+  source = llama_names.from_params(
     "test",
     TINY,
     lambda: params,
     tokenizer=vocabulary.to_str(),
     extra={"tokenizer_config.json": {"eos_token": MARKS[1]}},
   )
-  hf.save(source, out)
+  checkpoint_folder.save(source, out)
   return out
 
 

@@ -22,8 +22,9 @@ import subprocess
 import sys
 from typing import Any
 
-from train.bench import record, report
-from train.errors import UserError
+from train.bench import report
+from train.common.errors import UserError
+from train.measure import machine
 
 BENCHMARKS = ("step", "refresh", "compile", "shard", "cost", "chips")
 
@@ -71,7 +72,7 @@ def parse(words: list[str]) -> argparse.Namespace:
       command.set_defaults(**module.QUICK)
   for name in ("all", "report"):
     command = commands.add_parser(name, help=_HELP[name])
-    command.add_argument("--out", type=pathlib.Path, default=record.FOLDER)
+    command.add_argument("--out", type=pathlib.Path, default=machine.FOLDER)
     command.add_argument("--page", type=pathlib.Path, default=report.PAGE)
     if name == "all":
       _add_common(command)
@@ -108,17 +109,17 @@ def _module(name: str) -> Any:
 def run(flags: argparse.Namespace, words: list[str]) -> list[dict[str, Any]]:
   """Measures one benchmark, and keeps what it found if a folder is given."""
   if flags.single_threaded:
-    record.restart_with_one_thread(words)
+    machine.restart_with_one_thread(words)
   module = _module(flags.benchmark)
-  record.restart_with_devices(words, getattr(module, "DEVICES", 1))
+  machine.restart_with_devices(words, getattr(module, "DEVICES", 1))
   found = []
   for part, chosen in getattr(module, "parts", lambda _: [("", {})])(flags):
     vars(flags).update(chosen)
     results = module.measure(flags)
     own = _chosen(words, chosen)
-    found.append(record.make(flags.benchmark, own, flags, results, part))
+    found.append(machine.make(flags.benchmark, own, flags, results, part))
     if flags.out:
-      path = record.save(found[-1], flags.out)
+      path = machine.save(found[-1], flags.out)
       report.draw(path)
       print(f"\nwrote {path}", flush=True)
   return found
@@ -127,7 +128,7 @@ def run(flags: argparse.Namespace, words: list[str]) -> list[dict[str, Any]]:
 def _chosen(words: list[str], chosen: dict[str, str]) -> list[str]:
   """The words of a command that measures a part only."""
   own = [word for k, v in chosen.items() for word in (f"--{k}", v)]
-  return record.without(words, chosen) + own
+  return machine.without(words, chosen) + own
 
 
 def run_all(flags: argparse.Namespace) -> int:

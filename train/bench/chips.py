@@ -13,8 +13,8 @@ import subprocess
 import sys
 from typing import Any
 
-from train.bench import pictures, timing
-from train.errors import UserError
+from train.common.errors import UserError
+from train.measure import figure, timing
 
 GIB = 2**30
 
@@ -191,7 +191,7 @@ PARTS = ("weights", "moments", "bases", "gradients", "activations")
 
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
   """What fills a chip, stacked bars."""
-  with pictures.axes(path, 1, width=7) as (axis,):
+  with figure.axes(path, 1, width=7) as (axis,):
     found = results["programs"]
     names = [_name(x) for x in found]
     left = [0.0] * len(found)

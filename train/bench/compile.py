@@ -7,8 +7,9 @@ in turn.
 import argparse
 from typing import Any
 
-from train.bench import runner, timing, trees, words
-from train.bench.timing import short
+from train.bench import compiled_step, options, trees
+from train.measure import timing
+from train.measure.timing import short
 
 NAMES = ("optax.adamw", "contrib.galore", trees.OURS)
 
@@ -28,8 +29,8 @@ QUICK = {"rounds": 1}
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Median seconds of tracing and compiling, and the programs' sizes."""
   found = []
-  layouts = words.choose("--layouts", flags.layouts, words.LAYOUTS)
-  for name in words.choose("--trees", flags.trees, trees.SIZES):
+  layouts = options.choose("--layouts", flags.layouts, options.LAYOUTS)
+  for name in options.choose("--trees", flags.trees, trees.SIZES):
     size = trees.SIZES[name]
     for layout in layouts:
       tree = trees.shapes(size, layout == "stacked")
@@ -41,11 +42,11 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rounds(tree: dict, optimizers: dict, count: int) -> dict[str, Any]:
-  made: dict[str, list[runner.Compiled]] = {name: [] for name in NAMES}
-  runner.compile_step(optimizers[NAMES[0]], {"w": (8, 8)})  # warms up
+  made: dict[str, list[compiled_step.Compiled]] = {name: [] for name in NAMES}
+  compiled_step.compile_step(optimizers[NAMES[0]], {"w": (8, 8)})  # warms up
   for _ in range(count):
     for name in NAMES:
-      made[name].append(runner.compile_step(optimizers[name], tree))
+      made[name].append(compiled_step.compile_step(optimizers[name], tree))
   return {
     name: {
       "trace": timing.median([x.trace for x in programs]),

@@ -21,13 +21,15 @@ import optax
 
 from galore_optax.subspace import find as find_lib
 from galore_optax.subspace import projection
-from train import config as config_lib
-from train import data, folder, loop, presets
-from train import job as job_lib
-from train import mesh as mesh_lib
-from train.bench import model, pictures, timing
-from train.bench.timing import short
-from train.errors import UserError
+from train.bench import model
+from train.common.errors import UserError
+from train.config import presets, schema
+from train.data import corpus as corpus_lib
+from train.measure import figure, timing
+from train.measure.timing import short
+from train.parallel import mesh as mesh_lib
+from train.run import job as job_lib
+from train.run import loop, run_dir
 
 BASE = model.Site()
 SWEEPS = {
@@ -186,9 +188,9 @@ def pretraining(flags: argparse.Namespace) -> dict[str, Any]:
   }
 
 
-def _config(flags: argparse.Namespace, optimizer: Any) -> config_lib.Config:
+def _config(flags: argparse.Namespace, optimizer: Any) -> schema.Config:
   config = presets.make(flags.preset, optimizer)
-  return config_lib.override(config, flags.settings)
+  return schema.override(config, flags.settings)
 
 
 def _training_step(
@@ -197,10 +199,10 @@ def _training_step(
   """The compiled step of `train.pretrain`, repeated on one batch."""
   config = _config(flags, optimizer)
   mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
-  corpus = data.prepare(config.data, config.model.vocab_size)
+  corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
   out = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
   with jax.set_mesh(mesh), contextlib.redirect_stdout(io.StringIO()):
-    folder.claim_run(out, config, overwrite=False)
+    run_dir.claim_run(out, config, overwrite=False)
     job, state = job_lib.prepare(config, out, corpus, mesh)
     stack.enter_context(contextlib.closing(job))
     compiled = loop.compile_step(job, state)
@@ -333,7 +335,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
   """Time by depth, width and rank, next to what the limits allow."""
   sweeps, best = results["sweeps"], _best(results)
   keys = {"depth": "layers", "width": "m", "rank": "r"}
-  with pictures.axes(path, len(sweeps)) as axes:
+  with figure.axes(path, len(sweeps)) as axes:
     for axis, (sweep, points) in zip(axes, sweeps.items(), strict=True):
       xs = [point["site"][keys[sweep]] for point in points]
       for i, part in enumerate(PARTS):

@@ -24,12 +24,14 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from train import checkpoint, data, folder, presets, step
-from train import config as config_lib
-from train import job as job_lib
-from train import loop as loop_lib
-from train import mesh as mesh_lib
-from train.errors import UserError
+from train.common.errors import UserError
+from train.config import presets, schema
+from train.data import corpus as corpus_lib
+from train.parallel import mesh as mesh_lib
+from train.run import checkpoint, run_dir
+from train.run import job as job_lib
+from train.run import loop as loop_lib
+from train.step import train_step
 
 
 @dataclasses.dataclass
@@ -53,14 +55,14 @@ def timed(into: list[tuple[float, float]]) -> Iterator[None]:
   into.append((time.perf_counter() - begin, time.process_time() - busy))
 
 
-def measure(config: config_lib.Config, rounds: int, length: int) -> Times:
+def measure(config: schema.Config, rounds: int, length: int) -> Times:
   """Runs both in turn, `rounds` times `length` steps each."""
   times = Times()
   mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
-  corpus = data.prepare(config.data, config.model.vocab_size)
+  corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
   with tempfile.TemporaryDirectory() as name, jax.set_mesh(mesh):
     out = pathlib.Path(name)
-    folder.claim_run(out, config, overwrite=False)
+    run_dir.claim_run(out, config, overwrite=False)
     job, state = job_lib.prepare(config, out, corpus, mesh)
     with contextlib.closing(job):
       compiled = loop_lib.compile_step(job, state)
@@ -86,7 +88,7 @@ def measure(config: config_lib.Config, rounds: int, length: int) -> Times:
 
 
 def _bare(
-  compiled: Callable, state: step.TrainState, batch: jax.Array, count: int
+  compiled: Callable, state: train_step.TrainState, batch: jax.Array, count: int
 ):
   """The compiled step and nothing else."""
   for _ in range(count):
@@ -96,11 +98,11 @@ def _bare(
 
 def _looped(
   job: job_lib.Job,
-  state: step.TrainState,
+  state: train_step.TrainState,
   compiled: Callable,
   watch: loop_lib.Watch,
   numbers: range,
-) -> step.TrainState:
+) -> train_step.TrainState:
   """The script's own loop; what it prints goes nowhere."""
   with contextlib.redirect_stdout(io.StringIO()):
     outcome = loop_lib.advance(
@@ -110,7 +112,7 @@ def _looped(
   return outcome.state
 
 
-def _save(job: job_lib.Job, state: step.TrainState) -> float:
+def _save(job: job_lib.Job, state: train_step.TrainState) -> float:
   """Seconds that a save holds up the loop; the writing goes on behind."""
   progress = checkpoint.Progress(0.0, job.feed.state())
   job.checkpoints.save(state, progress)  # the first compiles its check sums
@@ -122,7 +124,7 @@ def _save(job: job_lib.Job, state: step.TrainState) -> float:
   return seconds[0][0]
 
 
-def report(config: config_lib.Config, times: Times, length: int) -> str:
+def report(config: schema.Config, times: Times, length: int) -> str:
   """The table, and the figure that matters below it."""
   tokens = config.data.batch * config.data.length * length
   rows = [f"{'tokens/s':22}{'median':>12}{'worst':>12}{'best':>12}"]
@@ -172,7 +174,7 @@ def main(words: list[str] | None = None) -> int:
   ]
   try:
     config = presets.make(flags.preset, flags.optimizer)
-    config = config_lib.override(config, [*flags.settings, *pauses])
+    config = schema.override(config, [*flags.settings, *pauses])
     times = measure(config, flags.rounds, flags.steps)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -22,8 +22,9 @@ import numpy as np
 from galore_optax import galore
 from galore_optax.subspace import find as find_lib
 from galore_optax.subspace import projection
-from train.bench import gradients, pictures, timing, words
-from train.bench.timing import short
+from train.bench import options
+from train.measure import figure, gradients, timing
+from train.measure.timing import short
 
 ALPHAS = (0.25, 0.5, 1.0)
 ITERATIONS = (1, 2, 3, 4)
@@ -60,7 +61,7 @@ QUICK = {"sizes": _words(SHAPES[:2]), "early": (1, 5), "late": (10, 15)}
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Cost by shape, and captured energy by gradient."""
   costs, quality = [], []
-  for m, n, rank in words.sizes("--sizes", flags.sizes):
+  for m, n, rank in options.sizes("--sizes", flags.sizes):
     synthetic = gradients.Synthetic(m, n)
     stale = synthetic.stale_basis(rank)
     g = synthetic.gradient(0.5)
@@ -288,7 +289,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
   synthetic = [x for x in results["quality"] if x["name"].startswith("i^")]
   recorded = [x for x in results["quality"] if x not in synthetic]
   shown = [*synthetic[-len(ALPHAS) :], *recorded]
-  with pictures.axes(path, 3) as (cold, warm, costs):
+  with figure.axes(path, 3) as (cold, warm, costs):
     for axis, start in ((cold, "cold"), (warm, "warm")):
       for x in shown:
         lost = [1 - x["least"][f"{start} {k}"] for k in ITERATIONS]

@@ -11,8 +11,8 @@ import importlib
 import pathlib
 import re
 
-from train.bench import record
-from train.errors import UserError
+from train.common.errors import UserError
+from train.measure import machine
 
 PAGE = pathlib.Path("docs/benchmarks.md")
 _MARKED = re.compile(
@@ -48,7 +48,7 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
 
 def draw(path: pathlib.Path) -> bool:
   """Draws a record beside its file; whether there is a picture of its kind."""
-  kept = record.load(path)
+  kept = machine.load(path)
   module = importlib.import_module(f"train.bench.{kept['benchmark']}")
   if not getattr(module, "draw", None):
     return False
@@ -70,7 +70,7 @@ def render(text: str, folder: pathlib.Path) -> tuple[str, int]:
   def fill(found: re.Match) -> str:
     name = found["name"]
     paths = _paths(folder, name)
-    body = "\n".join(_tables(name, record.load(path)) for path in paths)
+    body = "\n".join(_tables(name, machine.load(path)) for path in paths)
     if not paths:
       body = f"Not measured yet: `python -m train.bench {name}`.\n"
     return f"{found[1]}\n{body}\n{found[3]}"
@@ -82,11 +82,11 @@ def _paths(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
   """The records of a benchmark: one, or its parts in their order."""
   module = importlib.import_module(f"train.bench.{name}")
   parts = getattr(module, "part_names", lambda: [""])()
-  paths = [folder / record.name(name, part) for part in parts]
+  paths = [folder / machine.name(name, part) for part in parts]
   return [path for path in paths if path.is_file()]
 
 
 def _tables(name: str, kept: dict) -> str:
   """A record's tables and where they come from."""
   module = importlib.import_module(f"train.bench.{name}")
-  return f"{module.tables(kept['results'])}\n\n{record.origin(kept)}\n"
+  return f"{module.tables(kept['results'])}\n\n{machine.origin(kept)}\n"

@@ -15,8 +15,9 @@ import jax
 import optax
 
 from galore_optax import state_shardings
-from train import hlo
-from train.bench import runner, timing, trees, words
+from train.bench import compiled_step, options, trees
+from train.estimate import collectives as collectives_lib
+from train.measure import timing
 
 DEVICES = 8
 SIZE = trees.Size(dim=512, hidden=1376, layers=2, vocab=4096, rank=96)
@@ -79,9 +80,9 @@ QUICK = {"layouts": "fsdp;tensor", "meshes": "auto"}
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Compiles each optimizer's step for each layout and kind of mesh."""
   found = []
-  kinds = words.choose("--meshes", flags.meshes, KINDS)
-  optimizers = words.choose("--optimizers", flags.optimizers, NAMES, ";")
-  for name in words.choose("--layouts", flags.layouts, LAYOUTS, ";"):
+  kinds = options.choose("--meshes", flags.meshes, KINDS)
+  optimizers = options.choose("--optimizers", flags.optimizers, NAMES, ";")
+  for name in options.choose("--layouts", flags.layouts, LAYOUTS, ";"):
     for kind in kinds:
       for optimizer in optimizers:
         entry = {"layout": name, "mesh": kind, "optimizer": optimizer}
@@ -169,13 +170,13 @@ def _figures(
 ) -> dict[str, Any]:
   params = _placed(trees.abstract(tree), where)
   step = jax.jit(
-    runner.step_of(tx),
+    compiled_step.step_of(tx),
     donate_argnums=(1, 2),
     out_shardings=(state_where, where),
   )
   lowered = step.lower(params, _placed(state, state_where), params)
   compiled: Any = lowered.compile()
-  collectives = hlo.Module(compiled.as_text()).collectives()
+  collectives = collectives_lib.Module(compiled.as_text()).collectives()
   leaves = jax.tree.leaves(state)
   places = jax.tree.leaves(state_where)
   local = sum(
@@ -186,7 +187,7 @@ def _figures(
     "state_bytes": local,
     "whole_bytes": sum(x.dtype.itemsize * x.size for x in leaves),
     "temporaries": compiled.memory_analysis().temp_size_in_bytes,
-    "collectives": hlo.totals(collectives),
+    "collectives": collectives_lib.totals(collectives),
     **_gathered(collectives, layout),
   }
 
@@ -202,7 +203,7 @@ _MOVES = ("all-gather", "all-to-all", "collective-permute")
 
 
 def _gathered(
-  found: list[hlo.Collective], layout: Layout
+  found: list[collectives_lib.Collective], layout: Layout
 ) -> dict[str, dict[str, int]]:
   """What is made whole or moved: by what it is, and one by one."""
   matrices = [(SIZE.dim, SIZE.dim), (SIZE.dim, SIZE.hidden)]
@@ -211,7 +212,7 @@ def _gathered(
   one_by_one: collections.Counter[str] = collections.Counter()
   for x in found:
     if x.kind in _MOVES:
-      name = hlo.named(x.shape, matrices, SIZE.rank, shards)
+      name = collectives_lib.named(x.shape, matrices, SIZE.rank, shards)
       named[name] += x.times
       when = "every step" if x.always else "when due"
       source = "/".join(x.source.split("/")[-2:])

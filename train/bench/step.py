@@ -15,8 +15,9 @@ import gc
 import pathlib
 from typing import Any
 
-from train.bench import pictures, runner, timing, torch_peers, trees, words
-from train.bench.timing import short
+from train.bench import compiled_step, options, torch_peers, trees
+from train.measure import figure, timing
+from train.measure.timing import short
 
 ADAMW = "optax.adamw"
 # In which order a step returns what it is given; names of records.
@@ -53,7 +54,7 @@ def part_names() -> list[str]:
   return [
     f"{name}-{layout}{suffix}"
     for name in trees.SIZES
-    for layout in words.LAYOUTS
+    for layout in options.LAYOUTS
     for suffix in RESULTS.values()
   ]
 
@@ -65,9 +66,9 @@ def parts(flags: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
       f"{name}-{layout}{RESULTS[order]}",
       {"trees": name, "layouts": layout, "results": order},
     )
-    for name in words.choose("--trees", flags.trees, trees.SIZES)
-    for layout in words.choose("--layouts", flags.layouts, words.LAYOUTS)
-    for order in words.choose("--results", flags.results, RESULTS)
+    for name in options.choose("--trees", flags.trees, trees.SIZES)
+    for layout in options.choose("--layouts", flags.layouts, options.LAYOUTS)
+    for order in options.choose("--results", flags.results, RESULTS)
   ]
 
 
@@ -96,7 +97,7 @@ def _measure_tree(
     chosen.pop(name, None)
   swapped = flags.results == "swapped"
   made = {
-    name: runner.start(make, tree, grads, swapped=swapped)
+    name: compiled_step.start(make, tree, grads, swapped=swapped)
     for name, make in chosen.items()
   }
   peers = torch_peers.start(grads, rank, flags.gap) if flags.torch else {}
@@ -135,7 +136,7 @@ def _measure_tree(
   return rows
 
 
-def _first(optimizer: runner.Runner) -> float:
+def _first(optimizer: compiled_step.Runner) -> float:
   """Seconds of a first step: the middle of three."""
   found = []
   for _ in range(3):
@@ -290,7 +291,7 @@ def tables(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
   """Every step of a gap over the median of AdamW's, ours and AdamW's own."""
-  with pictures.axes(path, 1) as (axis,):
+  with figure.axes(path, 1) as (axis,):
     _draw_gap(results, axis)
 
 

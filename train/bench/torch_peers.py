@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.bench import record, trees
-from train.errors import UserError
+from train.bench import trees
+from train.common.errors import UserError
+from train.measure import machine
 
 MODULES = ("torch", "galore_torch")
 
@@ -73,7 +74,7 @@ def start(grads: dict, rank: int, gap: int) -> dict[str, Peer]:
   import torch
   from galore_torch import GaLoreAdamW
 
-  if record.single_threaded():
+  if machine.single_threaded():
     torch.set_num_threads(1)
   low, full = _parameters(grads)
   adamw: Any = torch.optim.AdamW

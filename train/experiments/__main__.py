@@ -21,17 +21,17 @@ import os
 import pathlib
 import sys
 
-from train import checkpoint, ending
-from train.errors import UserError
+from train.common.errors import UserError
 from train.experiments import (
   mechanism,
-  records,
   report,
+  results,
   runner,
   speed,
   tables,
   texts,
 )
+from train.run import checkpoint, exit_status
 
 WORK = pathlib.Path("runs/experiments")
 
@@ -82,7 +82,7 @@ def _add_results(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     "--results",
     type=pathlib.Path,
-    default=records.FOLDER,
+    default=results.FOLDER,
     help="of finished runs",
   )
 
@@ -160,7 +160,7 @@ def act(flags: argparse.Namespace) -> int:
 def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 2 wrong input, 130 stopped."""
   flags = parse(words)
-  return ending.guarded(lambda: act(flags))
+  return exit_status.guarded(lambda: act(flags))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import math
 import pathlib
 import statistics
 
-from train.bench import pictures
 from train.experiments.plan import Plan, Record
 from train.experiments.tables import OURS, RANKS, Entry
+from train.measure import figure
 
 
 def names(plan: Plan) -> list[tuple[str, str]]:
@@ -50,7 +50,7 @@ def _draw_perplexities(plan: Plan, path: pathlib.Path) -> None:
   means = [statistics.mean(x) for x in values]
   labels = [entry.label for entry, _ in chosen]
   tall = 1.2 + 0.24 * len(chosen)
-  with pictures.axes(path, count=2, width=5.6, height=tall) as (seeds, states):
+  with figure.axes(path, count=2, width=5.6, height=tall) as (seeds, states):
     for i, (found, mean) in enumerate(zip(values, means, strict=True)):
       seeds.plot(found, [i] * len(found), "o", color="0.6", ms=4)
       seeds.plot(mean, i, "|", color="C0", ms=12, mew=2)
@@ -95,7 +95,7 @@ def _perplexity(record: Record) -> float:
 
 def _draw_curves(plan: Plan, path: pathlib.Path) -> None:
   curves = [(entry, records[0]) for entry, records in _chosen(plan)]
-  with pictures.axes(path, count=2, width=5.6) as (training, held_out):
+  with figure.axes(path, count=2, width=5.6) as (training, held_out):
     for i, (entry, record) in enumerate(curves):
       style = {"color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
       steps, losses = zip(*record["curve"], strict=True)
@@ -131,7 +131,7 @@ def _ranks(plan: Plan) -> list[tuple[int, list[float], int]]:
 def _draw_ranks(plan: Plan, path: pathlib.Path) -> None:
   found = _ranks(plan)
   ranks = [rank for rank, _, _ in found]
-  with pictures.axes(path, count=2) as (quality, memory):
+  with figure.axes(path, count=2) as (quality, memory):
     for rank, values, _ in found:
       quality.plot([rank] * len(values), values, "o", color="0.6", ms=3)
     means = [sum(values) / len(values) for _, values, _ in found]

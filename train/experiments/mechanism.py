@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from train import files
-from train.bench import gradients, pictures, record
-from train.errors import UserError
+from train.common import atomic_files
+from train.common.errors import UserError
 from train.experiments import theory
+from train.measure import figure, gradients
+from train.measure import machine as machine_lib
 
 FILE = "mechanism.json"
 PRESET = "sotu_small"
@@ -44,8 +45,8 @@ def run(
   kept = {
     "command": "python -m train.experiments mechanism",
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "machine": record.machine(),
-    "versions": record.versions(),
+    "machine": machine_lib.machine(),
+    "versions": machine_lib.versions(),
     "settings": list(settings),
     "steps": [*when.early, *when.late],
     "gradients": {stage: _stage(found, stage) for stage in STAGES},
@@ -55,7 +56,7 @@ def run(
     },
     "times": TIMES.tolist(),
   }
-  files.write_text(folder / FILE, json.dumps(kept) + "\n")
+  atomic_files.write_text(folder / FILE, json.dumps(kept) + "\n")
   print(f"wrote {folder / FILE}")
   return kept
 
@@ -133,7 +134,7 @@ def draw(kept: dict[str, Any], folder: pathlib.Path) -> None:
   """The figures of the page."""
   folder.mkdir(parents=True, exist_ok=True)
   kinds = sorted(kept["gradients"][STAGES[0]])
-  with pictures.axes(folder / "spectra.png", count=len(STAGES)) as places:
+  with figure.axes(folder / "spectra.png", count=len(STAGES)) as places:
     looks = zip(places, STAGES, kept["steps"], strict=True)
     for place, stage, step in looks:
       for kind in kinds:
@@ -146,7 +147,7 @@ def draw(kept: dict[str, Any], folder: pathlib.Path) -> None:
       place.set_ylabel("over the largest")
       place.grid(alpha=0.25)
     places[0].legend(frameon=False, fontsize="x-small", ncols=2)
-  with pictures.axes(folder / "theory.png", count=len(CASES)) as places:
+  with figure.axes(folder / "theory.png", count=len(CASES)) as places:
     for place, (name, case) in zip(places, kept["theory"].items(), strict=True):
       times = kept["times"]
       place.plot(times, case["stable_rank"], label="stable rank of G")

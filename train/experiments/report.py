@@ -15,9 +15,9 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from train import files
-from train.errors import UserError
-from train.experiments import course, figures, mechanism, records, speed
+from train.common import atomic_files
+from train.common.errors import UserError
+from train.experiments import figures, mechanism, results, speed, stability
 from train.experiments.plan import Plan, Point, Record
 from train.experiments.tables import TABLES, Entry, Line, Table
 
@@ -56,7 +56,7 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
     text = page.read_text(encoding="utf-8")
   except OSError as error:
     raise UserError(f"--page {page}: cannot read ({error})") from None
-  found = records.read_all(folder)
+  found = results.read_all(folder)
   new, places = render(text, folder, found)
   if not places:
     raise UserError(
@@ -69,7 +69,7 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
   for table in TABLES.values():
     for plan in plans(table, folder, found):
       figures.draw(plan, page.parent / "evidence")
-  files.write_text(page, new)
+  atomic_files.write_text(page, new)
   print(f"wrote {page}, {places} places, from {len(found)} runs")
 
 
@@ -109,7 +109,7 @@ def plans(
 
   What is shared with another table does not make a size of this one.
   """
-  own = records.read(folder / f"{table.name}.jsonl")
+  own = results.read(folder / f"{table.name}.jsonl")
   sizes = sorted({(-r["tokens"], r["text"]) for r in own})
   return [Plan(table, -size, text, found) for size, text in sizes]
 
@@ -141,7 +141,7 @@ def section(plan: Plan, folder: pathlib.Path) -> str:
   times = speed.ratios(folder, plan.table.name)
   parts = [_title(plan), table(plan, times)]
   if plan.table.is_long:
-    parts.append(_markdown(course.HEAD, course.rows(plan)))
+    parts.append(_markdown(stability.HEAD, stability.rows(plan)))
   return "\n\n".join([*parts, origin(plan), *pictures])
 
 

@@ -14,11 +14,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from train import data, stopping
-from train.config import DataConfig
-from train.errors import UserError
-from train.experiments import records, tables, texts, training
+from train.common.errors import UserError
+from train.config.schema import DataConfig
+from train.data import corpus
+from train.experiments import results, tables, texts, training
 from train.experiments.plan import Plan, Record, Run
+from train.run import signals
 
 STOPPED = 130
 PATIENCE = 5.0  # seconds between looks at what other runners have done
@@ -28,7 +29,7 @@ def plan(
   table: tables.Table, tokens: int, text: str, folder: pathlib.Path
 ) -> Plan:
   """The table with the runs that are there."""
-  return Plan(table, tokens, text, records.read_all(folder))
+  return Plan(table, tokens, text, results.read_all(folder))
 
 
 def work_through(
@@ -59,9 +60,9 @@ def work_through(
   Raises:
     UserError: the text is not there.
   """
-  parts = texts.prepare(text, data.cache_folder(DataConfig()))
+  parts = texts.prepare(text, corpus.cache_folder(DataConfig()))
   end, spent = time.monotonic() + 3600 * hours, []
-  with stopping.stop_requests() as asked:
+  with signals.stop_requests() as asked:
     stopped = lambda: asked() or time.monotonic() > end
     while (now := plan(table, tokens, text, folder)).missing():
       if stopped():
@@ -76,7 +77,7 @@ def work_through(
         if found is None:
           return _pause(now, say)
         with _locked(work / "lock"):
-          records.append(folder / f"{table.name}.jsonl", found)
+          results.append(folder / f"{table.name}.jsonl", found)
         shutil.rmtree(work / run.key)
       spent.append(time.monotonic() - begin)
       left = (now.total - now.done() - 1) * statistics.mean(spent) / 3600
@@ -129,10 +130,10 @@ def _claimed(
       if not mine:
         continue
       # It may have been finished since the plan was made.
-      missing = run.key not in records.read_all(folder)
+      missing = run.key not in results.read_all(folder)
       if missing:
         yield run
-      if run.key in records.read_all(folder):
+      if run.key in results.read_all(folder):
         path.unlink(missing_ok=True)
       if missing:
         return

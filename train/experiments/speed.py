@@ -16,13 +16,14 @@ from typing import Any
 
 import jax
 
-from train import data, files
-from train import job as job_lib
-from train import mesh as mesh_lib
-from train.bench import record
-from train.config import DataConfig
+from train.common import atomic_files
+from train.config.schema import DataConfig
+from train.data import corpus as corpus_lib
 from train.experiments import texts, training
 from train.experiments.plan import Plan, Run
+from train.measure import machine
+from train.parallel import mesh as mesh_lib
+from train.run import job as job_lib
 
 FILE = "steps.json"
 LAPS = 3
@@ -48,7 +49,7 @@ def measure(
     laps: how often each has its turn.
     say: takes a line an entry.
   """
-  parts = texts.prepare(plan.text, data.cache_folder(DataConfig()))
+  parts = texts.prepare(plan.text, corpus_lib.cache_folder(DataConfig()))
   start = plan.table.rates.start, plan.table.multipliers.start
   runs = {
     entry.name: plan.run(entry, plan.chosen(entry) or start, 0)
@@ -67,12 +68,12 @@ def measure(
     "command": f"python -m train.experiments time {plan.table.name}"
     f" --tokens {plan.tokens} --text {plan.text}",
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "machine": record.machine(),
-    "versions": record.versions(),
+    "machine": machine.machine(),
+    "versions": machine.versions(),
     "laps": laps,
     "tables": _load(folder) | {plan.table.name: _medians(times)},
   }
-  files.write_text(folder / FILE, json.dumps(found, indent=2) + "\n")
+  atomic_files.write_text(folder / FILE, json.dumps(found, indent=2) + "\n")
   return found
 
 
@@ -85,7 +86,7 @@ def _lap(run: Run) -> int:
 def _walking(run: Run, parts: texts.Parts):
   """A function that makes steps of a run, and gives their mean time."""
   config = training.config_of(run, parts)
-  corpus = data.prepare(config.data, config.model.vocab_size)
+  corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
   mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
   with tempfile.TemporaryDirectory() as out, jax.set_mesh(mesh):
     with training.aside(pathlib.Path(out) / "log.txt"):

@@ -12,10 +12,11 @@ from typing import NamedTuple, cast
 
 import datasets
 
-from train import files, holdout, sources
-from train.config import DataConfig
-from train.errors import UserError
-from train.tuning import packaged
+from train.common import atomic_files
+from train.common.errors import UserError
+from train.config.schema import DataConfig
+from train.data import holdout, sources
+from train.finetuning import packaged_datasets
 
 TEXTS = {
   "speeches": "the bundled State of the Union speeches",
@@ -50,13 +51,13 @@ def prepare(name: str, cache: pathlib.Path) -> Parts:
   if not parts.test.exists():
     for path, part in zip(parts, _split(documents, name), strict=True):
       lines = (json.dumps({"text": text}) for text in part["text"])
-      files.write_text(path, "\n".join(lines) + "\n")
+      atomic_files.write_text(path, "\n".join(lines) + "\n")
   return parts
 
 
 def _documents(name: str, cache: pathlib.Path) -> datasets.Dataset:
   if name == "reviews":
-    splits = packaged.load("imdb")
+    splits = packaged_datasets.load("imdb")
     both = [splits["train"], splits["validation"]]
     whole = datasets.concatenate_datasets(both).select_columns(["text"])
     return cast(datasets.Dataset, whole)

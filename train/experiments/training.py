@@ -15,15 +15,16 @@ import jax
 import numpy as np
 
 import galore_optax
-from train import config as config_lib
-from train import data, folder, loop, metrics, presets
-from train import job as job_lib
-from train import mesh as mesh_lib
-from train.bench import record
-from train.errors import Diverged, UserError
-from train.experiments import course, tables, texts
+from train.common.errors import Diverged, UserError
+from train.config import presets, schema
+from train.data import corpus as corpus_lib
+from train.experiments import stability, tables, texts
 from train.experiments.plan import Record, Run
-from train.job import Job
+from train.measure import machine
+from train.parallel import mesh as mesh_lib
+from train.run import job as job_lib
+from train.run import loop, metrics, run_dir
+from train.run.job import Job
 
 POINTS = 500  # of a loss curve that are kept
 ROWS = 256  # of the validation text; of the text reported on all, up to MOST
@@ -48,7 +49,7 @@ class Clock:
 
 def settings(run: Run, parts: texts.Parts) -> list[str]:
   """What `--set` is given."""
-  shape = config_lib.override(
+  shape = schema.override(
     presets.make(tables.PRESET, run.entry.optimizer), list(run.settings)
   ).data
   steps = max(1, round(run.tokens / (shape.batch * shape.length)))
@@ -79,10 +80,10 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
   ]
 
 
-def config_of(run: Run, parts: texts.Parts) -> config_lib.Config:
+def config_of(run: Run, parts: texts.Parts) -> schema.Config:
   """The run as the training script's config."""
   start = presets.make(tables.PRESET, run.entry.optimizer)
-  return config_lib.override(start, settings(run, parts))
+  return schema.override(start, settings(run, parts))
 
 
 def command(run: Run, parts: texts.Parts) -> str:
@@ -116,11 +117,11 @@ def train(
   config = config_of(run, parts)
   out = work / run.key
   try:
-    folder.check_run(out, config, overwrite=False)
-    folder.claim_run(out, config, overwrite=False)
+    run_dir.check_run(out, config, overwrite=False)
+    run_dir.claim_run(out, config, overwrite=False)
   except UserError:  # what is left there is of no use
-    folder.claim_run(out, config, overwrite=True)
-  corpus = data.prepare(config.data, config.model.vocab_size)
+    run_dir.claim_run(out, config, overwrite=True)
+  corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
   mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
   with aside(out / "log.txt"), jax.set_mesh(mesh):
     job, state = _prepare(config, out, corpus, mesh)
@@ -146,18 +147,18 @@ def aside(path: pathlib.Path) -> Iterator[None]:
 
 
 def _prepare(
-  config: config_lib.Config,
+  config: schema.Config,
   out: pathlib.Path,
-  corpus: data.Corpus,
+  corpus: corpus_lib.Corpus,
   mesh: jax.sharding.Mesh,
 ) -> tuple[Job, Any]:
   """The run's parts; anew if what a kill has left cannot be read."""
   try:
     return job_lib.prepare(config, out, corpus, mesh)
   except UserError:
-    if not (out / folder.FOLDER).exists():
+    if not (out / run_dir.FOLDER).exists():
       raise
-    folder.claim_run(out, config, overwrite=True)
+    run_dir.claim_run(out, config, overwrite=True)
     return job_lib.prepare(config, out, corpus, mesh)
 
 
@@ -189,7 +190,7 @@ def _finish(
     "bytes": sizes,
     **_times(clock.steps, history),
     "curve": _thinned(losses),
-    **course.look(losses, outcome.state.opt_state),
+    **stability.look(losses, outcome.state.opt_state),
     "validation_curve": [[s, round(loss, 5)] for s, loss in scores],
     "skipped": int(outcome.state.skipped),
   }
@@ -219,10 +220,10 @@ def _test_loss(job: Job, state: Any, parts: texts.Parts) -> float:
   config = dataclasses.replace(
     job.config.data, validation=str(parts.test), eval_rows=MOST
   )
-  corpus = data.prepare(config, job.config.model.vocab_size)
+  corpus = corpus_lib.prepare(config, job.config.model.vocab_size)
   sums = [
     job.eval_step(state.params, job.put(rows))
-    for rows in data.evaluation_batches(corpus.held_out, config.batch)
+    for rows in corpus_lib.evaluation_batches(corpus.held_out, config.batch)
   ]
   totals, counts = np.asarray(jax.device_get(sums), np.float64).T
   return float(totals.sum() / counts.sum())
@@ -236,7 +237,7 @@ def _thinned(points: list[tuple[int, float]]) -> list[list[float]]:
   ]
 
 
-def _heading(run: Run, config: config_lib.Config, parts: texts.Parts) -> Record:
+def _heading(run: Run, config: schema.Config, parts: texts.Parts) -> Record:
   """What was run, where and when."""
   return {
     "key": run.key,
@@ -248,7 +249,7 @@ def _heading(run: Run, config: config_lib.Config, parts: texts.Parts) -> Record:
     "steps": config.train.steps,
     "text": run.text,
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "machine": record.machine(),
-    "versions": record.versions(),
+    "machine": machine.machine(),
+    "versions": machine.versions(),
     "command": command(run, parts),
   }

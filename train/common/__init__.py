@@ -1,0 +1,1 @@
+"""Errors for users, and files that are written whole."""

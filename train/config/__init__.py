@@ -1,0 +1,1 @@
+"""What a run is: its schema, presets and command line."""

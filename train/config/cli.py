@@ -1,0 +1,92 @@
+"""The command line of `python -m train.pretrain`."""
+
+import argparse
+import pathlib
+
+from train.config import field_help, presets, schema
+
+
+def folder(text: str) -> pathlib.Path:
+  """A folder on this machine.
+
+  Raises:
+    argparse.ArgumentTypeError: it is the address of a bucket.
+  """
+  if "://" in text:
+    raise argparse.ArgumentTypeError(
+      f"{text} is an address, and runs are written to folders; mount it, and"
+      " name the folder"
+    )
+  return pathlib.Path(text)
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m train.pretrain",
+    description="Pre-trains a LLaMA with GaLore or one of its peers.",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="presets:\n"
+    + presets.summary()
+    + "\n\nfields for --set, with their values in the default run, and in"
+    " brackets what\nthey take:\n\n"
+    + field_help.summary(presets.make("sotu_small", "galore")),
+  )
+  _add_what(parser)
+  _add_where(parser)
+  flags = parser.parse_args(words)
+  if flags.layerwise:
+    flags.settings.insert(0, "train.layerwise=true")
+  if flags.json and not flags.dry_run:
+    parser.error("--json goes with --dry-run")
+  return flags
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+  """The flags that say what is trained, and how."""
+  add = parser.add_argument
+  add(
+    "--preset",
+    default="sotu_small",
+    metavar="NAME",
+    help="one of the presets below; default: sotu_small",
+  )
+  add(
+    "--optimizer",
+    default="galore",
+    metavar="NAME",
+    help=", ".join(schema.OPTIMIZERS) + "; default: galore",
+  )
+  add(
+    "--from",
+    type=pathlib.Path,
+    dest="source",
+    metavar="FOLDER",
+    help="go on from these weights: LLaMA safetensors, or another run",
+  )
+  add(
+    "--layerwise",
+    action="store_true",
+    help="update each layer inside the backward pass (train.layerwise=true)",
+  )
+  add(
+    "--set",
+    action="append",
+    default=[],
+    dest="settings",
+    metavar="GROUP.FIELD=VALUE",
+    help="changes one field of the preset; may be repeated",
+  )
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+  """The flags that say where it goes, or that it is only counted."""
+  add = parser.add_argument
+  add("--out", type=folder, help="default: runs/PRESET-OPTIMIZER")
+  add("--overwrite", action="store_true", help="delete an earlier run in --out")
+  add(
+    "--dry-run",
+    action="store_true",
+    help="only count what the run would take: bytes, FLOPs",
+  )
+  add("--json", action="store_true", help="with --dry-run: one JSON object")

@@ -1,0 +1,476 @@
+"""What a run is made of: frozen dataclasses and `--set a.b=c` overrides.
+
+Every field has a default, a comment that says its unit, and a check in
+`__post_init__`, so that a wrong value is reported before anything starts.
+`train/config/presets.py` fills them in.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from train.common.errors import UserError
+
+OptimizerName = Literal[
+  "adamw",
+  "adafactor",
+  "lion",
+  "sgd",
+  "muon",
+  "contrib_galore",
+  "galore",
+  "galore_faithful",
+  "galore_adafactor",
+  "galore_lion",
+  "galore_sgd",
+  "golore",
+  "adamw_8bit",
+  "galore_8bit",
+  "q_galore",
+  "fira",
+  "apollo",
+  "apollo_mini",
+  "q_apollo_mini",
+  "sumo",
+  "gum",
+  "ldadam",
+  "lora",
+  "qlora",
+  "relora",
+  "low_rank",
+]
+OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
+Dtype = Literal["float32", "bfloat16"]
+HUB = "hub:"  # what the name of a set or a tokenizer on the hub starts with
+AttentionName = Literal["auto", "xla", "cudnn", "splash"]
+
+
+def check_above(group: str, config: Any, names: Iterable[str], low: float = 0):
+  """Raises unless every named field of `config` is above `low`."""
+  for name in names:
+    value = getattr(config, name)
+    if not value > low:
+      raise UserError(f"{group}.{name} must be above {low}, got {value}")
+
+
+# Methods that train factors in place of the matrices.
+FACTORS = ("lora", "qlora", "relora", "low_rank")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A LLaMA decoder."""
+
+  vocab_size: int = 4096  # token ids; the tokenizer has as many or fewer
+  d_model: int = 256  # features of a token between the blocks
+  d_ff: int = 688  # SwiGLU: three matrices of d_model x d_ff
+  n_layers: int = 4  # blocks
+  n_heads: int = 4  # query heads, each d_model / n_heads wide
+  n_kv_heads: int = 0  # 0: as many as n_heads; fewer: grouped queries
+  rope_theta: float = 10000.0  # base of the rotary wavelengths
+  norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+  init_std: float = 0.02  # standard deviation of fresh weights
+  tie_embeddings: bool = False  # the head is the transposed embedding
+  dtype: Dtype = "float32"  # of the computation
+  param_dtype: Dtype = "float32"  # of the stored weights
+  weights: Literal["full", "int8", "int4", "float8"] = (
+    "full"  # how the block matrices are stored; full: in param_dtype
+  )
+  unroll: int = 1  # layers a scan step runs: more compiles longer, runs faster
+  # What the backward pass computes anew rather than reads from memory: none,
+  # a whole layer (full), or a layer but for its matrix products (dots).
+  remat: Literal["none", "full", "dots"] = "none"
+  attention: AttentionName = (
+    "auto"  # its forms are in train/models/attention.py
+  )
+
+  @property
+  def kv_heads(self) -> int:
+    """Number of key/value heads."""
+    return self.n_kv_heads or self.n_heads
+
+  @property
+  def head_width(self) -> int:
+    """Features of one head."""
+    return self.d_model // self.n_heads
+
+  def __post_init__(self):
+    sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "unroll")
+    check_above("model", self, (*sizes, "rope_theta", "norm_eps", "init_std"))
+    if self.d_model % (2 * self.n_heads):
+      raise UserError(
+        f"model.d_model is {self.d_model}, which does not split into"
+        f" model.n_heads={self.n_heads} heads of even width; use a multiple"
+        f" of {2 * self.n_heads}"
+      )
+    if self.n_kv_heads < 0 or self.n_heads % self.kv_heads:
+      raise UserError(
+        f"model.n_kv_heads is {self.n_kv_heads}, which does not divide"
+        f" model.n_heads={self.n_heads}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text, and how it is cut into batches."""
+
+  # "": the bundled corpus; a file, folder or glob; hub:NAME or hub:NAME:SUBSET
+  path: str = ""
+  split: str = "train"  # of a hub set
+  # What is evaluated: a split of the hub set, or local files. "": the split
+  # `validation` where there is one; none: documents taken out of the training.
+  validation: str = ""
+  revision: str = ""  # branch, tag or commit of a hub set
+  text_field: str = "text"  # column that holds the text
+  documents: Literal["paragraph", "line", "file"] = "paragraph"  # of .txt files
+  # Read and tokenise on demand instead of as a whole; auto: hub sets are.
+  stream: Literal["auto", "true", "false"] = "auto"
+  # "": trained on the text; a tokenizer.json or .model file; hub:NAME
+  tokenizer: str = ""
+  end_token: str = ""  # closes every document; "": the tokenizer's own
+  # packed: documents end to end; padded: one a row, cut off, as the papers do
+  rows: Literal["packed", "padded"] = "packed"
+  length: int = 128  # tokens a row that the model predicts
+  batch: int = 16  # rows in a global batch
+  shuffle_buffer: int = 10_000  # documents of a stream shuffled together
+  holdout_every: int = 20  # one document in so many is held out
+  eval_rows: int = 512  # held-out rows an evaluation reads, at most
+  prefetch: int = 4  # batches prepared ahead of the step; 0: none
+  cache: str = ""  # tokenizer and tokenised text; "": ~/.cache/galore_optax
+
+  def __post_init__(self):
+    check_above(
+      "data", self, ("length", "batch", "eval_rows", "shuffle_buffer")
+    )
+    check_above("data", self, ("holdout_every",), low=1)
+    check_above("data", self, ("prefetch",), low=-1)
+    for name in ("path", "tokenizer"):
+      value = getattr(self, name)
+      if value.startswith(HUB) and not value.removeprefix(HUB).strip(":"):
+        raise UserError(f"data.{name} is {value!r}; write {HUB}NAME")
+    if self.end_token and not self.tokenizer:
+      raise UserError(
+        f"data.end_token is {self.end_token!r}, but the tokenizer that is"
+        " trained here has its own; name another with data.tokenizer"
+      )
+    for name in ("split", "text_field"):
+      if not getattr(self, name):
+        raise UserError(f"data.{name} is empty; give its name")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The optimizer, its schedule and GaLore's options.
+
+  The projected matrices are the kernels of the blocks (attention and
+  feed-forward). Two factors multiply the learning rate for them alone:
+  `matrix_lr` for every optimizer, and GaLore's own `scale` (the papers'
+  alpha), which is nothing else. Both are kept because a comparison is fair
+  only when the full-rank optimizers have the factor as well.
+  """
+
+  name: OptimizerName = "galore"  # what --optimizer sets
+  learning_rate: float = 8e-3  # at its peak
+  matrix_lr: float = 1.0  # factor for the block matrices, any optimizer
+  warmup: float = 0.1  # fraction of the steps
+  decay: Literal["cosine", "linear"] = "cosine"  # after the warm-up
+  final: float = 0.1  # learning rate at the end, fraction of the peak
+  clip: float = 1.0  # global norm of the gradient; 0: no clipping
+  b1: float = 0.9  # decay of the first moment
+  b2: float = 0.999  # decay of the second moment
+  eps: float = 1e-8  # added to the root of the second moment
+  weight_decay: float = 0.0  # decoupled; not on norms
+  rank: int = 64  # of GaLore's subspaces, or of LoRA's factors
+  update_proj_gap: int = 50  # steps between two bases of a matrix
+  scale: float = 0.25  # GaLore's alpha: factor on what comes back from them
+  # The projected side: std the shorter, as the papers do; reverse_std the
+  # longer; full both; auto whichever leaves the smallest state.
+  proj_type: Literal["std", "reverse_std", "left", "right", "full", "auto"] = (
+    "std"
+  )
+  # How a basis is found: warm-started subspace iteration, or exactly.
+  projector: Literal["subspace", "svd"] = "subspace"
+  # When bases are renewed: a few at each step, or all at once.
+  refresh: Literal["staggered", "synchronous", "adaptive"] = "staggered"
+  # What happens to a matrix's moments when its basis is renewed.
+  # ldadam is for the methods around AdamW.
+  moments: Literal["rotate", "keep", "reset", "ldadam"] = "rotate"
+  # Update from which bases are random ones; 0: never, but with golore from
+  # half of the run on.
+  random_from: int = 0
+  sampled: float = 0.125  # share of the matrices that GUM has at full rank
+  accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
+  # What GaLore's bases are stored in; the integers with a scale a block.
+  basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+  state_dtype: Literal["", "float32", "bfloat16"] = (
+    ""  # of GaLore's moments; empty: the weights', but float32 at least
+  )
+  lora_alpha: float = 32.0  # LoRA's product is multiplied by this over rank
+  reset_every: int = 100  # updates between two restarts of ReLoRA's factors
+  restart_warmup: int = 10  # updates in which its learning rate comes back
+  pruned: float = 0.9  # share of the factors' moments that a restart zeroes
+
+  def __post_init__(self):
+    positive = ("learning_rate", "matrix_lr", "eps", "scale")
+    positive += ("rank", "update_proj_gap", "accumulate")
+    positive += ("lora_alpha", "reset_every")
+    check_above("optimizer", self, positive)
+    for name in ("warmup", "final", "b1", "b2", "pruned"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise UserError(
+          f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}"
+        )
+    if not 0 < self.sampled < 1:
+      raise UserError(
+        f"optimizer.sampled must lie between 0 and 1, got {self.sampled}"
+      )
+    free = ("clip", "weight_decay", "random_from")
+    check_above("optimizer", self, free, low=-1e-30)
+    around_adam = ("galore", "fira", "ldadam")
+    if self.moments == "ldadam" and self.name not in around_adam:
+      raise UserError(
+        f"optimizer.moments=ldadam is for AdamW in a subspace, not for"
+        f" optimizer.name={self.name}; use galore or fira, or"
+        " optimizer.moments=rotate"
+      )
+    if not 0 <= self.restart_warmup < self.reset_every:
+      raise UserError(
+        f"optimizer.restart_warmup is {self.restart_warmup}; it must be 0 or"
+        f" more, and less than optimizer.reset_every={self.reset_every}"
+      )
+
+  @property
+  def has_adapters(self) -> bool:
+    """Whether factors are trained in place of the matrices."""
+    return self.name in FACTORS
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How long to train, and what a step is."""
+
+  steps: int = 400  # batches read; those of skipped steps count
+  init: str = ""  # folder of weights to start from, or a run; "": fresh ones
+  seed: int = 0  # weights and order of the data
+  accumulate: int = 1  # parts of a batch that go through the model in turn
+  z_loss: float = 0.0  # weight of the squared log-normaliser; 0: none
+  max_skips: int = 10  # steps in a row without a finite gradient: the run stops
+  layerwise: bool = False  # update each layer inside the backward pass
+  rounding: Literal["stochastic", "nearest"] = "stochastic"  # of 8-bit weights
+
+  def __post_init__(self):
+    check_above("train", self, ("steps", "accumulate", "max_skips"))
+    if not 0 <= self.z_loss < math.inf:
+      raise UserError(f"train.z_loss must be 0 or above, got {self.z_loss}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis of the mesh, and the processes that own them."""
+
+  data: int = 0  # copies of the model; 0: all devices the other axes leave
+  fsdp: int = 1  # devices over which batch and weights are split
+  tensor: int = 1  # devices over which heads and feed-forward are split
+  # host:port of process 0; auto: the cluster tells; "": as auto under a
+  # launcher that is known to start several processes, else there is one
+  coordinator: str = ""
+  processes: int = 0  # in all; 0: from the cluster's environment
+  process: int = -1  # this one, from 0; -1: from the cluster's environment
+
+  def __post_init__(self):
+    check_above("mesh", self, ("data", "processes"), low=-1)
+    check_above("mesh", self, ("process",), low=-2)
+    check_above("mesh", self, ("fsdp", "tensor"))
+    if self.coordinator not in ("", "auto") and ":" not in self.coordinator:
+      raise UserError(
+        f"mesh.coordinator is {self.coordinator!r}; give host:port of process"
+        " 0, or auto"
+      )
+    if self.processes and self.process >= self.processes:
+      raise UserError(
+        f"mesh.process is {self.process}; of mesh.processes={self.processes}"
+        f" it must be one of 0 to {self.processes - 1}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """What is reported and saved; a resumed run may change these."""
+
+  eval_every: int = 100  # steps between two evaluations
+  log_every: int = 10  # steps between two lines of metrics.jsonl
+  checkpoint_every: int = 100  # steps; the last step is always saved
+  keep: int = 2  # newest checkpoints that stay
+  keep_best: int = 1  # best ones that stay too, by held-out loss; 0: none
+  prompt: str = "The people of the United States"  # the sample goes on
+  sample_tokens: int = 64  # length of the sample at the end; 0: none
+  temperature: float = 0.7  # of the sample
+  sinks: str = ""  # where numbers go, too: tensorboard,wandb
+  watch: str = "auto"  # matrices whose subspace is looked at: attn.q.0,mlp.*.3
+  watch_every: int = 0  # steps between two looks; 0: rarely, at refreshes
+
+  def __post_init__(self):
+    check_above("run", self, ("eval_every", "log_every", "checkpoint_every"))
+    check_above("run", self, ("keep", "temperature"))
+    free = ("sample_tokens", "keep_best", "watch_every")
+    check_above("run", self, free, low=-1)
+    if not self.prompt:
+      raise UserError("run.prompt is empty; give it a few words")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run."""
+
+  preset: str
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
+  run: RunConfig = RunConfig()
+
+  @property
+  def parts(self) -> int:
+    """Parts of a batch, of which a step holds no two at a time."""
+    return self.train.accumulate * self.optimizer.accumulate
+
+  def __post_init__(self):
+    if self.train.layerwise and self.train.accumulate > 1:
+      raise UserError(
+        f"train.accumulate is {self.train.accumulate}, but train.layerwise"
+        " never has a whole gradient to add to; use optimizer.accumulate,"
+        " which adds projected gradients"
+      )
+    if self.train.accumulate > 1 and self.optimizer.accumulate > 1:
+      raise UserError(
+        "train.accumulate and optimizer.accumulate both cut the batch in"
+        " parts; use one of them"
+      )
+    if self.train.layerwise and self.optimizer.name == "gum":
+      raise UserError(
+        "train.layerwise updates one layer after the other, and"
+        " optimizer.name=gum draws matrices among all layers; use sumo, or"
+        " leave train.layerwise false"
+      )
+    if self.optimizer.has_adapters:
+      self._check_adapters(self.optimizer.name)
+
+  def _check_adapters(self, name: str) -> None:
+    """Raises where a method that trains factors meets what it cannot do."""
+    if self.train.layerwise:
+      raise UserError(
+        f"train.layerwise updates weights inside the backward pass, and"
+        f" optimizer.name={name} trains factors instead; use a GaLore method,"
+        " or leave train.layerwise false"
+      )
+    if self.model.weights != "full":
+      raise UserError(
+        f"model.weights={self.model.weights} is for weights that are trained,"
+        f" not for optimizer.name={name}; leave it at full, and take"
+        " optimizer.name=qlora for frozen weights of four bits"
+      )
+
+
+# What a resumed run may change: it changes no number of the training, but for
+# rounding, and what drops out where a batch is cut in other parts.
+FREE_GROUPS = ("preset", "mesh", "run")
+FREE_FIELDS = (
+  "data.cache",
+  "data.prefetch",
+  "train.accumulate",
+  "train.max_skips",
+  "task.evaluations",  # of fine-tuning
+  "task.export",
+)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+  """The fields as `{"model.d_model": 256, ...}`."""
+  flat: dict[str, Any] = {}
+  for group, value in dataclasses.asdict(config).items():
+    if isinstance(value, dict):
+      flat |= {f"{group}.{name}": v for name, v in value.items()}
+    else:
+      flat[group] = value
+  return flat
+
+
+def fixed_fields(flat: dict[str, Any]) -> dict[str, Any]:
+  """The fields that a resumed run must share with the run it continues."""
+  return {
+    name: value
+    for name, value in flat.items()
+    if name.partition(".")[0] not in FREE_GROUPS and name not in FREE_FIELDS
+  }
+
+
+def override(config: Config, settings: Sequence[str]) -> Config:
+  """Applies `group.field=value` settings, in order.
+
+  Args:
+    config: where to start.
+    settings: texts such as `optimizer.rank=32`.
+
+  Returns:
+    The changed config, all checks run again.
+
+  Raises:
+    UserError: no `=`, no such field, or a value of another type.
+  """
+  changes: dict[str, dict[str, Any]] = {}
+  for setting in settings:
+    name, equals, text = setting.partition("=")
+    if not equals:
+      raise UserError(
+        f"--set {setting!r} has no '='; write --set group.field=value"
+      )
+    group, field, kind = _find(config, name.strip())
+    changes.setdefault(group, {})[field] = parse(name, text.strip(), kind)
+  # One replace a group: checks that span fields see all changes together.
+  for group, fields in changes.items():
+    new = dataclasses.replace(getattr(config, group), **fields)
+    config = dataclasses.replace(config, **{group: new})
+  return config
+
+
+def _find(config: Config, name: str) -> tuple[str, str, Any]:
+  """Group, field and type that `name` means."""
+  group, _, field = name.partition(".")
+  groups = [n for n, v in vars(config).items() if dataclasses.is_dataclass(v)]
+  if group not in groups:
+    raise UserError(
+      f"--set {name}: there is no group {group!r}; the groups are"
+      f" {', '.join(groups)}"
+    )
+  kinds = typing.get_type_hints(type(getattr(config, group)))
+  if field not in kinds:
+    raise UserError(
+      f"--set {name}: {group} has no field {field!r}; its fields are"
+      f" {', '.join(kinds)}"
+    )
+  return group, field, kinds[field]
+
+
+def parse(name: str, text: str, kind: Any) -> Any:
+  """Reads `text` as a value of type `kind`: bool, int, float, str, Literal."""
+  if typing.get_origin(kind) is Literal:
+    choices = typing.get_args(kind)
+    if text not in choices:
+      raise UserError(
+        f"--set {name}={text}: must be one of {', '.join(choices)}"
+      )
+    return text
+  readers: dict[type, Any] = {
+    bool: {"true": True, "false": False}.__getitem__,
+    int: lambda t: int(t.replace("_", "")),
+    float: float,
+    str: str,
+  }
+  try:
+    return readers[kind](text.lower() if kind is bool else text)
+  except (ValueError, KeyError):
+    expected = "true or false" if kind is bool else f"of type {kind.__name__}"
+    raise UserError(f"--set {name}={text}: must be {expected}") from None

@@ -1,0 +1,119 @@
+"""SentencePiece models as tokenizers of the `tokenizers` library.
+
+The two kinds that language models use: unigram (T5) and byte-pair encoding
+with byte fallback (LLaMA, Mistral).
+"""
+
+import importlib
+import pathlib
+import re
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from train.common.errors import UserError
+
+SPACE = "▁"
+INSIDE = re.compile(f"[^{SPACE}]{SPACE}")  # a piece of more than one word
+WORD = tokenizers.Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
+UNIGRAM, BPE = 1, 2  # `model_type` in the file
+CONTROL, UNKNOWN = 3, 2  # `type` of a piece
+
+
+def load(path: pathlib.Path) -> tokenizers.Tokenizer:
+  """Reads a SentencePiece `.model` file.
+
+  Raises:
+    UserError: it is no such file, or of a kind that is not supported.
+  """
+  proto = _parse(path)
+  kind = proto.trainer_spec.model_type
+  if kind not in (UNIGRAM, BPE):
+    raise UserError(
+      f"data.tokenizer {path} is a SentencePiece model of words or characters;"
+      " unigram and bpe models are supported"
+    )
+  model = _unigram(proto) if kind == UNIGRAM else _bpe(proto)
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.normalizer = _normalizer(proto.normalizer_spec)
+  if not any(INSIDE.search(piece) for piece, _ in _pieces(proto)):
+    # Words first: the time a text takes is then in proportion to its length.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(WORD, "isolated")
+  strip = [decoders.Strip(" ", 1, 0)]
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    + (strip if proto.normalizer_spec.add_dummy_prefix else [])
+  )
+  tokenizer.add_special_tokens(
+    [p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN)]
+  )
+  return tokenizer
+
+
+def _parse(path: pathlib.Path) -> Any:
+  try:
+    pb2 = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+  except ImportError as error:
+    raise UserError(
+      f"data.tokenizer {path} needs the package that describes such files:"
+      " pip install sentencepiece"
+    ) from error
+  proto = pb2.ModelProto()
+  try:
+    proto.ParseFromString(path.read_bytes())
+  except Exception as error:
+    raise UserError(
+      f"data.tokenizer {path} is no SentencePiece model: {error}"
+    ) from error
+  return proto
+
+
+def _pieces(proto: Any) -> list[tuple[str, float]]:
+  return [(piece.piece, piece.score) for piece in proto.pieces]
+
+
+def _unknown(proto: Any) -> int:
+  return next(i for i, p in enumerate(proto.pieces) if p.type == UNKNOWN)
+
+
+def _unigram(proto: Any) -> models.Unigram:
+  spec = proto.trainer_spec
+  return models.Unigram(_pieces(proto), _unknown(proto), spec.byte_fallback)
+
+
+def _bpe(proto: Any) -> models.BPE:
+  """Merges are not in the file: a pair merges where its union is a piece."""
+  ids = {piece: i for i, (piece, _) in enumerate(_pieces(proto))}
+  special = {p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN)}
+  merges = []
+  for piece, score in _pieces(proto):
+    if piece in special:  # no text spells a control piece
+      continue
+    halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+    known = [pair for pair in halves if pair[0] in ids and pair[1] in ids]
+    known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    merges += [(-score, *map(len, pair), pair) for pair in known]
+  # The best score first. Equal scores keep the order of the pieces.
+  merges.sort(key=lambda merge: merge[:1])
+  return models.BPE(
+    ids,
+    [pair for *_, pair in merges],
+    unk_token=proto.pieces[_unknown(proto)].piece,
+    fuse_unk=True,
+    byte_fallback=proto.trainer_spec.byte_fallback,
+  )
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+  """What a text goes through before it is cut, spaces as SPACE at last."""
+  steps: list[normalizers.Normalizer] = []
+  if spec.precompiled_charsmap:
+    steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+  if spec.remove_extra_whitespaces:
+    steps.append(normalizers.Strip())
+    steps.append(normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
+  if spec.add_dummy_prefix:
+    steps.append(normalizers.Prepend(SPACE))
+  steps.append(normalizers.Replace(" ", SPACE))
+  return normalizers.Sequence(steps)

@@ -1,0 +1,324 @@
+"""Text by name: local files, a set on the hub, or the bundled corpus.
+
+Whatever it comes from, a text leaves here as datasets with a column of
+strings, whole (`datasets.Dataset`) or read on demand (`IterableDataset`).
+"""
+
+import contextlib
+import dataclasses
+import glob
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import datasets
+
+from train.common.errors import UserError
+from train.config.schema import HUB, DataConfig
+
+CORPUS = pathlib.Path(__file__).parent / "sotu" / "sotu.jsonl.xz"
+KINDS = {
+  "text": (".txt", ".text", ".md"),
+  "json": (".jsonl", ".json", ".ndjson"),
+  "csv": (".csv", ".tsv"),
+  "parquet": (".parquet",),
+}
+PACKED = (".gz", ".xz", ".bz2", ".zst", ".lz4")  # one compressed file each
+Documents = datasets.Dataset | datasets.IterableDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Documents to train on and, where they are given, others to evaluate on."""
+
+  name: str  # as messages call it
+  field: str  # the column that holds the text
+  train: Documents
+  held_out: Documents | None  # None: to be taken out of `train`
+
+  @property
+  def streamed(self) -> bool:
+    """Whether the documents are read as they are needed."""
+    return isinstance(self.train, datasets.IterableDataset)
+
+
+def streams(config: DataConfig) -> bool:
+  """Whether `config` asks to read on demand; `auto` does so for hub sets."""
+  if config.stream == "auto":
+    return config.path.startswith(HUB)
+  return config.stream == "true"
+
+
+def load(config: DataConfig, cache: pathlib.Path) -> Source:
+  """Opens the documents that `config` names.
+
+  Args:
+    config: `path` says what: nothing for the bundled corpus, a file, a folder
+      or a glob, or `hub:NAME` or `hub:NAME:SUBSET`.
+    cache: folder for the files that `datasets` maps into memory.
+
+  Returns:
+    The source. Its documents are in the order of the files.
+
+  Raises:
+    UserError: it is missing, cannot be reached or read, holds no text, or
+      has no such split, subset or field.
+  """
+  if config.path.startswith(HUB):
+    return _load_hub(config, cache)
+  field = config.text_field
+  options = {"cache": cache, "stream": streams(config), "config": config}
+  name = f"data.path {config.path or CORPUS}"
+  train = _load_files(name, config.path or str(CORPUS), **options)
+  held_out = None
+  if config.validation and config.validation != "none":
+    held = f"data.validation {config.validation}"
+    held_out = _load_files(held, config.validation, **options)
+    held_out = _texts(held_out, held, field)
+  return Source(name, field, _texts(train, name, field), held_out)
+
+
+def find_files(name: str, pattern: str) -> list[pathlib.Path]:
+  """The files that a path, a folder or a glob means, sorted.
+
+  A folder means the files of a known kind in it, at any depth, but for those
+  whose name (or whose folder's) starts with a dot.
+  """
+  path = pathlib.Path(pattern).expanduser()
+  if path.is_dir():
+    found = [p for p in path.rglob("*") if p.is_file() and kind_of(p)]
+    found = [p for p in found if not _hidden(p.relative_to(path))]
+    missing = f"{name} is a folder without files that end in {_endings()}"
+  elif path.exists():
+    found, missing = [path], ""
+  elif glob.has_magic(pattern):
+    hits = glob.glob(str(path), recursive=True)
+    found = [p for p in map(pathlib.Path, hits) if p.is_file()]
+    missing = f"{name} matches no file; quote a glob so that the shell keeps it"
+  else:
+    found, missing = [], f"{name} does not exist; name a file, folder or glob"
+  if not found:
+    raise UserError(missing)
+  return sorted(found)
+
+
+def _hidden(path: pathlib.Path) -> bool:
+  return any(part.startswith(".") for part in path.parts)
+
+
+def kind_of(path: pathlib.Path) -> str | None:
+  """The reader of `datasets` for a file, by the end of its name."""
+  name = path.name.lower()
+  for kind, endings in KINDS.items():
+    for ending in endings:
+      compressed = tuple(ending + suffix for suffix in PACKED)
+      if name.endswith(ending) or (
+        kind != "parquet" and name.endswith(compressed)
+      ):
+        return kind
+  return None
+
+
+def _endings() -> str:
+  known = [ending for endings in KINDS.values() for ending in endings]
+  return f"{', '.join(known)} (or these with {', '.join(PACKED)})"
+
+
+def _load_files(
+  name: str,
+  pattern: str,
+  *,
+  cache: pathlib.Path,
+  stream: bool,
+  config: DataConfig,
+) -> Documents:
+  paths = find_files(name, pattern)
+  kinds = {kind_of(path): path for path in reversed(paths)}
+  if None in kinds:
+    raise UserError(f"{name}: {kinds[None]} ends in none of {_endings()}")
+  if len(kinds) > 1:
+    examples = " and ".join(str(path) for path in kinds.values())
+    raise UserError(
+      f"{name} holds files of several kinds, as {examples}; name one kind with"
+      " a glob"
+    )
+  paths = [path for path in paths if readable(name, path)]
+  if not paths:
+    raise UserError(f"{name} is empty; it needs text to train on")
+  (kind,) = kinds
+  # A list stands for itself: nothing in a file's name is read as a pattern.
+  options: dict[str, Any] = {
+    "path": kind,
+    "data_files": [glob.escape(str(path.resolve())) for path in paths],
+    "split": "train",
+    "streaming": stream,
+    "cache_dir": str(cache),
+  }
+  if kind == "text":
+    sample_by = {"file": "document"}.get(config.documents, config.documents)
+    options["sample_by"] = sample_by
+  if kind == "csv" and ".tsv" in paths[0].name.lower():
+    options["sep"] = "\t"
+  with reading(name), quiet():
+    return datasets.load_dataset(**options)
+
+
+def readable(name: str, path: pathlib.Path) -> bool:
+  """Whether a file has content; an empty shard among others has none."""
+  if not os.access(path, os.R_OK):
+    raise UserError(f"{name}: {path} may not be read by this user")
+  return path.stat().st_size > 0
+
+
+def _load_hub(config: DataConfig, cache: pathlib.Path) -> Source:
+  name, _, subset = config.path.removeprefix(HUB).partition(":")
+  options: dict[str, Any] = {
+    "path": name,
+    "name": subset or None,
+    "revision": config.revision or None,
+    "streaming": streams(config),
+    "cache_dir": str(cache),
+  }
+  said = f"data.path {config.path}"
+  with reading(said), quiet():
+    splits = datasets.load_dataset(**options)
+  train = _split(splits, config.split, said, "data.split")
+  wanted = config.validation
+  if not wanted:
+    # The split may be spelled as a slice of `train`, so it is not reused.
+    free = config.split != "validation" and "validation" in splits
+    wanted = "validation" if free else "none"
+  if wanted == config.split:
+    raise UserError(
+      f"data.validation and data.split are both {wanted!r}; evaluate on"
+      " another split, or use data.validation=none"
+    )
+  field = config.text_field
+  held_out = None
+  if wanted != "none":
+    held_out = _split(splits, wanted, said, "data.validation")
+    held_out = _texts(held_out, said, field)
+  return Source(said, field, _texts(train, said, field), held_out)
+
+
+def _split(splits: Any, name: str, said: str, option: str) -> Documents:
+  if name not in splits:
+    raise UserError(
+      f"{said} has no split {name!r} ({option}); its splits are"
+      f" {', '.join(splits)}"
+    )
+  return splits[name]
+
+
+def _texts(documents: Documents, name: str, field: str) -> Documents:
+  """Checks the text's column; of whole sets keeps what says something."""
+  if isinstance(documents, datasets.IterableDataset):
+    if documents.features is not None:
+      check_field(dict(documents.features), name, field)
+    return documents
+  check_field(dict(documents.features), name, field)
+  documents = cast(datasets.Dataset, documents.select_columns([field]))
+  if field != "text":
+    documents = documents.rename_column(field, "text")
+  with quiet():
+    kept = documents.filter(
+      lambda texts: [not blank(text) for text in texts],
+      batched=True,
+      input_columns="text",
+    )
+  if not len(kept):
+    raise UserError(f"{name} holds no text, only blank documents")
+  return cast(datasets.Dataset, kept)
+
+
+def blank(text: str | None) -> bool:
+  """Whether a document is nothing but white space, or not there."""
+  return not text or text.isspace()
+
+
+def check_field(types: dict[str, Any], name: str, field: str) -> None:
+  """Raises unless `field` is among the columns and holds strings.
+
+  Args:
+    types: what each column holds, by its name.
+    name: the source, as messages call it.
+    field: the column of the text.
+  """
+  if field not in types:
+    raise UserError(
+      f"{name} has no field {field!r}; its fields are {', '.join(types)}:"
+      " name one with data.text_field"
+    )
+  kind = str(getattr(types[field], "dtype", types[field]))
+  # A column of missing values only has the type null until one is found.
+  if kind not in ("string", "large_string", "string_view", "null"):
+    raise UserError(f"{name}: {field!r} holds {kind}, not strings")
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+  """Turns the errors of `datasets` into one sentence that names the source.
+
+  Only its calls belong inside: its readers are many, and so are the kinds of
+  errors that they raise.
+  """
+  try:
+    with _without_log():
+      yield
+  except datasets.exceptions.DatasetNotFoundError as error:
+    if "gated" in str(error):
+      advice = "is gated: accept its terms on its page, then `hf auth login`"
+    else:
+      advice = "is not on the hub, or is private; check the name"
+    raise UserError(f"{name} {advice}") from error
+  except (ConnectionError, TimeoutError) as error:
+    raise UserError(unreachable(name, error)) from error
+  except Exception as error:
+    if "BuilderConfig" in str(error) or "Config name" in str(error):
+      known = " ".join(str(error).splitlines()[:2])
+      raise UserError(
+        f"{name}: {known} A subset is written {HUB}NAME:SUBSET"
+      ) from error
+    reason = first_line(error.__cause__ or error)
+    raise UserError(f"{name} cannot be read: {reason}") from error
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+  """Keeps `datasets` from logging an error that it raises as well."""
+  logger = logging.getLogger("datasets")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
+
+
+def unreachable(name: str, error: Exception) -> str:
+  """What to say when the hub does not answer."""
+  offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+  hint = "HF_HUB_OFFLINE is set" if offline else "check the network"
+  return (
+    f"{name}: the hub cannot be reached ({first_line(error)}); {hint}, or use"
+    " local files"
+  )
+
+
+def first_line(error: BaseException) -> str:
+  """The first line of an error's text, or its type where it has none."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """No bars from `datasets`: the run has one progress bar of its own."""
+  was_on = datasets.is_progress_bar_enabled()
+  datasets.disable_progress_bars()
+  try:
+    yield
+  finally:
+    if was_on:
+      datasets.enable_progress_bars()

@@ -1,0 +1,364 @@
+"""What a run would take, counted before anything is allocated or read.
+
+`python -m train.pretrain --preset llama_7b --dry-run` prints it; with `--json`
+as one object. Parameters, optimizer state and programs are traced as shapes,
+so a 7B model takes seconds on a laptop and needs neither data nor a hub.
+"""
+
+import collections
+import json
+import math
+import textwrap
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import galore_optax
+from train.common.errors import UserError
+from train.config import schema
+from train.estimate import flops, jaxpr_cost
+from train.parallel import mesh as mesh_lib
+from train.step import adapters, optimizer, per_layer, train_step
+
+# Group of a parameter, by the first part of its path that is a key here.
+GROUPS = {
+  "embed": "embedding",
+  "attn": "attention",
+  "mlp": "feed-forward",
+  "attn_norm": "norms",
+  "mlp_norm": "norms",
+  "norm": "norms",
+  "lm_head": "head",
+}
+
+
+def main(config: schema.Config, as_json: bool) -> int:
+  """Prints what the run would take; returns the exit status."""
+  # Devices are not touched: another run may be at work on them.
+  jax.config.update("jax_platforms", "cpu")
+  found = estimate(config)
+  print(json.dumps(found) if as_json else render(found))
+  return 0
+
+
+def estimate(config: schema.Config) -> dict[str, Any]:
+  """Counts parameters, bytes and FLOPs of a run.
+
+  Args:
+    config: the run. `mesh.data = 0`, which takes the devices that are left,
+      counts as 1: this machine need not have the devices of the run.
+
+  Returns:
+    What `--json` prints: nested dicts of numbers, bytes and FLOPs as such.
+
+  Raises:
+    UserError: the optimizer's options exclude one another, or the mesh does
+      not divide the batch.
+  """
+  mesh: Any = abstract_mesh(config.mesh)  # shardings take it as a mesh
+  tx, method = per_layer.make(config, mesh)
+  parts = adapters.make(config.optimizer)
+  placed = train_step.place(config.model, method, mesh, parts)
+  like = adapters.initial(config.optimizer, tx)
+  plan = galore_optax.describe(like, placed.weights)
+  return {
+    "preset": config.preset,
+    "optimizer": config.optimizer.name,
+    "mesh": dict(mesh.shape),
+    "parameters": parameters(placed.weights),
+    "plan": plan_rows(plan, config.optimizer),
+    "bytes": memory(config, placed, mesh),
+    "optimizer_state": optimizer.accounting(config.optimizer, placed.weights),
+    "optimizer_state_note": optimizer.accounting_note(placed.weights),
+    "flops": work(config, tx, placed, plan.rows),
+  }
+
+
+def abstract_mesh(config: schema.MeshConfig) -> jax.sharding.AbstractMesh:
+  """The mesh of a run without its devices."""
+  sizes = (config.data or 1, config.fsdp, config.tensor)
+  auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+  return jax.sharding.AbstractMesh(sizes, mesh_lib.AXES, axis_types=auto)
+
+
+def parameters(params: Any) -> dict[str, int]:
+  """Number of parameters: `total`, and by group."""
+  counts: dict[str, int] = collections.defaultdict(int)
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    parts = optimizer.path_of(path).split("/")
+    counts[next((GROUPS[p] for p in parts if p in GROUPS), "other")] += x.size
+  return {"total": sum(counts.values()), **counts}
+
+
+def plan_rows(
+  plan: galore_optax.diagnostics.Description, config: schema.OptimizerConfig
+) -> list[dict[str, Any]]:
+  """The rows of `galore_optax.describe` as JSON takes them."""
+  return [_plan_row(row, config) for row in plan.rows]
+
+
+def _plan_row(row: Any, config: schema.OptimizerConfig) -> dict[str, Any]:
+  side, rank = row.side or "full rank", row.rank
+  block = row.path.startswith("layers/") and row.path.endswith("/kernel")
+  if config.name == "contrib_galore" and block:  # which `describe` cannot know
+    side, rank = "long side", config.rank
+  if config.has_adapters and block:
+    side, rank = "factors", min(config.rank, *row.shape[-2:])
+  return {
+    "path": row.path,
+    "shape": list(row.shape),
+    "side": side,
+    "rank": rank,
+    "state_bytes": row.state_bytes,
+    "reason": row.reason if rank is None else "",
+  }
+
+
+def memory(
+  config: schema.Config,
+  placed: train_step.Placed,
+  mesh: jax.sharding.AbstractMesh,
+) -> dict[str, dict[str, int]]:
+  """Bytes of what lives on the devices: `whole`, and on one `device`.
+
+  Activations are the most that a microbatch's loss and gradient keep at once,
+  on a device whose tensor axis has size 1: with more it is an upper bound.
+  Gradient accumulation keeps a float32 sum beside a microbatch's gradient.
+  """
+  state, where = placed.state, placed.shardings
+  groups = weights(placed) | {
+    "gradients": gradients(config, placed),
+    "optimizer_state": (state.opt_state, where.opt_state),
+  }
+  if config.train.accumulate > 1:
+    cast = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    sums = jax.tree.map(cast, placed.weights)
+    groups["gradient_sums"] = (sums, placed.weight_shardings)
+  whole = {name: galore_optax.state_bytes(x) for name, (x, _) in groups.items()}
+  device = {name: shard_bytes(*pair) for name, pair in groups.items()}
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  device["activations"] = activation_bytes(config, shards)
+  whole["activations"] = shards * device["activations"]
+  for part in (whole, device):
+    part["together"] = sum(part.values())
+  return {"whole": whole, "device": device}
+
+
+def weights(placed: train_step.Placed) -> dict[str, tuple[Any, Any]]:
+  """The weights by group, as shapes, with their shardings.
+
+  With factors that is what is kept, and the weights that a step makes of it.
+  """
+  params, where = placed.state.params, placed.shardings.params
+  if placed.adapters is None:
+    return {"weights": (params, where)}
+  return {
+    "frozen_weights": (params["frozen"], where["frozen"]),
+    "trained_weights": (params["adapters"], where["adapters"]),
+    "made_weights": (placed.weights, placed.weight_shardings),
+  }
+
+
+def gradients(
+  config: schema.Config, placed: train_step.Placed
+) -> tuple[Any, Any]:
+  """The gradients that are alive at once, as shapes, and their shardings.
+
+  Layer by layer that is one layer's, and the embedding's or the head's.
+  """
+  if not config.train.layerwise:
+    return placed.weights, placed.weight_shardings
+  ends = {k: v for k, v in placed.weights.items() if k != "layers"}
+  largest = max(ends, key=lambda k: galore_optax.state_bytes(ends[k]))
+  layer = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype),
+    placed.weights["layers"],
+  )
+  shardings = placed.weight_shardings
+  return (
+    {"layers": layer, largest: ends[largest]},
+    {"layers": shardings["layers"], largest: shardings[largest]},
+  )
+
+
+def shard_bytes(tree: Any, shardings: Any) -> int:
+  """Bytes of a tree on one device."""
+  return sum(
+    galore_optax.state_bytes(
+      jax.ShapeDtypeStruct(where.shard_shape(x.shape), x.dtype)
+    )
+    for x, where in zip(
+      jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True
+    )
+  )
+
+
+def activation_bytes(config: schema.Config, shards: int) -> int:
+  """Bytes that one microbatch's loss and gradient keep at most."""
+  parts = shards * config.parts
+  rows, rest = divmod(config.data.batch, parts)
+  if rest:
+    raise UserError(
+      f"data.batch is {config.data.batch}, which mesh.data * mesh.fsdp *"
+      f" train.accumulate * optimizer.accumulate = {parts} does not divide;"
+      f" use a multiple of {parts}"
+    )
+  program = flops.trace_loss(config.model, rows, config.data.length, True)
+  return jaxpr_cost.peak_bytes(program)
+
+
+def work(
+  config: schema.Config, tx: Any, placed: train_step.Placed, rows: tuple
+) -> dict[str, float]:
+  """FLOPs of matrix products: a token's, a step's, and the run's."""
+  length = config.data.length
+  forward = flops.forward_per_token(config.model, length)
+  again = flops.recompute_per_token(config.model, length)
+  if placed.adapters is None:
+    update = flops.update_every_step(tx, placed.weights)
+  else:
+    update = flops.adapters_every_step(placed.adapters, placed.state.params)
+  refresh = flops.refresh(rows, config.optimizer)
+  gap = config.optimizer.update_proj_gap
+  tokens = config.data.batch * length
+  per_step = tokens * (3 * forward + again) + update + refresh / gap
+  return {
+    "forward_per_token": forward,
+    "backward_per_token": 2 * forward,
+    "recomputed_per_token": again,
+    "optimizer_per_step": update,
+    "refresh": refresh,
+    "refresh_every": gap,
+    "tokens_per_step": tokens,
+    "steps": config.train.steps,
+    "tokens": tokens * config.train.steps,
+    "per_step": per_step,
+    "run": per_step * config.train.steps,
+  }
+
+
+def render(found: dict[str, Any]) -> str:
+  """The estimate as text of at most 80 columns."""
+  parts = (
+    [f"dry run of {found['preset']} with {found['optimizer']}"],
+    _parameters(found["parameters"]),
+    plan_table(found["plan"]),
+    _memory(found["bytes"], found["mesh"]),
+    _states(found["optimizer_state"], found["optimizer_state_note"]),
+    _work(found["flops"]),
+    _time(found["flops"], math.prod(found["mesh"].values())),
+  )
+  return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _parameters(counts: dict[str, int]) -> list[str]:
+  total = counts["total"]
+  return [f"parameters        {total:>16,}"] + [
+    f"  {name:<15} {n:>16,}  {n / total:6.1%}"
+    for name, n in counts.items()
+    if name != "total"
+  ]
+
+
+def plan_table(rows: list[dict[str, Any]]) -> list[str]:
+  """The lines of a table of `plan_rows`."""
+  width = max(len(row["path"]) for row in rows)
+  lines = [f"{'leaf':<{width}}  {'shape':<18} {'side':<9} rank optimizer state"]
+  for row in rows:
+    shape = " x ".join(map(str, row["shape"]))
+    lines.append(
+      f"{row['path']:<{width}}  {shape:<18} {row['side']:<9}"
+      f" {row['rank'] or '-':>4} {size(row['state_bytes']):>15}"
+    )
+  # Of names and rules, which are the rest, the table tells enough.
+  small = [row["path"] for row in rows if row["reason"].startswith("no small")]
+  if small:
+    text = f"not smaller at this rank, so left at full: {small[0]}"
+    lines.append(text + (f" and {len(small) - 1} more" if small[1:] else ""))
+  return lines
+
+
+def _memory(parts: dict[str, dict], mesh: dict[str, int]) -> list[str]:
+  axes = " x ".join(f"{n} {axis}" for axis, n in mesh.items())
+  lines = [f"{'bytes':<20}{'in all':>12}{'a device':>14}, mesh {axes}"]
+  for name, n in parts["whole"].items():
+    label, here = name.replace("_", " "), size(parts["device"][name])
+    lines.append(f"  {label:<18}{size(n):>12}{here:>14}")
+  return lines
+
+
+def _states(states: dict[str, int], note: str) -> list[str]:
+  width = max(map(len, states))
+  rows = [
+    f"  {name:<{width}}{size(n):>12}  {n / states['adamw']:6.1%} of adamw's"
+    for name, n in states.items()
+  ]
+  return ["optimizer state of this model", *rows, *textwrap.wrap(note, 78)]
+
+
+def _work(found: dict[str, float]) -> list[str]:
+  token = lambda name: f"{amount(found[name + '_per_token'])}FLOPs a token"
+  lines = [
+    f"forward     {token('forward')}",
+    f"backward    {token('backward')}",
+  ]
+  if found["recomputed_per_token"]:
+    lines.append(f"recomputed  {token('recomputed')}")
+  update, refresh = found["optimizer_per_step"], found["refresh"]
+  if update:
+    share = 100 * update / found["per_step"]
+    lines.append(
+      f"optimizer   {amount(update)}FLOPs a step, {share:.2g}% of it"
+    )
+  if refresh:
+    gap = found["refresh_every"]
+    share = 100 * refresh / gap / found["per_step"]
+    lines.append(
+      f"refreshes   {amount(refresh)}FLOPs every {gap} steps, {share:.2g}% of"
+      " them"
+    )
+  return [
+    "matrix products",
+    *(f"  {line}" for line in lines),
+    "",
+    f"the run     {found['steps']:,} steps of {found['tokens_per_step']:,}"
+    f" tokens: {amount(found['tokens'])}tokens, {amount(found['run'])}FLOPs",
+  ]
+
+
+def _time(found: dict[str, float], devices: int) -> list[str]:
+  model = 3 * found["forward_per_token"] * found["tokens"]
+  count = f"{devices} devices" if devices > 1 else "one device"
+  times = (
+    f"{kind} {duration(model / (0.4 * devices * flops.peak(kind)))}"
+    for kind in ("TPU v5e", "TPU v6e", "A100", "H100", "RTX 4090")
+  )
+  text = f"at 40% MFU, {count}: {', '.join(times)}"
+  return textwrap.wrap(text, 78, subsequent_indent="  ")
+
+
+def size(count: float) -> str:
+  """Bytes as `12.5 GiB`."""
+  for unit in ("B", "KiB", "MiB", "GiB"):
+    if count < 1000 or unit == "GiB":
+      return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
+    count /= 1024
+  raise AssertionError("unreachable")
+
+
+def amount(count: float) -> str:
+  """A large number as `12.5 T`, the unit's name to follow."""
+  for prefix in ("", "k", "M", "G", "T", "P"):
+    if count < 1000:
+      return f"{count:.3g} {prefix}"
+    count /= 1000
+  return f"{count:,.3g} E"
+
+
+def duration(seconds: float) -> str:
+  """Seconds as days, hours or minutes."""
+  for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+    if seconds >= length or unit == "min":
+      return f"{seconds / length:,.1f} {unit}"
+  raise AssertionError("unreachable")

@@ -1,0 +1,175 @@
+"""FLOPs of a model and an optimizer, and what devices can do at best.
+
+MFU is model FLOPs utilisation: three times the forward pass's matrix products
+(the backward pass takes two for each), whatever is recomputed, over the peak
+of the devices. Attention counts in full, as in the PaLM paper (arXiv
+2204.02311, appendix B), though half of it is masked.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.extend import core
+
+from train.config.schema import ModelConfig, OptimizerConfig
+from train.estimate import jaxpr_cost
+from train.models import llama
+from train.step import train_step
+from train.step.adapters import Adapters
+
+# Dense bfloat16 FLOPs a second of one JAX device, at its `device_kind`, with
+# float32 accumulation. TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (a
+# device is a chip). NVIDIA: the products' data sheets, without sparsity, and
+# for GeForce the Ada and Ampere GA102 whitepapers (appendix A).
+PEAKS: tuple[tuple[str, float], ...] = (
+  (r"TPU v4", 275e12),
+  (r"TPU v5 ?(lite|e)", 197e12),
+  (r"TPU v5p?", 459e12),
+  (r"TPU v6 ?(lite|e)", 918e12),
+  (r"A100\b", 312e12),
+  (r"H100 NVL", 835e12),
+  (r"H100 PCIe", 756e12),
+  (r"(H100|H200|GH200)", 989e12),
+  (r"L40S", 362e12),
+  (r"L4\b", 121e12),
+  (r"RTX 4090", 165.2e12),
+  (r"RTX 3090", 71e12),
+)
+
+
+def peak(device_kind: str) -> float:
+  """Best bfloat16 FLOPs a second of a device; nan where it is not known."""
+  for pattern, flops in PEAKS:
+    if re.search(pattern + "(?! Ti)", device_kind):
+      return flops
+  return math.nan
+
+
+def utilisation(tokens_per_second: float, forward: float) -> float:
+  """MFU of the devices in use; nan where their peak is not known.
+
+  Args:
+    tokens_per_second: of all devices together.
+    forward: FLOPs a token of the forward pass.
+  """
+  devices = jax.devices()
+  best = len(devices) * peak(devices[0].device_kind)
+  return 3 * forward * tokens_per_second / best
+
+
+def trace_loss(
+  config: ModelConfig, rows: int, length: int, gradient: bool
+) -> core.Jaxpr:
+  """The jaxpr of a batch's mean loss, or of its gradient."""
+  graphdef, boxes = llama.abstract(config)
+  params = nnx.to_pure_dict(boxes)
+
+  def loss(params: Any, rows: jax.Array) -> jax.Array:
+    return train_step.token_losses(graphdef, params, rows).mean()
+
+  batch = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
+  run = jax.grad(loss) if gradient else loss
+  return jax.make_jaxpr(run)(params, batch).jaxpr
+
+
+@functools.cache
+def forward_per_token(config: ModelConfig, length: int) -> float:
+  """FLOPs a token of the forward pass, over rows of `length` tokens."""
+  return jaxpr_cost.count_flops(trace_loss(config, 1, length, False)) / length
+
+
+@functools.cache
+def recompute_per_token(config: ModelConfig, length: int) -> float:
+  """FLOPs a token of what the backward pass computes a second time."""
+  both = jaxpr_cost.count_flops(trace_loss(config, 1, length, True)) / length
+  return max(0.0, both - 3 * forward_per_token(config, length))
+
+
+def update_every_step(
+  tx: optax.GradientTransformationExtraArgs, params: Any
+) -> int:
+  """FLOPs of the optimizer's matrix products in a step without a refresh.
+
+  For GaLore those are the projections and the lifts, for Muon the iterations
+  of Newton and Schulz.
+  """
+  state = jax.eval_shape(tx.init, params)
+  traced = jax.make_jaxpr(tx.update)(params, state, params)
+  return jaxpr_cost.count_flops(traced.jaxpr, min)
+
+
+def adapters_every_step(adapters: Adapters, params: Any) -> int:
+  """FLOPs of multiplying factors out, and of the gradient's way back.
+
+  Args:
+    adapters: how weights are divided.
+    params: `frozen` and `adapters`, or their shapes.
+  """
+
+  def both(params: Any) -> Any:
+    weights, back = adapters.differentiable(params)
+    return back(weights)
+
+  return jaxpr_cost.count_flops(jax.make_jaxpr(both)(params).jaxpr)
+
+
+def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:
+  """FLOPs of finding every basis once, moments carried over included.
+
+  Subspace iteration: two products with the gradient and three passes of
+  CholeskyQR an iteration. SVD: 6 m n^2 + 20 n^3 for m >= n (Golub and Van
+  Loan, Matrix Computations, 4th ed., figure 8.6.1, thin, by R-SVD).
+
+  Args:
+    rows: of `galore_optax.describe`; those at full rank cost nothing.
+    config: how a basis is found and what becomes of the moments.
+  """
+  if "apollo" in config.name:
+    return 0.0  # random projections are drawn
+  faithful = config.name == "galore_faithful"
+  exact = faithful or config.projector == "svd"
+  rotates = not faithful and config.moments in ("rotate", "ldadam")
+  turns = 1 if config.name == "ldadam" else ITERATIONS
+  total = 0.0
+  for row in rows:
+    if row.rank is None:
+      continue
+    *stack, m, n = row.shape
+    total += math.prod(stack) * sum(
+      _find(m, n, size, row.rank, 0 if exact else turns)
+      + (rotates and _turn(m, n, size, row))
+      for size in _spanned(row)
+    )
+  return total
+
+
+def _spanned(row: Any) -> list[int]:
+  """Lengths of the bases' vectors."""
+  *_, m, n = row.shape
+  return {"left": [m], "right": [n], "both": [m, n]}[row.side]
+
+
+ITERATIONS = 2  # of a refresh: galore's default; ldadam's is 1
+
+
+def _find(m: int, n: int, size: int, rank: int, iterations: int) -> float:
+  if not iterations:
+    long, short = max(m, n), min(m, n)
+    return 6 * long * short**2 + 20 * short**3
+  # The Gram matrix, its inverse factor, and the product with that.
+  passes = 3 * (4 * size * rank**2 + 4 / 3 * rank**3)
+  return iterations * (4 * m * n * rank + passes)
+
+
+def _turn(m: int, n: int, size: int, row: Any) -> float:
+  """The overlap of two bases, and two moments turned by it."""
+  rank = row.rank or 0
+  other = rank if row.side == "both" else m * n // size
+  return 2 * size * rank**2 + 2 * 2 * rank**2 * other

@@ -1,0 +1,254 @@
+"""How each task is trained by default: the papers' recipes where there are any.
+
+GLUE: Table 7 of the GaLore paper (arXiv 2403.03507) for RoBERTa-base, 30
+epochs, batches of 16 (CoLA 32), up to 512 tokens, a learning rate that falls
+in a line without a warm-up, no clipping, alpha 4 at rank 4 and 2 at rank 8. Its
+baselines' rates are not published: AdamW takes GaLore's, LoRA those of its own
+paper (arXiv 2106.09685, Table 9, with alpha = 2r, as theirs at rank 8 is 16 in
+the public code). SQuAD: rank 16 as in the paper, which gives no rate; that,
+the length and the epochs are BERT's.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from train.common.errors import UserError
+from train.config import schema
+from train.config.schema import (
+  DataConfig,
+  OptimizerConfig,
+  RunConfig,
+  TrainConfig,
+)
+from train.finetuning import tasks
+from train.finetuning.config import Config, TaskConfig
+
+
+class Glue(NamedTuple):
+  """A row of the paper's table, and of LoRA's."""
+
+  rank4: float  # learning rate of GaLore at rank 4, alpha 4
+  rank8: float  # at rank 8, alpha 2
+  lora: float
+  batch: int = 16
+
+
+GLUE = {
+  "cola": Glue(3e-5, 1e-5, 4e-4, batch=32),
+  "stsb": Glue(1e-5, 3e-5, 4e-4),
+  "mrpc": Glue(3e-5, 2e-5, 4e-4),
+  "rte": Glue(1e-5, 2e-5, 5e-4),
+  "sst2": Glue(1e-5, 2e-5, 5e-4),
+  "mnli": Glue(1e-5, 1e-5, 5e-4),
+  "qnli": Glue(1e-5, 1e-5, 4e-4),
+  "qqp": Glue(1e-5, 2e-5, 5e-4),
+}
+ADAPTERS = ("lora", "qlora")
+RANK = 4  # of the papers' tables, with 8
+PAPERS_GAP = 500
+EVERY = 10**9  # examples that are evaluated, at most: all of them
+METHODS = (
+  "adamw",
+  "adamw_8bit",
+  "galore",
+  "galore_faithful",
+  "galore_8bit",
+  "q_galore",
+  "fira",
+  *ADAPTERS,
+)
+
+
+class Recipe(NamedTuple):
+  """What a task changes of the common recipe."""
+
+  task: dict[str, Any]
+  data: dict[str, Any]
+  full: float  # learning rate of methods that train the weights
+  adapters: float  # and of those that train factors
+  scale: float  # GaLore's alpha
+  gap: int = 50  # steps between two bases of a matrix
+  rank: int = RANK
+  clip: float = 1.0  # norm of the gradient
+
+
+def _glue(name: str, rank: int) -> Recipe:
+  row = GLUE[name]
+  small = rank < 8
+  return Recipe(
+    {"epochs": 30.0},
+    {"batch": row.batch, "length": 512},
+    row.rank4 if small else row.rank8,
+    row.lora,
+    4.0 if small else 2.0,
+    gap=PAPERS_GAP,
+    clip=0.0,
+  )
+
+
+def _span(epochs: float) -> Recipe:
+  return Recipe(
+    {"epochs": epochs},
+    {"batch": 32, "length": 384},
+    3e-5,
+    3e-4,
+    2.0,
+    rank=16,
+  )
+
+
+def _chat(length: int) -> Recipe:
+  return Recipe(
+    {"epochs": 1.0}, {"batch": 8, "length": length}, 3e-5, 3e-4, 4.0
+  )
+
+
+# Of the small sets, for the encoder and the LLaMA that packages hold.
+SMALL = {
+  "rotten_tomatoes": Recipe(
+    {"epochs": 2.0, "pool": "mean"},
+    {"batch": 32, "length": 64, "holdout_every": 8},
+    1e-4,
+    1e-3,
+    4.0,
+    gap=10,
+  ),
+  "imdb": Recipe(
+    {"epochs": 2.0, "pool": "mean"},
+    {"batch": 32, "length": 256},
+    1e-4,
+    1e-3,
+    4.0,
+  ),
+  "boolq": Recipe(
+    {"epochs": 3.0, "pool": "mean"},
+    {"batch": 32, "length": 192},
+    1e-4,
+    1e-3,
+    4.0,
+  ),
+  "disflqa": _span(10.0),
+  "squad": _span(2.0)._replace(gap=PAPERS_GAP),
+  "squad_v2": _span(2.0)._replace(gap=PAPERS_GAP),
+  "span": _span(2.0),
+  "chat": _chat(512),
+  "fiqa": _chat(256),
+}
+GENERAL = Recipe({}, {"batch": 32, "length": 128}, 3e-5, 3e-4, 4.0)
+
+
+def make(task: str, optimizer: str, rank: int | None = None) -> Config:
+  """The default run of a task by a method at a rank, or at the task's own.
+
+  Raises:
+    UserError: there is no such task, or the method is none for fine-tuning.
+  """
+  tasks.find(task)
+  if optimizer not in METHODS:
+    raise UserError(
+      f"--optimizer {optimizer!r} is none for fine-tuning; the methods are"
+      f" {', '.join(METHODS)}"
+    )
+  if rank is not None and rank < 1:
+    raise UserError(f"--rank must be 1 or more, got {rank}")
+  if task in GLUE:
+    recipe = _glue(task, rank or RANK)
+  else:
+    recipe = SMALL.get(task, GENERAL)
+  rank = rank or recipe.rank
+  config = Config(
+    preset=task,
+    task=TaskConfig(name=task, **recipe.task),
+    data=DataConfig(eval_rows=EVERY, **recipe.data),
+    optimizer=_optimizer(optimizer, rank, recipe),
+    train=TrainConfig(),
+    run=RunConfig(
+      log_every=20, checkpoint_every=500, keep=1, keep_best=0, watch="none"
+    ),
+  )
+  if optimizer == "q_galore":
+    config = dataclasses.replace(
+      config, model=dataclasses.replace(config.model, weights="int8")
+    )
+  return config
+
+
+def _optimizer(name: Any, rank: int, recipe: Recipe) -> OptimizerConfig:
+  adapters = name in ADAPTERS
+  config = OptimizerConfig(
+    name=name,
+    learning_rate=recipe.adapters if adapters else recipe.full,
+    warmup=0.0,
+    decay="linear",
+    final=0.0,
+    rank=rank,
+    update_proj_gap=recipe.gap,
+    scale=recipe.scale,
+    lora_alpha=2.0 * rank,
+    clip=recipe.clip,
+  )
+  # Fira's residual, most of its update, is not scaled by alpha.
+  return dataclasses.replace(config, scale=1.0) if name == "fira" else config
+
+
+# What the checkpoint decides, or only pre-training reads.
+FIXED = {
+  **dict.fromkeys(
+    (
+      "model.vocab_size",
+      "model.d_model",
+      "model.d_ff",
+      "model.n_layers",
+      "model.n_heads",
+      "model.n_kv_heads",
+      "model.rope_theta",
+      "model.norm_eps",
+      "model.init_std",
+      "model.tie_embeddings",
+      "data.tokenizer",
+    ),
+    "is what the checkpoint of --from says",
+  ),
+  **dict.fromkeys(
+    ("train.z_loss", "data.end_token", "run.prompt", "run.sample_tokens"),
+    "is for pre-training only",
+  ),
+  # The recipe follows them.
+  "task.name": "is what --task says",
+  "optimizer.name": "is what --optimizer says",
+  "optimizer.rank": "is what --rank says",
+}
+
+
+# With those that a config refuses: what `--help` leaves out.
+HIDDEN = FIXED.keys() | {
+  "data.documents",
+  "data.shuffle_buffer",
+  "data.stream",
+  "data.text_field",
+  "optimizer.accumulate",
+  "run.watch",
+  "train.layerwise",
+}
+
+
+def adopt(config: Config, settings: list[str]) -> Config:
+  """The config with what the command line changes of it.
+
+  Raises:
+    UserError: a field is unknown, has no such value, or would do nothing.
+  """
+  named = {setting.partition("=")[0].strip() for setting in settings}
+  idle = sorted(named & FIXED.keys())
+  if idle:
+    raise UserError(f"--set {idle[0]}: it {FIXED[idle[0]]}")
+  if "train.steps" in named and "task.epochs" not in named:
+    settings = [*settings, "task.epochs=0"]  # the steps are counted instead
+  changed = schema.override(config, settings)
+  assert isinstance(changed, Config)
+  if {"train.steps", "task.epochs"} <= named and changed.task.epochs:
+    raise UserError(
+      f"train.steps={changed.train.steps} and task.epochs="
+      f"{changed.task.epochs:g} both say how long to train; leave one out"
+    )
+  return changed

@@ -1,0 +1,174 @@
+"""Tables of examples: from the hub, from files or from a package."""
+
+import glob
+import pathlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import datasets
+
+from train.common.errors import UserError
+from train.config.schema import HUB, DataConfig
+from train.data import sources
+from train.finetuning import packaged_datasets
+from train.finetuning.tasks import PACKAGE
+
+Table = datasets.Dataset
+# Readers of the splits by name: only those that a run needs are read.
+Splits = dict[str, Callable[[], Table]]
+KINDS = ("csv", "json", "parquet")
+
+
+def read(
+  path: str,
+  config: DataConfig,
+  validation: tuple[str, ...],
+  cache: pathlib.Path,
+) -> tuple[Table, dict[str, Table]]:
+  """The training table, and those to evaluate; none: to be held out.
+
+  Args:
+    path: a file, a folder, `hub:NAME:SUBSET` or `package:NAME`.
+    config: `split` and `validation` choose among what is there.
+    validation: splits that the task evaluates, if they are there and none is
+      chosen.
+    cache: folder for the files that `datasets` maps into memory.
+
+  Raises:
+    UserError: a file or a split is missing, or is no table.
+  """
+  name = f"data.path {path}"
+  folder = pathlib.Path(path).expanduser()
+  if path.startswith(PACKAGE):
+    splits = _package(path)
+  elif path.startswith(HUB):
+    splits = _hub(path, config, cache, name)
+  elif folder.is_dir():
+    splits = _folder(folder, cache, name)
+  else:
+    same = {p.resolve() for p in sources.find_files(name, path)}
+    others = _others(config.validation, cache, same)
+    return _files(path, cache, name), others
+  train = _pick(splits, config.split, name, "data.split")
+  wanted = config.validation.split(",") if config.validation else []
+  if config.split in wanted:
+    raise UserError(
+      f"data.validation={config.validation} has the split that is trained on,"
+      f" {config.split!r}; name another, or none to hold a part of it out"
+    )
+  if wanted == ["none"]:
+    return train, {}
+  usual = [s for s in validation if s in splits and s != config.split]
+  found = wanted or usual
+  return train, {s: _pick(splits, s, name, "data.validation") for s in found}
+
+
+def _pick(splits: Splits, split: str, name: str, field: str) -> Table:
+  if split not in splits:
+    raise UserError(
+      f"{name} has no split {split!r} ({field}); its splits are"
+      f" {', '.join(splits)}"
+    )
+  return splits[split]()
+
+
+def _ready(tables: dict[str, Table]) -> Splits:
+  return {name: lambda table=table: table for name, table in tables.items()}
+
+
+def _package(path: str) -> Splits:
+  with sources.quiet():
+    return _ready(packaged_datasets.load(path.removeprefix(PACKAGE)))
+
+
+def _hub(
+  path: str, config: DataConfig, cache: pathlib.Path, name: str
+) -> Splits:
+  repository, _, subset = path.removeprefix(HUB).partition(":")
+  with sources.reading(name), sources.quiet():
+    found = datasets.load_dataset(
+      repository,
+      subset or None,
+      revision=config.revision or None,
+      cache_dir=str(cache),
+    )
+  return _ready(cast(Any, found))
+
+
+def _folder(folder: pathlib.Path, cache: pathlib.Path, name: str) -> Splits:
+  """Splits by the names of files: `train.csv`, `validation-00000.parquet`."""
+  found: dict[str, list[pathlib.Path]] = {}
+  for path in sources.find_files(name, str(folder)):
+    if sources.kind_of(path) in KINDS:  # and no README.md
+      split = path.name.split(".")[0].split("-")[0]
+      found.setdefault(split, []).append(path)
+
+  def reader(split: str) -> Callable[[], Table]:
+    return lambda: _read(found[split], cache, f"{name} ({split})")
+
+  return {split: reader(split) for split in found}
+
+
+def _files(pattern: str, cache: pathlib.Path, name: str) -> Table:
+  return _read(sources.find_files(name, pattern), cache, name)
+
+
+def _others(
+  validation: str, cache: pathlib.Path, trained: set[pathlib.Path]
+) -> dict[str, Table]:
+  """Files to evaluate, under their names without ending."""
+  if validation in ("", "none"):
+    return {}
+  found: dict[str, Table] = {}
+  for path in validation.split(","):
+    stem = pathlib.Path(path).stem
+    if stem in found:
+      raise UserError(
+        f"data.validation={validation} names two files {stem!r}, whose scores"
+        " could not be told apart; rename one"
+      )
+    name = f"data.validation {path}"
+    if trained & {p.resolve() for p in sources.find_files(name, path)}:
+      raise UserError(
+        f"{name} is trained on, too; name another file, or none to hold a part"
+        " of data.path out"
+      )
+    found[stem] = _files(path, cache, name)
+  return found
+
+
+def _read(paths: list[pathlib.Path], cache: pathlib.Path, name: str) -> Table:
+  kinds = {sources.kind_of(path) for path in paths}
+  if kinds - set(KINDS):
+    raise UserError(
+      f"{name}: {paths[0]} is no table; examples are read from .csv, .tsv,"
+      " .jsonl, .json and .parquet"
+    )
+  if len(kinds) > 1:
+    raise UserError(f"{name} mixes {' and '.join(map(str, kinds))} files")
+  (kind,) = kinds
+  paths = [path for path in paths if sources.readable(name, path)]
+  if not paths:
+    raise UserError(f"{name} is empty; it needs examples")
+  with sources.reading(name), sources.quiet():
+    table = datasets.load_dataset(
+      str(kind),
+      # A path stands for itself: nothing in it is read as a pattern.
+      data_files=[glob.escape(str(path.resolve())) for path in paths],
+      split="train",
+      cache_dir=str(cache),
+      **(_csv(paths[0]) if kind == "csv" else {}),
+    )
+  return cast(Table, table)
+
+
+def _csv(path: pathlib.Path) -> dict[str, Any]:
+  """How a file of text is cut into cells.
+
+  "None" and "NA" are texts and names of classes like others; only an empty
+  cell is missing. Tabs part cells that are never quoted, as in GLUE's files.
+  """
+  found: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+  if ".tsv" in path.name.lower():
+    found |= {"sep": "\t", "quoting": 3}  # csv.QUOTE_NONE
+  return found

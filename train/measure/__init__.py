@@ -1,0 +1,1 @@
+"""Clocks, machine descriptions and figures for bench and experiments."""

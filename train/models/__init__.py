@@ -1,0 +1,1 @@
+"""The models: a LLaMA, BERT-like encoders, their attention."""

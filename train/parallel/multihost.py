@@ -1,0 +1,150 @@
+"""Several processes as one run: joining them, and what only the first does.
+
+Every process runs the same program on its own devices. The first one alone
+prints and writes the run's files; checkpoints are written by all.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from train.common.errors import UserError
+from train.config.schema import MeshConfig
+
+# What launchers set when they start more than one process.
+COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+
+
+def several(environment: dict[str, str]) -> bool:
+  """Whether the environment says that this is one process of several."""
+  counts = (environment.get(name, "") for name in COUNTS)
+  lists = (environment.get(name, "") for name in LISTS)
+  return (
+    any(count.isdigit() and int(count) > 1 for count in counts)
+    or any("," in names for names in lists)
+    or COORDINATOR in environment
+  )
+
+
+def connect(config: MeshConfig) -> None:
+  """Joins the processes of the run; does nothing where there is only one.
+
+  Must come before the first use of a device.
+
+  Raises:
+    UserError: the processes do not find each other.
+  """
+  if not config.coordinator and not several(dict(os.environ)):
+    _check_alone()
+    return
+  if config.processes == 1:
+    return
+  settings: Any = jax.config  # which makes its attributes as it goes
+  if (settings.jax_platforms or "").startswith("cpu"):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  address = config.coordinator if config.coordinator != "auto" else ""
+  try:
+    jax.distributed.initialize(
+      coordinator_address=address or None,
+      num_processes=config.processes or None,
+      process_id=None if config.process < 0 else config.process,
+    )
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).splitlines()[0]
+    raise UserError(
+      f"the processes of the run could not be joined ({reason}). Set"
+      " mesh.coordinator=host:port of process 0, mesh.processes, and"
+      " mesh.process from 0 on each; or mesh.coordinator=auto under SLURM,"
+      " MPI or on a TPU pod"
+    ) from error
+
+
+def _check_alone() -> None:
+  """Refuses devices that know of other processes, which were not joined."""
+  if jax.process_count() > 1:
+    raise UserError(
+      f"the devices here belong to one of {jax.process_count()} processes, and"
+      " nothing in the environment tells how to join them; set"
+      " mesh.coordinator=auto"
+    )
+
+
+def is_first() -> bool:
+  """Whether this process is the one that prints and writes."""
+  return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+  """The JSON-able `value` of each process, in their order, on all of them."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([text.size], np.int32))
+  padded = np.pad(text, (0, int(sizes.max()) - text.size))
+  texts = multihost_utils.process_allgather(padded)
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(texts, sizes.reshape(-1), strict=True)
+  ]
+
+
+def first_alone(action: Callable[[], None]) -> None:
+  """Runs `action` in the first process while the others wait.
+
+  Raises:
+    Exception: what `action` raised; a UserError with its text in the others.
+  """
+  _together(action if is_first() else lambda: None)
+
+
+def first_then_others(action: Callable[[], Any]) -> Any:
+  """Runs `action` in the first process, then in the others.
+
+  What the first one leaves in a cache, the others then find there.
+
+  Raises:
+    Exception: what it raised; a UserError with its text in the processes that
+      did not fail themselves.
+  """
+  nothing = lambda: None
+  first = _together(action if is_first() else nothing)
+  others = _together(nothing if is_first() else action)
+  return first if is_first() else others
+
+
+def _together(action: Callable[[], Any]) -> Any:
+  """Runs `action` in every process; where one fails, all of them end."""
+  found, own = None, None
+  try:
+    found = action()
+  except Exception as raised:  # whatever it is, the others wait to hear of it
+    own = raised
+  told = gather(own and (str(own) or type(own).__name__))
+  if own is not None:
+    raise own
+  errors = [error for error in told if error]
+  if errors:
+    raise UserError(errors[0])
+  return found
+
+
+@contextlib.contextmanager
+def only_first_speaks() -> Iterator[None]:
+  """Sends what the other processes print to nowhere."""
+  if is_first():
+    yield
+    return
+  with (
+    open(os.devnull, "w") as nowhere,
+    contextlib.redirect_stdout(nowhere),
+    contextlib.redirect_stderr(nowhere),
+  ):
+    yield

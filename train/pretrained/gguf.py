@@ -1,0 +1,170 @@
+"""LLaMA weights out of a GGUF file, dequantised: needs the extra `gguf`.
+
+The file's own names are translated by the table of the `gguf` package, its
+rows of queries and keys are put back in order, and its tokenizer becomes a
+tokenizer.json.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from train.common.errors import UserError
+from train.pretrained import llama_names
+from train.pretrained.llama_names import Weights
+
+CONTROL = 3  # the type of tokens such as <|endoftext|>
+# How a text is cut before the byte pairs are merged, by `tokenizer.ggml.pre`.
+CUTS = {
+  "gpt-2": (),
+  "smollm": (pre_tokenizers.Digits(individual_digits=True),),
+}
+
+
+def load(path: pathlib.Path) -> Weights:
+  """Opens a file; tensors are dequantised when they are read.
+
+  Raises:
+    UserError: the package is missing, the file is damaged, or it holds
+      another architecture.
+  """
+  try:
+    import gguf
+  except ImportError:
+    raise UserError(
+      f"{path}: GGUF files need the package gguf; pip install gguf"
+    ) from None
+  try:
+    reader = gguf.GGUFReader(path)
+  except (OSError, ValueError, KeyError, IndexError) as error:
+    raise UserError(f"{path} cannot be read as GGUF ({error})") from None
+  fields = {key: field.contents() for key, field in reader.fields.items()}
+  tensors = {tensor.name: tensor for tensor in reader.tensors}
+  config = _config(fields, "output.weight" not in tensors, str(path))
+  model = llama_names.model_from_hf(config, str(path))
+  places = {
+    _theirs(gguf, name, model.n_layers): name
+    for name in llama_names.their_shapes(model)
+  }
+
+  def read(name: str) -> np.ndarray:
+    tensor = by_name[name]
+    array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    for part, heads in (("q", model.n_heads), ("k", model.kv_heads)):
+      if name.endswith(f"self_attn.{part}_proj.weight"):
+        return _unpermute(array, heads)
+    return array
+
+  # What has no counterpart keeps its name, to be reported by it.
+  by_name = {places.get(name, name): x for name, x in tensors.items()}
+  return Weights(
+    source=str(path),
+    model=model,
+    # GGUF counts axes from the innermost.
+    shapes={name: tuple(x.shape.tolist())[::-1] for name, x in by_name.items()},
+    read=read,
+    tokenizer=_tokenizer(fields, path),
+    extra=_extra(fields, config),
+  )
+
+
+def _theirs(gguf: Any, name: str, layers: int) -> str:
+  """GGUF's name of a tensor that is `name` at Hugging Face."""
+  table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+  return table.get_name(name, try_suffixes=(".weight",))
+
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+  """Undoes the order of rows that GGUF keeps for its rotary embedding.
+
+  It turns neighbours, features 2i and 2i + 1 of a head; we turn i and
+  i + H/2.
+  """
+  halves = rows.reshape(heads, -1, 2, rows.shape[1])
+  return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _config(fields: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
+  """The file's fields under the names of a config.json."""
+  architecture = fields.get("general.architecture")
+  if architecture != "llama":
+    raise UserError(
+      f"{source}: general.architecture is {architecture!r}; only 'llama' can"
+      " be read"
+    )
+  found = {
+    theirs: fields[f"llama.{ours}"]
+    for theirs, ours in (
+      ("hidden_size", "embedding_length"),
+      ("intermediate_size", "feed_forward_length"),
+      ("num_hidden_layers", "block_count"),
+      ("num_attention_heads", "attention.head_count"),
+      ("num_key_value_heads", "attention.head_count_kv"),
+      ("head_dim", "attention.key_length"),
+      ("rope_theta", "rope.freq_base"),
+      ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+      ("max_position_embeddings", "context_length"),
+    )
+    if f"llama.{ours}" in fields
+  }
+  for name in ("rms_norm_eps", "rope_theta"):
+    if name in found:  # float32 there: 1e-5 reads as 9.99999974e-06
+      found[name] = float(f"{found[name]:.7g}")
+  scaling = fields.get("llama.rope.scaling.type", "none")
+  return {
+    **found,
+    "model_type": "llama",
+    "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
+    "tie_word_embeddings": tied,
+    "rope_scaling": None if scaling == "none" else {"rope_type": scaling},
+  }
+
+
+def _tokenizer(fields: dict[str, Any], path: pathlib.Path) -> str:
+  """The text of a tokenizer.json, from a byte-level BPE in the file."""
+  kind = fields.get("tokenizer.ggml.model")
+  cut = fields.get("tokenizer.ggml.pre")
+  if kind != "gpt2" or cut not in CUTS:
+    print(
+      f"note: {path} has a tokenizer {kind}/{cut}, which is not translated"
+      f" (those that are: gpt2/{', gpt2/'.join(CUTS)}); put the model's own"
+      " tokenizer.json beside the weights"
+    )
+    return ""
+  tokens = fields["tokenizer.ggml.tokens"]
+  merges = [tuple(m.split(" ", 1)) for m in fields["tokenizer.ggml.merges"]]
+  vocabulary = {token: i for i, token in enumerate(tokens)}
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+  level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*CUTS[cut], level])
+  tokenizer.decoder = decoders.ByteLevel()
+  kinds = fields.get("tokenizer.ggml.token_type", [])
+  tokenizer.add_special_tokens(
+    [token for token, k in zip(tokens, kinds, strict=False) if k == CONTROL]
+  )
+  return tokenizer.to_str()
+
+
+def _extra(
+  fields: dict[str, Any], config: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """Ids of the tokens that begin and end a text, and the longest text."""
+  prefix = "tokenizer.ggml."
+  ids = {
+    f"{name}_token_id": fields[f"{prefix}{name}_token_id"]
+    for name in ("bos", "eos")
+    if f"{prefix}{name}_token_id" in fields
+  }
+  tokens = fields.get(f"{prefix}tokens", [])
+  length = config.get("max_position_embeddings")
+  described = {"tokenizer_class": "PreTrainedTokenizerFast"}
+  described |= {name[:-3]: tokens[i] for name, i in ids.items()}
+  limit = {} if length is None else {"max_position_embeddings": length}
+  return {
+    "config.json": limit | ids,
+    "generation_config.json": ids,
+    "tokenizer_config.json": described,
+  }

@@ -1,0 +1,66 @@
+"""How a run ends: its exit status, and the errors that end it early."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+from train.common.errors import TrainingError, UserError
+from train.run.job import Job
+from train.run.loop import Outcome
+
+
+def stopped_status(job: Job, outcome: Outcome, start: int) -> int | None:
+  """Says how training ended; the exit status of one that was interrupted.
+
+  Args:
+    job: the run's parts.
+    outcome: of its loop.
+    start: the step that it began with.
+
+  Returns:
+    None where all steps are done.
+
+  Raises:
+    TrainingError: what was trained last could not be saved.
+  """
+  step = int(outcome.state.step)
+  saved = job.checkpoints.latest
+  if saved != step:
+    raise TrainingError(
+      f"step {step} is done, but its state could not be saved"
+      f" ({job.checkpoints.failure}); the newest complete checkpoint is of"
+      f" step {saved}. Make room and run the same command: it continues there"
+    )
+  if outcome.stopped:
+    print(
+      f"stopped after step {step}, which is saved; the same command continues"
+      " from there"
+    )
+    return 130
+  if start == step:
+    print(f"the run is complete: all {step} steps were trained before")
+  return None
+
+
+def guarded(action: Callable[[], int]) -> int:
+  """Runs a command: 0 done, 1 diverged, 2 wrong input, 130 interrupted."""
+  try:
+    return action()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except TrainingError as error:
+    print(f"stopped: {error}", file=sys.stderr)
+    return 1
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    print(
+      f"stopped: {error.filename or '--out'}: {error.strerror}; make room and"
+      " run the same command, it continues from the newest checkpoint",
+      file=sys.stderr,
+    )
+    return 1
+  except KeyboardInterrupt:
+    print("interrupted before there was anything to save", file=sys.stderr)
+    return 130

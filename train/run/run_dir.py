@@ -1,0 +1,158 @@
+"""The folder of a run: whose it is, and what a run leaves in it.
+
+`config.json` says what the run is, `text.json` which text it reads,
+`checkpoints/` holds its newest and best states, `metrics.jsonl` its history.
+"""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from train.common import atomic_files
+from train.common.errors import UserError
+from train.config import schema
+from train.data.corpus import Corpus
+
+CONFIG = "config.json"
+TEXT = "text.json"
+FOLDER = "checkpoints"
+
+
+def check_run(
+  out: pathlib.Path, config: schema.Config, overwrite: bool
+) -> None:
+  """Refuses a folder that holds something else, before anything is written.
+
+  Args:
+    out: the folder: new, empty, or of an earlier run with the same config.
+    config: the run's config.
+    overwrite: an earlier run there may differ, it will be deleted.
+
+  Raises:
+    UserError: the folder holds something else, or a run that differs.
+  """
+  saved = out / CONFIG
+  if out.exists() and not out.is_dir():
+    raise UserError(f"--out {out} is a file; name a folder")
+  if saved.exists():
+    if not overwrite:
+      _compare(out, _read(saved), config)
+  elif out.exists() and any(out.iterdir()):
+    raise UserError(
+      f"--out {out} is not empty and holds no {CONFIG} of a run; name an"
+      " empty or new folder"
+    )
+
+
+def claim_run(
+  out: pathlib.Path, config: schema.Config, overwrite: bool
+) -> None:
+  """Writes the config into the run's folder, which `check_run` let pass."""
+  atomic_files.make_folder(out, "--out")
+  if overwrite:
+    _delete_run(out)
+  text = json.dumps(schema.flatten(config), indent=2)
+  atomic_files.write_text(out / CONFIG, text + "\n")
+
+
+def claim_text(out: pathlib.Path, corpus: Corpus) -> None:
+  """Writes the tokenizer, and what tells the text of the run from others.
+
+  Raises:
+    UserError: the run that is there has read another text.
+  """
+  end = corpus.tokenizer.id_to_token(corpus.encoder.end)
+  _claim_data(
+    out,
+    {"digest": corpus.digest, "end_token": end},
+    "on other text or with another tokenizer: what data.path or"
+    " data.tokenizer name has changed since",
+  )
+  atomic_files.write_text(out / "tokenizer.json", corpus.tokenizer.to_str())
+
+
+def claim_examples(out: pathlib.Path, digest: str) -> None:
+  """Writes what tells the examples of a fine-tuning run from others.
+
+  Raises:
+    UserError: the run that is there has read others.
+  """
+  _claim_data(
+    out,
+    {"digest": digest},
+    "on other examples: what data.path or data.validation name has changed"
+    " since",
+  )
+
+
+def examples_of(out: pathlib.Path) -> str:
+  """What `claim_examples` has written there."""
+  return _read(out / TEXT)["digest"]
+
+
+def _claim_data(
+  out: pathlib.Path, described: dict[str, Any], other: str
+) -> None:
+  path = out / TEXT
+  if path.exists() and _read(path) != described:
+    raise UserError(
+      f"--out {out} belongs to a run {other}. Restore it,"
+      " use another --out, or --overwrite to delete the run"
+    )
+  atomic_files.write_text(path, json.dumps(described, indent=2) + "\n")
+
+
+def _delete_run(out: pathlib.Path) -> None:
+  """Removes what a run writes, and nothing else that may lie there."""
+  for name in (FOLDER, *OWN_FOLDERS):
+    shutil.rmtree(out / name, ignore_errors=True)
+  for name in OWN_FILES:
+    (out / name).unlink(missing_ok=True)
+
+
+# Everything that a run leaves in its folder, beside the checkpoints.
+OWN_FILES = (
+  CONFIG,
+  TEXT,
+  "metrics.jsonl",
+  "tokenizer.json",
+  "run.png",
+  "sample.txt",
+  "result.json",
+)
+OWN_FOLDERS = ("tensorboard", "wandb", "model")
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f"{path} cannot be read ({error}); --overwrite starts the run anew"
+    ) from None
+  return saved
+
+
+def _shown(fields: dict[str, Any], name: str) -> Any:
+  """A value as a message can show it."""
+  value = fields.get(name, "absent")
+  return '""' if value == "" else value
+
+
+def _compare(
+  out: pathlib.Path, saved: dict[str, Any], config: schema.Config
+) -> None:
+  # A run from before a field existed had what is now its default.
+  defaults = schema.flatten(type(config)(preset=""))
+  old = schema.fixed_fields(defaults | saved)
+  new = schema.fixed_fields(schema.flatten(config))
+  names = [n for n in {**old, **new} if old.get(n) != new.get(n)]
+  if names:
+    changes = "; ".join(
+      f"{n}: {_shown(old, n)} there, {_shown(new, n)} now" for n in names
+    )
+    raise UserError(
+      f"--out {out} belongs to another run. {changes}. Use another --out to"
+      " keep both, or --overwrite to delete it"
+    )

@@ -1,0 +1,203 @@
+"""The LLaMA in the three parts that `galore_optax.layerwise` walks."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import galore_optax
+from train.config.schema import Config, ModelConfig, TrainConfig
+from train.models import llama
+from train.parallel import mesh as mesh_lib
+from train.step import optimizer
+
+# Elements of a chunk in which a leaf outside of the layers is updated, about:
+# enough to keep a device busy, little beside a layer of a model that has
+# leaves so large.
+CHUNK = 2**22
+
+# Positions whose logits are in memory together, on each device.
+LOSS_CHUNK = 1024
+
+
+def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
+  """The model as embedding, layers and head; its batch is rows (B, T + 1).
+
+  The loss is the mean cross-entropy of the predicted tokens in nats, and the
+  penalty of `train.z_loss`; beside it, without the penalty. The logits are
+  made, used and made again in the backward pass a chunk at a time: of a whole
+  row they would be the largest array of all.
+  """
+  tied = config.tie_embeddings
+
+  def first(lower: dict, rows: jax.Array) -> jax.Array:
+    table = lower["embed"]["embedding"].astype(config.dtype)
+    return _look_up(table, jnp.maximum(rows[:, :-1], 0))
+
+  def layer(params: dict, x_BxTxD: jax.Array) -> jax.Array:
+    _, length, width = x_BxTxD.shape
+    x_MxD = x_BxTxD.reshape(-1, width)
+    return llama.block(config, params, x_MxD, length).reshape(x_BxTxD.shape)
+
+  def last(upper: dict, x_BxTxD: jax.Array, rows: jax.Array) -> tuple:
+    total, penalty, count = _all_sums(config, upper, x_BxTxD, rows)
+    count = jnp.maximum(count, 1)
+    return (total + train.z_loss * penalty) / count, total / count
+
+  return galore_optax.Layered(
+    first,
+    layer,
+    last,
+    first_keys=("embed",),
+    last_keys=("norm", "embed" if tied else "lm_head"),
+    has_aux=True,
+  )
+
+
+def summed_loss(
+  config: ModelConfig, params: dict, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Summed loss in nats and number of predicted tokens of rows (B, T + 1).
+
+  Quantised weights are read one layer at a time.
+  """
+  model = layered(config, TrainConfig())
+  model = model._replace(
+    last=lambda upper, x_BxTxD, rows: _all_sums(config, upper, x_BxTxD, rows),
+    has_aux=False,
+  )
+  total, _, count = model.loss(params, rows, config.dtype)
+  return total, count.astype(jnp.int32)
+
+
+def make(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+  """The optimizer of a run, and the method that trains with it on a mesh."""
+  where = None
+  if mesh.size > 1 and not config.train.layerwise:
+    where = mesh_lib.param_shardings(llama.abstract(config.model)[1], mesh)
+  tx = optimizer.make_optimizer(config.optimizer, config.train.steps, where)
+  return tx, fuse(config, tx) if config.train.layerwise else tx
+
+
+def fuse(
+  config: Config, tx: optax.GradientTransformation
+) -> galore_optax.Layerwise:
+  """The step that updates each layer inside the backward pass.
+
+  `optimizer.clip` clips the gradient of each layer by itself there: it is
+  part of `tx`, which sees one layer at a time.
+  """
+  weights = jax.eval_shape(lambda: llama.init(config.model, 0))
+  return galore_optax.layerwise(
+    tx,
+    layered(config.model, config.train),
+    dtype=config.model.dtype,
+    chunks=chunks(weights),
+    stochastic_rounding=config.train.rounding == "stochastic",
+    seed=config.train.seed,
+  )
+
+
+def chunks(params: dict) -> dict[str, int]:
+  """In how many chunks of rows the large leaves outside the layers go."""
+  found = {}
+  for name, leaf in (("embed", "embedding"), ("lm_head", "kernel")):
+    if name not in params or params[name][leaf].size <= 2 * CHUNK:
+      continue
+    rows, columns = params[name][leaf].shape
+    wanted = max(1, CHUNK // columns)
+    # A vocabulary of few divisors goes in fewer chunks rather than in many.
+    sizes = [n for n in range(1, rows + 1) if rows % n == 0]
+    size = min(sizes, key=lambda n: abs(math.log(n / wanted)))
+    if size < rows:
+      found[f"{name}/{leaf}"] = rows // size
+  return found
+
+
+@jax.custom_vjp
+def _look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Rows of the embedding."""
+  return table[tokens]
+
+
+def _look_up_forward(table: jax.Array, tokens: jax.Array) -> tuple:
+  # The table's shape, in something that can be saved and takes no memory.
+  like = jax.eval_shape(lambda: table)
+  return table[tokens], (tokens, _Shape(like.shape))
+
+
+def _look_up_backward(saved: tuple, dx: jax.Array) -> tuple:
+  tokens, like = saved
+  # The zeros to which rows are added wait for the gradient: compilers would
+  # otherwise make them first and keep them through the whole backward pass.
+  dx, zero = jax.lax.optimization_barrier((dx, jnp.zeros((), dx.dtype)))
+  return jnp.broadcast_to(zero, like.shape).at[tokens].add(dx), None
+
+
+class _Shape:
+  """A shape, as a pytree without leaves."""
+
+  def __init__(self, shape: tuple[int, ...]):
+    self.shape = shape
+
+
+jax.tree_util.register_pytree_node(
+  _Shape, lambda x: ((), x.shape), lambda shape, _: _Shape(shape)
+)
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+@functools.cache
+def _upper(config: ModelConfig) -> nnx.GraphDef:
+  """The structure of the last norm and the head."""
+  model = llama.abstract_model(config)
+  del model.layers
+  if not config.tie_embeddings:
+    del model.embed
+  return nnx.split(model, nnx.Param)[0]
+
+
+def _all_sums(
+  config: ModelConfig, upper: dict, x_BxTxD: jax.Array, rows: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Summed losses and squared log-normalisers, and the number of tokens.
+
+  A chunk is some positions of every row: on a mesh, each device has its part.
+  """
+  head = nnx.merge(_upper(config), upper)
+
+  @jax.checkpoint
+  def chunk(x_BxCxD: jax.Array, targets_BxC: jax.Array) -> jax.Array:
+    x_MxD = x_BxCxD.reshape(-1, x_BxCxD.shape[-1])
+    targets_M = targets_BxC.reshape(-1)
+    logits_MxV = head.head(x_MxD, 1)[0]
+    valid = targets_M >= 0
+    log_z = jax.nn.logsumexp(logits_MxV, axis=-1)
+    index = jnp.maximum(targets_M, 0)[:, None]
+    chosen = jnp.take_along_axis(logits_MxV, index, axis=-1)[:, 0]
+    sums = (log_z - chosen, jnp.square(log_z), jnp.ones_like(log_z))
+    return jnp.where(valid, jnp.stack(sums), 0).sum(axis=1)
+
+  targets_BxT = rows[:, 1:]
+  count = _loss_chunks(*targets_BxT.shape)
+  parts = tuple(
+    jnp.moveaxis(x.reshape(len(x), count, -1, *x.shape[2:]), 1, 0)
+    for x in (x_BxTxD, targets_BxT)
+  )
+  zeros = jnp.zeros(3, jnp.float32)
+  add = lambda total, part: (total + chunk(*part), None)
+  total, _ = jax.lax.scan(add, zeros, parts)
+  return total[0], total[1], total[2]
+
+
+def _loss_chunks(batch: int, length: int) -> int:
+  """In how many chunks the positions of the rows go."""
+  own = LOSS_CHUNK * mesh_lib.batch_shards(jax.sharding.get_abstract_mesh())
+  count = min(-(-batch * length // own), length)
+  while length % count:
+    count += 1
+  return count

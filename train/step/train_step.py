@@ -1,0 +1,494 @@
+"""Loss, training step and evaluation step: pure functions, jitted once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import galore_optax
+from train.config.schema import ModelConfig, TrainConfig
+from train.models import llama
+from train.parallel import mesh as mesh_lib
+from train.step import per_layer
+from train.step.adapters import Adapters
+
+PADDING = -1  # id of the positions that fill up a row
+
+
+class TrainState(NamedTuple):
+  """Everything that training changes on the devices.
+
+  The same tuple holds the arrays' shapes or their shardings in their place.
+  """
+
+  step: Any  # (), int32: batches read so far, those of skipped steps too
+  skipped: Any  # (), int32: steps left out, their gradient was not finite
+  skips_in_row: Any  # (), int32: of them, those since the last good step
+  params: Any
+  opt_state: Any
+
+
+class Placed(NamedTuple):
+  """A model laid out on a mesh before it takes any memory."""
+
+  config: ModelConfig
+  graphdef: nnx.GraphDef
+  state: TrainState  # of ShapeDtypeStructs
+  shardings: TrainState  # of NamedShardings
+  weights: dict  # of ShapeDtypeStructs: the parameters as the model reads them
+  weight_shardings: dict  # of NamedShardings
+  adapters: Adapters | None = None  # of LoRA and its kin
+
+  def read(self, params: dict) -> dict:
+    """The weights that parameters stand for, none of them quantised."""
+    if self.adapters is not None:
+      return self.adapters.read(params)
+    return galore_optax.dequantize_params(params, self.config.dtype)
+
+  def differentiable(self, params: dict) -> tuple[dict, dict, Callable]:
+    """The weights, what is trained, and from one's gradient to the other's.
+
+    What is trained are the weights themselves, or the adapters.
+    """
+    if self.adapters is None:
+      weights = self.read(params)
+      return weights, weights, lambda grads: grads
+    weights, back = self.adapters.differentiable(params)
+    return weights, params["adapters"], back
+
+  def add(self, params: dict, updates: Any, key: jax.Array | None) -> dict:
+    """The parameters after updates of what is trained."""
+    if self.adapters is None:
+      return galore_optax.apply_updates(params, updates, key)
+    adapters = optax.apply_updates(params["adapters"], updates)
+    return params | {"adapters": adapters}
+
+
+# The matrices that `model.weights` quantises: those that GaLore projects.
+BLOCK_MATRICES = ("layers/.*kernel$",)
+
+
+def store(config: ModelConfig, params: dict) -> dict:
+  """Parameters as training keeps them, from those of a fresh model."""
+  if config.weights == "full":
+    return params
+  return galore_optax.quantize_params(params, BLOCK_MATRICES, config.weights)
+
+
+def token_losses(
+  graphdef: nnx.GraphDef, params: dict, rows: jax.Array
+) -> jax.Array:
+  """Cross-entropy in nats of each next token.
+
+  Args:
+    graphdef: the model's structure.
+    params: its parameters.
+    rows: (B, T + 1) int32 ids; each predicts its successor. Padding is
+      `PADDING`, at the end of a row, and is never predicted.
+
+  Returns:
+    (B, T) float32, 0 where the successor is padding.
+  """
+  return _losses(graphdef, params, rows)[0]
+
+
+def _losses(
+  graphdef: nnx.GraphDef, params: dict, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy and log-normaliser of each token, 0 at padding."""
+  targets, valid = rows[:, 1:], is_predicted(rows)
+  logits = llama.apply(graphdef, params, jnp.maximum(rows[:, :-1], 0))
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  index = jnp.maximum(targets, 0)[..., None]
+  chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+  return jnp.where(valid, log_z - chosen, 0.0), jnp.where(valid, log_z, 0.0)
+
+
+def is_predicted(rows: jax.Array) -> jax.Array:
+  """(B, T) bool: the positions of rows (B, T + 1) whose successor counts."""
+  return rows[:, 1:] != PADDING
+
+
+# What updates the weights: an Optax transformation, or GaLore's step that
+# updates layer by layer. Both have an `init`.
+Method = optax.GradientTransformation | galore_optax.Layerwise
+# Of weights, a batch and the number of the step: gradient, loss, tokens.
+Gradient = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
+
+
+def place(
+  config: ModelConfig,
+  tx: Method,
+  mesh: jax.sharding.Mesh,
+  adapters: Adapters | None = None,
+) -> Placed:
+  """Shapes and shardings of the whole training state.
+
+  Args:
+    config: the model's.
+    tx: the optimizer, of the adapters where there are any.
+    mesh: where the state shall live.
+    adapters: what is trained in place of the weights.
+  """
+  return place_model(config, *llama.abstract(config), tx, mesh, adapters)
+
+
+def place_model(
+  config: ModelConfig,
+  graphdef: nnx.GraphDef,
+  boxes: nnx.State,
+  tx: Method,
+  mesh: jax.sharding.Mesh,
+  adapters: Adapters | None = None,
+) -> Placed:
+  """`place` for any model whose layers are one stack.
+
+  Args:
+    config: how its weights are stored and read.
+    graphdef: its structure.
+    boxes: its parameters' shapes, and the logical names of their axes.
+    tx: see `place`.
+    mesh: see `place`.
+    adapters: see `place`.
+  """
+  weights = nnx.to_pure_dict(boxes)
+  shardings = mesh_lib.param_shardings(boxes, mesh)
+  count = jax.ShapeDtypeStruct((), jnp.int32)
+  params, stored = _place_params(config, adapters, weights, shardings)
+  trained, where = weights, shardings
+  if adapters is not None:
+    trained, where = params["adapters"], stored["adapters"]
+  opt_state = jax.eval_shape(tx.init, trained)
+  # Without these, `jit` would put a copy of every moment on every device.
+  opt_shardings = galore_optax.state_shardings(tx, trained, where)
+  whole = mesh_lib.replicated(mesh)
+  return Placed(
+    config,
+    graphdef,
+    TrainState(count, count, count, params, opt_state),
+    TrainState(whole, whole, whole, stored, opt_shardings),
+    weights,
+    shardings,
+    adapters,
+  )
+
+
+def _place_params(
+  config: ModelConfig, adapters: Adapters | None, weights: dict, shardings: dict
+) -> tuple[dict, dict]:
+  """Parameters as training keeps them, and where, from those of the weights."""
+  if adapters is None:
+    params = jax.eval_shape(lambda x: store(config, x), weights)
+    return params, galore_optax.quantized_shardings(params, shardings)
+  stored = galore_optax.state_shardings(adapters, weights, shardings)
+  return jax.eval_shape(adapters.init, weights), stored
+
+
+def init_state(
+  config: ModelConfig,
+  tx: Method,
+  placed: Placed,
+  seed: int,
+  params: dict | None = None,
+) -> TrainState:
+  """A fresh state, built shard by shard where it will live.
+
+  Args:
+    config: the model's.
+    tx: the optimizer.
+    placed: where the state lives.
+    seed: of fresh parameters.
+    params: those to start from instead, arrays on the host.
+  """
+
+  def init(params: dict | None) -> TrainState:
+    params = llama.init(config, seed) if params is None else params
+    zeros = (jnp.zeros((), jnp.int32),) * 3
+    if placed.adapters is not None:
+      params = placed.adapters.init(params, seed)
+      return TrainState(*zeros, params, tx.init(params["adapters"]))
+    opt_state = tx.init(params)
+    return TrainState(*zeros, store(config, params), opt_state)
+
+  if params is not None:
+    params = jax.tree.map(
+      lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__),
+      params,
+      placed.weight_shardings,
+    )
+  # What is given is handed over: a model is never in memory twice.
+  run = jax.jit(init, out_shardings=placed.shardings, donate_argnums=0)
+  return run(params)
+
+
+def make_train_step(
+  tx: Method,
+  placed: Placed,
+  config: TrainConfig,
+  low_rank_parts: int = 1,
+  gradient: Gradient | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+  """The training step, jitted; it consumes the state it is given.
+
+  A step whose loss or gradient is not finite changes neither parameters nor
+  optimizer state; it is counted, and its batch is left behind.
+
+  Args:
+    tx: the optimizer.
+    placed: where the state lives.
+    config: what a step is.
+    low_rank_parts: parts of a batch that `tx` adds up itself, at low rank.
+    gradient: function of the weights, a batch and the number of the step:
+      gradient, loss, tokens; None: that of the next-token loss.
+
+  Returns:
+    A function of a state and rows (B, T + 1) int32 that gives the next state
+    and a dict of scalars: `loss` in nats a token, `grad_norm` before
+    clipping, `tokens` predicted, and the state's `skipped` and
+    `skips_in_row`.
+  """
+  if isinstance(tx, galore_optax.Layerwise):
+    step = _in_parts(_reported(tx), low_rank_parts)
+  elif low_rank_parts > 1:
+    step = _in_parts(_part_of_step(tx, placed, config), low_rank_parts)
+  else:
+    step = _whole_step(tx, placed, config, gradient)
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(placed.shardings, mesh_lib.replicated(_mesh(placed))),
+  )
+
+
+def _reported(tx: galore_optax.Layerwise) -> Callable:
+  """Its step; what is reported is the loss without the z-loss."""
+
+  def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
+    params, opt_state, found = tx.step(params, opt_state, rows)
+    return params, opt_state, found | {"loss": found["aux"]}
+
+  return run
+
+
+def _in_parts(run: Callable, count: int) -> Callable:
+  """A step in parts of a batch, which the optimizer itself adds up.
+
+  All parts but the last only add to its low-rank accumulators. What is not
+  finite is left out by whoever runs a part: there is no way back after it.
+
+  Args:
+    run: function of parameters, optimizer state and rows, that returns the
+      new ones and a dict with `loss` and `grad_norm`.
+    count: number of parts.
+  """
+
+  def train_step(
+    state: TrainState, rows: jax.Array
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def part(carry: tuple, rows: jax.Array) -> tuple:
+      params, opt_state, metrics = run(*carry, rows)
+      return (params, opt_state), metrics
+
+    carry = (state.params, state.opt_state)
+    if count == 1:
+      (params, opt_state), found = part(carry, rows)
+    else:
+      parts = mesh_lib.microbatches(rows, count)
+      (params, opt_state), found = jax.lax.scan(part, carry, parts)
+    loss, norm = found["loss"].mean(), found["grad_norm"].mean()
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    tokens = is_predicted(rows).sum()
+    return finish(state, finite, params, opt_state, loss, norm, tokens)
+
+  return train_step
+
+
+def _part_of_step(
+  tx: optax.GradientTransformation, placed: Placed, config: TrainConfig
+) -> Callable:
+  """One part of a batch through the model and an accumulating optimizer."""
+  gradient = make_gradient(placed, config)
+
+  def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
+    weights = placed.read(params)
+    grads, loss, _ = gradient(weights, rows)
+    # Not finite counts as zero in GaLore, part by part.
+    updates, opt_state = tx.update(grads, opt_state, weights)
+    key = _rounding_key(config, _count_of(opt_state))
+    params = galore_optax.apply_updates(params, updates, key)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return params, opt_state, metrics
+
+  return run
+
+
+def _count_of(opt_state: Any) -> jax.Array:
+  """Steps that GaLore has made."""
+  states = optax.tree.get_all_with_path(opt_state, "step")
+  return states[0][1]
+
+
+def _rounding_key(config: TrainConfig, count: jax.Array) -> jax.Array | None:
+  """The random key with which a step rounds quantised weights."""
+  if config.rounding == "nearest":
+    return None
+  return jax.random.fold_in(jax.random.key(config.seed), count)
+
+
+def finish(
+  state: TrainState,
+  finite: jax.Array,
+  params: dict,
+  opt_state: Any,
+  loss: jax.Array,
+  norm: jax.Array,
+  tokens: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The state after a step, and what is told about it."""
+  skipped = state.skipped + ~finite
+  in_row = jnp.where(finite, 0, state.skips_in_row + 1)
+  metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
+  metrics |= {"skipped": skipped, "skips_in_row": in_row}
+  new = TrainState(state.step + 1, skipped, in_row, params, opt_state)
+  return new, metrics
+
+
+def _whole_step(
+  tx: optax.GradientTransformation,
+  placed: Placed,
+  config: TrainConfig,
+  gradient: Gradient | None = None,
+):
+  """The step that knows the whole gradient before the first weight moves."""
+  if gradient is None:
+    of_tokens = make_gradient(placed, config)
+    gradient = lambda weights, rows, step: of_tokens(weights, rows)
+
+  def train_step(
+    state: TrainState, rows: jax.Array
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    weights, trained, back = placed.differentiable(state.params)
+    grads, loss, tokens = gradient(weights, rows, state.step)
+    grads = back(grads)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    key = _rounding_key(config, state.step)
+
+    def update() -> tuple[Any, Any]:
+      updates, opt_state = tx.update(grads, state.opt_state, trained)
+      params = placed.add(state.params, updates, key)
+      if placed.adapters is None:
+        return params, opt_state
+      count = state.step - state.skipped + 1
+      return placed.adapters.restart_if_due(
+        params, opt_state, count, config.seed
+      )
+
+    params, opt_state = jax.lax.cond(
+      finite, update, lambda: (state.params, state.opt_state)
+    )
+    return finish(state, finite, params, opt_state, loss, norm, tokens)
+
+  return train_step
+
+
+def make_gradient(
+  placed: Placed, config: TrainConfig
+) -> Callable[[dict, jax.Array], tuple[dict, jax.Array, jax.Array]]:
+  """A function of parameters and rows: gradient, loss and token count.
+
+  The loss is the mean over all predicted tokens of the batch, wherever they
+  lie: a microbatch's share of it is its sum over the batch's count.
+  """
+
+  def share(
+    params: dict, rows: jax.Array, tokens: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    losses, log_z = _losses(placed.graphdef, params, rows)
+    loss = losses.sum() / tokens
+    penalty = config.z_loss * jnp.square(log_z).sum() / tokens
+    return (loss + penalty if config.z_loss else loss), loss
+
+  differentiate = jax.value_and_grad(share, has_aux=True)
+
+  def gradient(params: dict, rows: jax.Array):
+    count = is_predicted(rows).sum()
+    tokens = jnp.maximum(count, 1).astype(jnp.float32)
+    if config.accumulate == 1:
+      (_, loss), grads = differentiate(params, rows, tokens)
+      return grads, loss, count
+
+    def add(total: tuple[dict, jax.Array], part: jax.Array):
+      (_, loss), grads = differentiate(params, part, tokens)
+      return jax.tree.map(jnp.add, total, (grads, loss)), None
+
+    # In float32 whatever the weights' dtype: many small terms are added.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    zeros = jax.lax.with_sharding_constraint(zeros, placed.weight_shardings)
+    parts = mesh_lib.microbatches(rows, config.accumulate)
+    (grads, loss), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), parts)
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, params)
+    return grads, loss, count
+
+  return gradient
+
+
+def make_eval_step(
+  placed: Placed, parts: int = 1
+) -> Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]:
+  """The evaluation step, jitted.
+
+  Args:
+    placed: where the state lives.
+    parts: of a batch, that are evaluated one after the other, as a step of
+      training takes no more than one at a time.
+
+  Returns:
+    A function of parameters and rows (B, T + 1) that gives the summed loss
+    in nats and the number of predicted tokens.
+  """
+
+  def eval_step(params: dict, rows: jax.Array):
+    if placed.adapters is not None:
+      params = placed.read(params)
+    if parts == 1:
+      return sums(params, rows)
+    cut = mesh_lib.microbatches(rows, parts)
+    total, count = jax.lax.map(lambda part: sums(params, part), cut)
+    return total.sum(), count.sum()
+
+  def sums(params: dict, rows: jax.Array):
+    if placed.config.weights != "full":
+      # Reads the weights of one layer at a time.
+      return per_layer.summed_loss(placed.config, params, rows)
+    losses = token_losses(placed.graphdef, params, rows)
+    return losses.sum(), is_predicted(rows).sum()
+
+  return jax.jit(eval_step, out_shardings=mesh_lib.replicated(_mesh(placed)))
+
+
+def all_finite(params: dict) -> bool:
+  """Whether no weight is infinite or not a number."""
+  return bool(jax.device_get(_all_finite(params)))
+
+
+@jax.jit
+def _all_finite(params: dict) -> jax.Array:
+  floats = [
+    x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  hits = [jnp.isfinite(x).all() for x in floats]
+  return jnp.stack(hits).all()
+
+
+def _mesh(placed: Placed) -> jax.sharding.Mesh:
+  return placed.shardings.step.mesh
+
+
+def count_programs(f: Callable) -> int:
+  """Programs that a jitted function has compiled; 0 for a compiled one."""
+  size = getattr(f, "_cache_size", None)
+  return size() if size else 0
