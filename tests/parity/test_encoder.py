@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.parity import encoder_run
-from tests.train import encoder_files
+from tests.train.pretrained import encoder_files
 from train.models import encoder
 from train.pretrained import (
   checkpoint_folder,

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from tests.train import tuning_files
+from tests.train.finetuning import files
 from train import finetune, plot
 from train.common.errors import UserError
 from train.experiments import finetune_grid
@@ -60,17 +60,17 @@ def one_device(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-  return tuning_files.write_bert(tmp_path_factory.mktemp("bert") / "out")
+  return files.write_bert(tmp_path_factory.mktemp("bert") / "out")
 
 
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory):
-  return tuning_files.write_roberta(tmp_path_factory.mktemp("roberta") / "out")
+  return files.write_roberta(tmp_path_factory.mktemp("roberta") / "out")
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-  return tuning_files.write_llama(tmp_path_factory.mktemp("llama") / "out")
+  return files.write_llama(tmp_path_factory.mktemp("llama") / "out")
 
 
 def words(task, source, data, out, optimizer="galore", **changes):
@@ -96,7 +96,7 @@ def losses(out):
 def mnli(bert, tmp_path_factory):
   """GaLore on pairs with three labels; the folders of the run and the set."""
   folder = tmp_path_factory.mktemp("mnli")
-  data = tuning_files.write_glue(folder / "data", "mnli")
+  data = files.write_glue(folder / "data", "mnli")
   found = run("mnli", bert, data, folder / "run", **MNLI)
   return folder / "run", data, found
 
@@ -222,7 +222,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
 
 
 def test_regression_with_lora_trains_factors_and_head_only(bert, tmp_path):
-  data = tuning_files.write_glue(tmp_path / "data", "stsb", train=12)
+  data = files.write_glue(tmp_path / "data", "stsb", train=12)
   found = run("stsb", bert, data, tmp_path / "run", "lora", task__epochs=1)
   assert set(found["scores"]) == {"held_out_loss", "pearson", "spearman"}
   sizes = found["bytes"]
@@ -244,7 +244,7 @@ def test_regression_with_lora_trains_factors_and_head_only(bert, tmp_path):
 
 
 def test_a_roberta_tells_pairs_apart_with_lora(roberta, tmp_path):
-  data = tuning_files.write_glue(tmp_path / "data", "mrpc", train=32)
+  data = files.write_glue(tmp_path / "data", "mrpc", train=32)
   found = run("mrpc", roberta, data, tmp_path / "run", "lora", task__epochs=4)
   assert set(found["scores"]) == {"held_out_loss", "f1", "accuracy"}
   trained = [loss for _, loss in losses(tmp_path / "run")]
@@ -262,7 +262,7 @@ def test_a_roberta_tells_pairs_apart_with_lora(roberta, tmp_path):
 
 def test_a_roberta_points_at_characters(roberta, tmp_path):
   """Its tokens are bytes, and begin with the space before a word."""
-  data = tuning_files.write_squad(tmp_path / "data", unanswerable=False)
+  data = files.write_squad(tmp_path / "data", unanswerable=False)
   given = words("squad", roberta, data, tmp_path, task__query=8, task__stride=8)
   config = finetune.make_config(finetune.arguments(given))
   found = finetune.read_task(config)
@@ -285,7 +285,7 @@ def test_a_roberta_points_at_characters(roberta, tmp_path):
   "name", [pytest.param("squad", marks=pytest.mark.slow), "squad_v2"]
 )
 def test_spans_of_long_contexts_are_found_in_windows(bert, tmp_path, name):
-  data = tuning_files.write_squad(tmp_path / "data", name == "squad_v2")
+  data = files.write_squad(tmp_path / "data", name == "squad_v2")
   found = run(
     name,
     bert,
@@ -312,9 +312,7 @@ def test_spans_of_long_contexts_are_found_in_windows(bert, tmp_path, name):
 def test_a_llama_learns_conversations_packed_and_with_4_bit_weights(
   llama, tmp_path
 ):
-  data = tuning_files.write_lines(
-    tmp_path / "chat.jsonl", tuning_files.conversations(40)
-  )
+  data = files.write_lines(tmp_path / "chat.jsonl", files.conversations(40))
   found = run(
     "chat",
     llama,
@@ -333,17 +331,17 @@ def test_a_llama_learns_conversations_packed_and_with_4_bit_weights(
   assert written.model.n_layers == 2
   # It says how it is asked, and ends where it has learned to end.
   end = tokenizers.Tokenizer.from_str(written.tokenizer).token_to_id(
-    tuning_files.MARKS[1]
+    files.MARKS[1]
   )
   assert written.end_ids == (end,)
   described = written.extra["tokenizer_config.json"]
-  assert described["eos_token"] == tuning_files.MARKS[1]
-  assert tuning_files.MARKS[0] in described["chat_template"]
+  assert described["eos_token"] == files.MARKS[1]
+  assert files.MARKS[0] in described["chat_template"]
 
 
 def test_a_llama_tells_classes_by_their_likelihood(llama, tmp_path):
-  rows = tuning_files.glue_rows(tasks.TASKS["sst2"], 48)
-  data = tuning_files.write_lines(tmp_path / "some.jsonl", rows)
+  rows = files.glue_rows(tasks.TASKS["sst2"], 48)
+  data = files.write_lines(tmp_path / "some.jsonl", rows)
   found = run(
     "classify",
     llama,
@@ -365,9 +363,9 @@ def test_a_llama_tells_classes_by_their_likelihood(llama, tmp_path):
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
-  rows = tuning_files.conversations(60)
+  rows = files.conversations(60)
   folder = tmp_path_factory.mktemp("chats")
-  return tuning_files.write_lines(folder / "chat.jsonl", rows)
+  return files.write_lines(folder / "chat.jsonl", rows)
 
 
 def test_a_run_that_ends_without_a_finite_loss_has_no_scores(
@@ -429,7 +427,7 @@ def test_tokens_that_a_llama_has_no_embedding_for_are_refused(
   marked = vocabulary.to_str().replace("<|im_end|>", "<|end|>")
   marked = marked.replace("<more98>", "<|im_end|>")
   (other / "tokenizer.json").write_text(marked)
-  data = tuning_files.write_lines(tmp_path / "marked.jsonl", rows)
+  data = files.write_lines(tmp_path / "marked.jsonl", rows)
   said = refused(capsys, words("chat", other, data, tmp_path / "run"))
   assert "'<|im_end|>'" in said and f"{300:,} rows" in said
 
@@ -492,17 +490,17 @@ def refused(capsys, given):
 def test_what_is_wrong_is_said_before_any_training(
   bert, tmp_path, capsys, task, changes, said
 ):
-  data = tuning_files.write_glue(tmp_path / "data", "cola")
+  data = files.write_glue(tmp_path / "data", "cola")
   given = words(task, bert, data, tmp_path / "run", **changes)
   assert said in refused(capsys, given)
   assert not (tmp_path / "run").exists()
 
 
 def test_a_label_outside_the_set_is_named_with_its_row(bert, tmp_path, capsys):
-  data = tuning_files.write_glue(tmp_path / "data", "cola")
-  rows = tuning_files.glue_rows(tasks.TASKS["cola"], 24)
+  data = files.write_glue(tmp_path / "data", "cola")
+  rows = files.glue_rows(tasks.TASKS["cola"], 24)
   rows[17]["label"] = 2
-  tuning_files.write_lines(data / "train.jsonl", rows)
+  files.write_lines(data / "train.jsonl", rows)
   said = refused(capsys, words("cola", bert, data, tmp_path / "run"))
   assert "row 17" in said and "the label 2 is none of unacceptable" in said
 
@@ -510,7 +508,7 @@ def test_a_label_outside_the_set_is_named_with_its_row(bert, tmp_path, capsys):
 def test_a_checkpoint_of_another_architecture_is_refused(
   bert, llama, tmp_path, capsys
 ):
-  data = tuning_files.write_glue(tmp_path / "data", "stsb")
+  data = files.write_glue(tmp_path / "data", "stsb")
   other = tmp_path / "gpt2"
   other.mkdir()
   for file in bert.iterdir():
@@ -535,7 +533,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(
 def test_every_kind_of_state_goes_on_after_a_stop(
   bert, tmp_path, method, monkeypatch
 ):
-  data = tuning_files.write_glue(tmp_path / "data", "cola")
+  data = files.write_glue(tmp_path / "data", "cola")
   outs = [tmp_path / name for name in ("whole", "stopped")]
   given = [
     words("cola", bert, data, out, method, task__epochs=2) for out in outs
@@ -555,7 +553,7 @@ def test_every_kind_of_state_goes_on_after_a_stop(
 def test_every_method_sees_the_same_batches_and_counts_its_bytes(
   bert, tmp_path, method, monkeypatch
 ):
-  data = tuning_files.write_glue(tmp_path / "data", "cola")
+  data = files.write_glue(tmp_path / "data", "cola")
   seen = []
   put = job.Job.put
   monkeypatch.setattr(
@@ -582,7 +580,7 @@ def test_every_method_sees_the_same_batches_and_counts_its_bytes(
 @pytest.mark.parametrize("change", [{}, {"task__freeze": "^embed/"}])
 def test_weights_and_moments_are_split_over_devices(bert, tmp_path, change):
   """Laid out only: nothing is compiled."""
-  data = tuning_files.write_glue(tmp_path / "data", "cola")
+  data = files.write_glue(tmp_path / "data", "cola")
   given = words(
     "cola", bert, data, tmp_path, "adamw", mesh__data=2, mesh__fsdp=2, **change
   )

@@ -116,7 +116,7 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
   Operations run in the order of the trace. Views and broadcasts are free, and
   an elementwise operation writes over an operand that nobody reads later.
   That is close to what the compiler's buffers come to for a transformer's
-  loss and gradient: `tests/train/test_jaxprs.py` holds it to XLA's figure.
+  loss and gradient, as a test that compares it with XLA's figure shows.
   """
   operations, results = _inline(jaxpr, [_Value(0) for _ in jaxpr.invars])
   owners: dict[_Value, _Value] = {}

@@ -12,10 +12,11 @@ import sys
 import datasets
 import pytest
 
-from tests.train import hub, tuning_files
+from tests.train import hub
+from tests.train.finetuning import files
 from train.finetuning.tasks import TASKS
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 CARD = """---
 configs:
 - config_name: {name}
@@ -62,12 +63,12 @@ def publish(root, repository, name, splits, features=None):
 def server(tmp_path):
   root, mnli = tmp_path / "root", TASKS["mnli"]
   splits = {
-    split: tuning_files.glue_rows(mnli, 6, i)
+    split: files.glue_rows(mnli, 6, i)
     for i, split in enumerate(("train", *mnli.validation))
   }
   names = datasets.ClassLabel(names=list(mnli.labels))
   publish(root, "nyu-mll/glue", "mnli", splits, names)
-  rows = tuning_files.squad_rows(6, unanswerable=True)
+  rows = files.squad_rows(6, unanswerable=True)
   squad = {"train": rows, "validation": rows[3:]}
   publish(root, "rajpurkar/squad_v2", "squad_v2", squad)
   found = hub.Hub(root)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from tests.train import tuning_files
 from tests.train.conftest import TINY, WORDS
+from tests.train.finetuning import files
 from train.common.errors import UserError
 from train.config.schema import DataConfig, TrainConfig
 from train.data import tokenizer
@@ -41,17 +41,17 @@ from train.finetuning.tasks import GLUE, TASKS
 from train.models import encoder, llama
 from train.pretrained import encoder_checkpoint, encoder_tokenizer
 
-DOCS = pathlib.Path(__file__).parents[2] / "docs"
+DOCS = pathlib.Path(__file__).parents[3] / "docs"
 
 
 @pytest.mark.parametrize("task", GLUE, ids=lambda task: task.name)
 def test_glue_is_read_from_files_in_the_form_of_the_hub(task, tmp_path):
-  folder = tuning_files.write_glue(tmp_path / "data", task.name)
+  folder = files.write_glue(tmp_path / "data", task.name)
   config = DataConfig(path=str(folder))
   found = examples_lib.load(task, config, tmp_path / "cache")
   assert [s.name for s in found.evaluated] == list(task.validation)
   assert len(found.train) == 24 and len(found.evaluated[0]) == 9
-  rows = tuning_files.glue_rows(task, 24)
+  rows = files.glue_rows(task, 24)
   assert found.train.answers == [row["label"] for row in rows]
   assert found.train.first == [row[task.first] for row in rows]
   assert (found.train.second is None) == (not task.second)
@@ -158,9 +158,9 @@ def test_answers_must_lie_where_they_are_said_to(value, said):
 
 
 def test_a_wrong_answer_is_named_with_its_row(tmp_path):
-  rows = tuning_files.squad_rows(4, unanswerable=False)
+  rows = files.squad_rows(4, unanswerable=False)
   rows[2]["answers"] = {"text": ["wrong"], "answer_start": [0]}
-  path = tuning_files.write_lines(tmp_path / "squad.jsonl", rows)
+  path = files.write_lines(tmp_path / "squad.jsonl", rows)
   config = DataConfig(path=str(path), holdout_every=2)
   with pytest.raises(UserError, match="row 2, column 'answers': 'wrong'"):
     examples_lib.load(TASKS["squad"], config, tmp_path)
@@ -171,7 +171,7 @@ def read_labels(tmp_path, values, labels=(), kind="jsonl"):
   path = tmp_path / f"own.{kind}"
   rows = [{"text": f"text {i}", "label": v} for i, v in enumerate(values)]
   if kind == "jsonl":
-    tuning_files.write_lines(path, rows)
+    files.write_lines(path, rows)
   else:
     between = "," if kind == "csv" else "\t"
     lines = [between.join(map(str, row.values())) for row in rows]
@@ -234,7 +234,7 @@ def test_numbers_that_say_nothing_are_refused(tmp_path, values, said):
 
 
 def test_a_folder_may_hold_more_than_tables(tmp_path):
-  folder = tuning_files.write_glue(tmp_path / "data", "cola")
+  folder = files.write_glue(tmp_path / "data", "cola")
   (folder / "README.md").write_text("# CoLA\n")
   (folder / "dataset_infos.json").write_text('{"a": {"b": 1}}')
   (folder / "train[1].txt").write_text("notes")
@@ -254,7 +254,7 @@ def test_a_folder_may_hold_more_than_tables(tmp_path):
 
 
 def test_an_empty_file_is_said_to_be_empty(tmp_path):
-  folder = tuning_files.write_glue(tmp_path / "data", "rte")
+  folder = files.write_glue(tmp_path / "data", "rte")
   load = lambda path: examples_lib.load(
     TASKS["rte"], DataConfig(path=str(path)), tmp_path / "cache"
   )
@@ -267,14 +267,14 @@ def test_an_empty_file_is_said_to_be_empty(tmp_path):
 
 def test_answers_of_a_chat_must_be_texts(tmp_path):
   rows = [{"question": "2+2?", "answer": 4}] * 2
-  path = tuning_files.write_lines(tmp_path / "chat.jsonl", rows)
+  path = files.write_lines(tmp_path / "chat.jsonl", rows)
   task = TASKS["chat"].named("question", "answer", "", ())
   with pytest.raises(UserError, match="column 'answer' holds 4, not a text"):
     examples_lib.load(task, DataConfig(path=str(path)), tmp_path / "cache")
 
 
 def test_what_is_trained_on_is_not_evaluated(tmp_path):
-  folder = tuning_files.write_glue(tmp_path / "data", "rte")
+  folder = files.write_glue(tmp_path / "data", "rte")
   load = lambda **changes: examples_lib.load(
     TASKS["rte"],
     DataConfig(**changes),
@@ -290,7 +290,7 @@ def test_what_is_trained_on_is_not_evaluated(tmp_path):
 
 
 def test_examples_that_changed_have_another_digest(tmp_path):
-  folder = tuning_files.write_glue(tmp_path / "data", "rte")
+  folder = files.write_glue(tmp_path / "data", "rte")
   config = DataConfig(path=str(folder))
   found = examples_lib.load(TASKS["rte"], config, tmp_path / "cache")
   part = found.train.part(range(len(found.train)))
@@ -317,7 +317,7 @@ def test_what_is_held_out_is_drawn_from_all_classes(tmp_path):
   """Every second row is of one class; so would be every fourth."""
   path = tmp_path / "own.jsonl"
   rows = [{"text": f"{i}", "label": i % 2} for i in range(80)]
-  tuning_files.write_lines(path, rows)
+  files.write_lines(path, rows)
   config = DataConfig(path=str(path), holdout_every=4)
   found, again = (
     examples_lib.load(TASKS["classify"], config, tmp_path / "cache")
@@ -331,9 +331,9 @@ def test_what_is_held_out_is_drawn_from_all_classes(tmp_path):
 
 
 def test_questions_on_one_context_are_held_out_together(tmp_path):
-  rows = tuning_files.squad_rows(4, unanswerable=False)
+  rows = files.squad_rows(4, unanswerable=False)
   rows = [row for row in rows for _ in range(3)]
-  path = tuning_files.write_lines(tmp_path / "squad.jsonl", rows)
+  path = files.write_lines(tmp_path / "squad.jsonl", rows)
   config = DataConfig(path=str(path), holdout_every=2)
   found = examples_lib.load(TASKS["squad"], config, tmp_path)
   (held_out,) = found.evaluated
@@ -383,10 +383,10 @@ def test_rows_of_like_length_share_a_batch():
 def windows(tmp_path_factory):
   """Windows of questions on long contexts, and their split."""
   folder = tmp_path_factory.mktemp("spans")
-  size = tuning_files.encoder_files.write_bert(folder)
+  size = files.encoder_files.write_bert(folder)
   config = encoder.Config(size, 16, 24, 1, 2, max_length=32)
   words = encoder_tokenizer.load(folder, config)
-  rows = tuning_files.squad_rows(9, unanswerable=True)
+  rows = files.squad_rows(9, unanswerable=True)
   right = [
     labels_lib.Span(
       tuple(row["answers"]["text"]), tuple(row["answers"]["answer_start"])
@@ -485,8 +485,8 @@ def test_answers_of_which_nothing_is_left_do_not_count(found, gold, right):
 @pytest.fixture(scope="module")
 def writer():
   vocabulary = tokenizer.train([" ".join(WORDS) * 9], 290)
-  vocabulary.add_special_tokens(list(tuning_files.MARKS))
-  return chat.writer("chatml", vocabulary.to_str(), tuning_files.MARKS[1])
+  vocabulary.add_special_tokens(list(files.MARKS))
+  return chat.writer("chatml", vocabulary.to_str(), files.MARKS[1])
 
 
 TURNS = [
@@ -597,9 +597,9 @@ def test_the_template_that_is_exported_writes_what_was_learned(
   # As transformers reads it.
   engine = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
   vocabulary = writer.first.to_str()
-  begin = writer.marks.token_to_id(tuning_files.MARKS[0])
-  found = chat.writer(name, vocabulary, tuning_files.MARKS[1], (begin,))
-  text = chat.jinja(found, tuning_files.MARKS[0], system)
+  begin = writer.marks.token_to_id(files.MARKS[0])
+  found = chat.writer(name, vocabulary, files.MARKS[1], (begin,))
+  text = chat.jinja(found, files.MARKS[0], system)
   turns = [m | {"content": m["content"].replace("<|", "< |")} for m in TURNS]
   said = engine.from_string(text).render(messages=turns)
   row = found.row(chat.opened(turns, system))
@@ -618,7 +618,7 @@ def test_the_template_that_is_exported_writes_what_was_learned(
 def test_a_text_begins_as_the_tokenizer_has_it_begin(described, begins):
   """Llama 3's says in its post-processor only that it does."""
   vocabulary = tokenizer.train([" ".join(WORDS) * 9], 290)
-  vocabulary.add_special_tokens(["<s>", *tuning_files.MARKS])
+  vocabulary.add_special_tokens(["<s>", *files.MARKS])
   start = vocabulary.token_to_id("<s>")
   vocabulary.post_processor = tokenizers.processors.TemplateProcessing(
     single="<s> $A", special_tokens=[("<s>", start)]
@@ -645,7 +645,7 @@ def test_targets_are_whole_tokens_and_no_more(
   family, context, answer, wanted, tmp_path
 ):
   """Whatever white space is said to be of the answer; bytes of one letter."""
-  write = getattr(tuning_files, f"write_{family}")
+  write = getattr(files, f"write_{family}")
   words = encoder_checkpoint.load(
     write(tmp_path / "out"), head="spans"
   ).tokenizer
@@ -743,7 +743,7 @@ def test_a_batch_in_parts_has_the_same_gradient(writer):
 
 
 def test_packing_keeps_every_conversation_whole_and_apart(writer):
-  rows = [writer.row(row["messages"]) for row in tuning_files.conversations(30)]
+  rows = [writer.row(row["messages"]) for row in files.conversations(30)]
   packed = chat.pack(rows, 96)
   assert len(packed) < len(rows) / 2
   key = lambda row: row.ids.tolist()

@@ -25,7 +25,7 @@ from train.run import checkpoint, job, loop, metrics
 from train.run.run_dir import FOLDER
 from train.step import optimizer, train_step
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 SETTINGS = {
   "data.length": 16,
   "data.batch": 8,
@@ -125,8 +125,8 @@ def drive(harm, argument, out, flags, *before):
     + " --xla_force_host_platform_device_count=1",
   }
   return subprocess.run(
-    [*before, sys.executable, "-m", "tests.train.driver", harm, str(argument),
-     "--", "--out", str(out), *flags],
+    [*before, sys.executable, "-m", "tests.train.run.driver", harm,
+     str(argument), "--", "--out", str(out), *flags],
     cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
 

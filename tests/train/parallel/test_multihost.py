@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.test_interrupt import SETTINGS
+from tests.train.run.test_interrupt import SETTINGS
 from train import pretrain
 from train.common.errors import UserError
 from train.config import schema
 from train.parallel import mesh, multihost
 from train.run import metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def free_port():

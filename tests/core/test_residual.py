@@ -17,7 +17,7 @@ from galore_optax import (
   galore,
   state_bytes,
 )
-from tests.core import recovery_reference, small
+from tests.core import residual_reference, small
 
 GAP, RANK, RATE, DECAY = 4, 3, 1e-2, 0.1
 STEPS = 3 * GAP + 3  # refreshes at 0, 4, 8, 12
@@ -59,7 +59,7 @@ def trajectory(shape):
     params.reshape(-1, *shape[-2:]),
   )
   models = [
-    recovery_reference.Fira(RANK, GAP, 0.25, RATE, DECAY) for _ in theirs
+    residual_reference.Fira(RANK, GAP, 0.25, RATE, DECAY) for _ in theirs
   ]
   state, update, rows = tx.init({"w": ours}), jax.jit(tx.update), []
   for grad in gradients(shape):
@@ -286,7 +286,7 @@ def test_apollo_follows_the_reference_over_four_projections(name, shape):
     params.reshape(-1, *shape[-2:]),
   )
   models = [
-    recovery_reference.Apollo(alpha, RATE, DECAY, tensor=mini) for _ in theirs
+    residual_reference.Apollo(alpha, RATE, DECAY, tensor=mini) for _ in theirs
   ]
   state, update, drawn = tx.init({"w": ours}), jax.jit(tx.update), []
   for grad in gradients(shape):

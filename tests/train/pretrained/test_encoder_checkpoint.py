@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.train import encoder_files, hub
+from tests.train import hub
+from tests.train.pretrained import encoder_files
 from train.common.errors import UserError
 from train.models import encoder
 from train.pretrained import (
@@ -291,7 +292,7 @@ def test_a_repository_of_the_hub_is_read_without_its_other_weights(
   done = subprocess.run(
     [sys.executable, "-c", USER, "owner/tiny", "owner/none", "owner/gated"],
     env=os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)},
-    cwd=pathlib.Path(__file__).parents[2],
+    cwd=pathlib.Path(__file__).parents[3],
     capture_output=True,
     text=True,
     check=True,

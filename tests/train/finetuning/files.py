@@ -4,8 +4,8 @@ import json
 import pathlib
 import random
 
-from tests.train import encoder_files
 from tests.train.conftest import TINY, WORDS
+from tests.train.pretrained import encoder_files
 from train.data import tokenizer
 from train.finetuning import tasks
 from train.models import encoder, llama

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from tests.train import encoder_files
+from tests.train.pretrained import encoder_files
 from train.common.errors import UserError
 from train.models import encoder
 from train.pretrained import encoder_tokenizer

@@ -15,9 +15,9 @@ import sys
 import pytest
 
 from tests.train import hub
-from tests.train.test_tokenizer import t5_like
+from tests.train.data.test_tokenizer import t5_like
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 CARD = """---
 configs:
 - config_name: en

@@ -1,6 +1,6 @@
 """Runs `train.pretrain` in a process of its own that comes to harm.
 
-python -m tests.train.driver HARM ARGUMENT -- FLAGS...
+python -m tests.train.run.driver HARM ARGUMENT -- FLAGS...
 """
 
 import os
