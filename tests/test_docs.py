@@ -12,14 +12,17 @@ BLOCK = re.compile(r"<!-- runnable -->\n```python\n(.*?)^```", re.S | re.M)
 PAGES = (
   ROOT / "README.md",
   ROOT / "CHANGELOG.md",
-  *sorted((ROOT / "docs").glob("*.md")),
+  *sorted((ROOT / "docs").rglob("*.md")),
 )
 BLOCKS = {
   f"{path.relative_to(ROOT)}:{i}": code
   for path in PAGES
   for i, code in enumerate(BLOCK.findall(path.read_text(encoding="utf-8")))
 }
-TRAINING = ("docs/memory.md:0", "docs/memory.md:1")
+TRAINING = (
+  "docs/explanation/memory.md:0",
+  "docs/explanation/memory.md:1",
+)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -8,7 +8,7 @@
     python -m train.bench chips     LLaMA-7B on slices of TPUs, compiled only
     python -m train.bench loop      the training loop beside its bare step
     python -m train.bench all       all of them but `loop`, and the report
-    python -m train.bench report    docs/benchmarks.md from what was measured
+    python -m train.bench report    docs/results/benchmarks.md from the records
 
 Where the processor computes, times are processor seconds, which a busy machine
 disturbs less than the clock; the ratios are what to read.

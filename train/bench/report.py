@@ -14,7 +14,7 @@ import re
 from train.common.errors import UserError
 from train.measure import machine
 
-PAGE = pathlib.Path("docs/benchmarks.md")
+PAGE = pathlib.Path("docs/results/benchmarks.md")
 _MARKED = re.compile(
   r"(<!-- (?P<name>\w+): begin -->\n).*?(<!-- (?P=name): end -->)",
   re.DOTALL,

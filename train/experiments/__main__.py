@@ -7,10 +7,10 @@
   python -m train.experiments quick
 
 `run` trains what a table lacks, one run after the other, and adds a line a run
-to docs/results/experiments/TABLE.jsonl. It can be stopped (Ctrl-C, SIGTERM,
+to docs/results/evidence/TABLE.jsonl. It can be stopped (Ctrl-C, SIGTERM,
 kill -9) at any time: the same command goes on where it was; started twice, it
-trains two runs at a time. `report` rewrites
-the tables and figures of docs/evidence.md from those lines. `time` measures
+trains two runs at a time. `report` rewrites the tables and figures of
+docs/results/evidence.md from those lines. `time` measures
 steps of all methods side by side, for the tables. `mechanism` looks
 at the singular values of gradients, for the same page. `quick` tries the whole
 on a tiny model, in minutes.

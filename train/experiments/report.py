@@ -21,7 +21,7 @@ from train.experiments import figures, mechanism, results, speed, stability
 from train.experiments.plan import Plan, Point, Record
 from train.experiments.tables import TABLES, Entry, Line, Table
 
-PAGE = pathlib.Path("docs/evidence.md")
+PAGE = pathlib.Path("docs/results/evidence.md")
 GRID = "_grid"
 _MARKED = re.compile(
   r"(<!-- (?P<name>\w+): begin -->\n).*?(<!-- (?P=name): end -->)", re.DOTALL

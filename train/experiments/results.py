@@ -7,7 +7,7 @@ from typing import Any
 from train.common import atomic_files
 from train.common.errors import UserError
 
-FOLDER = pathlib.Path("docs/results/experiments")
+FOLDER = pathlib.Path("docs/results/evidence")
 Record = dict[str, Any]
 
 

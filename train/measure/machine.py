@@ -25,7 +25,7 @@ import jax
 from train.common.errors import UserError
 
 SCHEMA = 1
-FOLDER = pathlib.Path("docs/benchmarks")
+FOLDER = pathlib.Path("docs/results/benchmarks")
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "flax", "torch", "galore-torch")
 
 

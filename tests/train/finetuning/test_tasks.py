@@ -874,12 +874,15 @@ def test_checkpoints_are_told_apart_by_their_weights(tmp_path):
 
 
 def test_the_tables_of_the_docs_are_those_of_the_recorded_runs():
-  text = (DOCS / "fine-tuning.md").read_text(encoding="utf-8")
-  named = set(re.findall(r"docs/results/([\w-]+\.jsonl)", text))
+  text = (DOCS / "how-to" / "fine-tuning.md").read_text(encoding="utf-8")
+  named = set(re.findall(r"docs/results/fine-tuning/([\w-]+\.jsonl)", text))
   assert "rotten_tomatoes-minilm.jsonl" in named
   for name in named:
     assert (
-      finetune_grid.table(finetune_grid.read(DOCS / "results" / name)) in text
+      finetune_grid.table(
+        finetune_grid.read(DOCS / "results" / "fine-tuning" / name)
+      )
+      in text
     ), name
 
 
