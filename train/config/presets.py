@@ -78,8 +78,8 @@ LDADAM: dict[str, Any] = {
 Q_GALORE_B2 = 0.95  # of Q-GaLore's scripts; all others take 0.999
 SMALL_GALORE: dict[str, Any] = {"learning_rate": 8e-3, "scale": 0.25}
 # These gain by sixty bases in a short run over ten (docs/results/evidence.md).
-# Others keep ten: it was not tried, takes an SVD of every matrix, or, for GUM, a gap
-# is how long a matrix follows its whole gradient.
+# Others keep ten: it was not tried, takes an SVD of every matrix, or, for GUM,
+# a gap is how long a matrix follows its whole gradient.
 FREQUENT = ("galore", "galore_8bit", "q_galore")
 
 
