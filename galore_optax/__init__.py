@@ -1,5 +1,6 @@
 """GaLore for JAX as a composable Optax gradient transformation."""
 
+from galore_optax import baselines
 from galore_optax._chain import chain
 from galore_optax._galore import GaLoreState, galore
 from galore_optax.baselines.adapters import Adapter, LowRank
@@ -71,6 +72,7 @@ __all__ = [
   "apollo_adamw",
   "apollo_mini_adamw",
   "apply_updates",
+  "baselines",
   "basis_overlap",
   "captured_energy",
   "chain",
