@@ -1,11 +1,10 @@
 """GaLore for JAX as a composable Optax gradient transformation."""
 
+from typing import Any
+
 from galore_optax import baselines
 from galore_optax._chain import chain
 from galore_optax._galore import GaLoreState, galore
-from galore_optax.baselines.adapters import Adapter, LowRank
-from galore_optax.baselines.recipes import lora, low_rank, qlora, relora
-from galore_optax.baselines.restart import jagged_schedule
 from galore_optax.diagnostics import (
   basis_overlap,
   captured_energy,
@@ -55,7 +54,6 @@ from galore_optax.tree.sharding import quantized_shardings, state_shardings
 __version__ = "0.1.0"
 
 __all__ = [
-  "Adapter",
   "Adaptive",
   "EndState",
   "GaLoreState",
@@ -64,7 +62,6 @@ __all__ = [
   "Layered",
   "Layerwise",
   "LayerwiseState",
-  "LowRank",
   "Projection",
   "QArray",
   "ScaleByAdam8bitState",
@@ -87,19 +84,14 @@ __all__ = [
   "galore_lion",
   "galore_sgd",
   "gum",
-  "jagged_schedule",
   "layerwise",
   "ldadam",
-  "lora",
-  "low_rank",
   "polar_factor",
   "q_galore_adamw_8bit",
-  "qlora",
   "quantize",
   "quantize_params",
   "quantized_shardings",
   "refresh_counts",
-  "relora",
   "scale_by_adam_8bit",
   "scale_by_orthogonal_momentum",
   "stable_rank",
@@ -109,3 +101,12 @@ __all__ = [
   "sumo",
   "unstack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  """Names where a baseline is found now that was found here before."""
+  if name in baselines.__all__:
+    raise AttributeError(
+      f"galore_optax.{name} has moved: use galore_optax.baselines.{name}."
+    )
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -110,8 +110,8 @@ class LowRank:
     Returns:
       The frozen part: the parameters, with `optax.MaskedNode()` in place of
       what is trained. And the adapters, for an optimizer: path to
-      :class:`galore_optax.Adapter`, or to the leaf itself where it is trained
-      as it is.
+      :class:`galore_optax.baselines.Adapter`, or to the leaf itself where it is
+      trained as it is.
 
     Raises:
       ValueError: If a rule matches no leaf, or does not fit the leaf.
@@ -193,7 +193,7 @@ class LowRank:
       frozen: What :meth:`init` or a restart has returned.
       adapters: Likewise, and trained since.
       opt_state: State of the optimizer of the adapters. Moments are what is
-        in it in place of an :class:`galore_optax.Adapter`.
+        in it in place of an :class:`galore_optax.baselines.Adapter`.
 
     Returns:
       The three, in the structures and dtypes that they had.

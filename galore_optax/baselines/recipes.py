@@ -75,7 +75,7 @@ def lora(
     dtype: Dtype of the factors; None for that of the weight.
 
   Returns:
-    A :class:`galore_optax.LowRank`.
+    A :class:`galore_optax.baselines.LowRank`.
 
   Raises:
     ValueError: If a number is out of range or a rule sets what has no meaning.
@@ -131,7 +131,7 @@ def qlora(
       then takes 4.13 bits, and 4.5 otherwise.
 
   Returns:
-    A :class:`galore_optax.LowRank`.
+    A :class:`galore_optax.baselines.LowRank`.
 
   Example:
     >>> import jax
@@ -163,8 +163,8 @@ def relora(
 
   A sum of changes of rank r is of a higher rank. Call
   :meth:`LowRank.restart` every T steps, train with
-  :func:`galore_optax.jagged_schedule`, and, as the paper does, begin with
-  parameters that were trained at full rank for a while.
+  :func:`galore_optax.baselines.jagged_schedule`, and, as the paper does, begin
+  with parameters that were trained at full rank for a while.
 
   Args:
     rank: See :func:`lora`.
@@ -177,7 +177,7 @@ def relora(
     pruned: The share of them; 1 resets the moments, 0 keeps them.
 
   Returns:
-    A :class:`galore_optax.LowRank`.
+    A :class:`galore_optax.baselines.LowRank`.
 
   Raises:
     ValueError: If a number is out of range or `pruning` is unknown.
@@ -227,7 +227,7 @@ def low_rank(
       factor is zero.
 
   Returns:
-    A :class:`galore_optax.LowRank`.
+    A :class:`galore_optax.baselines.LowRank`.
 
   Raises:
     ValueError: If a number is out of range or `start` is unknown.

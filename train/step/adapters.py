@@ -28,7 +28,7 @@ RULES = (
 class Adapters:
   """How a run's weights are divided, and when its factors start anew."""
 
-  method: galore_optax.LowRank
+  method: galore_optax.baselines.LowRank
   reset_every: int = 0  # updates between two restarts; 0: none
 
   def init(self, weights: Any, seed: int = 0) -> dict[str, Any]:
@@ -103,12 +103,16 @@ def make(
   alpha = {"alpha": config.lora_alpha}
   try:
     if config.name == "lora":
-      return Adapters(galore_optax.lora(config.rank, **alpha, **shared))
+      return Adapters(
+        galore_optax.baselines.lora(config.rank, **alpha, **shared)
+      )
     if config.name == "qlora":
-      return Adapters(galore_optax.qlora(config.rank, **alpha, **shared))
+      return Adapters(
+        galore_optax.baselines.qlora(config.rank, **alpha, **shared)
+      )
     if config.name == "low_rank":
-      return Adapters(galore_optax.low_rank(config.rank, **shared))
-    method = galore_optax.relora(
+      return Adapters(galore_optax.baselines.low_rank(config.rank, **shared))
+    method = galore_optax.baselines.relora(
       config.rank, pruned=config.pruned, **alpha, **shared
     )
     return Adapters(method, config.reset_every)

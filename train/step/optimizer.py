@@ -71,7 +71,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   schedule = _smooth_schedule(config, steps)
   if config.name != "relora":
     return schedule
-  return galore_optax.jagged_schedule(
+  return galore_optax.baselines.jagged_schedule(
     schedule, config.reset_every, config.restart_warmup
   )
 

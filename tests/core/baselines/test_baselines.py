@@ -10,17 +10,15 @@ import pytest
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from galore_optax import (
+import galore_optax
+from galore_optax import Projection, adamw_8bit, dequantize, state_bytes
+from galore_optax.baselines import (
   Adapter,
-  Projection,
-  adamw_8bit,
-  dequantize,
   jagged_schedule,
   lora,
   low_rank,
   qlora,
   relora,
-  state_bytes,
 )
 
 KEY = jax.random.key(0)
@@ -557,3 +555,11 @@ def test_parts_that_do_not_belong_together_are_refused():
   lost = {k: v for k, v in adapters.items() if k != "layers/norm"}
   with pytest.raises(ValueError, match="'layers/norm' is neither"):
     LORA.apply(frozen, lost)
+
+
+@pytest.mark.parametrize("name", galore_optax.baselines.__all__)
+def test_the_old_names_say_where_baselines_are(name):
+  with pytest.raises(
+    AttributeError, match=f"use galore_optax.baselines.{name}"
+  ):
+    getattr(galore_optax, name)
