@@ -22,13 +22,14 @@ from typing import Any
 import jax
 
 import galore_optax
+from train.common import units
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.estimate import aot_targets, collectives, dry_run
 from train.parallel import mesh as mesh_lib
 from train.step import adapters, per_layer, train_step
 
-GIB = aot_targets.GIB
+GIB = units.GIB
 PARTS = ("weights", "moments", "bases", "gradients", "activations")
 LONGEST = 2**17  # where `--fit` stops looking
 
@@ -41,7 +42,7 @@ def main(words: list[str] | None = None) -> int:
     target = aot_targets.find(flags.target)
     runs = [configure(flags, name) for name in flags.method.split(",")]
     if flags.fit:
-      limit = parse_size(flags.fit)
+      limit = fit_size(flags.fit)
       found = [search(run, target, flags.vary, limit) for run in runs]
     else:
       found = [measure(run, target) for run in runs]
@@ -106,15 +107,14 @@ def configure(flags: argparse.Namespace, method: str) -> schema.Config:
   return schema.override(config, settings + flags.settings)
 
 
-def parse_size(text: str) -> int | None:
-  """Bytes of a size such as 16GiB or 24GB; None for `device`."""
+def fit_size(text: str) -> int | None:
+  """The bytes that `--fit` names; None for `device`."""
   if text == "device":
     return None
-  match = re.fullmatch(r"([\d.]+)\s*(GiB|GB|MiB|MB)", text)
-  if not match:
-    raise UserError(f"--fit {text!r}: write a size as 16GiB or 24GB, or device")
-  unit = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}[match[2]]
-  return int(float(match[1]) * unit)
+  try:
+    return units.parse_bytes(text)
+  except UserError as error:
+    raise UserError(f"--fit: {error}, or give `device`") from None
 
 
 def measure(
@@ -238,7 +238,7 @@ def _needed(error: Exception) -> int:
   match = match or re.search(r"Used ([\d.]+)([GM]) of", str(error))
   if "RESOURCE_EXHAUSTED" not in str(error) or not match:
     raise error
-  return int(float(match[1]) * {"G": 2**30, "M": 2**20}[match[2]])
+  return int(float(match[1]) * {"G": units.GIB, "M": units.MIB}[match[2]])
 
 
 def argument_parts(

@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_read_off_the_message():
   ("text", "size"), [("16GiB", 2**34), ("24GB", 24 * 10**9), ("device", None)]
 )
 def test_sizes(text, size):
-  assert memory.parse_size(text) == size
+  assert memory.fit_size(text) == size
 
 
 @pytest.mark.parametrize(

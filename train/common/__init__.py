@@ -1,1 +1,1 @@
-"""Errors for users, and files that are written whole."""
+"""Errors for users, atomic file writes, and numbers as text."""

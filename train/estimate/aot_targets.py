@@ -33,8 +33,7 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from train.common.errors import UserError  # noqa: E402
-
-GIB = 2**30
+from train.common.units import GIB  # noqa: E402
 
 # Memory a program can use, from the compiler's own message when it does not
 # fit; what the runtime keeps for itself is taken off already.

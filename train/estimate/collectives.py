@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from train.common.units import format_mib
+
 KINDS = (
   "all-gather",
   "all-reduce",
@@ -276,6 +278,6 @@ def lines(sums: dict[str, dict[str, dict[str, int]]]) -> list[str]:
     for kind, x in kinds.items():
       label = f"{kind}, {when.replace('_', ' ')}"
       found.append(
-        f"{label:<36}{x['count']:>5} of {x['bytes'] / 2**20:>10,.2f} MiB in all"
+        f"{label:<36}{x['count']:>5} of {format_mib(x['bytes']):>10} MiB in all"
       )
   return found

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 import galore_optax
 from train.common.errors import UserError
+from train.common.units import format_bytes, format_duration, format_si
 from train.config import schema
 from train.estimate import flops, jaxpr_cost
 from train.parallel import mesh as mesh_lib
@@ -269,7 +270,7 @@ def plan_table(rows: list[dict[str, Any]]) -> list[str]:
     shape = " x ".join(map(str, row["shape"]))
     lines.append(
       f"{row['path']:<{width}}  {shape:<18} {row['side']:<9}"
-      f" {row['rank'] or '-':>4} {size(row['state_bytes']):>15}"
+      f" {row['rank'] or '-':>4} {format_bytes(row['state_bytes']):>15}"
     )
   # Of names and rules, which are the rest, the table tells enough.
   small = [row["path"] for row in rows if row["reason"].startswith("no small")]
@@ -283,22 +284,23 @@ def _memory(parts: dict[str, dict], mesh: dict[str, int]) -> list[str]:
   axes = " x ".join(f"{n} {axis}" for axis, n in mesh.items())
   lines = [f"{'bytes':<20}{'in all':>12}{'a device':>14}, mesh {axes}"]
   for name, n in parts["whole"].items():
-    label, here = name.replace("_", " "), size(parts["device"][name])
-    lines.append(f"  {label:<18}{size(n):>12}{here:>14}")
+    label, here = name.replace("_", " "), format_bytes(parts["device"][name])
+    lines.append(f"  {label:<18}{format_bytes(n):>12}{here:>14}")
   return lines
 
 
 def _states(states: dict[str, int], note: str) -> list[str]:
   width = max(map(len, states))
   rows = [
-    f"  {name:<{width}}{size(n):>12}  {n / states['adamw']:6.1%} of adamw's"
+    f"  {name:<{width}}{format_bytes(n):>12}  {n / states['adamw']:6.1%} of"
+    " adamw's"
     for name, n in states.items()
   ]
   return ["optimizer state of this model", *rows, *textwrap.wrap(note, 78)]
 
 
 def _work(found: dict[str, float]) -> list[str]:
-  token = lambda name: f"{amount(found[name + '_per_token'])}FLOPs a token"
+  token = lambda name: f"{format_si(found[name + '_per_token'])}FLOPs a token"
   lines = [
     f"forward     {token('forward')}",
     f"backward    {token('backward')}",
@@ -309,21 +311,22 @@ def _work(found: dict[str, float]) -> list[str]:
   if update:
     share = 100 * update / found["per_step"]
     lines.append(
-      f"optimizer   {amount(update)}FLOPs a step, {share:.2g}% of it"
+      f"optimizer   {format_si(update)}FLOPs a step, {share:.2g}% of it"
     )
   if refresh:
     gap = found["refresh_every"]
     share = 100 * refresh / gap / found["per_step"]
     lines.append(
-      f"refreshes   {amount(refresh)}FLOPs every {gap} steps, {share:.2g}% of"
-      " them"
+      f"refreshes   {format_si(refresh)}FLOPs every {gap} steps,"
+      f" {share:.2g}% of them"
     )
   return [
     "matrix products",
     *(f"  {line}" for line in lines),
     "",
     f"the run     {found['steps']:,} steps of {found['tokens_per_step']:,}"
-    f" tokens: {amount(found['tokens'])}tokens, {amount(found['run'])}FLOPs",
+    f" tokens: {format_si(found['tokens'])}tokens,"
+    f" {format_si(found['run'])}FLOPs",
   ]
 
 
@@ -331,34 +334,8 @@ def _time(found: dict[str, float], devices: int) -> list[str]:
   model = 3 * found["forward_per_token"] * found["tokens"]
   count = f"{devices} devices" if devices > 1 else "one device"
   times = (
-    f"{kind} {duration(model / (0.4 * devices * flops.peak(kind)))}"
+    f"{kind} {format_duration(model / (0.4 * devices * flops.peak(kind)))}"
     for kind in ("TPU v5e", "TPU v6e", "A100", "H100", "RTX 4090")
   )
   text = f"at 40% MFU, {count}: {', '.join(times)}"
   return textwrap.wrap(text, 78, subsequent_indent="  ")
-
-
-def size(count: float) -> str:
-  """Bytes as `12.5 GiB`."""
-  for unit in ("B", "KiB", "MiB", "GiB"):
-    if count < 1000 or unit == "GiB":
-      return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
-    count /= 1024
-  raise AssertionError("unreachable")
-
-
-def amount(count: float) -> str:
-  """A large number as `12.5 T`, the unit's name to follow."""
-  for prefix in ("", "k", "M", "G", "T", "P"):
-    if count < 1000:
-      return f"{count:.3g} {prefix}"
-    count /= 1000
-  return f"{count:,.3g} E"
-
-
-def duration(seconds: float) -> str:
-  """Seconds as days, hours or minutes."""
-  for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-    if seconds >= length or unit == "min":
-      return f"{seconds / length:,.1f} {unit}"
-  raise AssertionError("unreachable")

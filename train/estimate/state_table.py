@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 import galore_optax
+from train.common.units import format_gb
 from train.config import presets
 from train.models import llama
 from train.step import adapters, optimizer
@@ -75,7 +76,7 @@ def render(found: dict[str, dict[str, int]]) -> str:
   head = "".join(f"{p.removeprefix('llama_'):>10}" for p in PRESETS)
   lines = [f"{'GB of state':<{width}}{head}"]
   for name, row in found.items():
-    cells = "".join(f"{row[p] / 1e9:>10.3f}" for p in PRESETS)
+    cells = "".join(f"{format_gb(row[p]):>10}" for p in PRESETS)
     lines.append(f"{name:<{width}}{cells}")
   rows = ("paper: full rank", "paper: GaLore", "paper: LoRA")
   for i, name in enumerate(rows):

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from train.common import atomic_files
+from train.common.units import format_mib
 from train.run.sinks import Sink
 
 FILE = "metrics.jsonl"
@@ -177,7 +178,7 @@ def memory_table(
   rows = [
     f"{'optimizer state':<{width}}  {'bytes':>14}  {'MiB':>9}  of AdamW",
     *(
-      f"{name:<{width}}  {size:>14,}  {size / 2**20:>9,.2f}"
+      f"{name:<{width}}  {size:>14,}  {format_mib(size):>9}"
       f"  {size / adamw:8.1%}"
       for name, size in states.items()
     ),

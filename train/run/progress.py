@@ -6,6 +6,8 @@ import sys
 
 import tqdm
 
+from train.common.units import format_clock, format_count
+
 
 class Progress:
   """A bar on a terminal; plain lines where the output is a file."""
@@ -42,12 +44,12 @@ class Progress:
       norm: of the gradient.
       mfu: model FLOPs utilisation, 0 to 1; nan where it is not known.
     """
-    left = duration((self._steps - step) * tokens / rate)
+    left = format_clock((self._steps - step) * tokens / rate)
     shown = {
       "loss": f"{loss:.3f}",
       "lr": f"{lr:.1e}",
       "norm": f"{norm:.2f}" if math.isfinite(norm) else "",
-      "tokens/s": thousands(rate),
+      "tokens/s": format_count(rate),
       "MFU": f"{mfu:.0%}" if math.isfinite(mfu) else "",
       "left": left,
     }
@@ -96,26 +98,3 @@ def _columns() -> int:
     return os.get_terminal_size(sys.stderr.fileno()).columns
   except (OSError, ValueError):
     return 80
-
-
-def thousands(rate: float) -> str:
-  """A rate as 950, 12.3k or 1.25M; `-` where it is not known."""
-  if not math.isfinite(rate):
-    return "-"
-  for limit, unit in ((1e6, "M"), (1e4, "k")):
-    if rate >= limit:
-      return f"{rate / (1e6 if unit == 'M' else 1e3):.3g}{unit}"
-  return f"{rate:.0f}"
-
-
-def duration(seconds: float) -> str:
-  """Seconds as 3d 04h, 1:02:03 or 2:03; `-` where they are not known."""
-  if not math.isfinite(seconds):
-    return "-"
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours >= 48:
-    return f"{hours // 24}d{hours % 24:02}h"
-  if hours:
-    return f"{hours}:{minutes:02}:{rest:02}"
-  return f"{minutes}:{rest:02}"

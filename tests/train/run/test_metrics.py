@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from train.common import units
 from train.common.errors import UserError
 from train.config import presets
 from train.run import loop, metrics, progress, sinks
@@ -221,7 +222,7 @@ def test_what_is_needed_most_stays_in_a_narrow_terminal(room):
   [(59.6, "1:00"), (3723, "1:02:03"), (2e5, "2d07h"), (math.nan, "-")],
 )
 def test_durations_read_well(seconds, text):
-  assert progress.duration(seconds) == text
+  assert units.format_clock(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_durations_read_well(seconds, text):
    (math.nan, "-")],
 )  # fmt: skip
 def test_rates_read_well(rate, text):
-  assert progress.thousands(rate) == text
+  assert units.format_count(rate) == text
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys):
