@@ -20,8 +20,8 @@ BLOCKS = {
   for i, code in enumerate(BLOCK.findall(path.read_text(encoding="utf-8")))
 }
 TRAINING = (
-  "docs/explanation/memory.md:0",
-  "docs/explanation/memory.md:1",
+  "docs/how-to/save-memory.md:0",
+  "docs/how-to/save-memory.md:1",
 )
 
 

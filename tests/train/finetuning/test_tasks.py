@@ -874,7 +874,7 @@ def test_checkpoints_are_told_apart_by_their_weights(tmp_path):
 
 
 def test_the_tables_of_the_docs_are_those_of_the_recorded_runs():
-  text = (DOCS / "how-to" / "fine-tuning.md").read_text(encoding="utf-8")
+  text = (DOCS / "results" / "fine-tuning.md").read_text(encoding="utf-8")
   named = set(re.findall(r"docs/results/fine-tuning/([\w-]+\.jsonl)", text))
   assert "rotten_tomatoes-minilm.jsonl" in named
   for name in named:
