@@ -1,28 +1,66 @@
-"""Runs the marked blocks of README.md and docs/, and follows their links."""
+"""Runs the marked blocks of README.md and docs/; checks links and reference.
 
+Marks of a block, in a comment on the line above it:
+
+- `runnable`: a block of Python, run by itself.
+- `runnable-shell`: commands. Those of a page run in order in one temporary
+  folder, with the settings of `TINY`.
+- `runnable: NAME`: a block of Python that needs the package NAME, run in the
+  folder of the page's commands, where it stands among them.
+"""
+
+import importlib.util
 import itertools
+import os
 import pathlib
 import re
+import stat
+import subprocess
+import sys
 
 import markdown_it
 import pytest
 
+import galore_optax
+
 ROOT = pathlib.Path(__file__).parents[1]
-BLOCK = re.compile(r"<!-- runnable -->\n```python\n(.*?)^```", re.S | re.M)
+MARK = re.compile(
+  r"^<!-- runnable(?P<shell>-shell)?(?:: (?P<needs>\w+))? -->\n"
+  r"```(?P<language>\w+)\n(?P<code>.*?)^```",
+  re.S | re.M,
+)
 PAGES = (
   ROOT / "README.md",
   ROOT / "CHANGELOG.md",
   *sorted((ROOT / "docs").rglob("*.md")),
 )
+NAMES = {page: str(page.relative_to(ROOT)) for page in PAGES}
+MARKED = {
+  page: list(MARK.finditer(page.read_text(encoding="utf-8"))) for page in PAGES
+}
 BLOCKS = {
-  f"{path.relative_to(ROOT)}:{i}": code
-  for path in PAGES
-  for i, code in enumerate(BLOCK.findall(path.read_text(encoding="utf-8")))
+  f"{NAMES[page]}:{i}": code
+  for page, marked in MARKED.items()
+  for i, code in enumerate(
+    x["code"] for x in marked if not (x["shell"] or x["needs"])
+  )
 }
 TRAINING = (
   "docs/how-to/save-memory.md:0",
   "docs/how-to/save-memory.md:1",
 )
+# Pages with commands; the blocks of a page share a folder.
+WALKS = [
+  page for page, marked in MARKED.items() if any(x["shell"] for x in marked)
+]
+# What is added to a command of a page, so that it takes seconds.
+TINY = {
+  "train.pretrain": "--set model.d_model=32 --set model.d_ff=48"
+  " --set model.n_layers=1 --set model.n_heads=2 --set model.vocab_size=300"
+  " --set optimizer.rank=8 --set data.path=tiny.txt --set data.length=32"
+  " --set train.steps=4 --set run.watch=none",
+  "train.finetune": "--set task.epochs=1",
+}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -34,27 +72,86 @@ def test_runnable_blocks_run(name, capsys):
 
 
 def test_every_mark_is_that_of_a_block():
-  marks = sum(
-    path.read_text(encoding="utf-8").count("<!-- runnable -->")
-    for path in PAGES
+  for page, marked in MARKED.items():
+    marks = page.read_text(encoding="utf-8").count("<!-- runnable")
+    assert marks == len(marked), f"{NAMES[page]}: a mark without a block"
+  assert set(TRAINING) <= set(BLOCKS)
+
+
+def shim(folder):
+  """A `python` that adds the settings of `TINY`, in a folder for PATH."""
+  cases = "\n".join(
+    f'  "-m {name}") exec "{sys.executable}" "$@" {flags} ;;'
+    for name, flags in TINY.items()
   )
-  assert marks == len(BLOCKS) and set(TRAINING) <= set(BLOCKS)
+  file = folder / "python"
+  file.write_text(
+    f'#!/bin/sh\ncase "$1 $2" in\n{cases}\nesac\n'
+    f'exec "{sys.executable}" "$@"\n',
+    encoding="utf-8",
+  )
+  file.chmod(file.stat().st_mode | stat.S_IXUSR)
+  return folder
+
+
+def prose(count):
+  """Sentences, enough for a held-out part."""
+  return "\n\n".join(
+    f"In the year {i} the people of these states held that the union is one,"
+    f" and that peace among its {i % 7} parts is for all of them."
+    for i in range(count)
+  )
+
+
+@pytest.mark.parametrize("page", WALKS, ids=lambda page: NAMES[page])
+def test_commands_run_in_the_order_of_the_page(page, tmp_path):
+  work, binaries = tmp_path / "work", tmp_path / "bin"
+  work.mkdir()
+  binaries.mkdir()
+  (work / "tiny.txt").write_text(prose(300), encoding="utf-8")
+  environment = os.environ | {
+    "PATH": f"{shim(binaries)}{os.pathsep}{os.environ['PATH']}",
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+  }
+  skipped = []
+  for block in MARKED[page]:
+    if not (block["shell"] or block["needs"]):
+      continue
+    if block["needs"] and importlib.util.find_spec(block["needs"]) is None:
+      skipped.append(block["needs"])
+      continue
+    words = ("bash", "-euo", "pipefail", "-c", block["code"])
+    if block["needs"]:
+      words = (sys.executable, "-c", block["code"])
+    done = subprocess.run(
+      words, cwd=work, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{block['code']}\n{done.stdout}{done.stderr}"
+  if skipped:
+    pytest.skip(f"all but the blocks that need {', '.join(skipped)} ran")
 
 
 def parsed(path):
-  return markdown_it.MarkdownIt("commonmark").parse(
-    path.read_text(encoding="utf-8")
+  return (
+    markdown_it.MarkdownIt("commonmark")
+    .enable("table")
+    .parse(path.read_text(encoding="utf-8"))
   )
 
 
 def anchors(path):
-  """Names that a page's headings have on the web: words joined by hyphens."""
+  """Names that a page's headings have on the web: words joined by hyphens.
+
+  A page of the reference also has one for each object that it documents.
+  """
   tokens = parsed(path)
-  return {
+  headings = {
     re.sub(r"[^\w\- ]", "", text.content.lower()).replace(" ", "-")
     for opening, text in itertools.pairwise(tokens)
     if opening.type == "heading_open"
   }
+  return headings | set(documented(path))
 
 
 def links(path):
@@ -64,7 +161,7 @@ def links(path):
   return [link for link in found if link and "://" not in link]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: NAMES[page])
 def test_links_lead_somewhere(page):
   for link in links(page):
     name, _, anchor = link.partition("#")
@@ -77,3 +174,46 @@ def test_links_lead_somewhere(page):
 
 def test_links_are_found():
   assert sum(map(len, map(links, PAGES))) > 50
+
+
+def documented(path):
+  """Objects that a page of the reference documents, by their full names."""
+  return re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.M)
+
+
+REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
+
+
+def test_the_reference_has_every_public_name_once():
+  found = sorted(itertools.chain.from_iterable(map(documented, REFERENCE)))
+  public = [f"galore_optax.{x}" for x in galore_optax.__all__]
+  public.remove("galore_optax.baselines")
+  public += [
+    f"galore_optax.baselines.{x}" for x in galore_optax.baselines.__all__
+  ]
+  assert found == sorted(public)
+
+
+def test_the_site_lists_every_page():
+  text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+  listed = re.findall(r"^ +- (?:[\w ]+: )?(\S+\.md)$", text, re.M)
+  pages = [str(x.relative_to(ROOT / "docs")) for x in PAGES[2:]]
+  assert sorted(listed) == sorted(pages)
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("mkdocstrings") is None,
+  reason="the site needs the extra `docs`",
+)
+def test_the_site_builds(tmp_path):
+  done = subprocess.run(
+    (sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  page = (tmp_path / "reference" / "galore.html").read_text(encoding="utf-8")
+  assert 'id="galore_optax.galore"' in page and "<math" in page
+  for left in (":func:", ":class:", ":math:", ".. math::", "arithmatex"):
+    assert left not in page
