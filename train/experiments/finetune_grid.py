@@ -1,4 +1,4 @@
-"""Many fine-tuning runs and their table.
+"""Fine-tunes with several methods, learning rates and seeds, and tabulates.
 
   python -m train.experiments.finetune_grid pick RESULTS --from FOLDER \
     --methods adamw \
@@ -7,52 +7,64 @@
     --methods adamw galore:4 lora:4 --seeds 0 1 2
   python -m train.experiments.finetune_grid table RESULTS
 
-`pick` trains each method with each rate and scores it on a part of the
-training split; `run` takes the best rate of each method from there (of those
-on the same examples as the last; of the same optimizer at another rank, if
-need be; or `--rates` where one is given), and scores on the validation split.
-Both add a line a run to the file RESULTS and leave out what is in it, so that
-the same command goes on where it was stopped. What other flags mean is said by
-`python -m train.finetune --help`.
+`pick` trains each method with each learning rate and scores it on a part of
+the training split. `run` trains each method with its best rate from there, and
+scores it on the validation split; `--rates` overrides the choice. A method
+that was not picked at its rank takes the best rate of the same optimizer at
+another rank.
+
+Both add a line for each run to the file RESULTS and skip runs that it already
+holds, so the same command continues after a stop. Started several times with
+one --work, the command makes several runs at a time. The other flags are those
+of `python -m train.finetune --help`.
 """
 
 import argparse
 import hashlib
 import json
 import pathlib
-import shutil
+import re
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from train import finetune
 from train.common.errors import Diverged, UserError
 from train.config.schema import HUB
+from train.experiments import results, sweep
 from train.finetuning import evaluation, report, tasks
 from train.run import exit_status, run_dir
 
 Record = dict[str, Any]
-
-
-# The settings that runs of a method differ in, and what is held out.
+# Settings in which the runs of one method differ, and the held-out part.
 VARIED = ("optimizer.learning_rate=", "train.seed=", "data.validation=none")
 
 
 class Method(NamedTuple):
-  """An optimizer at a rank: `galore:8`; `+` and settings are its own."""
+  """An optimizer, its rank, and settings of its own."""
 
-  text: str
+  text: str  # as given: galore:8+task.freeze=^embed/
   optimizer: str
-  rank: int | None  # None: the task's
+  rank: int | None  # None: the task's default
   settings: tuple[str, ...]
 
 
-def method(text: str) -> Method:
+class Run(NamedTuple):
+  """One fine-tuning run of the grid."""
+
+  method: Method
+  rate: float
+  seed: int
+  command: list[str]  # the arguments of train.finetune, without --out
+  key: str
+
+
+def parse_method(text: str) -> Method:
   """Reads `galore:8` or `galore:8+task.freeze=^embed/`.
 
   Raises:
-    UserError: the rank is no number.
+    UserError: the rank is not a number.
   """
   name, *settings = text.split("+")
   optimizer, colon, rank = name.partition(":")
@@ -63,120 +75,121 @@ def method(text: str) -> Method:
   return Method(text, optimizer, int(rank) if rank else None, tuple(settings))
 
 
-def read(path: pathlib.Path) -> list[Record]:
-  """The runs in a file of results."""
-  if not path.exists():
-    return []
-  lines = path.read_text(encoding="utf-8").splitlines()
-  return [json.loads(line) for line in lines if line.strip()]
-
-
-def words(
-  flags: argparse.Namespace, chosen: Method, rate: float, seed: int
+def make_command(
+  flags: argparse.Namespace, method: Method, rate: float, seed: int
 ) -> list[str]:
-  """The command line of one run, without its folder."""
-  settings = [*flags.settings, *chosen.settings]
+  """The arguments of `train.finetune` for one run, without --out."""
+  settings = [*flags.settings, *method.settings]
   settings += [f"optimizer.learning_rate={rate:g}", f"train.seed={seed}"]
   if flags.command == "pick":
     settings += ["data.validation=none"]
-  found = ["--task", flags.task, "--from", flags.source]
-  found += ["--optimizer", chosen.optimizer]
-  found += ["--rank", str(chosen.rank)] if chosen.rank is not None else []
-  return found + [word for s in settings for word in ("--set", s)]
+  command = ["--task", flags.task, "--from", flags.source]
+  command += ["--optimizer", method.optimizer]
+  command += ["--rank", str(method.rank)] if method.rank is not None else []
+  return command + [word for s in settings for word in ("--set", s)]
 
 
-def rates(flags: argparse.Namespace, chosen: Method) -> Sequence[float]:
+def shown_command(flags: argparse.Namespace, command: list[str]) -> str:
+  """A run's command line as it is recorded.
+
+  It names the checkpoint by a placeholder: its path differs between machines.
+  """
+  words = ["$CHECKPOINT" if word == flags.source else word for word in command]
+  return " ".join(["python -m train.finetune", *words])
+
+
+def choose_rates(
+  flags: argparse.Namespace, checkpoint: str, method: Method
+) -> Sequence[float]:
   """The learning rates to train a method with.
 
   Raises:
-    UserError: none is given, and none was picked.
+    UserError: none was given, and none was picked.
   """
   if flags.rates:
     return flags.rates
   if flags.command == "pick":
     raise UserError("pick: name the learning rates to try with --rates")
-  task, wanted = tasks.find(flags.task), _own(flags, chosen)
-  tried = [
+  task, settings = tasks.find(flags.task), _own_settings(flags, method)
+  picks = [
     r
-    for r in read(flags.results)
+    for r in results.read(flags.results)
     if (r["stage"], r["task"]) == ("pick", flags.task)
-    and r["checkpoint"] == flags.checkpoint
-    and _settings(r) == wanted
+    and r["checkpoint"] == checkpoint
+    and _settings(r) == settings
   ]
-  if tried:  # what was held out before the data changed is no measure
-    now = tried[-1].get("examples")
-    tried = [r for r in tried if r.get("examples") == now]
-  # At another rank the same optimizer's rate serves, if there is none at this.
-  picked = [r for r in tried if r["method"] == chosen.text] or [
-    r for r in tried if r["optimizer"] == chosen.optimizer
+  if picks:  # scores on examples that have changed since do not compare
+    newest = picks[-1].get("examples")
+    picks = [r for r in picks if r.get("examples") == newest]
+  picks = [r for r in picks if r["method"] == method.text] or [
+    r for r in picks if r["optimizer"] == method.optimizer
   ]
-  if not picked:
+  if not picks:
     raise UserError(
-      f"{flags.results} has no picked learning rate for {chosen.text} with"
+      f"{flags.results} has no picked learning rate for {method.text} with"
       " this checkpoint and these settings; run `pick` first, or give one with"
       " --rates"
     )
-  finished = [r for r in picked if r["scores"]]
+  finished = [r for r in picks if r["scores"]]
   if not finished:
     raise UserError(
-      f"{flags.results}: {chosen.text} diverged with every learning rate that"
+      f"{flags.results}: {method.text} diverged with every learning rate that"
       " was tried; `pick` smaller ones"
     )
-  means = _by(finished, "learning_rate")
-  score = lambda rate: statistics.mean(
-    evaluation.rank(task, r["scores"]) for r in means[rate]
+  by_rate = _group_by(finished, "learning_rate")
+  mean_rank = lambda rate: statistics.mean(
+    evaluation.rank(task, r["scores"]) for r in by_rate[rate]
   )
-  return [min(means, key=score)]
+  return [min(by_rate, key=mean_rank)]
 
 
-def _own(flags: argparse.Namespace, chosen: Method) -> frozenset[str]:
-  """The settings of a method's runs, whatever the rate and seed.
+def _own_settings(flags: argparse.Namespace, method: Method) -> frozenset[str]:
+  """The settings that all runs of a method share, whatever rate and seed.
 
   Raises:
-    UserError: they are to say what other flags say.
+    UserError: one of them is set by another flag.
   """
-  found = (*flags.settings, *chosen.settings)
-  for setting in found:
+  settings = (*flags.settings, *method.settings)
+  for setting in settings:
     if setting.startswith(VARIED):
       raise UserError(
-        f"--set {setting}: that is what --rates, --seeds, and `pick` or `run`"
-        " say here"
+        f"--set {setting}: --rates, --seeds, and `pick` or `run` set that"
       )
-  return frozenset(found)
+  return frozenset(settings)
 
 
-def _by(records: list[Record], name: str) -> dict[Any, list[Record]]:
-  found: dict[Any, list[Record]] = {}
+def _group_by(records: list[Record], name: str) -> dict[Any, list[Record]]:
+  groups: dict[Any, list[Record]] = {}
   for record in records:
-    found.setdefault(record[name], []).append(record)
-  return found
+    groups.setdefault(record[name], []).append(record)
+  return groups
 
 
-def plan(flags: argparse.Namespace) -> Iterator[tuple[Method, float, int]]:
-  """The runs that are missing, seed by seed: a stop leaves a fair part."""
+def missing(flags: argparse.Namespace, checkpoint: str) -> list[Run]:
+  """The runs without a result, seed by seed: a stop leaves a fair part."""
   done = {
-    (r["stage"], r["checkpoint"], r["command"]) for r in read(flags.results)
+    (r["stage"], r["checkpoint"], r["command"])
+    for r in results.read(flags.results)
   }
+  runs = []
   for seed in flags.seeds:
-    for chosen in map(method, flags.methods):
-      for rate in rates(flags, chosen):
-        command = shown(flags, words(flags, chosen, rate, seed))
-        if (flags.command, flags.checkpoint, command) not in done:
-          yield chosen, rate, seed
+    for method in map(parse_method, flags.methods):
+      for rate in choose_rates(flags, checkpoint, method):
+        command = make_command(flags, method, rate, seed)
+        shown = shown_command(flags, command)
+        identity = (flags.command, checkpoint, shown)
+        if identity not in done:
+          text = json.dumps(identity).encode()
+          key = hashlib.blake2b(text, digest_size=8).hexdigest()
+          runs.append(Run(method, rate, seed, command, key))
+  return runs
 
 
-def shown(flags: argparse.Namespace, command: list[str]) -> str:
-  """A run's command line, as it is kept."""
-  # Where a checkpoint lies on this machine says nothing to others.
-  named = ["$CHECKPOINT" if w == flags.source else w for w in command]
-  return " ".join(["python -m train.finetune", *named])
-
-
-LOOKS = 256
+SAMPLES = 256  # stretches of a file of weights that the fingerprint reads
 
 
 def fingerprint(source: str) -> str:
-  """What tells a checkpoint from others, wherever it lies.
+  """Identifies a checkpoint by its weights, wherever its folder is.
 
   Raises:
     UserError: there is none.
@@ -187,112 +200,102 @@ def fingerprint(source: str) -> str:
   files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
   if not files:
     raise UserError(f"--from {source}: there are no weights")
-  made = hashlib.blake2b(digest_size=8)
+  digest = hashlib.blake2b(digest_size=8)
   for file in files:
     size = file.stat().st_size
-    made.update(f"{file.name} {size}\n".encode())
+    digest.update(f"{file.name} {size}\n".encode())
     with file.open("rb") as opened:
-      for part in range(LOOKS):  # some of all weights: a file may be large
-        opened.seek(size * part // LOOKS)
-        made.update(opened.read(2**14))
-  return made.hexdigest()
+      for part in range(SAMPLES):  # evenly spaced: a file may be large
+        opened.seek(size * part // SAMPLES)
+        digest.update(opened.read(2**14))
+  return digest.hexdigest()
 
 
 def run_all(flags: argparse.Namespace) -> int:
-  """Makes the runs that are missing; the first that fails ends it."""
-  out = flags.work / flags.task
-  flags.checkpoint = fingerprint(flags.source)
-  for chosen, rate, seed in plan(flags):
-    command = words(flags, chosen, rate, seed)
-    # What a stop has left is of this run, which goes on with it, or goes.
-    goes_on = _same(out, command) and not flags.overwrite
-    anew = [] if goes_on else ["--overwrite"]
+  """Makes the missing runs; the first that fails ends it."""
+  checkpoint = fingerprint(flags.source)
+  statuses = []
+
+  def make(run: Run, out: pathlib.Path) -> Record | None:
+    words = [*run.command, "--out", str(out)]
+    words += ["--overwrite"] if flags.overwrite else []
     try:
-      status = finetune.command([*command, "--out", str(out), *anew])
+      status = finetune.command(words)
     except Diverged as error:
-      print(f"stopped: {error}\nnote       kept in {flags.results} as diverged")
+      print(f"stopped: {error}\nnote       recorded as diverged")
       status = 0
     if status:
-      return status
-    flags.overwrite = False
-    found = json.loads((out / report.FILE).read_text(encoding="utf-8"))
-    record = {
+      statuses.append(status)
+      return None
+    result = json.loads((out / report.FILE).read_text(encoding="utf-8"))
+    return {
       "stage": flags.command,
-      "method": chosen.text,
-      "checkpoint": flags.checkpoint,
+      "method": run.method.text,
+      "checkpoint": checkpoint,
       "examples": run_dir.examples_of(out),
-    } | found
-    record["command"] = shown(flags, command)
-    flags.results.parent.mkdir(parents=True, exist_ok=True)
-    with flags.results.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(record) + "\n")
-    shutil.rmtree(out)
-  return 0
+      **result,
+      "command": shown_command(flags, run.command),
+    }
 
-
-def _same(out: pathlib.Path, command: list[str]) -> bool:
-  """Whether the folder holds a part of this very run; notes it if not."""
-  note = out.with_name(out.name + ".command")
-  text = json.dumps(command)
-  same = note.exists() and note.read_text() == text
-  if not same:
-    shutil.rmtree(out, ignore_errors=True)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
-  return same
+  sweep.run_missing(
+    lambda: missing(flags, checkpoint),
+    make,
+    flags.results,
+    flags.work,
+    stopped=lambda: False,  # a run under way stops by itself
+  )
+  return next(iter(statuses), 0)
 
 
 SIZES = ("weights", "adapters", "gradients", "optimizer", "optimizer_blocks")
 
 
 def table(records: list[Record]) -> str:
-  """The runs as Markdown, a table a task: mean and spread of scores, bytes.
+  """Markdown tables of the runs: mean and standard deviation of scores, bytes.
 
-  The loss tells methods apart where a score does not yet: it counts how sure
-  the answers are, in runs too short for more than the commonest class.
-
-  Beside a rate stands what it scored when it was picked, if it was tried then.
+  There is one table for each task. The column *loss* compares methods in runs
+  that are too short for their scores to differ. *held out* is the mean score
+  of the same learning rate in `pick`, where it was tried.
   """
   runs = [record for record in records if record["stage"] == "run"]
   if not runs:
     raise UserError("there is no finished run in the results")
-  tasks_ = _by(runs, "task")
   picks = [record for record in records if record["stage"] == "pick"]
-  table = lambda name: _table(
-    name, tasks_[name], [pick for pick in picks if pick["task"] == name]
+  runs_by_task, picks_by_task = (
+    _group_by(runs, "task"),
+    _group_by(picks, "task"),
   )
-  if len(tasks_) == 1:  # its name is in the file's
-    return table(next(iter(tasks_)))
-  return "\n\n".join(f"**{name}**\n\n{table(name)}" for name in tasks_)
+  tables = {
+    name: _task_table(name, group, picks_by_task.get(name, []))
+    for name, group in runs_by_task.items()
+  }
+  if len(tables) == 1:  # the file's name says which task it is
+    return next(iter(tables.values()))
+  return "\n\n".join(f"**{name}**\n\n{text}" for name, text in tables.items())
 
 
-def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
+def _task_table(task: str, runs: list[Record], picks: list[Record]) -> str:
   metric = tasks.find(task).metrics[0]
-  tried: dict[tuple, list[Record]] = {}
-  for pick in picks:
-    tried.setdefault(_key(pick), []).append(pick)
   lines = [
     f"| method | learning rate | held out | {metric} | loss | seeds |"
-    " weights, MB | adapters | gradients | optimizer state | of it blocks |",
+    " weights, MB | adapters | gradients | optimizer state | of which blocks |",
     "|---" * 11 + "|",
   ]
-  alike: dict[tuple, list[Record]] = {}  # but for their seeds
-  for record in runs:
-    alike.setdefault(_key(record), []).append(record)
-  common = frozenset.intersection(*(settings for *_, settings in alike))
-  several = len({checkpoint for _, _, checkpoint, _ in alike}) > 1
-  for key, same in sorted(alike.items(), key=lambda item: item[0][:3]):
+  rows, picked = _group_seeds(runs), _group_seeds(picks)
+  common = frozenset.intersection(*(settings for *_, settings in rows))
+  several = len({checkpoint for _, _, checkpoint, _ in rows}) > 1
+  for key, seeds in sorted(rows.items(), key=lambda item: item[0][:3]):
     name, rate, checkpoint, settings = key
-    finished = [record for record in same if record["scores"]]
+    finished = [record for record in seeds if record["scores"]]
     sizes = finished[0]["bytes"] if finished else {}
-    of_all = "" if len(finished) == len(same) else f" of {len(same)}"
-    own = sorted(settings - common - set(method(name).settings))
+    of_all = "" if len(finished) == len(seeds) else f" of {len(seeds)}"
+    own = sorted(settings - common - set(parse_method(name).settings))
     cells = [
       _title(name, [*own, *([checkpoint] if several else [])]),
       f"{rate:g}",
-      _mean(tried[key], metric) if key in tried else "",
-      _spread(finished, metric),
-      _spread(finished, "held_out_loss"),
+      _mean(picked[key], metric) if key in picked else "",
+      _mean_and_std(finished, metric),
+      _mean_and_std(finished, "held_out_loss"),
       f"{len(finished)}{of_all}",
       *(f"{sizes.get(part, 0) / 1e6:.2f}" for part in SIZES),
     ]
@@ -300,97 +303,115 @@ def _table(task: str, runs: list[Record], picks: list[Record]) -> str:
   return "\n".join(lines)
 
 
+def _group_seeds(records: list[Record]) -> dict[tuple, list[Record]]:
+  """Groups runs that differ in their seeds only.
+
+  The keys are method, learning rate, checkpoint and settings.
+  """
+  groups: dict[tuple, list[Record]] = {}
+  for r in records:
+    key = (r["method"], r["learning_rate"], r["checkpoint"], _settings(r))
+    groups.setdefault(key, []).append(r)
+  return groups
+
+
 def _title(name: str, own: list[str]) -> str:
-  """`galore:8, update_proj_gap=10`: a method and what its runs changed."""
+  """The first cell of a row: `galore:8, update_proj_gap=10`."""
   text, *settings = name.split("+")
-  short = [setting.removeprefix(_group(setting)) for setting in settings]
+  short = [re.sub(r"^[^=]*\.(?=[^.=]*=)", "", setting) for setting in settings]
   return " ".join([", ".join([text, *short]), *own])
 
 
-def _group(setting: str) -> str:
-  field, _, _ = setting.partition("=")
-  return field[: field.rfind(".") + 1]
-
-
 def _mean(records: list[Record], metric: str) -> str:
-  """The mean of a score, if all runs came to one."""
+  """The mean of a score, unless one of the runs diverged."""
   if not all(record["scores"] for record in records):
     return "diverged"
   return f"{statistics.mean(r['scores'][metric] for r in records):.4f}"
 
 
-def _spread(records: list[Record], metric: str) -> str:
-  """Mean and standard deviation of a score, of runs that came to one."""
+def _mean_and_std(records: list[Record], metric: str) -> str:
+  """Mean and standard deviation of a score over finished runs."""
   if not records:
     return "diverged"
   values = [record["scores"][metric] for record in records]
-  spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-  return f"{statistics.mean(values):.4f}{spread}"
-
-
-def _key(record: Record) -> tuple[str, float, str, frozenset[str]]:
-  """What runs have in common that differ in their seeds alone."""
-  settings = _settings(record)
-  return (
-    record["method"],
-    record["learning_rate"],
-    record["checkpoint"],
-    settings,
-  )
+  std = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+  return f"{statistics.mean(values):.4f}{std}"
 
 
 def _settings(record: Record) -> frozenset[str]:
-  """What a run was set to, but for its learning rate and seed."""
-  words_ = record["command"].split(" --set ")[1:]
-  return frozenset(word for word in words_ if not word.startswith(VARIED))
+  """The settings of a run, without its learning rate and seed."""
+  settings = record["command"].split(" --set ")[1:]
+  return frozenset(s for s in settings if not s.startswith(VARIED))
 
 
-def parse(given: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
   """Reads the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.experiments.finetune_grid",
-    description="Fine-tunes with several methods, rates and seeds.",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   commands = parser.add_subparsers(dest="command", required=True)
-  for name in ("pick", "run", "table"):
-    command = commands.add_parser(name)
-    command.add_argument("results", type=pathlib.Path, metavar="RESULTS")
-    if name == "table":
-      continue
-    command.add_argument("--from", dest="source", required=True)
-    command.add_argument("--task", default="rotten_tomatoes")
+  for name, what in (
+    ("pick", "try learning rates on a part of the training split"),
+    ("run", "train with the picked rates, score on the validation split"),
+    ("table", "print the results as Markdown"),
+  ):
+    command = commands.add_parser(name, help=what, description=what)
     command.add_argument(
-      "--methods", nargs="+", required=True, metavar="NAME:RANK"
+      "results", type=pathlib.Path, metavar="RESULTS", help="a .jsonl file"
     )
-    command.add_argument("--rates", nargs="+", type=float, default=[])
-    command.add_argument("--seeds", nargs="+", type=int, default=[0])
-    command.add_argument("--set", action="append", default=[], dest="settings")
-    command.add_argument(
-      "--work",
-      type=pathlib.Path,
-      default=pathlib.Path("runs/grid"),
-      help="folder of the run that is being made, one grid at a time;"
-      " default: runs/grid",
-    )
-    command.add_argument(
-      "--overwrite",
-      action="store_true",
-      help="begin a run that was stopped anew, where its data have changed",
-    )
-  return parser.parse_args(given)
+    if name != "table":
+      _add_run_flags(command)
+  return parser.parse_args(argv)
 
 
-def main(given: list[str] | None = None) -> int:
+def _add_run_flags(command: argparse.ArgumentParser) -> None:
+  add = command.add_argument
+  add("--from", dest="source", required=True, help="weights to start from")
+  add("--task", default="rotten_tomatoes", help="default: rotten_tomatoes")
+  add(
+    "--methods",
+    nargs="+",
+    required=True,
+    metavar="NAME:RANK+SETTING",
+    help="optimizers, with their ranks and settings of their own:"
+    " adamw galore:8 galore:8+task.freeze=^embed/",
+  )
+  add("--rates", nargs="+", type=float, default=[], help="learning rates")
+  add("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+  add(
+    "--set",
+    action="append",
+    default=[],
+    dest="settings",
+    metavar="GROUP.FIELD=VALUE",
+    help="a setting of all runs; may be repeated",
+  )
+  add(
+    "--work",
+    type=pathlib.Path,
+    default=pathlib.Path("runs/grid"),
+    help="folder for unfinished runs; default: runs/grid",
+  )
+  add(
+    "--overwrite",
+    action="store_true",
+    help="start unfinished runs again, where their data have changed",
+  )
+
+
+def main(argv: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
-  flags = parse(given)
-  if flags.command == "table":
+  flags = parse(argv)
 
-    def show() -> int:
-      print(table(read(flags.results)))
-      return 0
+  def run() -> int:
+    if flags.command != "table":
+      return run_all(flags)
+    print(table(results.read(flags.results)))
+    return 0
 
-    return exit_status.guarded(show)
-  return exit_status.guarded(lambda: run_all(flags))
+  return exit_status.guarded(run)
 
 
 if __name__ == "__main__":

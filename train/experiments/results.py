@@ -1,4 +1,4 @@
-"""Finished runs: a JSON line each, in a file a table."""
+"""Results of finished runs: a JSON line each."""
 
 import json
 import pathlib
@@ -12,29 +12,39 @@ Record = dict[str, Any]
 
 
 def read(path: pathlib.Path) -> list[Record]:
-  """The runs of a file; none where there is no file.
+  """The results in a file; none where there is no file.
 
   Raises:
-    UserError: a line is no record.
+    UserError: a line is not a JSON object.
   """
   if not path.exists():
     return []
   lines = path.read_text(encoding="utf-8").splitlines()
   try:
-    found = [json.loads(line) for line in lines if line.strip()]
-    by_key = {record["key"]: record for record in found}
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{path} holds a line that is no run ({error})") from None
-  return list(by_key.values())
+    records = [dict(json.loads(line)) for line in lines if line.strip()]
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f"{path} has a line that is not the result of a run ({error})"
+    ) from None
+  return records
 
 
 def read_all(folder: pathlib.Path) -> dict[str, Record]:
-  """The runs of all tables by their keys: what tables share is run once."""
-  paths = sorted(folder.glob("*.jsonl"))
-  return {record["key"]: record for path in paths for record in read(path)}
+  """The results of all tables by key: a run that tables share is made once.
+
+  Raises:
+    UserError: a line is not a JSON object with a key.
+  """
+  by_key = {}
+  for path in sorted(folder.glob("*.jsonl")):
+    for record in read(path):
+      if "key" not in record:
+        raise UserError(f"{path} has a line without the key of its run")
+      by_key[record["key"]] = record
+  return by_key
 
 
 def append(path: pathlib.Path, record: Record) -> None:
-  """Adds a run; a reader, or a kill, never sees half a line."""
-  lines = [json.dumps(found) for found in [*read(path), record]]
+  """Adds a result; neither a reader nor a crash ever leaves half a line."""
+  lines = [json.dumps(each) for each in [*read(path), record]]
   atomic_files.write_text(path, "\n".join(lines) + "\n")

@@ -26,6 +26,7 @@ from train.experiments import (
   runner,
   speed,
   stability,
+  sweep,
   tables,
   texts,
   theory,
@@ -511,7 +512,7 @@ def test_quick_ends_with_its_table(place, ran, monkeypatch, capsys):
   words += ["--work", str(place / "work"), "--results", str(place / "out")]
   assert command.main(words) == 0  # all of it is there
   said = capsys.readouterr().out
-  assert "all 6 runs are there" in said and "| AdamW, full rank | " in said
+  assert "all 6 runs are done" in said and "| AdamW, full rank | " in said
 
 
 def test_the_score_is_that_of_the_training_script(place, ran, monkeypatch):
@@ -614,7 +615,12 @@ def test_a_run_whose_checkpoints_are_damaged_starts_over(tmp_path, monkeypatch):
 def test_runners_at_one_table_take_different_runs(tmp_path):
   found, order = finished(tables.QUICK)
   now = plan.Plan(tables.QUICK, 1000, "speeches", {})
-  claim = functools.partial(runner._claimed, now, tmp_path / "out", tmp_path)
+
+  def missing():
+    known = results.read_all(tmp_path / "out")
+    return [run for run in now.missing() if run.key not in known]
+
+  claim = functools.partial(sweep.claim, now.missing(), missing, tmp_path)
   with claim() as first, claim() as second, claim() as third:
     assert first == order[0] and second is not None and second != first
     assert third is None and len(now.missing()) == 2
