@@ -53,7 +53,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     epilog=f"tasks: {', '.join(TASKS)}\n\nfields for --set, with their values"
     " in the default run:\n"
     + field_help.summary(
-      recipes.make("rotten_tomatoes", "galore", 4), recipes.HIDDEN
+      recipes.make("rotten_tomatoes", "galore", 4), recipes.FLAGS
     ),
   )
   parser.add_argument("--task", default="rotten_tomatoes", metavar="NAME")
@@ -105,7 +105,7 @@ def make_config(flags: argparse.Namespace) -> Config:
     source = str(pathlib.Path(source).expanduser().resolve())
   train = dataclasses.replace(config.train, init=source)
   config = dataclasses.replace(config, train=train)
-  return recipes.adopt(config, flags.settings)
+  return recipes.override(config, flags.settings)
 
 
 def read_task(config: Config) -> examples.Examples:
@@ -116,16 +116,11 @@ def read_task(config: Config) -> examples.Examples:
   return examples.load(task, config.data, corpus.cache_folder(config.data))
 
 
-def make_learner(
-  found: examples.Examples, config: Config
-) -> tuple[Any, Config]:
-  """The model with a head for the task, and its sizes in the config."""
-  if llamas.is_llama(config.train.init):
-    learner: Any = llamas.make(config.train.init, found.task, config)
-    return learner, dataclasses.replace(config, model=learner.model)
-  learner = encoders.make(config.train.init, found.task, config)
-  model = encoders.shape(learner, config.model)
-  return learner, dataclasses.replace(config, model=model)
+def make_learner(found: examples.Examples, config: Config) -> Any:
+  """The model with a head for the task."""
+  source = config.train.init
+  kind: Any = llamas if llamas.is_llama(source) else encoders
+  return kind.make(source, found.task, config)
 
 
 def make_material(
@@ -171,7 +166,7 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
   sinks.names(config.run.sinks)
   found = multihost.first_then_others(lambda: read_task(config))
-  learner, config = make_learner(found, config)
+  learner = make_learner(found, config)
   material = make_material(learner, found, config)
   config = timed(config, material.feed, flags.settings)
   mesh = mesh_lib.make_mesh(

@@ -12,6 +12,7 @@ from tests.train.finetuning import files
 from train import finetune, plot
 from train.common.errors import UserError
 from train.experiments import finetune_grid
+from train.experiments import results as results_lib
 from train.finetuning import evaluation, job, recipes, spans, tasks
 from train.parallel import mesh as mesh_lib
 from train.pretrained import checkpoint_folder, encoder_checkpoint
@@ -128,14 +129,14 @@ def test_rates_are_picked_and_their_best_is_run(mnli, bert, tmp_path, capsys):
   common += [word for x in settings for word in ("--set", x)]
   picks = ["pick", *common, "--rates", "0.05", "1e-9"]
   assert finetune_grid.main(picks) == 0
-  picked = finetune_grid.read(results)
+  picked = results_lib.read(results)
   assert [r["learning_rate"] for r in picked] == [0.05, 1e-9]
   assert len({r["examples"] for r in picked}) == 1
   assert (
-    finetune_grid.main(picks) == 0 and finetune_grid.read(results) == picked
+    finetune_grid.main(picks) == 0 and results_lib.read(results) == picked
   )  # all done
   assert finetune_grid.main(["run", *common]) == 0
-  (found,) = finetune_grid.read(results)[2:]
+  (found,) = results_lib.read(results)[2:]
   best = max(picked, key=lambda r: r["scores"]["accuracy"])
   assert found["learning_rate"] == best["learning_rate"]
   assert found["examples"] != best["examples"]  # the validation split
@@ -165,7 +166,7 @@ def test_the_model_that_is_written_scores_as_the_run_did(mnli):
   out, data, found = mnli
   given = words("mnli", out / "model", data, out, **MNLI)
   config = finetune.make_config(finetune.arguments(given))
-  learner, config = finetune.make_learner(finetune.read_task(config), config)
+  learner = finetune.make_learner(finetune.read_task(config), config)
   assert learner.loaded.notes == ()
   extra = json.loads((out / "model" / checkpoint_folder.CONFIG).read_text())
   assert extra["id2label"]["1"] == "neutral"
@@ -266,7 +267,7 @@ def test_a_roberta_points_at_characters(roberta, tmp_path):
   given = words("squad", roberta, data, tmp_path, task__query=8, task__stride=8)
   config = finetune.make_config(finetune.arguments(given))
   found = finetune.read_task(config)
-  learner, config = finetune.make_learner(found, config)
+  learner = finetune.make_learner(found, config)
   prepared = learner.prepare(found.evaluated[0])
   logits = {
     i: tuple(
@@ -387,12 +388,12 @@ def test_a_run_that_ends_without_a_finite_loss_has_no_scores(
   common += ["--methods", "adamw", "--work", str(tmp_path / "work")]
   common += [word for x in settings for word in ("--set", x)]
   assert finetune_grid.main(["pick", *common, "--rates", *rates]) == 0
-  assert [bool(r["scores"]) for r in finetune_grid.read(results)] == [
+  assert [bool(r["scores"]) for r in results_lib.read(results)] == [
     False,
     True,
   ]
   assert finetune_grid.main(["run", *common]) == 0
-  assert finetune_grid.read(results)[-1]["learning_rate"] == 1e-3
+  assert results_lib.read(results)[-1]["learning_rate"] == 1e-3
   assert finetune_grid.main(["run", *common, "--rates", "1e18"]) == 0
   capsys.readouterr()
   assert finetune_grid.main(["table", str(results)]) == 0
@@ -475,9 +476,17 @@ def refused(capsys, given):
     ("cola", {"data__validation": "dev"}, "no split 'dev'"),
     ("cola", {"data__batch": 99}, "24 rows, fewer than data.batch=99"),
     ("cola", {"task__freeze": "^nothing"}, "fits none of the model's weights"),
-    ("cola", {"train__layerwise": "true"}, "train.layerwise is for pre-"),
+    (
+      "cola",
+      {"train__layerwise": "true"},
+      "To use less memory in a step, set train.accumulate",
+    ),
     ("cola", {"task__pool": "last"}, "must be one of , first, mean"),
-    ("cola", {"model__d_model": 32}, "is what the checkpoint of --from says"),
+    (
+      "cola",
+      {"model__d_model": 32},
+      "The checkpoint of --from decides the model's sizes",
+    ),
     ("chat", {"task__first": "sentence"}, "row 0 holds"),
     (
       "chat",
@@ -565,7 +574,7 @@ def test_every_method_sees_the_same_batches_and_counts_its_bytes(
   config = finetune.make_config(
     finetune.arguments(words("cola", bert, data, tmp_path, method))
   )
-  learner, config = finetune.make_learner(finetune.read_task(config), config)
+  learner = finetune.make_learner(finetune.read_task(config), config)
   made = finetune.make_material(learner, finetune.read_task(config), config)
   (train, feed), steps = (made.train, made.feed), made.feed.steps
   wanted = [learner.collate(train, rows, 4)["ids"] for rows in feed.order(0, 0)]
@@ -585,7 +594,7 @@ def test_weights_and_moments_are_split_over_devices(bert, tmp_path, change):
     "cola", bert, data, tmp_path, "adamw", mesh__data=2, mesh__fsdp=2, **change
   )
   config = finetune.make_config(finetune.arguments(given))
-  learner, config = finetune.make_learner(finetune.read_task(config), config)
+  learner = finetune.make_learner(finetune.read_task(config), config)
   mesh = mesh_lib.make_mesh(config.mesh, 4, DEVICES[:4])
   _, placed = job.lay_out(learner, config, mesh)
   found = {

@@ -21,7 +21,20 @@ COLUMN = 34  # where the notes start
 
 
 def field_notes(cls: type) -> dict[str, str]:
-  """The comment beside each field of a dataclass, or in the lines above it."""
+  """The comment beside each field of a dataclass, or in the lines above it.
+
+  Fields that a class inherits come first; one that it declares again has the
+  later comment.
+  """
+  notes: dict[str, str] = {}
+  for base in reversed(cls.__mro__):
+    if dataclasses.is_dataclass(base):
+      notes |= _own_notes(base)
+  return notes
+
+
+def _own_notes(cls: type) -> dict[str, str]:
+  """The comments of the fields that a class itself declares."""
   source = textwrap.dedent(inspect.getsource(cls))
   lines = source.splitlines()
   comments = {
@@ -46,7 +59,7 @@ def field_notes(cls: type) -> dict[str, str]:
 
 
 def summary(
-  config: schema.Config, without: Collection[str] = frozenset()
+  config: schema.SharedConfig, without: Collection[str] = frozenset()
 ) -> str:
   """The fields that `--set` takes: values in `config`, choices, meanings.
 

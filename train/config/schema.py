@@ -8,8 +8,8 @@ Every field has a default, a comment that says its unit, and a check in
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 from train.common.errors import UserError
 
@@ -60,19 +60,9 @@ FACTORS = ("lora", "qlora", "relora", "low_rank")
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """A LLaMA decoder."""
+class SharedModelConfig:
+  """How a model is stored and computed."""
 
-  vocab_size: int = 4096  # token ids; the tokenizer has as many or fewer
-  d_model: int = 256  # features of a token between the blocks
-  d_ff: int = 688  # SwiGLU: three matrices of d_model x d_ff
-  n_layers: int = 4  # blocks
-  n_heads: int = 4  # query heads, each d_model / n_heads wide
-  n_kv_heads: int = 0  # 0: as many as n_heads; fewer: grouped queries
-  rope_theta: float = 10000.0  # base of the rotary wavelengths
-  norm_eps: float = 1e-6  # added to the mean square in RMSNorm
-  init_std: float = 0.02  # standard deviation of fresh weights
-  tie_embeddings: bool = False  # the head is the transposed embedding
   dtype: Dtype = "float32"  # of the computation
   param_dtype: Dtype = "float32"  # of the stored weights
   weights: Literal["full", "int8", "int4", "float8"] = (
@@ -86,6 +76,25 @@ class ModelConfig:
     "auto"  # its forms are in train/models/attention.py
   )
 
+  def __post_init__(self):
+    check_above("model", self, ("unroll",))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(SharedModelConfig):
+  """A LLaMA decoder."""
+
+  vocab_size: int = 4096  # token ids; the tokenizer has as many or fewer
+  d_model: int = 256  # features of a token between the blocks
+  d_ff: int = 688  # SwiGLU: three matrices of d_model x d_ff
+  n_layers: int = 4  # blocks
+  n_heads: int = 4  # query heads, each d_model / n_heads wide
+  n_kv_heads: int = 0  # 0: as many as n_heads; fewer: grouped queries
+  rope_theta: float = 10000.0  # base of the rotary wavelengths
+  norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+  init_std: float = 0.02  # standard deviation of fresh weights
+  tie_embeddings: bool = False  # the head is the transposed embedding
+
   @property
   def kv_heads(self) -> int:
     """Number of key/value heads."""
@@ -97,7 +106,8 @@ class ModelConfig:
     return self.d_model // self.n_heads
 
   def __post_init__(self):
-    sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "unroll")
+    super().__post_init__()
+    sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads")
     check_above("model", self, (*sizes, "rope_theta", "norm_eps", "init_std"))
     if self.d_model % (2 * self.n_heads):
       raise UserError(
@@ -113,8 +123,8 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Text, and how it is cut into batches."""
+class SharedDataConfig:
+  """What is read, and how it is cut into batches."""
 
   # "": the bundled corpus; a file, folder or glob; hub:NAME or hub:NAME:SUBSET
   path: str = ""
@@ -123,6 +133,28 @@ class DataConfig:
   # `validation` where there is one; none: documents taken out of the training.
   validation: str = ""
   revision: str = ""  # branch, tag or commit of a hub set
+  # packed: documents end to end; padded: one a row, cut off, as the papers do
+  rows: Literal["packed", "padded"] = "packed"
+  length: int = 128  # tokens a row that the model predicts
+  batch: int = 16  # rows in a global batch
+  holdout_every: int = 20  # one document in so many is held out
+  eval_rows: int = 512  # held-out rows an evaluation reads, at most
+  prefetch: int = 4  # batches prepared ahead of the step; 0: none
+  cache: str = ""  # tokenizer and tokenised text; "": ~/.cache/galore_optax
+
+  def __post_init__(self):
+    check_above("data", self, ("length", "batch", "eval_rows"))
+    check_above("data", self, ("holdout_every",), low=1)
+    check_above("data", self, ("prefetch",), low=-1)
+    _check_hub_name("path", self.path)
+    if not self.split:
+      raise UserError("data.split is empty; give its name")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(SharedDataConfig):
+  """Text, and how it is cut into batches."""
+
   text_field: str = "text"  # column that holds the text
   documents: Literal["paragraph", "line", "file"] = "paragraph"  # of .txt files
   # Read and tokenise on demand instead of as a whole; auto: hub sets are.
@@ -130,38 +162,29 @@ class DataConfig:
   # "": trained on the text; a tokenizer.json or .model file; hub:NAME
   tokenizer: str = ""
   end_token: str = ""  # closes every document; "": the tokenizer's own
-  # packed: documents end to end; padded: one a row, cut off, as the papers do
-  rows: Literal["packed", "padded"] = "packed"
-  length: int = 128  # tokens a row that the model predicts
-  batch: int = 16  # rows in a global batch
   shuffle_buffer: int = 10_000  # documents of a stream shuffled together
-  holdout_every: int = 20  # one document in so many is held out
-  eval_rows: int = 512  # held-out rows an evaluation reads, at most
-  prefetch: int = 4  # batches prepared ahead of the step; 0: none
-  cache: str = ""  # tokenizer and tokenised text; "": ~/.cache/galore_optax
 
   def __post_init__(self):
-    check_above(
-      "data", self, ("length", "batch", "eval_rows", "shuffle_buffer")
-    )
-    check_above("data", self, ("holdout_every",), low=1)
-    check_above("data", self, ("prefetch",), low=-1)
-    for name in ("path", "tokenizer"):
-      value = getattr(self, name)
-      if value.startswith(HUB) and not value.removeprefix(HUB).strip(":"):
-        raise UserError(f"data.{name} is {value!r}; write {HUB}NAME")
+    super().__post_init__()
+    check_above("data", self, ("shuffle_buffer",))
+    _check_hub_name("tokenizer", self.tokenizer)
     if self.end_token and not self.tokenizer:
       raise UserError(
         f"data.end_token is {self.end_token!r}, but the tokenizer that is"
         " trained here has its own; name another with data.tokenizer"
       )
-    for name in ("split", "text_field"):
-      if not getattr(self, name):
-        raise UserError(f"data.{name} is empty; give its name")
+    if not self.text_field:
+      raise UserError("data.text_field is empty; give its name")
+
+
+def _check_hub_name(field: str, value: str) -> None:
+  """Raises where `hub:` is followed by no name."""
+  if value.startswith(HUB) and not value.removeprefix(HUB).strip(":"):
+    raise UserError(f"data.{field} is {value!r}; write {HUB}NAME")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class SharedOptimizerConfig:
   """The optimizer, its schedule and GaLore's options.
 
   The projected matrices are the kernels of the blocks (attention and
@@ -200,32 +223,18 @@ class OptimizerConfig:
   # Update from which bases are random ones; 0: never, but with golore from
   # half of the run on.
   random_from: int = 0
-  sampled: float = 0.125  # share of the matrices that GUM has at full rank
-  accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
   # What GaLore's bases are stored in; the integers with a scale a block.
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
   state_dtype: Literal["", "float32", "bfloat16"] = (
     ""  # of GaLore's moments; empty: the weights', but float32 at least
   )
   lora_alpha: float = 32.0  # LoRA's product is multiplied by this over rank
-  reset_every: int = 100  # updates between two restarts of ReLoRA's factors
-  restart_warmup: int = 10  # updates in which its learning rate comes back
-  pruned: float = 0.9  # share of the factors' moments that a restart zeroes
 
   def __post_init__(self):
     positive = ("learning_rate", "matrix_lr", "eps", "scale")
-    positive += ("rank", "update_proj_gap", "accumulate")
-    positive += ("lora_alpha", "reset_every")
+    positive += ("rank", "update_proj_gap", "lora_alpha")
     check_above("optimizer", self, positive)
-    for name in ("warmup", "final", "b1", "b2", "pruned"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(
-          f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}"
-        )
-    if not 0 < self.sampled < 1:
-      raise UserError(
-        f"optimizer.sampled must lie between 0 and 1, got {self.sampled}"
-      )
+    _check_fractions(self, ("warmup", "final", "b1", "b2"))
     free = ("clip", "weight_decay", "random_from")
     check_above("optimizer", self, free, low=-1e-30)
     around_adam = ("galore", "fira", "ldadam")
@@ -235,11 +244,6 @@ class OptimizerConfig:
         f" optimizer.name={self.name}; use galore or fira, or"
         " optimizer.moments=rotate"
       )
-    if not 0 <= self.restart_warmup < self.reset_every:
-      raise UserError(
-        f"optimizer.restart_warmup is {self.restart_warmup}; it must be 0 or"
-        f" more, and less than optimizer.reset_every={self.reset_every}"
-      )
 
   @property
   def has_adapters(self) -> bool:
@@ -248,20 +252,62 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class OptimizerConfig(SharedOptimizerConfig):
+  """The optimizer, its schedule and GaLore's options."""
+
+  sampled: float = 0.125  # share of the matrices that GUM has at full rank
+  accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
+  reset_every: int = 100  # updates between two restarts of ReLoRA's factors
+  restart_warmup: int = 10  # updates in which its learning rate comes back
+  pruned: float = 0.9  # share of the factors' moments that a restart zeroes
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_above("optimizer", self, ("accumulate", "reset_every"))
+    _check_fractions(self, ("pruned",))
+    if not 0 < self.sampled < 1:
+      raise UserError(
+        f"optimizer.sampled must lie between 0 and 1, got {self.sampled}"
+      )
+    if not 0 <= self.restart_warmup < self.reset_every:
+      raise UserError(
+        f"optimizer.restart_warmup is {self.restart_warmup}; it must be 0 or"
+        f" more, and less than optimizer.reset_every={self.reset_every}"
+      )
+
+
+def _check_fractions(config: SharedOptimizerConfig, names: Iterable[str]):
+  """Raises unless every named field lies between 0 and 1."""
+  for name in names:
+    value = getattr(config, name)
+    if not 0 <= value <= 1:
+      raise UserError(f"optimizer.{name} must lie in [0, 1], got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedTrainConfig:
   """How long to train, and what a step is."""
 
   steps: int = 400  # batches read; those of skipped steps count
   init: str = ""  # folder of weights to start from, or a run; "": fresh ones
   seed: int = 0  # weights and order of the data
   accumulate: int = 1  # parts of a batch that go through the model in turn
-  z_loss: float = 0.0  # weight of the squared log-normaliser; 0: none
   max_skips: int = 10  # steps in a row without a finite gradient: the run stops
-  layerwise: bool = False  # update each layer inside the backward pass
   rounding: Literal["stochastic", "nearest"] = "stochastic"  # of 8-bit weights
 
   def __post_init__(self):
     check_above("train", self, ("steps", "accumulate", "max_skips"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(SharedTrainConfig):
+  """How long to train, and what a step is."""
+
+  z_loss: float = 0.0  # weight of the squared log-normaliser; 0: none
+  layerwise: bool = False  # update each layer inside the backward pass
+
+  def __post_init__(self):
+    super().__post_init__()
     if not 0 <= self.z_loss < math.inf:
       raise UserError(f"train.z_loss must be 0 or above, got {self.z_loss}")
 
@@ -296,7 +342,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class SharedRunConfig:
   """What is reported and saved; a resumed run may change these."""
 
   eval_every: int = 100  # steps between two evaluations
@@ -304,32 +350,65 @@ class RunConfig:
   checkpoint_every: int = 100  # steps; the last step is always saved
   keep: int = 2  # newest checkpoints that stay
   keep_best: int = 1  # best ones that stay too, by held-out loss; 0: none
+  sinks: str = ""  # where numbers go, too: tensorboard,wandb
+
+  def __post_init__(self):
+    check_above("run", self, ("eval_every", "log_every", "checkpoint_every"))
+    check_above("run", self, ("keep",))
+    check_above("run", self, ("keep_best",), low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(SharedRunConfig):
+  """What is reported and saved; a resumed run may change these."""
+
   prompt: str = "The people of the United States"  # the sample goes on
   sample_tokens: int = 64  # length of the sample at the end; 0: none
   temperature: float = 0.7  # of the sample
-  sinks: str = ""  # where numbers go, too: tensorboard,wandb
   watch: str = "auto"  # matrices whose subspace is looked at: attn.q.0,mlp.*.3
   watch_every: int = 0  # steps between two looks; 0: rarely, at refreshes
 
   def __post_init__(self):
-    check_above("run", self, ("eval_every", "log_every", "checkpoint_every"))
-    check_above("run", self, ("keep", "temperature"))
-    free = ("sample_tokens", "keep_best", "watch_every")
-    check_above("run", self, free, low=-1)
+    super().__post_init__()
+    check_above("run", self, ("temperature",))
+    check_above("run", self, ("sample_tokens", "watch_every"), low=-1)
     if not self.prompt:
       raise UserError("run.prompt is empty; give it a few words")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  """A whole run."""
+class SharedConfig:
+  """What pre-training and fine-tuning runs have in common."""
+
+  # Hints for fields that this kind of run does not have, by their names, or
+  # by that of their group.
+  HINTS: ClassVar[Mapping[str, str]] = {}
 
   preset: str
+  model: SharedModelConfig = SharedModelConfig()
+  data: SharedDataConfig = SharedDataConfig()
+  optimizer: SharedOptimizerConfig = SharedOptimizerConfig()
+  train: SharedTrainConfig = SharedTrainConfig()
+  mesh: MeshConfig = MeshConfig()
+  run: SharedRunConfig = SharedRunConfig()
+
+  def __post_init__(self):
+    if self.optimizer.has_adapters and self.model.weights != "full":
+      raise UserError(
+        f"model.weights={self.model.weights} is for weights that are trained,"
+        f" not for optimizer.name={self.optimizer.name}; leave it at full, and"
+        " take optimizer.name=qlora for frozen weights of four bits"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SharedConfig):
+  """A pre-training run."""
+
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   train: TrainConfig = TrainConfig()
-  mesh: MeshConfig = MeshConfig()
   run: RunConfig = RunConfig()
 
   @property
@@ -338,6 +417,7 @@ class Config:
     return self.train.accumulate * self.optimizer.accumulate
 
   def __post_init__(self):
+    super().__post_init__()
     if self.train.layerwise and self.train.accumulate > 1:
       raise UserError(
         f"train.accumulate is {self.train.accumulate}, but train.layerwise"
@@ -355,24 +435,15 @@ class Config:
         " optimizer.name=gum draws matrices among all layers; use sumo, or"
         " leave train.layerwise false"
       )
-    if self.optimizer.has_adapters:
-      self._check_adapters(self.optimizer.name)
-
-  def _check_adapters(self, name: str) -> None:
-    """Raises where a method that trains factors meets what it cannot do."""
-    if self.train.layerwise:
+    if self.train.layerwise and self.optimizer.has_adapters:
       raise UserError(
-        f"train.layerwise updates weights inside the backward pass, and"
-        f" optimizer.name={name} trains factors instead; use a GaLore method,"
-        " or leave train.layerwise false"
-      )
-    if self.model.weights != "full":
-      raise UserError(
-        f"model.weights={self.model.weights} is for weights that are trained,"
-        f" not for optimizer.name={name}; leave it at full, and take"
-        " optimizer.name=qlora for frozen weights of four bits"
+        "train.layerwise updates weights inside the backward pass, and"
+        f" optimizer.name={self.optimizer.name} trains factors instead; use a"
+        " GaLore method, or leave train.layerwise false"
       )
 
+
+AnyConfig = TypeVar("AnyConfig", bound=SharedConfig)
 
 # What a resumed run may change: it changes no number of the training, but for
 # rounding, and what drops out where a batch is cut in other parts.
@@ -387,7 +458,7 @@ FREE_FIELDS = (
 )
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(config: SharedConfig) -> dict[str, Any]:
   """The fields as `{"model.d_model": 256, ...}`."""
   flat: dict[str, Any] = {}
   for group, value in dataclasses.asdict(config).items():
@@ -407,7 +478,7 @@ def fixed_fields(flat: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def override(config: Config, settings: Sequence[str]) -> Config:
+def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
   """Applies `group.field=value` settings, in order.
 
   Args:
@@ -436,7 +507,7 @@ def override(config: Config, settings: Sequence[str]) -> Config:
   return config
 
 
-def _find(config: Config, name: str) -> tuple[str, str, Any]:
+def _find(config: SharedConfig, name: str) -> tuple[str, str, Any]:
   """Group, field and type that `name` means."""
   group, _, field = name.partition(".")
   groups = [n for n, v in vars(config).items() if dataclasses.is_dataclass(v)]
@@ -447,9 +518,10 @@ def _find(config: Config, name: str) -> tuple[str, str, Any]:
     )
   kinds = typing.get_type_hints(type(getattr(config, group)))
   if field not in kinds:
+    hint = config.HINTS.get(name) or config.HINTS.get(group)
     raise UserError(
       f"--set {name}: {group} has no field {field!r}; its fields are"
-      f" {', '.join(kinds)}"
+      f" {', '.join(kinds)}" + (f". {hint}" if hint else "")
     )
   return group, field, kinds[field]
 

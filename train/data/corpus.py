@@ -20,7 +20,7 @@ import tokenizers
 
 from train.common import atomic_files
 from train.common.errors import UserError
-from train.config.schema import DataConfig
+from train.config.schema import DataConfig, SharedDataConfig
 from train.data import holdout, packing, sources, stream
 from train.data import tokenizer as tokenizer_lib
 from train.data.prefetch import Loader, State
@@ -108,7 +108,7 @@ class Corpus:
     return Loader(batches, state, self.config.prefetch)
 
 
-def cache_folder(config: DataConfig) -> pathlib.Path:
+def cache_folder(config: SharedDataConfig) -> pathlib.Path:
   """Where tokenizers and tokenized text are kept between runs."""
   base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   folder = config.cache or pathlib.Path(base) / "galore_optax"

@@ -1,12 +1,14 @@
-"""What a fine-tuning run is made of: that of pre-training, and a task."""
+"""The config of a fine-tuning run: the fields all runs share, and a task."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from train.common.errors import UserError
 from train.config import schema
 
 TemplateName = Literal["chatml", "plain"]
+USE_ACCUMULATE = "To use less memory in a step, set train.accumulate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,36 +52,17 @@ class TaskConfig:
       )
 
 
-UNWATCHED = schema.RunConfig(watch="none")
-
-
 @dataclasses.dataclass(frozen=True)
-class Config(schema.Config):
-  """A whole fine-tuning run; `model` is what the checkpoint says it is."""
+class Config(schema.SharedConfig):
+  """A fine-tuning run."""
+
+  HINTS: ClassVar[Mapping[str, str]] = {
+    "model": "The checkpoint of --from decides the model's sizes",
+    "data.tokenizer": "The tokenizer is that of the checkpoint of --from",
+    "data.text_field": "A task's columns are named by task.first, task.second"
+    " and task.label",
+    "optimizer.accumulate": USE_ACCUMULATE,
+    "train.layerwise": USE_ACCUMULATE,
+  }
 
   task: TaskConfig = TaskConfig()
-  run: schema.RunConfig = UNWATCHED
-
-  def __post_init__(self):
-    super().__post_init__()
-    for name, value, instead in (
-      ("train.layerwise", self.train.layerwise, "train.accumulate"),
-      (
-        "optimizer.accumulate",
-        self.optimizer.accumulate > 1,
-        "train.accumulate",
-      ),
-    ):
-      if value:
-        raise UserError(f"{name} is for pre-training; use {instead}")
-    if self.run.watch != "none":
-      raise UserError(
-        f"run.watch={self.run.watch} is for pre-training; leave it at none"
-      )
-    plain = schema.DataConfig()
-    for name in ("text_field", "documents", "shuffle_buffer", "stream"):
-      if getattr(self.data, name) != getattr(plain, name):
-        raise UserError(
-          f"data.{name} is for pre-training; the columns of a task are named"
-          " by task.first, task.second and task.label"
-        )

@@ -12,7 +12,6 @@ import optax
 from flax import nnx
 
 from train.common.errors import UserError
-from train.config.schema import ModelConfig
 from train.finetuning import spans
 from train.finetuning.batches import Batch
 from train.finetuning.config import Config, TaskConfig
@@ -197,11 +196,3 @@ def make(source: str, task: Task, config: Config) -> EncoderLearner:
   graphdef, boxes = encoder.abstract(loaded.config)
   length = min(config.data.length, loaded.config.max_length)
   return EncoderLearner(task, config.task, length, loaded, graphdef, boxes)
-
-
-def shape(learner: EncoderLearner, model: ModelConfig) -> ModelConfig:
-  """The sizes of an encoder, in the group of the config for them."""
-  found = learner.loaded.config
-  names = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "norm_eps")
-  sizes = {name: getattr(found, name) for name in names}
-  return dataclasses.replace(model, **sizes)

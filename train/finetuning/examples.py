@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from train.common.errors import UserError
-from train.config.schema import HUB, DataConfig
+from train.config.schema import HUB, SharedDataConfig
 from train.finetuning import chat, labels, tables
 from train.finetuning.tasks import Task
 
@@ -52,7 +52,7 @@ class Examples:
   evaluated: list[Split]
 
 
-def load(task: Task, config: DataConfig, cache: pathlib.Path) -> Examples:
+def load(task: Task, config: SharedDataConfig, cache: pathlib.Path) -> Examples:
   """Reads and checks the splits that a run needs.
 
   Args:

@@ -13,7 +13,8 @@ from flax import nnx
 
 import galore_optax
 from train.common.errors import UserError
-from train.config.schema import TrainConfig
+from train.config import schema
+from train.config.schema import SharedTrainConfig
 from train.data import prefetch
 from train.estimate import jaxpr_cost
 from train.finetuning import evaluation, freeze
@@ -93,7 +94,7 @@ class Job(job_lib.Job):
 
 
 def make_gradient(
-  learner: Learner, placed: train_step.Placed, config: TrainConfig
+  learner: Learner, placed: train_step.Placed, config: SharedTrainConfig
 ) -> train_step.Gradient:
   """The gradient of the mean loss of a batch, in parts if it is asked for."""
   differentiate = jax.value_and_grad(
@@ -133,13 +134,29 @@ def make_gradient(
   return gradient
 
 
+def complete(config: Config) -> schema.Config:
+  """A pre-training config with the same shared fields, the rest at defaults.
+
+  The optimizer, the training step and the log take one.
+  """
+  return schema.Config(
+    config.preset,
+    schema.ModelConfig(**vars(config.model)),
+    schema.DataConfig(**vars(config.data)),
+    schema.OptimizerConfig(**vars(config.optimizer)),
+    schema.TrainConfig(**vars(config.train)),
+    config.mesh,
+    schema.RunConfig(**vars(config.run), watch="none"),
+  )
+
+
 def reparametrise(learner: Learner, config: Config) -> adapters.Adapters | None:
   """What is trained in place of all weights, if that is anything else.
 
   Raises:
     UserError: two ways to leave weights as they are were asked for.
   """
-  found = adapters.make(config.optimizer, learner.full)
+  found = adapters.make(complete(config).optimizer, learner.full)
   if not config.task.freeze:
     return found
   if found is not None or config.model.weights != "full":
@@ -162,10 +179,11 @@ def lay_out(
   where = (
     None if mesh.size == 1 else mesh_lib.param_shardings(learner.boxes, mesh)
   )
-  tx = optimizer.make_optimizer(config.optimizer, config.train.steps, where)
+  shared = complete(config)
+  tx = optimizer.make_optimizer(shared.optimizer, config.train.steps, where)
   changed = reparametrise(learner, config)
   return tx, train_step.place_model(
-    config.model, learner.graphdef, learner.boxes, tx, mesh, changed
+    shared.model, learner.graphdef, learner.boxes, tx, mesh, changed
   )
 
 
@@ -179,11 +197,12 @@ def prepare(
   placed: train_step.Placed,
 ) -> tuple[Job, train_step.TrainState]:
   """Makes or restores a run's state, opens its files."""
+  pretraining = complete(config)
   restored = checkpoint.restore(out, placed)
   if restored is None:
     seed = config.train.seed
     state = train_step.init_state(
-      config.model, tx, placed, seed, learner.params
+      pretraining.model, tx, placed, seed, learner.params
     )
     progress = checkpoint.Progress(0.0, None)
   else:
@@ -197,7 +216,7 @@ def prepare(
     "corpus": None,
     # With run.watch=none it looks at nothing: a look knows the LLaMA only.
     "watcher": subspace_watch.Watcher(
-      config, placed, galore_optax.describe(tx, placed.weights)
+      pretraining, placed, galore_optax.describe(tx, placed.weights)
     ),
   }
   job = Job(
@@ -206,11 +225,11 @@ def prepare(
     part=part,
     placed=placed,
     tx=tx,
-    rates=job_lib.rates_of(config),
+    rates=job_lib.rates_of(pretraining),
     train_step=train_step.make_train_step(
       tx,
       placed,
-      config.train,
+      pretraining.train,
       gradient=make_gradient(learner, placed, config.train),
     ),
     eval_step=make_eval_step(learner, placed),

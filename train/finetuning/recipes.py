@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 from train.common.errors import UserError
 from train.config import schema
 from train.config.schema import (
-  DataConfig,
-  OptimizerConfig,
-  RunConfig,
-  TrainConfig,
+  SharedDataConfig,
+  SharedOptimizerConfig,
+  SharedRunConfig,
 )
 from train.finetuning import tasks
 from train.finetuning.config import Config, TaskConfig
@@ -159,11 +158,10 @@ def make(task: str, optimizer: str, rank: int | None = None) -> Config:
   config = Config(
     preset=task,
     task=TaskConfig(name=task, **recipe.task),
-    data=DataConfig(eval_rows=EVERY, **recipe.data),
+    data=SharedDataConfig(eval_rows=EVERY, **recipe.data),
     optimizer=_optimizer(optimizer, rank, recipe),
-    train=TrainConfig(),
-    run=RunConfig(
-      log_every=20, checkpoint_every=500, keep=1, keep_best=0, watch="none"
+    run=SharedRunConfig(
+      log_every=20, checkpoint_every=500, keep=1, keep_best=0
     ),
   )
   if optimizer == "q_galore":
@@ -173,9 +171,9 @@ def make(task: str, optimizer: str, rank: int | None = None) -> Config:
   return config
 
 
-def _optimizer(name: Any, rank: int, recipe: Recipe) -> OptimizerConfig:
+def _optimizer(name: Any, rank: int, recipe: Recipe) -> SharedOptimizerConfig:
   adapters = name in ADAPTERS
-  config = OptimizerConfig(
+  config = SharedOptimizerConfig(
     name=name,
     learning_rate=recipe.adapters if adapters else recipe.full,
     warmup=0.0,
@@ -191,61 +189,26 @@ def _optimizer(name: Any, rank: int, recipe: Recipe) -> OptimizerConfig:
   return dataclasses.replace(config, scale=1.0) if name == "fira" else config
 
 
-# What the checkpoint decides, or only pre-training reads.
-FIXED = {
-  **dict.fromkeys(
-    (
-      "model.vocab_size",
-      "model.d_model",
-      "model.d_ff",
-      "model.n_layers",
-      "model.n_heads",
-      "model.n_kv_heads",
-      "model.rope_theta",
-      "model.norm_eps",
-      "model.init_std",
-      "model.tie_embeddings",
-      "data.tokenizer",
-    ),
-    "is what the checkpoint of --from says",
-  ),
-  **dict.fromkeys(
-    ("train.z_loss", "data.end_token", "run.prompt", "run.sample_tokens"),
-    "is for pre-training only",
-  ),
-  # The recipe follows them.
-  "task.name": "is what --task says",
-  "optimizer.name": "is what --optimizer says",
-  "optimizer.rank": "is what --rank says",
+# Fields that a flag sets, because the recipe depends on them.
+FLAGS = {
+  "task.name": "--task",
+  "optimizer.name": "--optimizer",
+  "optimizer.rank": "--rank",
 }
 
 
-# With those that a config refuses: what `--help` leaves out.
-HIDDEN = FIXED.keys() | {
-  "data.documents",
-  "data.shuffle_buffer",
-  "data.stream",
-  "data.text_field",
-  "optimizer.accumulate",
-  "run.watch",
-  "train.layerwise",
-}
-
-
-def adopt(config: Config, settings: list[str]) -> Config:
-  """The config with what the command line changes of it.
+def override(config: Config, settings: list[str]) -> Config:
+  """Applies the `--set group.field=value` settings of the command line.
 
   Raises:
-    UserError: a field is unknown, has no such value, or would do nothing.
+    UserError: a field is unknown, has no such value, or is set by a flag.
   """
   named = {setting.partition("=")[0].strip() for setting in settings}
-  idle = sorted(named & FIXED.keys())
-  if idle:
-    raise UserError(f"--set {idle[0]}: it {FIXED[idle[0]]}")
+  for field in sorted(named & FLAGS.keys()):
+    raise UserError(f"--set {field}: use {FLAGS[field]}, which sets it")
   if "train.steps" in named and "task.epochs" not in named:
     settings = [*settings, "task.epochs=0"]  # the steps are counted instead
   changed = schema.override(config, settings)
-  assert isinstance(changed, Config)
   if {"train.steps", "task.epochs"} <= named and changed.task.epochs:
     raise UserError(
       f"train.steps={changed.train.steps} and task.epochs="

@@ -8,7 +8,7 @@ from typing import Any, cast
 import datasets
 
 from train.common.errors import UserError
-from train.config.schema import HUB, DataConfig
+from train.config.schema import HUB, SharedDataConfig
 from train.data import sources
 from train.finetuning import packaged_datasets
 from train.finetuning.tasks import PACKAGE
@@ -21,7 +21,7 @@ KINDS = ("csv", "json", "parquet")
 
 def read(
   path: str,
-  config: DataConfig,
+  config: SharedDataConfig,
   validation: tuple[str, ...],
   cache: pathlib.Path,
 ) -> tuple[Table, dict[str, Table]]:
@@ -82,7 +82,7 @@ def _package(path: str) -> Splits:
 
 
 def _hub(
-  path: str, config: DataConfig, cache: pathlib.Path, name: str
+  path: str, config: SharedDataConfig, cache: pathlib.Path, name: str
 ) -> Splits:
   repository, _, subset = path.removeprefix(HUB).partition(":")
   with sources.reading(name), sources.quiet():

@@ -132,7 +132,7 @@ def prepare(
 
 
 def open_log(
-  config: schema.Config, out: pathlib.Path, done: int
+  config: schema.SharedConfig, out: pathlib.Path, done: int
 ) -> metrics.Log:
   """The log, from step `done` on, and where else its numbers go."""
   others = sinks.open_sinks(config.run.sinks, out, schema.flatten(config), done)

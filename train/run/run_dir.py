@@ -20,7 +20,7 @@ FOLDER = "checkpoints"
 
 
 def check_run(
-  out: pathlib.Path, config: schema.Config, overwrite: bool
+  out: pathlib.Path, config: schema.SharedConfig, overwrite: bool
 ) -> None:
   """Refuses a folder that holds something else, before anything is written.
 
@@ -46,7 +46,7 @@ def check_run(
 
 
 def claim_run(
-  out: pathlib.Path, config: schema.Config, overwrite: bool
+  out: pathlib.Path, config: schema.SharedConfig, overwrite: bool
 ) -> None:
   """Writes the config into the run's folder, which `check_run` let pass."""
   atomic_files.make_folder(out, "--out")
@@ -140,13 +140,30 @@ def _shown(fields: dict[str, Any], name: str) -> Any:
   return '""' if value == "" else value
 
 
+def _without_foreign(
+  saved: dict[str, Any], new: dict[str, Any]
+) -> dict[str, Any]:
+  """Drops fields that version 0.1 wrote for fine-tuning runs as well.
+
+  They are those of pre-training, which had to stay at their defaults, and the
+  model's sizes, which the checkpoint decided.
+  """
+  defaults = schema.flatten(schema.Config(preset=""))
+  return {
+    name: value
+    for name, value in saved.items()
+    if name in new
+    or (value != defaults.get(name) and not name.startswith("model."))
+  }
+
+
 def _compare(
-  out: pathlib.Path, saved: dict[str, Any], config: schema.Config
+  out: pathlib.Path, saved: dict[str, Any], config: schema.SharedConfig
 ) -> None:
   # A run from before a field existed had what is now its default.
   defaults = schema.flatten(type(config)(preset=""))
-  old = schema.fixed_fields(defaults | saved)
   new = schema.fixed_fields(schema.flatten(config))
+  old = schema.fixed_fields(defaults | _without_foreign(saved, new))
   names = [n for n in {**old, **new} if old.get(n) != new.get(n)]
   if names:
     changes = "; ".join(

@@ -26,14 +26,14 @@ configs:
 """
 USER = """
 import json, pathlib, sys
-from train.config.schema import DataConfig
+from train.config.schema import SharedDataConfig
 from train.common.errors import UserError
 from train.finetuning import examples, tasks
 
 for name, fields in map(json.loads, sys.stdin):
   try:
     read = examples.load(
-      tasks.TASKS[name], DataConfig(**fields), pathlib.Path(sys.argv[1])
+      tasks.TASKS[name], SharedDataConfig(**fields), pathlib.Path(sys.argv[1])
     )
     found = {s.name: [s.first[0], s.answers[:3]]
              for s in (read.train, *read.evaluated)}

@@ -20,9 +20,10 @@ import tokenizers
 from tests.train.conftest import TINY, WORDS
 from tests.train.finetuning import files
 from train.common.errors import UserError
-from train.config.schema import DataConfig, TrainConfig
+from train.config import field_help
+from train.config.schema import SharedDataConfig, SharedTrainConfig
 from train.data import tokenizer
-from train.experiments import finetune_grid
+from train.experiments import finetune_grid, results
 from train.finetuning import (
   batches,
   chat,
@@ -47,7 +48,7 @@ DOCS = pathlib.Path(__file__).parents[3] / "docs"
 @pytest.mark.parametrize("task", GLUE, ids=lambda task: task.name)
 def test_glue_is_read_from_files_in_the_form_of_the_hub(task, tmp_path):
   folder = files.write_glue(tmp_path / "data", task.name)
-  config = DataConfig(path=str(folder))
+  config = SharedDataConfig(path=str(folder))
   found = examples_lib.load(task, config, tmp_path / "cache")
   assert [s.name for s in found.evaluated] == list(task.validation)
   assert len(found.train) == 24 and len(found.evaluated[0]) == 9
@@ -74,17 +75,29 @@ def test_recipes_are_the_papers():
   assert ranks == [4, 16]
 
 
-def test_settings_that_would_do_nothing_are_refused():
+def test_fields_of_pretraining_do_not_exist():
   start = recipes.make("cola", "galore")
-  for name in ("model.d_model=32", "train.z_loss=1", "data.tokenizer=x"):
-    with pytest.raises(UserError, match=name.partition("=")[0]):
-      recipes.adopt(start, [name])
+  for name, hint in (
+    ("model.d_model", "The checkpoint of --from decides the model's sizes"),
+    ("data.tokenizer", "The tokenizer is that of the checkpoint"),
+    ("data.documents", "its fields are"),
+    ("optimizer.accumulate", "set train.accumulate"),
+    ("train.z_loss", "its fields are"),
+    ("run.watch", "its fields are"),
+  ):
+    with pytest.raises(UserError, match=rf"{name}: .* has no field .*{hint}"):
+      recipes.override(start, [f"{name}=1"])
+    assert f"{name}=" not in field_help.summary(start)
+
+
+def test_fields_that_a_flag_sets_are_refused():
+  start = recipes.make("cola", "galore")
   for name in ("task.name=rte", "optimizer.name=lora", "optimizer.rank=8"):
-    with pytest.raises(UserError, match="is what --"):
-      recipes.adopt(start, [name])
+    with pytest.raises(UserError, match="use --"):
+      recipes.override(start, [name])
   with pytest.raises(UserError, match="both say how long"):
-    recipes.adopt(start, ["train.steps=7", "task.epochs=2"])
-  counted = recipes.adopt(start, ["train.steps=7"])
+    recipes.override(start, ["train.steps=7", "task.epochs=2"])
+  counted = recipes.override(start, ["train.steps=7"])
   assert (counted.train.steps, counted.task.epochs) == (7, 0)
 
 
@@ -104,7 +117,7 @@ def test_tables_of_ones_own_name_their_columns_and_classes(
   path = tmp_path / f"own.{kind}"
   path.write_text("\n".join([head, *lines]) + "\n")
   task = TASKS["classify"].named("review", "", "mood", ())
-  config = DataConfig(path=str(path), holdout_every=4)
+  config = SharedDataConfig(path=str(path), holdout_every=4)
   found = examples_lib.load(task, config, tmp_path / "cache")
   assert found.task.labels == ("happy", "sad")
   assert len(found.train) == 9 and len(found.evaluated[0]) == 3
@@ -125,7 +138,7 @@ def test_a_set_of_the_hub_says_in_what_order_it_counts(tmp_path, monkeypatch):
   monkeypatch.setattr(
     tables.datasets, "load_dataset", lambda *_, **__: {"train": table}
   )
-  config = DataConfig(path="hub:own/set", holdout_every=2)
+  config = SharedDataConfig(path="hub:own/set", holdout_every=2)
   with pytest.raises(UserError, match="counts the labels pos, neg, the task"):
     examples_lib.load(TASKS["rotten_tomatoes"], config, tmp_path)
   found = examples_lib.load(TASKS["classify"], config, tmp_path)
@@ -161,7 +174,7 @@ def test_a_wrong_answer_is_named_with_its_row(tmp_path):
   rows = files.squad_rows(4, unanswerable=False)
   rows[2]["answers"] = {"text": ["wrong"], "answer_start": [0]}
   path = files.write_lines(tmp_path / "squad.jsonl", rows)
-  config = DataConfig(path=str(path), holdout_every=2)
+  config = SharedDataConfig(path=str(path), holdout_every=2)
   with pytest.raises(UserError, match="row 2, column 'answers': 'wrong'"):
     examples_lib.load(TASKS["squad"], config, tmp_path)
 
@@ -178,7 +191,7 @@ def read_labels(tmp_path, values, labels=(), kind="jsonl"):
     path.write_text("\n".join([between.join(rows[0]), *lines]) + "\n")
   same = path.with_name(f"same.{kind}")
   shutil.copy(path, same)
-  config = DataConfig(path=str(path), validation=str(same))
+  config = SharedDataConfig(path=str(path), validation=str(same))
   task = TASKS["classify"].named("", "", "", labels)
   found = examples_lib.load(task, config, tmp_path / "cache")
   assert found.evaluated[0].answers == found.train.answers
@@ -212,7 +225,7 @@ def test_none_is_a_class_and_a_text_and_quotes_are_characters(tmp_path):
     assert names == ("favor", "na", "none")
   path = tmp_path / "quoted.tsv"
   path.write_text('text\tlabel\n"a\tx\nb"\ty\nnull\tx\n')
-  config = DataConfig(path=str(path), validation="none", holdout_every=2)
+  config = SharedDataConfig(path=str(path), validation="none", holdout_every=2)
   found = examples_lib.load(TASKS["classify"], config, tmp_path / "cache")
   read = [*found.train.first, *found.evaluated[0].first]
   assert sorted(read) == ['"a', 'b"', "null"]
@@ -238,25 +251,25 @@ def test_a_folder_may_hold_more_than_tables(tmp_path):
   (folder / "README.md").write_text("# CoLA\n")
   (folder / "dataset_infos.json").write_text('{"a": {"b": 1}}')
   (folder / "train[1].txt").write_text("notes")
-  config = DataConfig(path=str(folder))
+  config = SharedDataConfig(path=str(folder))
   found = examples_lib.load(TASKS["cola"], config, tmp_path / "cache")
   assert len(found.train) == 24
   odd = (folder / "train.jsonl").rename(folder / "set[1].jsonl")
-  alone = DataConfig(path=str(odd), holdout_every=4)
+  alone = SharedDataConfig(path=str(odd), holdout_every=4)
   assert (
     len(examples_lib.load(TASKS["cola"], alone, tmp_path / "c").train) == 18
   )
   twice = f"{folder}/validation.jsonl,{folder}/test.jsonl,{folder}/test.jsonl"
   with pytest.raises(UserError, match="two files 'test'"):
     examples_lib.load(
-      TASKS["cola"], DataConfig(path=str(odd), validation=twice), tmp_path
+      TASKS["cola"], SharedDataConfig(path=str(odd), validation=twice), tmp_path
     )
 
 
 def test_an_empty_file_is_said_to_be_empty(tmp_path):
   folder = files.write_glue(tmp_path / "data", "rte")
   load = lambda path: examples_lib.load(
-    TASKS["rte"], DataConfig(path=str(path)), tmp_path / "cache"
+    TASKS["rte"], SharedDataConfig(path=str(path)), tmp_path / "cache"
   )
   (folder / "train-1.jsonl").touch()  # a shard, as others are
   assert len(load(folder).train) == 24
@@ -270,14 +283,16 @@ def test_answers_of_a_chat_must_be_texts(tmp_path):
   path = files.write_lines(tmp_path / "chat.jsonl", rows)
   task = TASKS["chat"].named("question", "answer", "", ())
   with pytest.raises(UserError, match="column 'answer' holds 4, not a text"):
-    examples_lib.load(task, DataConfig(path=str(path)), tmp_path / "cache")
+    examples_lib.load(
+      task, SharedDataConfig(path=str(path)), tmp_path / "cache"
+    )
 
 
 def test_what_is_trained_on_is_not_evaluated(tmp_path):
   folder = files.write_glue(tmp_path / "data", "rte")
   load = lambda **changes: examples_lib.load(
     TASKS["rte"],
-    DataConfig(**changes),
+    SharedDataConfig(**changes),
     tmp_path / "cache",
   )
   with pytest.raises(UserError, match="the split that is trained on, 'train'"):
@@ -291,7 +306,7 @@ def test_what_is_trained_on_is_not_evaluated(tmp_path):
 
 def test_examples_that_changed_have_another_digest(tmp_path):
   folder = files.write_glue(tmp_path / "data", "rte")
-  config = DataConfig(path=str(folder))
+  config = SharedDataConfig(path=str(folder))
   found = examples_lib.load(TASKS["rte"], config, tmp_path / "cache")
   part = found.train.part(range(len(found.train)))
   assert examples_lib.digest(dataclasses.replace(found, train=part)) == (
@@ -318,7 +333,7 @@ def test_what_is_held_out_is_drawn_from_all_classes(tmp_path):
   path = tmp_path / "own.jsonl"
   rows = [{"text": f"{i}", "label": i % 2} for i in range(80)]
   files.write_lines(path, rows)
-  config = DataConfig(path=str(path), holdout_every=4)
+  config = SharedDataConfig(path=str(path), holdout_every=4)
   found, again = (
     examples_lib.load(TASKS["classify"], config, tmp_path / "cache")
     for _ in range(2)
@@ -334,7 +349,7 @@ def test_questions_on_one_context_are_held_out_together(tmp_path):
   rows = files.squad_rows(4, unanswerable=False)
   rows = [row for row in rows for _ in range(3)]
   path = files.write_lines(tmp_path / "squad.jsonl", rows)
-  config = DataConfig(path=str(path), holdout_every=2)
+  config = SharedDataConfig(path=str(path), holdout_every=2)
   found = examples_lib.load(TASKS["squad"], config, tmp_path)
   (held_out,) = found.evaluated
   assert not set(found.train.second or ()) & set(held_out.second or ())
@@ -733,7 +748,8 @@ def test_a_batch_in_parts_has_the_same_gradient(writer):
   )
   results = []
   for parts in (1, 2):
-    gradient = job.make_gradient(found, placed, TrainConfig(accumulate=parts))  # type: ignore
+    settings = SharedTrainConfig(accumulate=parts)
+    gradient = job.make_gradient(found, placed, settings)  # type: ignore
     results.append(jax.jit(gradient)(params, batch, 0))
   (grads, loss, tokens), (others, other, count) = results
   assert int(tokens) == int(count)
@@ -788,8 +804,8 @@ def record(method, rate, accuracy, stage="run", seed=0, task="cola"):
 
 def planned(given):
   flags = finetune_grid.parse(given)
-  flags.checkpoint = flags.source
-  return [(m.text, rate, seed) for m, rate, seed in finetune_grid.plan(flags)]
+  runs = finetune_grid.missing(flags, checkpoint=flags.source)
+  return [(run.method.text, run.rate, run.seed) for run in runs]
 
 
 def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
@@ -816,9 +832,9 @@ def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
     with pytest.raises(UserError, match="no picked learning rate for lora:4"):
       plan(*more)
   with pytest.raises(UserError, match="lora:x: the rank is 'x'"):
-    finetune_grid.method("lora:x")
+    finetune_grid.parse_method("lora:x")
   for setting in ("train.seed=3", "optimizer.learning_rate=1"):
-    with pytest.raises(UserError, match=f"--set {setting}: that is what"):
+    with pytest.raises(UserError, match=f"--set {setting}: --rates, --seeds"):
       plan("--set", setting)
   with pytest.raises(UserError, match="name the learning rates"):
     planned(["pick", *given[1:]])
@@ -832,7 +848,9 @@ def test_the_best_rate_is_taken_and_what_is_done_is_left_out(tmp_path):
 
 
 def words_of(flags, method):
-  return finetune_grid.words(flags, finetune_grid.method(method), 1e-3, 0)
+  return finetune_grid.make_command(
+    flags, finetune_grid.parse_method(method), 1e-3, 0
+  )
 
 
 def test_rates_that_were_picked_on_other_examples_do_not_count(tmp_path):
@@ -879,9 +897,7 @@ def test_the_tables_of_the_docs_are_those_of_the_recorded_runs():
   assert "rotten_tomatoes-minilm.jsonl" in named
   for name in named:
     assert (
-      finetune_grid.table(
-        finetune_grid.read(DOCS / "results" / "fine-tuning" / name)
-      )
+      finetune_grid.table(results.read(DOCS / "results" / "fine-tuning" / name))
       in text
     ), name
 

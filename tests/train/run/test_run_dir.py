@@ -8,6 +8,7 @@ import pytest
 from train.common import atomic_files
 from train.common.errors import UserError
 from train.config import presets, schema
+from train.finetuning import recipes
 from train.run import run_dir
 
 BASE = presets.make("sotu_small", "galore")
@@ -112,3 +113,29 @@ def test_a_folder_that_cannot_be_filled_is_as_before(tmp_path, existed):
     (out / "half").write_text("x")
     raise OSError(errno.ENOSPC, "No space left on device")
   assert out.exists() == existed and not list(tmp_path.rglob("half"))
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "refused"),
+  [
+    ("model.d_model", 16, False),  # the checkpoint's
+    ("data.documents", "paragraph", False),
+    ("optimizer.accumulate", 1, False),
+    ("optimizer.accumulate", 2, True),
+    ("data.length", 7, True),
+    ("train.unknown", 1, True),
+  ],
+)
+def test_a_fine_tuning_run_of_version_0_1_goes_on(
+  tmp_path, field, value, refused
+):
+  """It wrote all fields of pre-training, too, which had to be the defaults."""
+  config = recipes.make("cola", "galore")
+  run_dir.claim_run(tmp_path, config, overwrite=False)
+  saved = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(saved | {field: value}))
+  if refused:
+    with pytest.raises(UserError, match=f"{field}: {value} there"):
+      run_dir.check_run(tmp_path, config, overwrite=False)
+  else:
+    run_dir.check_run(tmp_path, config, overwrite=False)
