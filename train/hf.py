@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 from train.common.errors import UserError
-from train.pretrained import checkpoint_folder
+from train.pretrained import llama_checkpoint
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -49,8 +49,8 @@ def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 2 wrong input."""
   flags = parse_arguments(words)
   try:
-    weights = checkpoint_folder.load(flags.source, getattr(flags, "step", 0))
-    checkpoint_folder.save(weights, flags.out, flags.dtype)
+    weights = llama_checkpoint.load(flags.source, getattr(flags, "step", 0))
+    llama_checkpoint.save(weights, flags.out, flags.dtype)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

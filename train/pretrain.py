@@ -22,7 +22,7 @@ from train.data import corpus as corpus_lib
 from train.estimate import dry_run
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
-from train.pretrained import checkpoint_folder
+from train.pretrained import llama_checkpoint
 from train.run import (
   checkpoint,
   exit_status,
@@ -186,7 +186,7 @@ def main(words: list[str] | None = None) -> int:
 def _command(flags: argparse.Namespace) -> int:
   config = presets.make(flags.preset, flags.optimizer)
   if flags.source:
-    config = checkpoint_folder.adopt(config, flags.source)
+    config = llama_checkpoint.adopt(config, flags.source)
   config = schema.override(config, flags.settings)
   default = f"{flags.preset}-{config.optimizer.name}"
   if flags.dry_run:

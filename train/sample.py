@@ -22,7 +22,7 @@ import tokenizers
 from train.common.errors import UserError
 from train.config.schema import ModelConfig
 from train.models import llama
-from train.pretrained import checkpoint_folder, llama_names
+from train.pretrained import llama_checkpoint, llama_names
 
 CHUNK = 16  # tokens drawn before they are fetched and shown
 
@@ -300,7 +300,7 @@ def run(flags: argparse.Namespace) -> None:
   how = Sampling(flags.temperature, flags.top_k, flags.top_p).check()
   if flags.tokens < 1:
     raise UserError(f"--tokens is {flags.tokens}; use 1 or more")
-  found = checkpoint_folder.load(flags.source, flags.step)
+  found = llama_checkpoint.load(flags.source, flags.step)
   if not found.tokenizer:
     raise UserError(f"{flags.source} has no tokenizer.json; put it there")
   tokenizer = tokenizers.Tokenizer.from_str(found.tokenizer)

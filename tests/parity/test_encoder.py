@@ -213,9 +213,9 @@ def test_a_published_model_gives_the_embeddings_of_transformers(minilm):
 def test_a_published_model_takes_a_head(minilm):
   found = encoder_checkpoint.load(minilm, "classify", labels=3, dropout=0.0)
   assert found.notes == (
-    "head starts afresh: the checkpoint has no classifier.weight and no"
+    "head is initialised: the checkpoint has no classifier.weight and no"
     " classifier.bias",
-    "left out of the checkpoint: embeddings.position_ids",
+    "not read from the checkpoint: embeddings.position_ids",
   )
   assert found.config.dropout == 0.0
   _, stored = checkpoint_folder.open_tensors(minilm)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.parity import llama_run
 from train.models import llama
-from train.pretrained import checkpoint_folder, llama_names
+from train.pretrained import llama_checkpoint, llama_names, run_weights
 
 NEEDS = "needs the extra `parity` (torch, transformers)"
 
@@ -69,12 +69,12 @@ def test_transformers_loads_what_we_write(case, dtype, recorded, tmp_path):
   ours = llama_names.from_params(
     case, given.model, lambda: params, extra=given.extra
   )
-  checkpoint_folder.save(ours, tmp_path / "out", dtype)
+  llama_checkpoint.save(ours, tmp_path / "out", dtype)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / "out", dtype=torch.float32
   )
   assert model.config.rope_parameters["rope_theta"] == given.model.rope_theta
-  stored = checkpoint_folder.load(tmp_path / "out")
+  stored = llama_checkpoint.load(tmp_path / "out")
   full = dataclasses.replace(stored.model, param_dtype="float32")
   found = logits(dataclasses.replace(stored, model=full))
   np.testing.assert_allclose(found, llama_run.logits(model), atol=1e-4, rtol=0)
@@ -91,7 +91,7 @@ def test_transformers_reads_the_exported_tokenizer(tmp_path):
     ("tokenizer.json", trained.to_str()),
     (
       "tokenizer_config.json",
-      json.dumps(checkpoint_folder.describe_tokenizer("<|endoftext|>", 64)),
+      json.dumps(run_weights.describe_tokenizer("<|endoftext|>", 64)),
     ),
   ):
     (tmp_path / name).write_text(text)

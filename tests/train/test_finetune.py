@@ -15,7 +15,11 @@ from train.experiments import finetune_grid
 from train.experiments import results as results_lib
 from train.finetuning import evaluation, job, recipes, spans, tasks
 from train.parallel import mesh as mesh_lib
-from train.pretrained import checkpoint_folder, encoder_checkpoint
+from train.pretrained import (
+  checkpoint_folder,
+  encoder_checkpoint,
+  llama_checkpoint,
+)
 from train.run import history, loop, metrics, signals
 from train.step import optimizer as optimizer_lib
 
@@ -328,7 +332,7 @@ def test_a_llama_learns_conversations_packed_and_with_4_bit_weights(
     "held_out_perplexity"
   ]
   assert found["scores"]["held_out_perplexity"] < start
-  written = checkpoint_folder.load(tmp_path / "run" / "model")
+  written = llama_checkpoint.load(tmp_path / "run" / "model")
   assert written.model.n_layers == 2
   # It says how it is asked, and ends where it has learned to end.
   end = tokenizers.Tokenizer.from_str(written.tokenizer).token_to_id(
@@ -455,7 +459,7 @@ def test_a_run_does_not_write_over_what_it_starts_from(mnli, capsys):
 def test_other_commands_are_told_where_the_model_is(mnli):
   out, _, _ = mnli
   with pytest.raises(UserError, match=r"fine-tuning run; .*model"):
-    checkpoint_folder.load(out)
+    llama_checkpoint.load(out)
 
 
 def refused(capsys, given):

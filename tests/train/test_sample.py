@@ -12,7 +12,7 @@ from train.config.schema import MeshConfig
 from train.data import tokenizer
 from train.models import llama
 from train.parallel import mesh
-from train.pretrained import checkpoint_folder, llama_names
+from train.pretrained import llama_checkpoint, llama_names
 from train.sample import Sampling
 
 CONFIG = dataclasses.replace(TINY, n_kv_heads=2)
@@ -122,7 +122,7 @@ def folder(params, tmp_path_factory):
     "test", CONFIG, lambda: params, tokenizer=trained.to_str(), extra=extra
   )
   out = tmp_path_factory.mktemp("model") / "folder"
-  checkpoint_folder.save(given, out)
+  llama_checkpoint.save(given, out)
   return out
 
 

@@ -15,3 +15,8 @@ class TrainingError(Exception):
 
 class Diverged(TrainingError):
   """Its gradients, or the loss that it ends with, are not finite."""
+
+
+def first_line(error: BaseException) -> str:
+  """The first line of an error's text, or its type if it has no text."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import datasets
 
-from train.common.errors import UserError
+from train.common import hub
+from train.common.errors import UserError, first_line
 from train.config.schema import HUB, DataConfig
 
 CORPUS = pathlib.Path(__file__).parent / "sotu" / "sotu.jsonl.xz"
@@ -269,12 +270,12 @@ def reading(name: str) -> Iterator[None]:
       yield
   except datasets.exceptions.DatasetNotFoundError as error:
     if "gated" in str(error):
-      advice = "is gated: accept its terms on its page, then `hf auth login`"
+      advice = hub.GATED
     else:
       advice = "is not on the hub, or is private; check the name"
     raise UserError(f"{name} {advice}") from error
   except (ConnectionError, TimeoutError) as error:
-    raise UserError(unreachable(name, error)) from error
+    raise UserError(hub.unreachable(name, error)) from error
   except Exception as error:
     if "BuilderConfig" in str(error) or "Config name" in str(error):
       known = " ".join(str(error).splitlines()[:2])
@@ -295,21 +296,6 @@ def _without_log() -> Iterator[None]:
     yield
   finally:
     logger.setLevel(level)
-
-
-def unreachable(name: str, error: Exception) -> str:
-  """What to say when the hub does not answer."""
-  offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-  hint = "HF_HUB_OFFLINE is set" if offline else "check the network"
-  return (
-    f"{name}: the hub cannot be reached ({first_line(error)}); {hint}, or use"
-    " local files"
-  )
-
-
-def first_line(error: BaseException) -> str:
-  """The first line of an error's text, or its type where it has none."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

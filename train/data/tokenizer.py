@@ -13,14 +13,14 @@ import json
 import pathlib
 from collections.abc import Iterable
 
-import huggingface_hub as hub
+import huggingface_hub
 import numpy as np
 import tokenizers
 
-from train.common import atomic_files
-from train.common.errors import UserError
+from train.common import atomic_files, hub
+from train.common.errors import UserError, first_line
 from train.config.schema import HUB, DataConfig
-from train.data import sentencepiece_model, sources
+from train.data import sentencepiece_model
 
 END = "<|endoftext|>"  # closes every document
 MINIMUM = 257  # the 256 bytes and END
@@ -205,28 +205,18 @@ def _read(path: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
       raise
     raise UserError(
       f"{name} is no tokenizer.json that `tokenizers` reads:"
-      f" {sources.first_line(error)}"
+      f" {first_line(error)}"
     ) from error
   beside = file.with_name("tokenizer_config.json")
   return tokenizer, json.loads(beside.read_text()) if beside.is_file() else {}
 
 
 def _from_hub(repository: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
-  try:
-    file = hub.hf_hub_download(repository, "tokenizer.json")
-  except hub.errors.LocalEntryNotFoundError as error:
-    raise UserError(sources.unreachable(name, error)) from error
-  except hub.errors.GatedRepoError as error:
-    raise UserError(
-      f"{name} is gated: accept its terms on its page, then `hf auth login`"
-    ) from error
-  except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError) as error:
-    raise UserError(
-      f"{name} is not on the hub, or has no tokenizer.json:"
-      f" {sources.first_line(error)}"
-    ) from error
-  with contextlib.suppress(hub.errors.EntryNotFoundError):
-    hub.hf_hub_download(repository, "tokenizer_config.json")
+  missing = "is not on the hub, or has no tokenizer.json"
+  with hub.fetching(name, missing):
+    file = huggingface_hub.hf_hub_download(repository, "tokenizer.json")
+  with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
+    huggingface_hub.hf_hub_download(repository, "tokenizer_config.json")
   return _read(file, name)
 
 

@@ -27,8 +27,8 @@ from train.finetuning.tasks import Task
 from train.models import llama
 from train.pretrained import (
   checkpoint_folder,
-  encoder_checkpoint,
   encoder_names,
+  llama_checkpoint,
   llama_names,
 )
 
@@ -222,7 +222,7 @@ class LlamaLearner:
       tokenizer=self.source.tokenizer,
       extra=self._speaking(extra) if self.task.kind == "chat" else extra,
     )
-    checkpoint_folder.save(trained, out)
+    llama_checkpoint.save(trained, out)
 
   def _speaking(self, extra: Mapping[str, Any]) -> dict[str, Any]:
     """What is said of the model, with its template and where a turn ends."""
@@ -311,7 +311,7 @@ def is_llama(source: str) -> bool:
   if path.suffix == ".gguf":
     return True
   if source.startswith(HUB):
-    path = encoder_checkpoint.fetch(source)
+    path = checkpoint_folder.fetch(source)
   try:
     found = checkpoint_folder.read_json(path / checkpoint_folder.CONFIG)
   except UserError as error:
@@ -349,15 +349,15 @@ def make(source: str, task: Task, config: Config) -> LlamaLearner:
     )
   check_prompt(task, config.task)
   path = pathlib.Path(source)
-  found = checkpoint_folder.load(
-    path if path.suffix == ".gguf" else encoder_checkpoint.fetch(source)
+  found = llama_checkpoint.load(
+    path if path.suffix == ".gguf" else checkpoint_folder.fetch(source)
   )
   llama_names.check(found)
   if not found.tokenizer:
     raise UserError(
       f"{source} has no {checkpoint_folder.TOKENIZER}; put it there"
     )
-  kept = {name: getattr(config.model, name) for name in checkpoint_folder.OURS}
+  kept = {name: getattr(config.model, name) for name in llama_checkpoint.OURS}
   model = dataclasses.replace(found.model, **kept)
   source_weights = dataclasses.replace(found, model=model)
   graphdef, boxes = llama.abstract(model)

@@ -1,26 +1,25 @@
-"""Encoder weights under Hugging Face's names, and under ours.
+"""Names, shapes and configs of BERT and RoBERTa, at Hugging Face and here.
 
-`table` is the one place that pairs the names. Nothing is read before the
-config, the names and the shapes were found right.
+`table` pairs the names of the tensors. The encoder itself must be in a
+checkpoint, exactly; a head that is missing or does not fit is initialised.
 """
 
+import functools
 import types
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from train.common.errors import UserError
 from train.models import encoder
 from train.models.encoder_config import Config, Head
-from train.pretrained.llama_names import DTYPES, LAYER, Name
+from train.pretrained import mapping
+from train.pretrained.mapping import LAYER, Entry, Reader, Shape, Tensor
 
-Reader = Callable[[str], np.ndarray]
 FAMILIES = ("bert", "roberta")
 _BLOCK = f"encoder.layer.{LAYER}."
-# Ours, theirs: each a kernel and a bias there.
+# Our path, the name there: a kernel and a bias each.
 _LINEAR = (
   ("layers/attn/q", f"{_BLOCK}attention.self.query"),
   ("layers/attn/k", f"{_BLOCK}attention.self.key"),
@@ -39,7 +38,7 @@ _TABLES = (
   ("embed/positions", "embeddings.position_embeddings"),
   ("embed/types", "embeddings.token_type_embeddings"),
 )
-# RoBERTa's head has a dense layer of its own where BERT's takes the pooler.
+# The dense layer of the head: RoBERTa's own, and BERT's pooler.
 _HEADS = {
   ("bert", "classify"): (("pooler", "pooler.dense"), ("head", "classifier")),
   ("roberta", "classify"): (
@@ -49,74 +48,48 @@ _HEADS = {
   ("bert", "spans"): (("head", "qa_outputs"),),
   ("roberta", "spans"): (("head", "qa_outputs"),),
 }
-# Parts of a checkpoint that stand beside the encoder, not in it.
-_OUTSIDE = ("classifier.", "qa_outputs.")
-# Older checkpoints' names of a norm's scale and bias.
+# Heads, whose names have no prefix.
+_HEAD_NAMES = ("classifier.", "qa_outputs.")
+# Names of a norm's scale and bias in older checkpoints.
 _RENAMED = (
   ("LayerNorm.gamma", "LayerNorm.weight"),
   ("LayerNorm.beta", "LayerNorm.bias"),
 )
-# Field of config.json for what `transformers` has no name for.
+# A field of config.json that `transformers` does not have.
 POOL = "galore_optax_pool"
 _UNREAD = "embeddings.position_ids"  # 0, 1, 2, ...: older checkpoints have it
 
 
-def table(config: Config) -> tuple[Name, ...]:
-  """A row for each of our parameters; names without the model's prefix."""
+def table(config: Config) -> tuple[Entry, ...]:
+  """An entry for each parameter; names are without the model's prefix."""
   heads = _HEADS.get((config.family, config.head), ())
   return (
-    *(Name(f"{a}.weight", f"{b}/embedding", False) for b, a in _TABLES),
+    *(Entry(f"{name}.weight", f"{path}/embedding") for path, name in _TABLES),
     *(
-      Name(f"{theirs}.{end}", f"{ours}/{name}", False)
-      for ours, theirs in _NORMS
-      for end, name in (("weight", "scale"), ("bias", "bias"))
+      Entry(f"{name}.{theirs}", f"{path}/{ours}")
+      for path, name in _NORMS
+      for theirs, ours in (("weight", "scale"), ("bias", "bias"))
     ),
     *(
-      Name(f"{theirs}.{end}", f"{ours}/{name}", name == "kernel")
-      for ours, theirs in (*_LINEAR, *heads)
-      for end, name in (("weight", "kernel"), ("bias", "bias"))
+      Entry(f"{name}.{theirs}", f"{path}/{ours}", transpose=ours == "kernel")
+      for path, name in (*_LINEAR, *heads)
+      for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
     ),
   )
 
 
-class Slot(NamedTuple):
-  """Where one tensor of theirs goes here."""
-
-  ours: str  # path of a parameter
-  layer: int | None  # of the stack; None: it is no stack
-  shape: tuple[int, ...]  # theirs
-  turned: bool
-
-  @property
-  def module(self) -> str:
-    """The part of the model that the parameter belongs to."""
-    return self.ours.split("/")[0]
+@functools.cache
+def _param_shapes(config: Config) -> dict[str, Shape]:
+  return mapping.param_shapes(encoder.abstract(config)[1])
 
 
-def slots(config: Config) -> dict[str, Slot]:
-  """The slot of each tensor that the model takes, by their name."""
-  shapes, found = _shapes(config), {}
-  for row in table(config):
-    stacked = LAYER in row.theirs
-    shape = shapes[row.ours][1 if stacked else 0 :]
-    shape = shape[::-1] if row.turned else shape
-    for i in range(config.n_layers) if stacked else (None,):
-      name = row.theirs.replace(LAYER, str(i))
-      found[name] = Slot(row.ours, i, shape, row.turned)
-  return found
-
-
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-  """Shapes of our parameters, by path."""
-  boxes = nnx.to_pure_dict(encoder.abstract(config)[1])
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(boxes)
-  }
+def tensors(config: Config) -> dict[str, Tensor]:
+  """Every tensor that the model reads, by its name without the prefix."""
+  return mapping.tensors(table(config), _param_shapes(config))
 
 
 def plain_name(name: str) -> str:
-  """A tensor's name without the model's prefix, as newer checkpoints spell."""
+  """A tensor's name without the model's prefix, in the newer spelling."""
   for family in FAMILIES:
     name = name.removeprefix(f"{family}.")
   for old, new in _RENAMED:
@@ -126,170 +99,139 @@ def plain_name(name: str) -> str:
 
 def full_name(name: str, config: Config) -> str:
   """A tensor's name as `transformers` writes it."""
-  bare = config.head == "none" or name.startswith(_OUTSIDE)
+  bare = config.head == "none" or name.startswith(_HEAD_NAMES)
   return name if bare else f"{config.family}.{name}"
+
+
+def _is_encoder(tensor: Tensor) -> bool:
+  return tensor.module in ("embed", "layers")
 
 
 def to_params(
   source: str,
   config: Config,
-  shapes: Mapping[str, tuple[int, ...]],
+  shapes: Mapping[str, Shape],
   read: Reader,
   seed: int = 0,
   refused: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tuple[dict, tuple[str, ...]]:
-  """Our parameters, on the host, in `config.param_dtype`.
+  """Reads a checkpoint as our parameters.
 
   Args:
     source: the checkpoint, as messages call it.
     config: of the model.
     shapes: of the checkpoint's tensors, by name.
-    read: gives one tensor.
-    seed: of the head, where the checkpoint has none that fits.
-    refused: parts of the head that are not taken: what the checkpoint has
-      instead.
+    read: reads one tensor, by name.
+    seed: of a head that is initialised.
+    refused: modules of the head that are initialised although their shapes
+      fit, each with what is wrong with them in the checkpoint.
 
   Returns:
-    The parameters, and sentences: what was initialised, what was left out.
+    Nested dicts of arrays on the host, in `config.param_dtype`; and notes,
+    sentences that say what was initialised and what was not read.
 
   Raises:
-    UserError: the encoder's tensors are missing, unknown, or of another
+    UserError: tensors of the encoder are missing, unexpected, or of another
       shape; nothing is read or allocated then.
   """
-  wanted = slots(config)
+  wanted = tensors(config)
   given = {plain_name(name): name for name in shapes}
   _check_encoder(source, config, wanted, given, shapes)
   fresh = _fresh_modules(wanted, given, shapes)
   for module, reason in refused.items():
-    if module not in fresh:
-      fresh[module] = [reason]
-  left = [given[name] for name in given if name not in wanted]
-  dtype, random = DTYPES[config.param_dtype], np.random.default_rng(seed)
-  arrays = {
-    path: np.zeros(shape, dtype) for path, shape in _shapes(config).items()
-  }
-  for name, slot in wanted.items():
-    array = arrays[slot.ours]
-    if slot.module not in fresh:
-      tensor = read(given[name])
-      place = array if slot.layer is None else array[slot.layer]
-      place[...] = tensor.T if slot.turned else tensor
-    elif slot.turned:  # biases start at zero
+    fresh.setdefault(module, [reason])
+  unread = [given[name] for name in given if name not in wanted]
+  arrays = mapping.allocate(_param_shapes(config), config.param_dtype)
+  taken = {n: t for n, t in wanted.items() if t.module not in fresh}
+  mapping.read_into(arrays, taken, lambda name: read(given[name]))
+  random = np.random.default_rng(seed)
+  for tensor in wanted.values():
+    if tensor.module in fresh and tensor.transpose:  # biases start at zero
+      array = arrays[tensor.path]
       array[...] = random.normal(0, config.init_std, array.shape)
-  return _nested(arrays), (*_notes_on_fresh(fresh), *_note_on_left(left))
+  return mapping.nested(arrays), _notes(fresh, unread)
 
 
 def _check_encoder(
   source: str,
   config: Config,
-  wanted: Mapping[str, Slot],
+  wanted: Mapping[str, Tensor],
   given: Mapping[str, str],
-  shapes: Mapping[str, tuple[int, ...]],
+  shapes: Mapping[str, Shape],
 ) -> None:
   """Refuses a checkpoint whose encoder is not the one of its config."""
-  ours = {n for n, slot in wanted.items() if slot.module in ("embed", "layers")}
-  inside = {
+  ours = {n for n, tensor in wanted.items() if _is_encoder(tensor)}
+  theirs = {
     name
     for name in given
     if name.startswith(("embeddings.", "encoder.")) and name != _UNREAD
   }
-  for problem, names in (
-    ("lacks", sorted(ours - given.keys())),
-    (f"has, though {config.family} does not,", sorted(inside - ours)),
-  ):
-    if names:
-      raise UserError(
-        f"{source} {problem} {some(names)}; its config.json says"
-        f" {config.n_layers} layers of {config.family}"
-      )
-  wrong = [
-    f"{given[name]} is {shapes[given[name]]}, not {wanted[name].shape}"
-    for name in sorted(ours)
-    if tuple(shapes[given[name]]) != wanted[name].shape
-  ]
-  if wrong:
-    raise UserError(
-      f"{source}: {some(wrong)}; tensors and config.json do not belong together"
-    )
+  mapping.check_names(
+    source,
+    ours - given.keys(),
+    theirs - ours,
+    config.family,
+    f"{config.n_layers} layers of {config.family}",
+  )
+  wanted_shapes = {given[name]: wanted[name].shape for name in sorted(ours)}
+  mapping.check_shapes(source, shapes, wanted_shapes)
 
 
 def _fresh_modules(
-  wanted: Mapping[str, Slot],
+  wanted: Mapping[str, Tensor],
   given: Mapping[str, str],
-  shapes: Mapping[str, tuple[int, ...]],
+  shapes: Mapping[str, Shape],
 ) -> dict[str, list[str]]:
-  """Parts of the head that the checkpoint has not, or not so; the reasons."""
+  """Modules of the head that must be initialised, each with the reasons."""
   fresh: dict[str, list[str]] = {}
-  for name, slot in wanted.items():
-    if slot.module in ("embed", "layers"):
+  for name, tensor in wanted.items():
+    if _is_encoder(tensor):
       continue
     if name not in given:
-      fresh.setdefault(slot.module, []).append(f"no {name}")
-    elif tuple(shapes[given[name]]) != slot.shape:
-      fresh.setdefault(slot.module, []).append(
-        f"{given[name]} of shape {shapes[given[name]]}, not {slot.shape}"
+      fresh.setdefault(tensor.module, []).append(f"no {name}")
+    elif tuple(shapes[given[name]]) != tensor.shape:
+      fresh.setdefault(tensor.module, []).append(
+        f"{given[name]} of shape {shapes[given[name]]}, not {tensor.shape}"
       )
   return fresh
 
 
-def _notes_on_fresh(fresh: Mapping[str, list[str]]) -> list[str]:
-  return [
-    f"{module} starts afresh: the checkpoint has {' and '.join(reasons)}"
+def _notes(
+  fresh: Mapping[str, list[str]], unread: list[str]
+) -> tuple[str, ...]:
+  """Sentences about modules that were initialised and tensors not read."""
+  notes = [
+    f"{module} is initialised: the checkpoint has {' and '.join(reasons)}"
     for module, reasons in fresh.items()
   ]
-
-
-def _note_on_left(left: list[str]) -> list[str]:
-  return [f"left out of the checkpoint: {', '.join(left)}"] if left else []
-
-
-def some(names: list[str]) -> str:
-  """The first few of many names."""
-  more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-  return ", ".join(names[:3]) + more
-
-
-def _nested(arrays: Mapping[str, np.ndarray]) -> dict:
-  params: dict[str, Any] = {}
-  for path, array in arrays.items():
-    part = params
-    *parents, name = path.split("/")
-    for parent in parents:
-      part = part.setdefault(parent, {})
-    part[name] = array
-  return params
+  if unread:
+    notes.append(f"not read from the checkpoint: {', '.join(unread)}")
+  return tuple(notes)
 
 
 def to_tensors(config: Config, params: dict) -> dict[str, np.ndarray]:
   """Our parameters under Hugging Face's names."""
-  tensors = {}
-  for name, slot in slots(config).items():
-    found: Any = params
-    for part in slot.ours.split("/"):
-      found = found[part]
-    array = np.asarray(found)
-    array = array if slot.layer is None else array[slot.layer]
-    tensors[full_name(name, config)] = np.ascontiguousarray(
-      array.T if slot.turned else array
-    )
-  return tensors
+  return {
+    full_name(name, config): mapping.to_tensor(params, tensor)
+    for name, tensor in tensors(config).items()
+  }
 
 
 def config_from_hf(
   given: Mapping[str, Any], source: str, head: Head, labels: int, **changes: Any
 ) -> Config:
-  """The encoder that a config.json of Hugging Face's describes.
+  """The encoder that a config.json of Hugging Face describes.
 
   Args:
-    given: the config.json.
+    given: the content of config.json.
     source: its path, as messages call it.
-    head: what stands on the encoder.
+    head: the head on top of the encoder.
     labels: outputs of a classification head.
     **changes: other fields of `Config`: how the model is computed.
 
   Raises:
     UserError: another architecture, a field missing, or a variant that
-      `train/models/encoder.py` does not compute.
+      `train/models/encoder.py` does not implement.
   """
   family = given.get("model_type")
   if family not in FAMILIES:
@@ -297,11 +239,7 @@ def config_from_hf(
       f"{source}: model_type is {family!r}; only"
       f" {' and '.join(map(repr, FAMILIES))} can be read"
     )
-  names = ("vocab_size", "hidden_size", "intermediate_size")
-  names += ("num_hidden_layers", "num_attention_heads")
-  missing = [name for name in names if given.get(name) is None]
-  if missing:
-    raise UserError(f"{source} has no {', '.join(missing)}")
+  sizes = mapping.sizes_from_hf(given, source)
   _refuse_variants(given, source)
   pad = given.get("pad_token_id")
   pad = (1 if family == "roberta" else 0) if pad is None else pad
@@ -309,11 +247,7 @@ def config_from_hf(
   dropout = given.get("hidden_dropout_prob", 0.1)
   head_dropout = given.get("classifier_dropout")
   read: dict[str, Any] = {
-    "vocab_size": given["vocab_size"],
-    "d_model": given["hidden_size"],
-    "d_ff": given["intermediate_size"],
-    "n_layers": given["num_hidden_layers"],
-    "n_heads": given["num_attention_heads"],
+    **sizes,
     "family": family,
     "max_length": given.get("max_position_embeddings", 512) - offset,
     "position_offset": offset,
@@ -332,20 +266,20 @@ def config_from_hf(
 
 def _refuse_variants(given: Mapping[str, Any], source: str) -> None:
   width = given["hidden_size"]
-  known = {
+  implemented = {
     "hidden_act": ("gelu", tuple(encoder.ACTIVATIONS)),
     "position_embedding_type": ("absolute", ("absolute",)),
     "is_decoder": (False, (False,)),
     "add_cross_attention": (False, (False,)),
     "embedding_size": (width, (width,)),
   }
-  for name, (default, computed) in known.items():
-    value = given.get(name, default)
-    if value not in computed:
-      raise UserError(
-        f"{source}: {name} is {value!r}; this model computes"
-        f" {' or '.join(map(repr, computed))} only"
-      )
+  mapping.refuse_variants(
+    source,
+    {
+      name: (given.get(name, default), values)
+      for name, (default, values) in implemented.items()
+    },
+  )
 
 
 _CLASSES = {
@@ -359,8 +293,8 @@ def config_to_hf(config: Config, extra: Mapping[str, Any]) -> dict[str, Any]:
   """The config.json that `transformers` reads.
 
   Args:
-    config: the model's.
-    extra: what is not the shape's: ids of tokens, names of labels.
+    config: of the model.
+    extra: other fields: ids of special tokens, names of labels.
   """
   prefix = {"bert": "Bert", "roberta": "Roberta"}[config.family]
   labels = {str(i): f"LABEL_{i}" for i in range(config.labels)}
@@ -370,11 +304,7 @@ def config_to_hf(config: Config, extra: Mapping[str, Any]) -> dict[str, Any]:
     **extra,
     "architectures": [prefix + _CLASSES[config.head]],
     "model_type": config.family,
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.d_model,
-    "intermediate_size": config.d_ff,
-    "num_hidden_layers": config.n_layers,
-    "num_attention_heads": config.n_heads,
+    **mapping.sizes_to_hf(config),
     "max_position_embeddings": config.max_length + config.position_offset,
     "type_vocab_size": config.n_types,
     "pad_token_id": config.pad_id,

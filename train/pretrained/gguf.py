@@ -1,8 +1,8 @@
-"""LLaMA weights out of a GGUF file, dequantised: needs the extra `gguf`.
+"""Reads LLaMA weights from a GGUF file; needs the extra `gguf`.
 
-The file's own names are translated by the table of the `gguf` package, its
-rows of queries and keys are put back in order, and its tokenizer becomes a
-tokenizer.json.
+Tensors are dequantised, their names are translated by the table of the `gguf`
+package, the rows of queries and keys are put back into Hugging Face's order,
+and the tokenizer becomes a tokenizer.json.
 """
 
 import pathlib
@@ -17,15 +17,15 @@ from train.pretrained import llama_names
 from train.pretrained.llama_names import Weights
 
 CONTROL = 3  # the type of tokens such as <|endoftext|>
-# How a text is cut before the byte pairs are merged, by `tokenizer.ggml.pre`.
-CUTS = {
+# The pre-tokenizers before the byte level, by `tokenizer.ggml.pre`.
+BEFORE_BYTES = {
   "gpt-2": (),
   "smollm": (pre_tokenizers.Digits(individual_digits=True),),
 }
 
 
 def load(path: pathlib.Path) -> Weights:
-  """Opens a file; tensors are dequantised when they are read.
+  """Opens a GGUF file; tensors are dequantised when they are read.
 
   Raises:
     UserError: the package is missing, the file is damaged, or it holds
@@ -45,10 +45,12 @@ def load(path: pathlib.Path) -> Weights:
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   config = _config(fields, "output.weight" not in tensors, str(path))
   model = llama_names.model_from_hf(config, str(path))
-  places = {
-    _theirs(gguf, name, model.n_layers): name
-    for name in llama_names.their_shapes(model)
+  names = {
+    _gguf_name(gguf, name, model.n_layers): name
+    for name in llama_names.tensors(model)
   }
+  # A tensor that LLaMA does not have keeps its name, for the error message.
+  by_name = {names.get(name, name): x for name, x in tensors.items()}
 
   def read(name: str) -> np.ndarray:
     tensor = by_name[name]
@@ -58,12 +60,10 @@ def load(path: pathlib.Path) -> Weights:
         return _unpermute(array, heads)
     return array
 
-  # What has no counterpart keeps its name, to be reported by it.
-  by_name = {places.get(name, name): x for name, x in tensors.items()}
   return Weights(
     source=str(path),
     model=model,
-    # GGUF counts axes from the innermost.
+    # GGUF lists the innermost axis first.
     shapes={name: tuple(x.shape.tolist())[::-1] for name, x in by_name.items()},
     read=read,
     tokenizer=_tokenizer(fields, path),
@@ -71,31 +71,31 @@ def load(path: pathlib.Path) -> Weights:
   )
 
 
-def _theirs(gguf: Any, name: str, layers: int) -> str:
-  """GGUF's name of a tensor that is `name` at Hugging Face."""
+def _gguf_name(gguf: Any, name: str, layers: int) -> str:
+  """The name in a GGUF file of a tensor that Hugging Face calls `name`."""
   table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
   return table.get_name(name, try_suffixes=(".weight",))
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-  """Undoes the order of rows that GGUF keeps for its rotary embedding.
+  """Puts the rows of queries or keys back into Hugging Face's order.
 
-  It turns neighbours, features 2i and 2i + 1 of a head; we turn i and
-  i + H/2.
+  The rotary embedding of GGUF rotates features 2i and 2i + 1 of a head
+  together; ours rotates features i and i + H/2.
   """
   halves = rows.reshape(heads, -1, 2, rows.shape[1])
   return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _config(fields: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
-  """The file's fields under the names of a config.json."""
+  """The fields of the file under the names of config.json."""
   architecture = fields.get("general.architecture")
   if architecture != "llama":
     raise UserError(
       f"{source}: general.architecture is {architecture!r}; only 'llama' can"
       " be read"
     )
-  found = {
+  config = {
     theirs: fields[f"llama.{ours}"]
     for theirs, ours in (
       ("hidden_size", "embedding_length"),
@@ -111,11 +111,11 @@ def _config(fields: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
     if f"llama.{ours}" in fields
   }
   for name in ("rms_norm_eps", "rope_theta"):
-    if name in found:  # float32 there: 1e-5 reads as 9.99999974e-06
-      found[name] = float(f"{found[name]:.7g}")
+    if name in config:  # stored as float32: 1e-5 reads as 9.99999974e-06
+      config[name] = float(f"{config[name]:.7g}")
   scaling = fields.get("llama.rope.scaling.type", "none")
   return {
-    **found,
+    **config,
     "model_type": "llama",
     "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
     "tie_word_embeddings": tied,
@@ -124,13 +124,17 @@ def _config(fields: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
 
 
 def _tokenizer(fields: dict[str, Any], path: pathlib.Path) -> str:
-  """The text of a tokenizer.json, from a byte-level BPE in the file."""
+  """The text of a tokenizer.json, from the byte-level BPE in the file.
+
+  Returns:
+    "" for any other tokenizer, after a note is printed.
+  """
   kind = fields.get("tokenizer.ggml.model")
-  cut = fields.get("tokenizer.ggml.pre")
-  if kind != "gpt2" or cut not in CUTS:
+  pre = fields.get("tokenizer.ggml.pre")
+  if kind != "gpt2" or pre not in BEFORE_BYTES:
     print(
-      f"note: {path} has a tokenizer {kind}/{cut}, which is not translated"
-      f" (those that are: gpt2/{', gpt2/'.join(CUTS)}); put the model's own"
+      f"note: {path} has a tokenizer {kind}/{pre}, which cannot be converted"
+      f" (only gpt2/{', gpt2/'.join(BEFORE_BYTES)} can); put the model's own"
       " tokenizer.json beside the weights"
     )
     return ""
@@ -139,7 +143,7 @@ def _tokenizer(fields: dict[str, Any], path: pathlib.Path) -> str:
   vocabulary = {token: i for i, token in enumerate(tokens)}
   tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
   level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*CUTS[cut], level])
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*BEFORE_BYTES[pre], level])
   tokenizer.decoder = decoders.ByteLevel()
   kinds = fields.get("tokenizer.ggml.token_type", [])
   tokenizer.add_special_tokens(
@@ -151,7 +155,7 @@ def _tokenizer(fields: dict[str, Any], path: pathlib.Path) -> str:
 def _extra(
   fields: dict[str, Any], config: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-  """Ids of the tokens that begin and end a text, and the longest text."""
+  """Begin and end tokens and the maximum length, for the JSON files."""
   prefix = "tokenizer.ggml."
   ids = {
     f"{name}_token_id": fields[f"{prefix}{name}_token_id"]

@@ -1,45 +1,31 @@
-"""LLaMA weights under Hugging Face's names, and under ours.
+"""LLaMA's names, shapes and config, at Hugging Face and here.
 
-`TABLE` is the one place that pairs the names. What a source of weights is (a
-folder of safetensors, a GGUF file, a run) is said by `Weights`; nothing is
-read before its config, its names and its shapes were found right.
+`TABLE` pairs the names of the tensors. `Weights` is a model to be read: where
+it comes from (a checkpoint folder, a GGUF file, a run) is hidden behind its
+`read`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from train.common.errors import UserError
 from train.config.schema import ModelConfig
 from train.models import llama
+from train.pretrained import mapping
+from train.pretrained.mapping import LAYER, Entry, Reader, Shape, Tensor
 
-DTYPES = {
-  "float32": np.dtype(np.float32),
-  "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-LAYER = "{layer}"
-
-
-class Name(NamedTuple):
-  """A tensor there and the parameter it is here."""
-
-  theirs: str  # LAYER in it: one tensor a layer, which we keep as one stack
-  ours: str
-  turned: bool  # theirs is (out, in), ours (in, out)
-
-
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TABLE = (
-  Name("model.embed_tokens.weight", "embed/embedding", False),
-  Name("model.norm.weight", "norm/scale", False),
-  Name("lm_head.weight", "lm_head/kernel", True),
+  Entry(EMBEDDING, "embed/embedding"),
+  Entry("model.norm.weight", "norm/scale"),
+  Entry(HEAD, "lm_head/kernel", transpose=True),
   *(
-    Name(f"model.layers.{LAYER}.{theirs}.weight", f"layers/{ours}", turned)
-    for theirs, ours, turned in (
+    Entry(f"model.layers.{LAYER}.{name}.weight", f"layers/{path}", transpose)
+    for name, path, transpose in (
       ("input_layernorm", "attn_norm/scale", False),
       ("post_attention_layernorm", "mlp_norm/scale", False),
       ("self_attn.q_proj", "attn/q/kernel", True),
@@ -52,193 +38,142 @@ TABLE = (
     )
   ),
 )
-# Tables of angles that older exports carry; we compute them.
+# Tables of rotary angles in older checkpoints; we compute them.
 IGNORED = ("rotary_emb.inv_freq",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """A model that somebody else, or a run of ours, has trained.
+  """A trained LLaMA whose tensors are read one at a time.
 
-  `read` gives one tensor by Hugging Face's name, so that a model is never in
-  memory twice.
+  The whole model is thus never in memory twice.
   """
 
-  source: str  # as messages call it
+  source: str  # where it comes from, as messages call it
   model: ModelConfig
-  shapes: Mapping[str, tuple[int, ...]]  # by Hugging Face's name
-  read: Callable[[str], np.ndarray]
+  shapes: Mapping[str, Shape]  # by Hugging Face's names
+  read: Reader  # one tensor, by Hugging Face's name
   tokenizer: str = ""  # the text of tokenizer.json; "": it has none
-  # Beside the shape: {"config.json": {...}, "generation_config.json": ...}
+  # Contents of the JSON files beside it: {"config.json": {...}, ...}.
   extra: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
   @property
   def end_ids(self) -> tuple[int, ...]:
-    """Tokens that end a text."""
+    """Ids of the tokens that end a text."""
     for name in ("generation_config.json", "config.json"):
-      found = self.extra.get(name, {}).get("eos_token_id")
-      if found is not None:
-        return tuple(found) if isinstance(found, list) else (found,)
+      ids = self.extra.get(name, {}).get("eos_token_id")
+      if ids is not None:
+        return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()
 
 
-def expected(model: ModelConfig) -> dict[str, tuple[Name, Any]]:
-  """Row of the table and our abstract leaf, by our path."""
-  boxes = nnx.to_pure_dict(llama.abstract(model)[1])
-  leaves = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(boxes)
-  }
-  rows = {row.ours: row for row in TABLE}
-  return {path: (rows[path], leaf) for path, leaf in leaves.items()}
+@functools.cache
+def _param_shapes(model: ModelConfig) -> dict[str, Shape]:
+  return mapping.param_shapes(llama.abstract(model)[1])
 
 
-def their_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Every tensor that a checkpoint of this shape holds."""
-  shapes: dict[str, tuple[int, ...]] = {}
-  for row, leaf in expected(model).values():
-    stacked = LAYER in row.theirs
-    shape = leaf.shape[1:] if stacked else leaf.shape
-    shape = shape[::-1] if row.turned else shape
-    for layer in range(model.n_layers if stacked else 1):
-      shapes[row.theirs.replace(LAYER, str(layer))] = shape
-  return shapes
+def tensors(model: ModelConfig) -> dict[str, Tensor]:
+  """Every tensor that a checkpoint of this model holds, by name."""
+  return mapping.tensors(TABLE, _param_shapes(model))
 
 
 def check(weights: Weights) -> None:
-  """Compares names and shapes with what the config says.
+  """Compares names and shapes of the tensors with what the config implies.
 
   Raises:
-    UserError: tensors are missing, unknown, or of another shape.
+    UserError: tensors are missing, unexpected, or of another shape.
   """
-  wanted = their_shapes(weights.model)
+  model = weights.model
+  wanted = {name: tensor.shape for name, tensor in tensors(model).items()}
   given = {
-    name: tuple(shape)
+    name: shape
     for name, shape in weights.shapes.items()
     if not name.endswith(IGNORED)
   }
-  if weights.model.tie_embeddings and "lm_head.weight" in given:
-    _check_copy(weights)
-    given.pop("lm_head.weight")
-  for problem, names in (
-    ("lacks", sorted(wanted.keys() - given.keys())),
-    ("has, though a LLaMA does not,", sorted(given.keys() - wanted.keys())),
-  ):
-    if names:
-      raise UserError(
-        f"{weights.source} {problem} {_some(names)}; its config.json says"
-        f" {weights.model.n_layers} layers,"
-        f" tie_word_embeddings={weights.model.tie_embeddings}"
-      )
-  wrong = [
-    f"{name} is {given[name]}, not {shape}"
-    for name, shape in wanted.items()
-    if given[name] != shape
-  ]
-  if wrong:
-    raise UserError(
-      f"{weights.source}: {_some(wrong)}; tensors and config.json do not"
-      " belong together"
-    )
-
-
-def _check_copy(weights: Weights) -> None:
-  """A tied head that is stored all the same must be the embedding."""
-  head, table = (
-    weights.read(name)
-    for name in ("lm_head.weight", "model.embed_tokens.weight")
+  if model.tie_embeddings and HEAD in given:
+    _check_tied_head(weights)
+    given.pop(HEAD)
+  mapping.check_names(
+    weights.source,
+    wanted.keys() - given.keys(),
+    given.keys() - wanted.keys(),
+    "LLaMA",
+    f"{model.n_layers} layers, tie_word_embeddings={model.tie_embeddings}",
   )
-  if head.shape != table.shape or (head != table).any():
+  mapping.check_shapes(weights.source, given, wanted)
+
+
+def _check_tied_head(weights: Weights) -> None:
+  """Refuses a stored head that is not the embedding it is tied to."""
+  head, embedding = weights.read(HEAD), weights.read(EMBEDDING)
+  if head.shape != embedding.shape or (head != embedding).any():
     raise UserError(
       f"{weights.source} ties head and embedding by its config.json, but"
-      " lm_head.weight differs from model.embed_tokens.weight; set"
-      " tie_word_embeddings to false there"
+      f" {HEAD} differs from {EMBEDDING}; set tie_word_embeddings to false"
+      " there"
     )
-
-
-def _some(names: list[str]) -> str:
-  more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-  return ", ".join(names[:3]) + more
 
 
 def to_params(weights: Weights) -> dict:
-  """Our parameters, on the host, in `weights.model.param_dtype`.
+  """Reads a model as our parameters.
+
+  Returns:
+    Nested dicts of arrays on the host, in `weights.model.param_dtype`.
 
   Raises:
     UserError: names or shapes are wrong; nothing is read then.
   """
   check(weights)
-  dtype, params = DTYPES[weights.model.param_dtype], {}
-  for path, (row, leaf) in expected(weights.model).items():
-    array = np.empty(leaf.shape, dtype)
-    stacked = LAYER in row.theirs
-    for layer, slot in enumerate(array if stacked else [array]):
-      tensor = weights.read(row.theirs.replace(LAYER, str(layer)))
-      slot[...] = tensor.T if row.turned else tensor
-    part = params
-    *parents, name = path.split("/")
-    for parent in parents:
-      part = part.setdefault(parent, {})
-    part[name] = array
-  return params
+  model = weights.model
+  arrays = mapping.allocate(_param_shapes(model), model.param_dtype)
+  mapping.read_into(arrays, tensors(model), weights.read)
+  return mapping.nested(arrays)
 
 
 def from_params(
   source: str, model: ModelConfig, params: Callable[[], dict], **more: Any
 ) -> Weights:
-  """Our parameters under Hugging Face's names.
+  """Our parameters as `Weights`, under Hugging Face's names.
 
   Args:
     source: as messages call them.
     model: their config.
-    params: gives them, nested dicts of arrays; asked when one is read.
-    **more: `tokenizer` and `extra`.
+    params: returns nested dicts of arrays; called when a tensor is read.
+    **more: `tokenizer` and `extra` of `Weights`.
   """
-  places: dict[str, tuple[Name, int]] = {}
-  for row, _ in expected(model).values():
-    for layer in range(model.n_layers if LAYER in row.theirs else 1):
-      places[row.theirs.replace(LAYER, str(layer))] = row, layer
+  ours = tensors(model)
 
   def read(name: str) -> np.ndarray:
-    row, layer = places[name]
-    found: Any = params()
-    for part in row.ours.split("/"):
-      found = found[part]
-    array = np.asarray(found)
-    array = array[layer] if LAYER in row.theirs else array
-    return np.ascontiguousarray(array.T if row.turned else array)
+    return mapping.to_tensor(params(), ours[name])
 
-  return Weights(source, model, their_shapes(model), read, **more)
+  shapes = {name: tensor.shape for name, tensor in ours.items()}
+  return Weights(source, model, shapes, read, **more)
 
 
 def model_from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
-  """The shape that a config.json of Hugging Face's describes.
+  """The model that a config.json of Hugging Face describes.
+
+  Args:
+    given: the content of config.json.
+    source: its path, as messages call it.
 
   Raises:
     UserError: another architecture, a field missing, or a variant of LLaMA
-      that `train/models/llama.py` does not compute.
+      that `train/models/llama.py` does not implement.
   """
   kind = given.get("model_type")
   if kind != "llama":
     raise UserError(
       f"{source}: model_type is {kind!r}; only 'llama' can be read"
     )
-  names = ("vocab_size", "hidden_size", "intermediate_size")
-  names += ("num_hidden_layers", "num_attention_heads")
-  missing = [name for name in names if name not in given]
-  if missing:
-    raise UserError(f"{source} has no {', '.join(missing)}")
-  heads = given["num_attention_heads"]
-  keys = given.get("num_key_value_heads") or heads
+  sizes: dict[str, Any] = mapping.sizes_from_hf(given, source)
   _refuse_variants(given, source)
+  heads = sizes["n_heads"]
+  kv_heads = given.get("num_key_value_heads") or heads
   rope = given.get("rope_parameters") or {}
   return ModelConfig(
-    vocab_size=given["vocab_size"],
-    d_model=given["hidden_size"],
-    d_ff=given["intermediate_size"],
-    n_layers=given["num_hidden_layers"],
-    n_heads=heads,
-    n_kv_heads=0 if keys == heads else keys,
+    **sizes,
+    n_kv_heads=0 if kv_heads == heads else kv_heads,
     rope_theta=float(
       rope.get("rope_theta") or given.get("rope_theta") or 10000.0
     ),
@@ -250,24 +185,22 @@ def model_from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
 
 def _refuse_variants(given: Mapping[str, Any], source: str) -> None:
   width = given["hidden_size"] // given["num_attention_heads"]
-  # The second spelling is of transformers 5, which writes it always.
+  # The second is the spelling of transformers 5, which always writes it.
   ropes = [
     given.get(name) or {} for name in ("rope_scaling", "rope_parameters")
   ]
   kinds = [rope.get("rope_type") or rope.get("type") for rope in ropes]
   scaled = [kind for kind in kinds if kind not in (None, "default")]
-  computed = {
-    "hidden_act": (given.get("hidden_act", "silu"), "silu"),
-    "attention_bias": (bool(given.get("attention_bias")), False),
-    "mlp_bias": (bool(given.get("mlp_bias")), False),
-    "head_dim": (given.get("head_dim") or width, width),
-    "rope_type": (next(iter(scaled), "default"), "default"),
-  }
-  for name, (value, known) in computed.items():
-    if value != known:
-      raise UserError(
-        f"{source}: {name} is {value!r}; this model computes {known!r} only"
-      )
+  mapping.refuse_variants(
+    source,
+    {
+      "hidden_act": (given.get("hidden_act", "silu"), ("silu",)),
+      "attention_bias": (bool(given.get("attention_bias")), (False,)),
+      "mlp_bias": (bool(given.get("mlp_bias")), (False,)),
+      "head_dim": (given.get("head_dim") or width, (width,)),
+      "rope_type": (next(iter(scaled), "default"), ("default",)),
+    },
+  )
 
 
 def model_to_hf(
@@ -276,19 +209,15 @@ def model_to_hf(
   """The config.json that `transformers` reads.
 
   Args:
-    model: the shape.
+    model: the model.
     dtype: of the stored tensors.
-    extra: what is not the shape's: ids of tokens, `max_position_embeddings`.
+    extra: other fields: ids of special tokens, `max_position_embeddings`.
   """
   return {
     **extra,
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": model.vocab_size,
-    "hidden_size": model.d_model,
-    "intermediate_size": model.d_ff,
-    "num_hidden_layers": model.n_layers,
-    "num_attention_heads": model.n_heads,
+    **mapping.sizes_to_hf(model),
     "num_key_value_heads": model.kv_heads,
     "head_dim": model.head_width,
     "hidden_act": "silu",
@@ -297,7 +226,7 @@ def model_to_hf(
     "rms_norm_eps": model.norm_eps,
     "initializer_range": model.init_std,
     "tie_word_embeddings": model.tie_embeddings,
-    # Both spellings: of transformers before 5, and since.
+    # The spelling of transformers before version 5, and that of version 5.
     "rope_theta": model.rope_theta,
     "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
     "torch_dtype": dtype,

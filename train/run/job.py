@@ -16,7 +16,7 @@ from train.data import prefetch
 from train.estimate import flops
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
-from train.pretrained import checkpoint_folder
+from train.pretrained import llama_checkpoint
 from train.run import checkpoint, metrics, perplexity, sinks, subspace_watch
 from train.step import adapters, optimizer, per_layer
 from train.step import train_step as train_step_lib
@@ -97,7 +97,7 @@ def prepare(
   placed = train_step_lib.place(config.model, method, mesh, reparametrised)
   restored = checkpoint.restore(out, placed)
   if restored is None:
-    given, seed = checkpoint_folder.initial_params(config), config.train.seed
+    given, seed = llama_checkpoint.initial_params(config), config.train.seed
     state = train_step_lib.init_state(config.model, method, placed, seed, given)
     progress = checkpoint.Progress(0.0, None)
   else:

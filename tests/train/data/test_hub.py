@@ -30,10 +30,10 @@ configs:
 ---
 """
 
-# What `data.prepare` and its loader do with each config, as JSON lines.
+# What `corpus.prepare` and its loader do with each config, as JSON lines.
 USER = """
 import json, sys
-from train import data
+from train.data import corpus as corpus_lib
 from train.config.schema import DataConfig
 from train.common.errors import UserError
 
@@ -42,7 +42,7 @@ for fields in map(json.loads, sys.stdin):
               "length": 16, "batch": 4, "shuffle_buffer": 30, "eval_rows": 8,
               "cache": sys.argv[1], "prefetch": 2}
   try:
-    corpus = data.prepare(DataConfig(**(settings | fields)), 44)
+    corpus = corpus_lib.prepare(DataConfig(**(settings | fields)), 44)
     with corpus.loader(0) as loader:
       batches = [next(loader).tolist() for _ in range(12)]
       state = loader.state()

@@ -9,7 +9,7 @@ from tests.train.pretrained import encoder_files
 from train.data import tokenizer
 from train.finetuning import tasks
 from train.models import encoder, llama
-from train.pretrained import checkpoint_folder, encoder_checkpoint, llama_names
+from train.pretrained import encoder_checkpoint, llama_checkpoint, llama_names
 
 MARKS = ("<|im_start|>", "<|im_end|>")
 
@@ -58,7 +58,7 @@ def write_llama(out: pathlib.Path) -> pathlib.Path:
     tokenizer=vocabulary.to_str(),
     extra={"tokenizer_config.json": {"eos_token": MARKS[1]}},
   )
-  checkpoint_folder.save(source, out)
+  llama_checkpoint.save(source, out)
   return out
 
 

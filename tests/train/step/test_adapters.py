@@ -18,7 +18,7 @@ from train.common.errors import UserError
 from train.config import presets, schema
 from train.estimate import dry_run, flops, state_table
 from train.parallel import mesh as mesh_lib
-from train.pretrained import checkpoint_folder, llama_names
+from train.pretrained import llama_checkpoint, llama_names
 from train.run import checkpoint, job, metrics, run_dir
 from train.step import adapters, optimizer
 from train.step import train_step as train_step_lib
@@ -292,13 +292,13 @@ def test_a_run_goes_on_bit_by_bit_and_goes_out(
 
   exported = tmp_path / "exported"
   assert hf.main(["export", str(out), "--out", str(exported)]) == 0
-  found = llama_names.to_params(checkpoint_folder.load(exported))
+  found = llama_names.to_params(llama_checkpoint.load(exported))
   expected = parts.read(state.params)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, expected
   )
-  other = checkpoint_folder.adopt(presets.make("sotu_small", "lora"), out)
-  start = checkpoint_folder.initial_params(other)
+  other = llama_checkpoint.adopt(presets.make("sotu_small", "lora"), out)
+  start = llama_checkpoint.initial_params(other)
   same(start, found)
 
 
@@ -383,7 +383,7 @@ def test_a_run_of_another_version_is_named(tmp_path):
     json.dumps(base | {"optimizer.unheard_of": 1})
   )
   with pytest.raises(UserError, match="another version"):
-    checkpoint_folder.load(tmp_path)
+    llama_checkpoint.load(tmp_path)
 
 
 def test_names_are_those_of_the_config():

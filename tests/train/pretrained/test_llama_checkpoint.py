@@ -14,7 +14,7 @@ from train.common.errors import UserError
 from train.config import presets, schema
 from train.data import tokenizer
 from train.models import llama
-from train.pretrained import checkpoint_folder, llama_names
+from train.pretrained import checkpoint_folder, llama_checkpoint, llama_names
 from train.run import checkpoint, run_dir
 from train.step import train_step
 
@@ -47,13 +47,13 @@ def written(request, tmp_path_factory):
   model = SHAPES[request.param]
   source, params = given(model)
   out = tmp_path_factory.mktemp("written") / "out"
-  checkpoint_folder.save(source, out)
+  llama_checkpoint.save(source, out)
   return types.SimpleNamespace(out=out, model=model, params=params)
 
 
 def copy(written, tmp_path, **config):
   """The folder's tensors and config, to be changed and written again."""
-  tensors = safetensors.numpy.load_file(written.out / checkpoint_folder.ONE)
+  tensors = safetensors.numpy.load_file(written.out / checkpoint_folder.WEIGHTS)
   old = json.loads((written.out / checkpoint_folder.CONFIG).read_text())
   (tmp_path / checkpoint_folder.CONFIG).write_text(json.dumps(old | config))
   return tensors
@@ -64,7 +64,7 @@ def save(tensors, path):
 
 
 def test_what_is_written_is_read_back(written):
-  found = checkpoint_folder.load(written.out)
+  found = llama_checkpoint.load(written.out)
   assert found.model == written.model
   assert found.tokenizer == TEXT
   assert found.end_ids == (0,)
@@ -81,23 +81,23 @@ def test_shards_are_read_by_their_index(written, tmp_path):
   index = {name: file for file, part in parts.items() for name in part}
   text = json.dumps({"weight_map": index})
   (tmp_path / checkpoint_folder.INDEX).write_text(text)
-  same(llama_names.to_params(checkpoint_folder.load(tmp_path)), written.params)
+  same(llama_names.to_params(llama_checkpoint.load(tmp_path)), written.params)
   (tmp_path / checkpoint_folder.INDEX).write_text(
     text.replace("b.safe", "c.safe")
   )
   with pytest.raises(UserError, match=r"c\.safetensors cannot be read"):
-    checkpoint_folder.load(tmp_path)
+    llama_checkpoint.load(tmp_path)
   (tmp_path / checkpoint_folder.INDEX).write_text(
     text.replace("b.safe", "a.safe")
   )
-  with pytest.raises(UserError, match="does not fit its shards"):
-    checkpoint_folder.load(tmp_path)
+  with pytest.raises(UserError, match="does not fit the files"):
+    llama_checkpoint.load(tmp_path)
 
 
 def test_tensors_are_cast_to_the_parameters_dtype(written, tmp_path):
   words = ["import", str(written.out), "--out", str(tmp_path / "half")]
   assert hf.main([*words, "--dtype", "bfloat16"]) == 0
-  found = checkpoint_folder.load(tmp_path / "half")
+  found = llama_checkpoint.load(tmp_path / "half")
   config = json.loads(
     (tmp_path / "half" / checkpoint_folder.CONFIG).read_text()
   )
@@ -118,8 +118,8 @@ def change(tensors, name, value):
 
 K_1 = "model.layers.1.self_attn.k_proj.weight"
 WRONG_TENSORS = {
-  "lacks": (K_1, None, rf"lacks {K_1}; its config.json says 2 layers"),
-  "unknown": ("model.bias", np.ones(3, "f"), r"has.*model\.bias"),
+  "lacks": (K_1, None, rf"lacks {K_1}; its config.json describes 2 layers"),
+  "unknown": ("model.bias", np.ones(3, "f"), r"does not have: model\.bias"),
   "shape": (K_1, np.ones((3, 32), "f"), rf"{K_1} is \(3, 32\), not "),
 }
 
@@ -129,24 +129,24 @@ def test_wrong_tensors_are_named(written, tmp_path, kind):
   tensors = copy(written, tmp_path)
   *how, said = WRONG_TENSORS[kind]
   change(tensors, *how)
-  save(tensors, tmp_path / checkpoint_folder.ONE)
+  save(tensors, tmp_path / checkpoint_folder.WEIGHTS)
   with pytest.raises(UserError, match=said):
-    llama_names.to_params(checkpoint_folder.load(tmp_path))
+    llama_names.to_params(llama_checkpoint.load(tmp_path))
 
 
 def test_angles_are_ignored_and_a_tied_head_must_be_the_embedding(tmp_path):
   source, params = given(SHAPES["tied"])
-  checkpoint_folder.save(source, tmp_path / "out")
+  llama_checkpoint.save(source, tmp_path / "out")
   written = types.SimpleNamespace(out=tmp_path / "out")
   tensors = copy(written, tmp_path)
   tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, "f")
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-  save(tensors, tmp_path / checkpoint_folder.ONE)
-  same(llama_names.to_params(checkpoint_folder.load(tmp_path)), params)
+  save(tensors, tmp_path / checkpoint_folder.WEIGHTS)
+  same(llama_names.to_params(llama_checkpoint.load(tmp_path)), params)
   tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
-  save(tensors, tmp_path / checkpoint_folder.ONE)
+  save(tensors, tmp_path / checkpoint_folder.WEIGHTS)
   with pytest.raises(UserError, match=r"lm_head\.weight differs"):
-    llama_names.to_params(checkpoint_folder.load(tmp_path))
+    llama_names.to_params(llama_checkpoint.load(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -181,18 +181,18 @@ def test_older_and_newer_spellings_of_theta_are_read():
 def test_what_is_no_folder_of_weights_is_said(tmp_path, capsys):
   out = str(tmp_path / "out")
   assert hf.main(["import", str(tmp_path / "none"), "--out", out]) == 2
-  assert "is no folder and no .gguf file" in capsys.readouterr().err
+  assert "is neither a folder nor a .gguf file" in capsys.readouterr().err
   with pytest.raises(UserError, match=r"config\.json cannot be read"):
-    checkpoint_folder.load(tmp_path)
+    llama_checkpoint.load(tmp_path)
   config = llama_names.model_to_hf(TINY, "float32", {})
   (tmp_path / checkpoint_folder.CONFIG).write_text(json.dumps(config))
   with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
-    checkpoint_folder.load(tmp_path)
-  (tmp_path / checkpoint_folder.ONE).write_bytes(b"damaged")
+    llama_checkpoint.load(tmp_path)
+  (tmp_path / checkpoint_folder.WEIGHTS).write_bytes(b"damaged")
   with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
-    checkpoint_folder.load(tmp_path)
+    llama_checkpoint.load(tmp_path)
   with pytest.raises(UserError, match="is not empty"):
-    checkpoint_folder.save(given(TINY)[0], tmp_path)
+    llama_checkpoint.save(given(TINY)[0], tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def run(trainer, tmp_path_factory):
 def test_a_run_is_exported(run, tmp_path, capsys):
   assert hf.main(["export", str(run.out), "--out", str(tmp_path / "o")]) == 0
   assert "parameters from" in capsys.readouterr().out
-  found = checkpoint_folder.load(tmp_path / "o")
+  found = llama_checkpoint.load(tmp_path / "o")
   same(llama_names.to_params(found), run.params)
   assert found.tokenizer == TEXT
   assert found.extra["config.json"]["max_position_embeddings"] == 128
@@ -227,7 +227,7 @@ def test_a_run_is_exported(run, tmp_path, capsys):
   (run.out / run_dir.TEXT).write_text(json.dumps(text))
   assert hf.main(["export", str(run.out), "--out", str(tmp_path / "p")]) == 0
   (run.out / run_dir.TEXT).unlink()
-  extra = checkpoint_folder.load(tmp_path / "p").extra
+  extra = llama_checkpoint.load(tmp_path / "p").extra
   assert extra["tokenizer_config.json"]["eos_token"] == other
   number = json.loads(TEXT)["model"]["vocab"][other]
   assert extra["config.json"]["eos_token_id"] == number
@@ -252,26 +252,26 @@ def test_a_run_with_weights_in_eight_bits_is_exported(tmp_path):
   out = str(tmp_path / "o")
   assert hf.main(["export", str(tmp_path / "run"), "--out", out]) == 0
   expected = jax.device_get(small.placed.read(state.params))
-  same(llama_names.to_params(checkpoint_folder.load(tmp_path / "o")), expected)
+  same(llama_names.to_params(llama_checkpoint.load(tmp_path / "o")), expected)
   base = presets.make("sotu_small", "galore")
-  assert checkpoint_folder.adopt(base, tmp_path / "run").model.weights == "full"
+  assert llama_checkpoint.adopt(base, tmp_path / "run").model.weights == "full"
 
 
 def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
   base = presets.make("sotu_small", "galore")
-  config = checkpoint_folder.adopt(
+  config = llama_checkpoint.adopt(
     schema.override(base, ["model.remat=full"]), written.out
   )
   expected = dataclasses.replace(written.model, remat="full", unroll=4)
   assert config.model == expected
   assert config.data.tokenizer == str(written.out / "tokenizer.json")
   assert config.data.end_token == tokenizer.END
-  same(checkpoint_folder.initial_params(config), written.params)
-  assert checkpoint_folder.initial_params(base) is None
+  same(llama_checkpoint.initial_params(config), written.params)
+  assert llama_checkpoint.initial_params(base) is None
 
-  config = checkpoint_folder.adopt(base, run.out)
+  config = llama_checkpoint.adopt(base, run.out)
   assert config.model == dataclasses.replace(TINY, unroll=4)
-  placed, params = trainer.placed, checkpoint_folder.initial_params(config)
+  placed, params = trainer.placed, llama_checkpoint.initial_params(config)
   with jax.set_mesh(trainer.mesh):
     state = train_step.init_state(TINY, trainer.tx, placed, 0, params)
   same(jax.device_get(state.params), run.params)
@@ -279,13 +279,13 @@ def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
   # The shape can be changed after it was taken over, but not the weights.
   wider = schema.override(config, ["model.d_ff=64"])
   with pytest.raises(UserError, match=r"is \(48, 32\), not \(64, 32\)"):
-    checkpoint_folder.initial_params(wider)
+    llama_checkpoint.initial_params(wider)
 
 
 def test_going_on_needs_a_tokenizer(tmp_path):
-  checkpoint_folder.save(given(TINY, tokenizer="")[0], tmp_path / "out")
+  llama_checkpoint.save(given(TINY, tokenizer="")[0], tmp_path / "out")
   base = presets.make("sotu_small", "galore")
   with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-    checkpoint_folder.adopt(base, tmp_path / "out")
-  with pytest.raises(UserError, match=r"import it first"):
-    checkpoint_folder.adopt(base, tmp_path / "model.gguf")
+    llama_checkpoint.adopt(base, tmp_path / "out")
+  with pytest.raises(UserError, match=r"convert the file first"):
+    llama_checkpoint.adopt(base, tmp_path / "model.gguf")

@@ -1,0 +1,226 @@
+"""Maps the tensors of a Hugging Face checkpoint to our parameters and back.
+
+A table of `Entry` rows pairs a name there with a path here. Tensors that a
+checkpoint holds once a layer are one stacked parameter here, and kernels are
+(out, in) there and (in, out) here. `tensors` expands a table to one `Tensor`
+for each name in the checkpoint; everything else works on that.
+
+Nothing is read before all names and shapes have been checked.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from flax import nnx, traverse_util
+
+from train.common.errors import UserError
+
+DTYPES = {
+  "float32": np.dtype(np.float32),
+  "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+LAYER = "{layer}"
+SEPARATOR = "/"
+# Fields of config.json, and of our configs, that every model has.
+SIZES = {
+  "vocab_size": "vocab_size",
+  "hidden_size": "d_model",
+  "intermediate_size": "d_ff",
+  "num_hidden_layers": "n_layers",
+  "num_attention_heads": "n_heads",
+}
+Shape = tuple[int, ...]
+Reader = Callable[[str], np.ndarray]  # reads one tensor, by name
+
+
+class Entry(NamedTuple):
+  """A row of a table: a tensor's name in a checkpoint and our path."""
+
+  name: str  # with LAYER in it: one tensor a layer, one stack here
+  path: str
+  transpose: bool = False
+
+
+class Tensor(NamedTuple):
+  """A tensor of a checkpoint, and the parameter that it is, or is part of."""
+
+  path: str
+  layer: int | None  # its index in the stack; None: not stacked
+  shape: Shape  # in the checkpoint
+  transpose: bool
+
+  @property
+  def module(self) -> str:
+    """The top-level module that the parameter belongs to."""
+    return self.path.split(SEPARATOR)[0]
+
+
+def param_shapes(boxes: nnx.State) -> dict[str, Shape]:
+  """The shape of each parameter of an abstract model, by path."""
+  leaves: dict[str, Any] = traverse_util.flatten_dict(
+    nnx.to_pure_dict(boxes), sep=SEPARATOR
+  )
+  return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def tensors(
+  table: Iterable[Entry], shapes: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+  """Every tensor that a checkpoint must hold, by name.
+
+  Args:
+    table: an entry for every parameter of the model; entries for parameters
+      that this model does not have (a tied head) are skipped.
+    shapes: of our parameters, by path.
+  """
+  rows = {entry.path: entry for entry in table}
+  assert shapes.keys() <= rows.keys(), shapes.keys() - rows.keys()
+  found = {}
+  for path, (name, _, transpose) in rows.items():
+    if path not in shapes:
+      continue
+    shape, layers = shapes[path], (None,)
+    if LAYER in name:
+      layers, shape = range(shape[0]), shape[1:]
+    for i in layers:
+      found[name.replace(LAYER, str(i))] = Tensor(
+        path, i, shape[::-1] if transpose else shape, transpose
+      )
+  return found
+
+
+def check_names(
+  source: str,
+  missing: Iterable[str],
+  unexpected: Iterable[str],
+  family: str,
+  described: str,
+) -> None:
+  """Refuses a checkpoint that lacks tensors, or has others.
+
+  Args:
+    source: the checkpoint, as messages call it.
+    missing: names of tensors that the model needs.
+    unexpected: names of tensors that the model has no parameter for.
+    family: the architecture, as messages call it.
+    described: what config.json says about the model.
+
+  Raises:
+    UserError: any name is missing or unexpected.
+  """
+  for problem, names in (
+    ("lacks", sorted(missing)),
+    (f"has tensors that a {family} does not have:", sorted(unexpected)),
+  ):
+    if names:
+      raise UserError(
+        f"{source} {problem} {some(names)}; its config.json describes"
+        f" {described}"
+      )
+
+
+def check_shapes(
+  source: str, found: Mapping[str, Shape], wanted: Mapping[str, Shape]
+) -> None:
+  """Refuses a checkpoint with a tensor of another shape.
+
+  Args:
+    source: the checkpoint, as messages call it.
+    found: shapes in the checkpoint, by name.
+    wanted: shapes that its config implies, by the same names.
+
+  Raises:
+    UserError: shapes differ; the message has the name and both shapes.
+  """
+  wrong = [
+    f"{name} is {tuple(found[name])}, not {shape}"
+    for name, shape in wanted.items()
+    if tuple(found[name]) != shape
+  ]
+  if wrong:
+    raise UserError(
+      f"{source}: {some(wrong)}; tensors and config.json do not belong together"
+    )
+
+
+def some(names: Sequence[str]) -> str:
+  """The first three of the names, and the number of the others."""
+  more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+  return ", ".join(names[:3]) + more
+
+
+def allocate(shapes: Mapping[str, Shape], dtype: str) -> dict[str, np.ndarray]:
+  """Zeros for every parameter, by path."""
+  return {
+    path: np.zeros(shape, DTYPES[dtype]) for path, shape in shapes.items()
+  }
+
+
+def read_into(
+  arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Tensor], read: Reader
+) -> None:
+  """Reads tensors into the parameters that they belong to.
+
+  Args:
+    arrays: our parameters by path, written in place and in their own dtype.
+    wanted: the tensors, by name.
+    read: reads one tensor.
+  """
+  for name, (path, layer, _, transpose) in wanted.items():
+    tensor = read(name)
+    target = arrays[path] if layer is None else arrays[path][layer]
+    target[...] = tensor.T if transpose else tensor
+
+
+def nested(arrays: Mapping[str, np.ndarray]) -> dict:
+  """Parameters as nested dicts, from parameters by path."""
+  return traverse_util.unflatten_dict(dict(arrays), sep=SEPARATOR)
+
+
+def to_tensor(params: Mapping[str, Any], tensor: Tensor) -> np.ndarray:
+  """One tensor of a checkpoint, from our parameters as nested dicts."""
+  found: Any = params
+  for key in tensor.path.split(SEPARATOR):
+    found = found[key]
+  array = np.asarray(found)
+  array = array if tensor.layer is None else array[tensor.layer]
+  return np.ascontiguousarray(array.T if tensor.transpose else array)
+
+
+def sizes_from_hf(given: Mapping[str, Any], source: str) -> dict[str, int]:
+  """The sizes in a config.json, under the names of our configs.
+
+  Raises:
+    UserError: one is missing.
+  """
+  missing = [name for name in SIZES if given.get(name) is None]
+  if missing:
+    raise UserError(f"{source} has no {', '.join(missing)}")
+  return {ours: given[theirs] for theirs, ours in SIZES.items()}
+
+
+def sizes_to_hf(config: Any) -> dict[str, int]:
+  """The sizes of a model under the names of config.json."""
+  return {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
+
+
+def refuse_variants(
+  source: str, fields: Mapping[str, tuple[Any, Sequence[Any]]]
+) -> None:
+  """Refuses a config.json that describes a model which is not implemented.
+
+  Args:
+    source: the config.json, as messages call it.
+    fields: the value of each field, and the values that are implemented.
+
+  Raises:
+    UserError: a value is not among them.
+  """
+  for name, (value, implemented) in fields.items():
+    if value not in implemented:
+      raise UserError(
+        f"{source}: {name} is {value!r}; this model computes"
+        f" {' or '.join(map(repr, implemented))} only"
+      )
