@@ -12,10 +12,10 @@ import optax
 from galore_optax import _chain, checks, options, residual
 from galore_optax.inner import separate
 from galore_optax.subspace import adaptive as adaptive_lib
-from galore_optax.subspace import initial, projection, sequential, slices
+from galore_optax.subspace import initial, projection, sequential
 from galore_optax.subspace import moments as moments_lib
 from galore_optax.subspace import refresh as refresh_lib
-from galore_optax.tree import paths, sharding, split
+from galore_optax.tree import paths, sharding, slices, split
 from galore_optax.tree import plan as plan_lib
 
 PARAMS_MODES = ("split", "project")
@@ -95,7 +95,7 @@ class _GaLore:
     )
     inner_state = self.inner.init(low)
     checks.check_not_nested(inner_state, GaLoreState)
-    kept = split.stow(self.inner, inner_state, sites)
+    kept = split.split_state(self.inner, inner_state, sites)
     if self.refresh.moments == "ldadam":
       moments_lib.check_adam(inner_state)
     if self.params_mode == "split":
@@ -129,7 +129,7 @@ class _GaLore:
     return GaLoreState(
       step=0,
       projector=0,
-      inner_state=split.skeleton(self.inner, params),
+      inner_state=split.placeholder_state(self.inner, params),
       schedule=0 if self.refresh.policy == "adaptive" else None,
       accumulator=more,
       micro_step=more,
@@ -148,7 +148,9 @@ class _GaLore:
     sought = extra_args.pop(BASIS_ARG, {})
     leaves = paths.leaves_by_path(updates)
     _check_like(leaves, params)
-    sites = self.plan.bound(leaves, state.projector)
+    sites = self.plan.sites_from_bases(
+      leaves, projection.basis_shapes(state.projector)
+    )
     grads = {
       path: site.view.as_matrix(leaves[path]) for path, site in sites.items()
     }
@@ -169,7 +171,7 @@ class _GaLore:
       schedule=state.schedule and schedules,
     )
     bases = {path: projection.read(kept[path]) for path in sites}
-    low = sequential.in_turn(
+    low = sequential.one_after_another(
       lambda path, basis: _each(sites[path], self._project, grads[path], basis),
       bases,
     )
@@ -194,7 +196,7 @@ class _GaLore:
     """What carrying second moments over takes beside the turn of the bases."""
     if self.refresh.moments != "ldadam":
       return {}
-    inner_state = split.unstow(self.inner, state.inner_state)
+    inner_state = split.merge_state(self.inner, state.inner_state)
     return moments_lib.bias_ratios(
       self.inner, inner_state, updates, params, extra_args
     )
@@ -210,7 +212,7 @@ class _GaLore:
     extra_args: Mapping[str, Any],
   ) -> tuple[optax.Updates, GaLoreState]:
     """The inner optimizer's step on projected gradients, lifted."""
-    old = split.unstow(self.inner, state.inner_state)
+    old = split.merge_state(self.inner, state.inner_state)
     owed = self._owed_to_params(sites, old, params, extra_args)
     seen = self._inner_params(sites, bases, params)
     inner_updates, inner_state = self.inner.update(
@@ -231,7 +233,7 @@ class _GaLore:
       state = state._replace(recovery=norms)
     else:
       given = paths.leaves_by_path(like)
-      lifted = sequential.in_turn(
+      lifted = sequential.one_after_another(
         lambda path, low: _lift(
           sites[path], low, bases[path], jnp.result_type(given[path])
         ),
@@ -245,7 +247,7 @@ class _GaLore:
       ),
       state._replace(
         step=optax.safe_increment(state.step),
-        inner_state=split.stow(self.inner, inner_state, sites),
+        inner_state=split.split_state(self.inner, inner_state, sites),
       ),
     )
 
@@ -310,7 +312,7 @@ class _GaLore:
       params,
     )
     try:
-      owed = separate.of_params(
+      owed = separate.param_term(
         self.inner, inner_state, seen, sites, extra_args
       )
     except separate.CoupledError as error:
@@ -360,7 +362,7 @@ class _GaLore:
     A basis that changes leaves such a place behind.
     """
     try:
-      separate.check_initial(self.inner, low, sites)
+      separate.check_initial_state(self.inner, low, sites)
     except separate.CoupledError as error:
       raise ValueError(_REMEMBERS.format(error)) from error
 
@@ -377,7 +379,7 @@ class _GaLore:
     that every device keeps its share of the moments whichever side that is.
     """
     zeros = jnp.zeros(site.low_shape, self._dtype(jnp.result_type(like)))
-    return sharding.place_divisible(zeros, like, site.view.spec)
+    return sharding.shard_divisible_like(zeros, like, site.view.spec)
 
   def _dtype(self, dtype: Any) -> Any:
     """The dtype in which the inner optimizer sees a leaf."""
@@ -396,7 +398,7 @@ class _GaLore:
 
 def _zeros_like(x: Any) -> jax.Array:
   zeros = jnp.zeros(jnp.shape(x), jnp.result_type(x))
-  return sharding.place(zeros, x, lambda spec: spec)
+  return sharding.shard_like(zeros, x, lambda spec: spec)
 
 
 def _finite(x: jax.Array) -> jax.Array:
@@ -418,7 +420,7 @@ def _lift(
 
 def _each(site: plan_lib.Site, f: Callable, *stacks: Any) -> jax.Array:
   """A function of a leaf's matrices: of all at once, or one by one."""
-  return slices.walk(f, *stacks) if site.walked else f(*stacks)
+  return slices.map_matrices(f, *stacks) if site.one_by_one else f(*stacks)
 
 
 def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:

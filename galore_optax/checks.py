@@ -1,4 +1,4 @@
-"""What arguments must be; each error says what was found and would work."""
+"""Checks of arguments. Each error names the value it got and a valid one."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def check_rank(rank: Any) -> None:
 
 
 def required(name: str, value: Any) -> Any:
-  """A value that must not be None."""
+  """The value; raises if it is None."""
   if value is None:
     raise TypeError(f"`{name}` must be given, got None.")
   return value
@@ -95,42 +95,51 @@ def check_float_dtype(
 
 
 def dtype_name(name: str, value: Any, others: Sequence[str] = ()) -> str:
-  """The name of a floating-point dtype, or of one of `others`; raises else."""
+  """Name of a dtype; raises unless it is floating point or one of `others`.
+
+  Args:
+    name: Name of the argument, for the error.
+    value: The dtype; None for float32.
+    others: Names of dtypes that are valid, too.
+
+  Returns:
+    The dtype's name.
+  """
   try:
-    found = "float32" if value is None else jnp.dtype(value).name
+    dtype = "float32" if value is None else jnp.dtype(value).name
   except TypeError:
-    found = ""
-  if found not in others:
+    dtype = ""
+  if dtype not in others:
     check_float_dtype(name, value, others)
-  return found
+  return dtype
 
 
 def check_eps(eps: Any, state_dtype: Any) -> None:
-  """Raises where Adam's ε is 0 in the dtype of its moments: 0 / 0 is NaN."""
+  """Raises if Adam's ε is 0 in the dtype of the moments: 0 / 0 is NaN."""
   check_float_dtype("state_dtype", state_dtype)
   if state_dtype is None or isinstance(eps, jax.core.Tracer) or not eps:
     return
   dtype = jnp.dtype(state_dtype)
-  # By NumPy: an optimizer may be made inside of `jax.jit`.
+  # NumPy, because an optimizer may be made inside of `jax.jit`.
   if not np.asarray(eps).astype(dtype) > 0:
     raise ValueError(
-      f"`eps`={eps!r} is 0 in state_dtype={dtype.name!r}, and a gradient of "
-      "zeros would make NaN of the weights. Use 'bfloat16', or an `eps` of at "
+      f"`eps`={eps!r} is 0 in state_dtype={dtype.name!r}: a gradient of zeros "
+      "would make the weights NaN. Use 'bfloat16', or an `eps` of at "
       f"least {float(jnp.finfo(dtype).smallest_subnormal):.0e}."
     )
 
 
 def check_not_nested(inner_state: Any, kind: type) -> None:
-  """Raises where an inner optimizer's state holds one of our own.
+  """Raises if an inner optimizer's state contains a GaLore state.
 
   Args:
     inner_state: What the inner optimizer's `init` returned.
-    kind: The type of our state.
+    kind: The type of a GaLore state.
   """
-  is_ours = lambda x: isinstance(x, kind)
-  if any(map(is_ours, jax.tree.leaves(inner_state, is_leaf=is_ours))):
+  is_galore = lambda x: isinstance(x, kind)
+  if any(map(is_galore, jax.tree.leaves(inner_state, is_leaf=is_galore))):
     raise ValueError(
-      "`inner` holds a GaLore already, and a projected gradient cannot be "
+      "`inner` contains GaLore already, and a projected gradient cannot be "
       "projected again. Wrap the plain optimizer once, "
       "`galore(optax.adamw(1e-3), rank=128)`; `rules` give some leaves another "
       "rank, gap or scale."
@@ -138,11 +147,11 @@ def check_not_nested(inner_state: Any, kind: type) -> None:
 
 
 def try_abstractly(f: Callable, *trees: Any) -> None:
-  """Calls a function of an inner update for the errors that it raises.
+  """Traces a function of an inner update, so that it raises its errors now.
 
   Args:
-    f: The function. A TypeError says that the update needs extra arguments,
-      which are not known before the first one.
+    f: The function. A TypeError is ignored: the update may need extra
+      arguments, which are not known before the first update.
     *trees: Its arguments, of which shapes and dtypes are used.
   """
   abstract = jax.tree.map(

@@ -1,4 +1,4 @@
-"""What a state costs, what an optimizer projects, how good its bases are."""
+"""Reports the memory of a state, what is projected, and how good bases are."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from galore_optax.tree import paths, plan
 
 
 def state_bytes(state: Any) -> int:
-  """Bytes that the arrays of a state take.
+  """Number of bytes of the arrays in a state.
 
   Args:
     state: Any pytree of arrays, or of their `jax.ShapeDtypeStruct`.
@@ -48,13 +48,13 @@ def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
   """The bases in an optimizer's state, as arrays.
 
   Args:
-    state: State of any optimizer, with GaLore anywhere in it or not at all.
+    state: State of any optimizer, with or without GaLore anywhere in it.
 
   Returns:
     Path of a projected leaf to side (`left`, `right`) to its basis, (..., m, r)
-    or (..., n, r), dequantised where it is kept in few bits. Of random
-    projections that only keep a seed they are those: not orthonormal, so that
-    energies and overlaps mean nothing.
+    or (..., n, r), dequantised if it is stored quantised. A random projection
+    of which only the seed is stored is drawn. It is not orthonormal, so that
+    its captured energy and overlap mean nothing.
 
   Example:
     >>> import optax
@@ -65,10 +65,10 @@ def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
     {'mlp': ['left']}
   """
   return {
-    path: projection.read_stacked(kept)
+    path: projection.read_stacked(stored)
     for x in jax.tree.leaves(state, is_leaf=_is_state)
     if _is_state(x)
-    for path, kept in x.projector.items()
+    for path, stored in x.projector.items()
   }
 
 
@@ -76,12 +76,12 @@ def refresh_counts(state: Any) -> dict[str, jax.Array]:
   """How often each matrix has been refreshed under the adaptive policy.
 
   Args:
-    state: State of any optimizer, with GaLore anywhere in it or not at all.
+    state: State of any optimizer, with or without GaLore anywhere in it.
 
   Returns:
     Path of a projected leaf to the number of refreshes so far, int32 of the
-    shape of the axes that stack its matrices. Empty for other policies: theirs
-    are known from the step and the gap.
+    shape of the axes that stack its matrices. Empty for other policies, for
+    which the step and the gap determine the number.
 
   Example:
     >>> import optax
@@ -94,18 +94,19 @@ def refresh_counts(state: Any) -> dict[str, jax.Array]:
     {'mlp': [1, 1, 1]}
   """
   return {
-    path: when.refreshes
+    path: schedule.refreshes
     for x in jax.tree.leaves(state, is_leaf=_is_state)
     if _is_state(x)
-    for path, when in (x.schedule or {}).items()
+    for path, schedule in (x.schedule or {}).items()
   }
 
 
 def stable_rank(g: jax.Array) -> jax.Array:
-  r"""How many directions carry a matrix, :math:`\|G\|_F^2 / \|G\|_2^2`.
+  r"""The stable rank of matrices, :math:`\|G\|_F^2 / \|G\|_2^2`.
 
-  Between 1, for rank one, and the shorter side, for equal singular values. The
-  spectral norm is found by power iteration, which needs no factorisation.
+  It says how many directions have most of a matrix's energy. It is between 1,
+  for rank one, and the shorter side, for equal singular values. The spectral
+  norm is computed by power iteration, which needs no factorisation.
 
   Args:
     g: Matrices (..., m, n).
@@ -133,10 +134,10 @@ def stable_rank(g: jax.Array) -> jax.Array:
 
 
 def captured_energy(g: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
-  r"""The share of a gradient that its bases keep.
+  r"""Share of a gradient's energy that is in the span of its bases.
 
-  :math:`\|P^\top G\|_F^2 / \|G\|_F^2`, and with :math:`P^\top G Q` for a
-  two-sided projection.
+  It is :math:`\|P^\top G\|_F^2 / \|G\|_F^2`, or with :math:`P^\top G Q` instead
+  for a two-sided projection.
 
   Args:
     g: Gradients (..., m, n).
@@ -153,18 +154,18 @@ def captured_energy(g: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
   """
   g = _normalized(g)
   low = projection.project(g, projection.read(bases))
-  # Bases that are kept in a few bits are not quite of length one.
+  # The columns of quantised bases do not have length one exactly.
   return jnp.minimum(_ratio(_energy(low), _energy(g)), 1)
 
 
 def basis_overlap(
   new: Mapping[str, jax.Array], old: Mapping[str, jax.Array]
 ) -> jax.Array:
-  r"""How much of a subspace is left in another one.
+  r"""Overlap of two subspaces, :math:`\|P_{new}^\top P_{old}\|_F^2 / r`.
 
-  :math:`\|P_{new}^\top P_{old}\|_F^2 / r`, the mean squared cosine of the
-  angles between them: 1 for one subspace, r / m for two random ones. Of two
-  sides the one that has turned more counts.
+  It is the mean squared cosine of the principal angles between them: 1 for
+  equal subspaces, r / m in expectation for two random ones. For a two-sided
+  projection it is that of the side that overlaps less.
 
   Args:
     new: Bases, as a :class:`galore_optax.GaLoreState` holds them for a path.
@@ -179,8 +180,8 @@ def basis_overlap(
     0.5
   """
   shares = [
-    _energy(turn) / turn.shape[-1]
-    for turn in projection.overlap(
+    _energy(overlap) / overlap.shape[-1]
+    for overlap in projection.overlap(
       projection.read(new), projection.read(old)
     ).values()
   ]
@@ -217,10 +218,10 @@ class Row:
     rank: The rank, or None at full rank.
     state_bytes: Bytes of its bases and moments.
     adam_bytes: Bytes of its moments under Adam in float32.
-    reason: Why it is at full rank, where GaLore decided that: `its name` (an
-      embedding, a head, a norm, a bias or a scale), `rule 'REGEX'`, `no matrix`
-      (fewer than two axes), `thin` (one row or column), `no smaller at rank R`,
-      `complex` or `empty`. Otherwise an empty string.
+    reason: Why GaLore leaves it at full rank: `its name` (an embedding, a head,
+      a norm, a bias or a scale), `rule 'REGEX'`, `no matrix` (fewer than two
+      axes), `thin` (one row or column), `no smaller at rank R`, `complex` or
+      `empty`. An empty string if it is projected, or if GaLore does not see it.
   """
 
   path: str
@@ -235,7 +236,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Description:
-  """The plan of an optimizer; prints as a table.
+  """What an optimizer projects, and the size of its state; prints as a table.
 
   Attributes:
     rows: One row a leaf.
@@ -248,8 +249,8 @@ class Description:
   def __str__(self) -> str:
     """The table."""
     head = ("leaf", "shape", "matrix", "side", "rank", "state", "Adam")
-    told = any(row.reason for row in self.rows)
-    head += ("because of",) if told else ()
+    has_reasons = any(row.reason for row in self.rows)
+    head += ("because of",) if has_reasons else ()
     lines = [
       (
         row.path,
@@ -259,7 +260,7 @@ class Description:
         str(row.rank or "-"),
         f"{row.state_bytes:,}",
         f"{row.adam_bytes:,}",
-        *((row.reason,) if told else ()),
+        *((row.reason,) if has_reasons else ()),
       )
       for row in self.rows
     ]
@@ -272,7 +273,7 @@ class Description:
       "",
       f"{self.total_bytes:,}",
       f"{adam:,}",
-      *(("",) if told else ()),
+      *(("",) if has_reasons else ()),
     )
     widths = [
       max(map(len, column)) for column in zip(head, *lines, total, strict=False)
@@ -293,12 +294,12 @@ class Description:
 def describe(
   tx: optax.GradientTransformation, params: optax.Params
 ) -> Description:
-  """What an optimizer projects, and what its state costs, leaf by leaf.
+  """Lists, leaf by leaf, what an optimizer projects and the size of its state.
 
   Args:
-    tx: Any optimizer, with GaLore anywhere in it or not at all.
+    tx: Any optimizer, with or without GaLore anywhere in it.
     params: Parameters, or their `jax.ShapeDtypeStruct`. Nothing is allocated.
-      Those that are quantised count as the float32 weights they stand for.
+      Quantised parameters count as the float32 weights they stand for.
 
   Returns:
     A table to print: leaf, shape, matrix view, projected side, rank, bytes of
@@ -320,10 +321,10 @@ def describe(
     -----------  --------------  ---------------  ---------  ----  ----------  ----------  ----------
     total bytes                                                    13,402,120  45,121,536
   """  # noqa: E501
-  params = paths.map_with_path(lambda _, x: _as_read(x), params)
+  params = paths.map_with_path(lambda _, x: _dequantized_shape(x), params)
   leaves = paths.leaves_by_path(params)
-  with plan.noting_reasons() as reasons:
-    # A new function each time: a trace that is cached notes nothing.
+  with plan.recording_reasons() as reasons:
+    # A new function each time: a cached trace would record no reasons.
     state = jax.eval_shape(lambda x: tx.init(x), params)
   owned = dict.fromkeys(leaves, 0)
   bases: dict[str, Any] = {}
@@ -341,8 +342,8 @@ def describe(
   return Description(rows, state_bytes(state))
 
 
-def _as_read(x: Any) -> Any:
-  """A leaf as optimizers are given it."""
+def _dequantized_shape(x: Any) -> Any:
+  """A leaf, or the shape of the weight that a quantised leaf stands for."""
   if not qarray.is_quantized(x):
     return x
   return jax.ShapeDtypeStruct(x.shape, jnp.float32)
@@ -353,9 +354,10 @@ def _is_state(x: Any) -> bool:
 
 
 def _owner(keys: tuple, leaves: Any) -> str | None:
-  """The parameter to which a leaf of the state belongs.
+  """Path of the parameter that a leaf of the state belongs to, or None.
 
-  It is the one whose path ends the leaf's path, or is a key on the way.
+  The leaf's key path either ends in the parameter's path, or contains it as a
+  key.
   """
   names = [getattr(key, "key", None) for key in keys]
   for name in names:
@@ -375,7 +377,7 @@ def _row(path: str, leaf: Any, bases: Any, owned: int, reason: str) -> Row:
   if not bases:
     return Row(path, shape, "", "", None, owned, adam, reason)
   side = "both" if len(bases) == 2 else next(iter(bases))
-  *stack, size, rank = projection.shape_of(next(iter(bases.values())))
+  *stack, size, rank = projection.basis_shape(next(iter(bases.values())))
   other = math.prod(shape) // (math.prod(stack) * size)
   dims = (other, size) if side == "right" else (size, other)
   count = f"{math.prod(stack)} x " if stack else ""

@@ -1,41 +1,54 @@
-"""Small linear algebra out of matrix products."""
+"""Linear algebra built from matrix products: orthonormal and polar factors."""
 
 import jax
 import jax.numpy as jnp
 
-# Passes of CholeskyQR, and their shifts relative to the trace: two shifted
-# passes bring any condition number up to 1e6 down to where the third is exact.
+# Shift of each pass of CholeskyQR, relative to the trace. Two shifted passes
+# reduce any condition number up to 1e6 so far that the third pass is exact.
 _SHIFTS = (1e-6, 1e-7, 0.0)
 
-# Rows that are eliminated together on CPU.
+# Rows in a block of the elimination, which CPUs use.
 _BLOCK = 64
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @jax.custom_batching.sequential_vmap
 def orthonormalize(y: jax.Array) -> jax.Array:
-  """Shifted CholeskyQR of (m, r), with the r x r factor inverted.
+  """Orthonormalises the columns of a matrix, by shifted CholeskyQR.
 
-  Multiplying by the inverse instead of solving against y leaves nothing but
-  matrix products of the long dimension: no all-gather when it is sharded.
-  Under `vmap` it walks: batched factorisations hang on CPU.
+  The r x r factor is inverted, and y multiplied by the inverse, instead of
+  solving against y. The long dimension then takes part in matrix products only,
+  which need no all-gather if it is sharded. `vmap` runs one matrix after
+  another, because batched factorisations hang on CPU.
+
+  Args:
+    y: Matrix (m, r) of full column rank.
+
+  Returns:
+    Matrix (m, r) with orthonormal columns that span those of `y`.
   """
 
   def one_pass(i, y):
-    size = jax.lax.rsqrt(jnp.sum(y * y, axis=0))[None]  # of the columns
-    gram = matmul("mr,ms->rs", y, y) * size * size.T
+    inverse_norm = jax.lax.rsqrt(jnp.sum(y * y, axis=0))[None]  # of columns
+    gram = matmul("mr,ms->rs", y, y) * inverse_norm * inverse_norm.T
     shift = sum(jnp.where(i == k, s, 0) for k, s in enumerate(_SHIFTS))
     inverse = jax.lax.platform_dependent(
       gram, len(gram) * shift, cpu=eliminate, default=inverse_cholesky
     )
-    return matmul("mr,sr->ms", y, inverse * size)
+    return matmul("mr,sr->ms", y, inverse * inverse_norm)
 
   return jax.lax.fori_loop(0, len(_SHIFTS), one_pass, y)
 
 
 def inverse_cholesky(gram: jax.Array, shift: jax.Array) -> jax.Array:
-  """L⁻¹ of L Lᵀ, an (r, r) matrix shifted, by the platform's factorisation."""
+  """Inverse Cholesky factor L⁻¹ of a shifted matrix, by the platform's library.
+
+  Args:
+    gram: Matrix (r, r).
+    shift: Scalar that is added to its diagonal; the sum is L Lᵀ.
+
+  Returns:
+    L⁻¹, (r, r).
+  """
   eye = jnp.eye(len(gram), dtype=gram.dtype)
   factor = jax.lax.linalg.cholesky(gram + shift * eye, symmetrize_input=False)
   return jax.lax.linalg.triangular_solve(
@@ -44,21 +57,28 @@ def inverse_cholesky(gram: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def eliminate(gram: jax.Array, shift: jax.Array) -> jax.Array:
-  """L⁻¹ of L Lᵀ, an (r, r) matrix shifted, by elimination of blocks of rows.
+  """Inverse Cholesky factor L⁻¹ of a shifted matrix, by block elimination.
 
   CPU libraries run larger factorisations, and every triangular solve, in
-  threads that on a busy machine wait for each other a thousand times longer
-  than they work. Here the library sees blocks that it takes in one thread.
+  several threads. On a busy machine these wait for each other a thousand times
+  longer than they work. The blocks here are small enough for one thread.
 
-  It is written for few kernels, for XLA compiles each in 20 ms: indices count
-  from the matrix's corner, so that what they say is not taken out of the loop.
+  XLA takes 20 ms to compile a kernel, so there are few: indices count from the
+  matrix's corner, which keeps XLA from hoisting work on them out of the loop.
+
+  Args:
+    gram: As for :func:`inverse_cholesky`.
+    shift: As for :func:`inverse_cholesky`.
+
+  Returns:
+    L⁻¹, (r, r).
   """
   rank, block = len(gram), min(_BLOCK, len(gram))
   size = -(-rank // block) * block
 
   def eliminate(i, table):
-    # A block of rows of (A, 0), of which the left part becomes zero in all
-    # later rows, and the right part L⁻¹.
+    # The table starts as (A, 0). Step i eliminates its i-th block of rows: the
+    # left part becomes zero in all later rows, and the right part L⁻¹.
     first = i * block
     row, column = _indices(block, 2 * size)
     row += first
@@ -67,7 +87,7 @@ def eliminate(gram: jax.Array, shift: jax.Array) -> jax.Array:
     rows += jnp.where(row + size == column, 1, 0)
     inverse = _inverse_transposed(pivot, shift, first, rank)
     rows = matmul("ji,jk->ik", inverse, rows)
-    # One product changes the later rows, and puts these in their place.
+    # One product both changes the later rows and writes this block.
     row, column = row[:, :size], column[:, :size]
     used = jnp.where(column >= first + block, rows[:, :size], 0)
     used -= jnp.where(row == column, 1, 0)
@@ -83,15 +103,15 @@ def eliminate(gram: jax.Array, shift: jax.Array) -> jax.Array:
 def _inverse_transposed(
   gram: jax.Array, shift: jax.Array, first: jax.Array, rank: int
 ) -> jax.Array:
-  """The transpose of L⁻¹ of a small L Lᵀ, read off a larger factorisation.
+  """Transpose of L⁻¹ for a small block, read off one larger factorisation.
 
-  Below L, the factor of ((L Lᵀ, I), (I, c)) holds it; c only has to be large
-  enough for the matrix to be positive definite.
+  The Cholesky factor of ((L Lᵀ, I), (I, c)) has it below L. The number c only
+  has to be large enough for the matrix to be positive definite.
   """
   size = len(gram)
   row, column = _indices(2 * size, 2 * size)
   row, column = row + first, column + first
-  diagonal = jnp.where(row < rank, shift, 1)  # there is padding beyond
+  diagonal = jnp.where(row < rank, shift, 1)  # rows beyond are padding
   diagonal = jnp.where(row < first + size, diagonal, 1e30)
   bordered = jnp.pad(gram, (0, size)) + jnp.where(row == column, diagonal, 0)
   bordered += jnp.where(row == column + size, 1, 0)
@@ -100,52 +120,74 @@ def _inverse_transposed(
 
 
 def _indices(*shape: int) -> list[jax.Array]:
-  """Number of the row and of the column, everywhere."""
+  """Index of the row and of the column of each entry."""
   return [jax.lax.broadcasted_iota(jnp.int32, shape, k) for k in (0, 1)]
 
 
 def matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Full-precision product: null directions must stay at rounding noise."""
+  """Product of two arrays, in full precision whatever the platform's default.
+
+  In null directions a projected gradient must be rounding noise of float32;
+  :func:`galore_optax.subspace.projection.drop_null` relies on it.
+
+  Args:
+    spec: The product, as for `jnp.einsum`.
+    a: Left operand.
+    b: Right operand.
+
+  Returns:
+    The product, at least float32.
+  """
   dtype = jnp.result_type(a, b, jnp.float32)
-  return jnp.einsum(spec, a, b, precision=HIGHEST, preferred_element_type=dtype)
+  return jnp.einsum(
+    spec,
+    a,
+    b,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=dtype,
+  )
 
 
-# Singular values from here to 1, as fractions of the Frobenius norm, end at 1.
-TOLERANCE = 1e-5
+# Singular values from this fraction of the Frobenius norm on become 1.
+_TOLERANCE = 1e-5
 
-# Largest scaling at which the iteration is stable: above, the largest singular
-# value would be mapped to next to nothing, and its direction lost in rounding.
+# Largest scaling at which the iteration is stable. A larger one would map the
+# largest singular value to almost 0, and rounding would lose its direction.
 _MAX_SCALING = 1.6977
 
 
 def _scalings(lowest: float) -> list[float]:
-  """The scaling of each iteration, until all singular values are at 1."""
-  found = []
+  """The scaling of each iteration, until all singular values are 1.
+
+  Args:
+    lowest: Smallest singular value, where the largest is at most 1.
+  """
+  scalings = []
   image = lambda x, rho: 0.5 * rho * x * (3 - (rho * x) ** 2)
   while 1 - lowest > 1e-7:
     rho = min(_MAX_SCALING, (3 / (1 + lowest + lowest**2)) ** 0.5)
     lowest = min(image(lowest, rho), image(1.0, rho))
-    found.append(rho)
-  return found
+    scalings.append(rho)
+  return scalings
 
 
 def polar_factor(x: jax.Array) -> jax.Array:
   r"""The polar factor :math:`U V^\top` of matrices :math:`U S V^\top`.
 
-  By the scaled Newton-Schulz iteration, on the matrix divided by its Frobenius
-  norm,
+  The scaled Newton-Schulz iteration is run 16 times on the matrix divided by
+  its Frobenius norm,
 
   .. math::
 
     X \leftarrow \tfrac{3}{2} \rho X - \tfrac{1}{2} \rho^3 X X^\top X,
 
-  16 times, with the ρ for which the singular values between 1e-5 and 1 approach
-  1 fastest. It ends at float32 rounding: the error is some 1e-6 for a well
-  conditioned matrix, and below 1e-7 κ for a condition number κ up to 1e5, which
-  is what the rounding of the matrix itself costs. Directions with a singular
-  value of less than 1e-5 of the Frobenius norm stay smaller than 1; those of
-  rounding noise, as a rank-deficient matrix has, end at some 0.01 or below. A
-  matrix of zeros stays zero.
+  with the ρ for which singular values between 1e-5 and 1 approach 1 fastest.
+  The error is that of float32 rounding: about 1e-6 for a well conditioned
+  matrix, and below 1e-7 κ for a condition number κ up to 1e5, as much as
+  rounding the matrix itself costs. Singular values of less than 1e-5 of the
+  Frobenius norm end below 1; those that are rounding noise, as of a
+  rank-deficient matrix, end at about 0.01 or below. A matrix of zeros stays
+  zero.
 
   Args:
     x: Matrices (..., m, n), real.
@@ -167,7 +209,7 @@ def polar_factor(x: jax.Array) -> jax.Array:
   wide = x.shape[-2] <= x.shape[-1]
   y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   y = y if wide else jnp.swapaxes(y, -1, -2)
-  # First by the largest entry, so that squares stay in range.
+  # Division by the largest entry first keeps the squares in range.
   for size in (_largest, _norm):
     scale = size(y)
     y = y / jnp.where(scale > 0, scale, 1)
@@ -177,7 +219,7 @@ def polar_factor(x: jax.Array) -> jax.Array:
     cubic = matmul("...mk,...kn->...mn", gram, y)
     return 1.5 * rho * y - 0.5 * rho**3 * cubic, None
 
-  y, _ = jax.lax.scan(once, y, jnp.asarray(_scalings(TOLERANCE), y.dtype))
+  y, _ = jax.lax.scan(once, y, jnp.asarray(_scalings(_TOLERANCE), y.dtype))
   return (y if wide else jnp.swapaxes(y, -1, -2)).astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Weights that are trained in eight bits, with no copy in more bits."""
+"""Trains weights that are stored in eight bits or fewer."""
 
 import re
 from typing import Any
@@ -11,29 +11,29 @@ from galore_optax import checks
 from galore_optax.quantization import qarray
 from galore_optax.tree import paths, sharding
 
-# Formats of weights; the dynamic ones cannot be rounded at random.
+# Formats of trained weights.
 KINDS = ("int8", "int4", "float8")
 
 
 def quantize_params(
   params: optax.Params, rules: Any = ("kernel$",), kind: str = "int8"
 ) -> Any:
-  r"""Quantises the weights whose paths match.
+  r"""Quantises the weights whose paths match a rule.
 
   Args:
-    params: Parameters; leaves that are quantised already stay as they are.
-    rules: Regular expressions; leaves of two axes or more in whose path one of
-      them is found (`re.search` in `layers/attn/q/kernel`) are quantised.
+    params: Parameters; leaves that are quantised already are unchanged.
+    rules: Regular expressions. A leaf of two axes or more is quantised if one
+      of them is found in its path (`re.search` in `layers/attn/q/kernel`).
     kind: `int8`, `int4` or `float8`, see :func:`galore_optax.quantize`.
 
   Returns:
-    The parameters, with a :class:`galore_optax.QArray` in place of these.
+    The parameters, with a :class:`galore_optax.QArray` for each such leaf.
 
   Raises:
-    ValueError: If `kind` is unknown, or a rule is no regular expression or
+    ValueError: If `kind` is unknown, or a rule is not a regular expression or
       matches no leaf of two axes or more.
-    TypeError: If `rules` is no sequence of strings, or a leaf has no real
-      floating-point entries.
+    TypeError: If `rules` is not a sequence of strings, or a leaf does not have
+      real floating-point entries.
 
   Example:
     >>> params = {"kernel": jnp.ones((512, 256)), "bias": jnp.ones(256)}
@@ -46,8 +46,8 @@ def quantize_params(
   _check_rules(rules, params)
 
   def one(path: str, x: Any) -> Any:
-    hit = any(re.search(rule, path) for rule in rules)
-    if qarray.is_quantized(x) or not hit or jnp.ndim(x) < 2:
+    matches = any(re.search(rule, path) for rule in rules)
+    if qarray.is_quantized(x) or not matches or jnp.ndim(x) < 2:
       return x
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
       raise TypeError(
@@ -60,14 +60,14 @@ def quantize_params(
 
 
 def dequantize_params(params: optax.Params, dtype: Any = None) -> Any:
-  """The weights as arrays, for a model to compute with.
+  """Parameters with all quantised weights read as arrays, for the model.
 
   Args:
     params: Parameters, some of them quantised.
     dtype: Dtype of the weights that were quantised; None for float32.
 
   Returns:
-    Parameters without quantised leaves; all others are as they were.
+    Parameters without quantised leaves. All other leaves are unchanged.
 
   Example:
     >>> params = quantize_params({"kernel": jnp.ones((512, 256))})
@@ -88,32 +88,33 @@ def apply_updates(
 ) -> Any:
   r"""Adds updates to parameters of which some are quantised.
 
-  A quantised weight is read, updated and rounded again,
+  A quantised weight is dequantised, updated and quantised again,
 
   .. math::
 
     W \leftarrow Q(D(W) + U)
 
-  up or down at random, so that updates smaller than a step are not lost but
-  arrive in the mean. A block keeps its steps while they fit it: with new ones
-  at each update, as in the reference code, weights that hardly change would
-  wander. A block whose update is zero is left as it is. All other parameters
-  are added to as by `optax.apply_updates`.
+  with stochastic rounding, so that updates smaller than a step between two
+  levels are right in expectation. A block keeps its levels while they fit. With
+  new levels at each update, as in the reference code, weights that hardly
+  change would drift. A block whose update is zero does not change. To all other
+  parameters updates are added as by `optax.apply_updates`.
 
   Args:
     params: Parameters, some of them quantised.
-    updates: Updates in the shapes of the weights; None leaves are skipped.
+    updates: Updates in the shapes of the weights; leaves that are None are
+      skipped.
     key: Random key of this step. None rounds to the nearest, which loses small
-      updates: for comparison only, and for float8, which is always rounded to
-      the nearest.
+      updates and is meant for comparisons. float8 is always rounded to the
+      nearest.
 
   Returns:
     The new parameters, in the formats of the old ones.
 
   Raises:
-    TypeError: If updates are quantised, as those are of a gradient that was
-      taken at quantised weights.
-    ValueError: If a quantised weight's update is not of its shape.
+    TypeError: If updates are quantised, which happens if the gradient was taken
+      at quantised weights.
+    ValueError: If the update of a quantised weight has another shape.
 
   Example:
     >>> params = quantize_params({"kernel": jnp.ones((512, 256))})
@@ -144,7 +145,7 @@ def apply_updates(
 
 
 def _check_updates(params: Any, updates: Any) -> None:
-  """Raises where an update does not fit a quantised weight."""
+  """Raises if an update does not fit its quantised weight."""
   given = paths.leaves_by_path(updates)
   paths.check_arrays(
     given,
@@ -171,22 +172,22 @@ def _check_rules(rules: Any, params: Any) -> None:
   names = [name for name, x in leaves.items() if len(jnp.shape(x)) > 1]
   for rule in rules:
     try:
-      hit = any(re.search(rule, name) for name in names)
+      matches = any(re.search(rule, name) for name in names)
     except re.error as error:
       raise ValueError(
         f"The rule {rule!r} in `rules` is not a regular expression: {error}."
       ) from error
-    if not hit:
+    if not matches:
       raise ValueError(
         f"The rule {rule!r} in `rules` matches no leaf of two axes or more; "
-        f"those are {', '.join(names[:8]) or 'none'}."
+        f"the leaves of two axes or more are {', '.join(names[:8]) or 'none'}."
       )
 
 
 def _quantize(x: jax.Array, kind: str) -> qarray.QArray:
   if not sharding.is_explicit(x):
     return qarray.quantize(x, kind)
-  like = sharding.place_quantized(
+  like = sharding.shard_quantized_like(
     qarray.zeros(jnp.shape(x), kind), x, lambda spec: spec
   )
   return sharding.run_auto(lambda x: qarray.quantize(x, kind), like, x)
@@ -207,5 +208,5 @@ def _round_sum(
 ) -> qarray.QArray:
   total = qarray.dequantize(x) + u.astype(jnp.float32)
   key = key if qarray.rounds_at_random(x.kind) else None
-  new = qarray.quantize_near(x, total, key)
+  new = qarray.requantize_on_grid(x, total, key)
   return qarray.where_blocks(qarray.any_in_block(x, u != 0), new, x)

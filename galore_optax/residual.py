@@ -134,7 +134,7 @@ def start(
     lambda g, s: gains(inner, g, s, g, sites, {}), low, inner_state
   )
   return {
-    path: sharding.place(
+    path: sharding.shard_like(
       jnp.zeros(site.view.stack, jnp.float32),
       leaves[path],
       lambda spec, site=site: site.view.spec(spec)[:-2],
@@ -177,7 +177,7 @@ def gains(
     ValueError: If there may be one that cannot be told.
   """
   try:
-    return gain_lib.of_updates(inner, updates, state, params, sites, extra_args)
+    return gain_lib.find_gains(inner, updates, state, params, sites, extra_args)
   except gain_lib.UnknownGainError as error:
     raise ValueError(_HIDDEN.format(str(error))) from error
 

@@ -1,4 +1,4 @@
-"""Weights with factors of low rank beside them, or in place of them."""
+"""Adds factors of low rank to weights, or replaces weights by them."""
 
 import dataclasses
 import re
@@ -11,20 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from galore_optax import linalg
+from galore_optax.baselines import factors
 from galore_optax.baselines import restart as restart_lib
-from galore_optax.quantization import qarray
-from galore_optax.subspace import find as find_lib
-from galore_optax.subspace import projection
+from galore_optax.quantization import blocks, qarray
 from galore_optax.tree import matrix_view, paths, sharding, split
 from galore_optax.tree import plan as plan_lib
 
 # Elements of a frozen 4-bit weight that share a scale, as in QLoRA.
-BLOCK = 64
-
-STARTS = ("spectral", "random")
-
-# Steps of subspace iteration in which a spectral start is found.
-_ITERATIONS = 8
+_BLOCK = 64
 
 
 @jax.tree_util.register_dataclass
@@ -32,13 +27,14 @@ _ITERATIONS = 8
 class Adapter:
   r"""Two factors whose product is added to a weight, or is the weight.
 
-  The weight of a layer x ↦ x W, as JAX keeps it, is of shape (in, out), and
-  changes by s · a b. The papers write Wᵀ, of shape (out, in): their A is aᵀ,
-  their B is bᵀ.
+  In JAX the weight W of a layer x ↦ x W has shape (in, out); its change is
+  s · a b. The papers write Wᵀ, of shape (out, in): their A is aᵀ, and their B
+  is bᵀ.
 
   Attributes:
     a: Left factor (..., m, r).
-    b: Right factor (..., r, n); zero at first, where it is added to a weight.
+    b: Right factor (..., r, n); initially zero if the product is added to a
+      weight.
     view: How the weight is read as matrices (..., m, n).
     scale: The factor s = α / r.
     dtype: Name of the weight's dtype.
@@ -52,13 +48,7 @@ class Adapter:
 
   def change(self) -> jax.Array:
     """The product s · a b in the shape of the weight, at least float32."""
-    product = jnp.einsum(
-      "...mr,...rn->...mn",
-      self.a,
-      self.b,
-      precision=jax.lax.Precision.HIGHEST,
-      preferred_element_type=jnp.promote_types(self.a.dtype, jnp.float32),
-    )
+    product = linalg.matmul("...mr,...rn->...mn", self.a, self.b)
     return self.view.from_matrix(self.scale * product)
 
 
@@ -69,23 +59,23 @@ def is_adapter(x: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRank:
-  """How parameters are divided in frozen and trained ones, and put together.
+  """A method that trains factors: splits parameters, and merges them again.
 
   Made by :func:`lora`, :func:`qlora`, :func:`relora` and :func:`low_rank`.
-  The object is static, it holds no arrays; all its methods can be jitted.
+  The object is static and holds no arrays; all its methods can be jitted.
 
   Attributes:
     plan: Which leaves have factors, and of which rank.
     alpha: The factor on the product is alpha / rank; None for 1.
-    full: Regular expressions; leaves without factors in whose path one of
-      them is found are trained as they are, all others are frozen.
-    frozen: What becomes of weights that have factors: `full`, kept; `nf4` and
-      `nf4_double`, kept in four bits; `none`, given up.
-    start: How factors start that have no weight beside them, see
+    full: Regular expressions. Leaves without factors in whose path one of them
+      is found are trained at full rank; all others are frozen.
+    frozen: How weights that have factors are stored: `full`, unchanged; `nf4`
+      and `nf4_double`, in four bits; `none`, not at all.
+    start: How factors without a weight beside them start, see
       :func:`low_rank`.
     dtype: Dtype of the factors; None for that of the weight.
-    pruning: How moments are thinned out at a restart, see :func:`relora`.
-    pruned: The share of them that is set to zero.
+    pruning: Which moments are set to zero at a restart, see :func:`relora`.
+    pruned: The share of moments that is set to zero.
   """
 
   plan: plan_lib.Plan
@@ -98,10 +88,11 @@ class LowRank:
   pruned: float = 0.9
 
   def init(self, key: jax.Array, params: optax.Params) -> tuple[Any, dict]:
-    """Divides parameters; right after, `apply` gives them back.
+    """Splits parameters into a frozen part and the adapters to train.
 
-    That is so but for the rounding of 4-bit weights, and for what a product
-    of rank r cannot hold where it stands for the whole weight.
+    Before training, :meth:`apply` returns the same parameters, except for the
+    rounding of 4-bit weights and, where factors replace a weight, for what a
+    product of rank r cannot represent.
 
     Args:
       key: Random key for the factors.
@@ -110,8 +101,8 @@ class LowRank:
     Returns:
       The frozen part: the parameters, with `optax.MaskedNode()` in place of
       what is trained. And the adapters, for an optimizer: path to
-      :class:`galore_optax.baselines.Adapter`, or to the leaf itself where it is
-      trained as it is.
+      :class:`galore_optax.baselines.Adapter`, or to the leaf itself where it
+      is trained at full rank.
 
     Raises:
       ValueError: If a rule matches no leaf, or does not fit the leaf.
@@ -127,23 +118,23 @@ class LowRank:
       for path, leaf in leaves.items()
       if path in sites or self._is_full(path)
     }
-    keep = lambda path, x: self._kept(x, path in sites, path in adapters)
-    return paths.map_with_path(keep, params), adapters
+    freeze = lambda path, x: self._freeze(x, path in sites, path in adapters)
+    return paths.map_with_path(freeze, params), adapters
 
   def apply(
     self, frozen: Any, adapters: dict[str, Any], dtype: Any = None
   ) -> optax.Params:
-    """The parameters that a model computes with: inside of the loss.
+    """The parameters for the model, to be computed inside of the loss.
 
     Args:
-      frozen: What :meth:`init` has returned.
-      adapters: Likewise, and trained since.
+      frozen: The frozen part that :meth:`init` returned.
+      adapters: The adapters that :meth:`init` returned, and trained since.
       dtype: Dtype of the weights that have factors; None for their own.
 
     Returns:
-      Parameters in the structure of those that were divided. The sum of a
-      weight and its change is made in float32 and rounded to `dtype`: to
-      bfloat16, which changes of less than a 256th of a weight do not reach.
+      Parameters in the structure of the original ones. The sum of a weight and
+      its change is computed in float32 and rounded to `dtype`. In bfloat16,
+      rounding removes changes of less than a 256th of the weight.
 
     Raises:
       ValueError: If frozen part and adapters do not belong together.
@@ -153,8 +144,9 @@ class LowRank:
     missing = set(adapters) - set(names)
     if missing:
       raise ValueError(
-        f"There is no leaf {min(missing)!r} in the frozen part, which an "
-        "adapter is for. Pass the two that `init` has returned together."
+        f"The adapters have {min(missing)!r}, but there is no leaf "
+        f"{min(missing)!r} in the frozen part. Pass the frozen part and the "
+        "adapters that one call of `init` returned."
       )
     return treedef.unflatten(
       [
@@ -167,39 +159,39 @@ class LowRank:
     """The trained parameters, in the structure and dtypes of the original.
 
     Args:
-      frozen: What :meth:`init` has returned.
-      adapters: Likewise, and trained since.
+      frozen: As for :meth:`apply`.
+      adapters: As for :meth:`apply`.
 
     Returns:
-      Parameters for which the model computes what it was trained to.
+      Parameters that need no adapters.
     """
     return self.apply(frozen, adapters)
 
   def restart(
     self, key: jax.Array, frozen: Any, adapters: dict[str, Any], opt_state: Any
   ) -> tuple[Any, dict, Any]:
-    r"""Adds the products to the weights and starts the factors anew.
+    r"""Adds the products to the weights, and initialises the factors again.
 
     .. math::
 
       W_0 \leftarrow W_0 + s\,a b, \quad a \sim U(\pm 1/\sqrt m), \quad b = 0
 
-    The parameters stay what they are, but for rounding where they are kept in
-    less than float32. The moments of factors are thinned out; what is trained
-    as it is keeps its own, and so do counters.
+    The parameters do not change, except for rounding where they are narrower
+    than float32. Most moments of factors are set to zero; those of leaves that
+    are trained at full rank are unchanged, and so are counters.
 
     Args:
-      key: Random key, another one for each restart.
-      frozen: What :meth:`init` or a restart has returned.
-      adapters: Likewise, and trained since.
-      opt_state: State of the optimizer of the adapters. Moments are what is
-        in it in place of an :class:`galore_optax.baselines.Adapter`.
+      key: Random key, a different one for each restart.
+      frozen: The frozen part that :meth:`init` or the last restart returned.
+      adapters: The adapters that were returned with it, and trained since.
+      opt_state: State of the optimizer of the adapters. Its moments are where
+        an adapter would be an :class:`galore_optax.baselines.Adapter`.
 
     Returns:
-      The three, in the structures and dtypes that they had.
+      Frozen part, adapters and state, in the structures and dtypes they had.
 
     Raises:
-      ValueError: If there are no weights to add to.
+      ValueError: If the weights are not stored in full.
 
     References:
       Lialin et al., `ReLoRA <https://arxiv.org/abs/2307.05695>`_, 2023,
@@ -207,49 +199,56 @@ class LowRank:
     """
     if self.frozen != "full":
       raise ValueError(
-        "Only weights that are kept in full can be merged into, not "
-        f"`frozen={self.frozen!r}`: use `relora` or `lora`."
+        "A restart adds to weights that are kept in full, but here "
+        f"frozen={self.frozen!r}. Use `relora` or `lora`."
       )
-    whole = self.apply(frozen, adapters)
-    leaves = paths.leaves_by_path(whole)
+    params = self.apply(frozen, adapters)
+    leaves = paths.leaves_by_path(params)
     fresh = {
-      path: self._renewed(_fold(key, path), leaves[path], x)
+      path: self._reset(_fold(key, path), leaves[path], x)
       if is_adapter(x)
       else x
       for path, x in adapters.items()
     }
     trained = {path for path, x in adapters.items() if not is_adapter(x)}
     merged = paths.map_with_path(
-      lambda path, x: optax.MaskedNode() if path in trained else x, whole
+      lambda path, x: optax.MaskedNode() if path in trained else x, params
     )
-    how = (self.pruning, self.pruned)
-    state = restart_lib.thin_out(_fold(key, ""), opt_state, is_adapter, *how)
+    state = restart_lib.prune_moments(
+      _fold(key, ""), opt_state, is_adapter, self.pruning, self.pruned
+    )
     return merged, fresh, state
 
   def _sites(self, leaves: dict[str, Any]) -> dict[str, plan_lib.Site]:
-    """The leaves that get factors: by a rule, or if they become smaller.
+    """The leaves that get factors: those with a rule or with small factors.
 
     Raises:
-      ValueError: There is none.
+      ValueError: If there are none.
     """
-    named = lambda path: any(re.search(p, path) for p, _ in self.plan.rules)
-    with plan_lib.noting_reasons() as reasons, warnings.catch_warnings():
+    with plan_lib.recording_reasons() as reasons, warnings.catch_warnings():
       warnings.filterwarnings("ignore", "galore projects none")
-      found = self.plan.sites(leaves)
+      matrices = self.plan.sites(leaves)
+
+    def has_rule(path: str) -> bool:
+      return any(re.search(pattern, path) for pattern, _ in self.plan.rules)
+
+    def saves_memory(site: plan_lib.Site) -> bool:
+      m, n = site.view.m, site.view.n
+      return site.rank * (m + n) < m * n
+
     sites = {
       path: site
-      for path, site in found.items()
-      if named(path)
-      or site.rank * (site.view.m + site.view.n) < site.view.m * site.view.n
+      for path, site in matrices.items()
+      if has_rule(path) or saves_memory(site)
     }
     if not sites:
-      large = dict.fromkeys(found, "`rank` too large to save anything")
-      told = ", ".join(
-        f"{p} ({why})" for p, why in {**reasons, **large}.items()
+      large = dict.fromkeys(matrices, "`rank` too large to save memory")
+      listed = ", ".join(
+        f"{path} ({reason})" for path, reason in {**reasons, **large}.items()
       )
       raise ValueError(
-        f"No leaf gets factors: {told or 'there is none'}. Lower `rank`, or "
-        "name leaves in `rules`."
+        f"No leaf gets factors: {listed or 'there are no leaves'}. Lower "
+        "`rank`, or name leaves in `rules`."
       )
     return sites
 
@@ -260,139 +259,72 @@ class LowRank:
     for pattern in self.full:
       if not any(re.search(pattern, path) for path in leaves):
         raise ValueError(
-          f"The pattern {pattern!r} in `full` matches no leaf; they are "
+          f"The pattern {pattern!r} in `full` matches no leaf. The leaves are "
           f"{', '.join(leaves)}."
         )
 
-  def _kept(self, x: Any, has_factors: bool, is_trained: bool) -> Any:
-    """A leaf of the frozen part."""
+  def _freeze(self, x: Any, has_factors: bool, is_trained: bool) -> Any:
+    """A leaf as the frozen part stores it."""
     if not has_factors:
       return optax.MaskedNode() if is_trained else x
     if self.frozen == "none":
       return optax.MaskedNode()
     if self.frozen == "full":
       return x
-    q = _quantize(x, "nf4", BLOCK)
-    if self.frozen == "nf4":
-      return q
-    return dataclasses.replace(
-      q, scale=_quantize(q.scale, "unsigned_dynamic", qarray.BLOCK)
-    )
+    return quantize_weight(x, double=self.frozen == "nf4_double")
 
   def _adapter(self, key: jax.Array, leaf: Any, site: plan_lib.Site) -> Adapter:
-    """The factors of a leaf, as they start."""
+    """The initial factors of a leaf."""
     dtype = self.dtype or jnp.result_type(leaf)
     view, rank = site.view, site.rank
     scale = 1.0 if self.alpha is None else float(self.alpha) / rank
 
-    def draw(key: jax.Array, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def make(key: jax.Array, leaf: jax.Array) -> factors.Pair:
       if self.frozen != "none":
-        a, b = _uniform(key, view, rank), jnp.zeros((*view.stack, rank, view.n))
+        a, b = factors.zero_product(key, view, rank)
       else:
-        a, b = _factors(key, view.as_matrix(leaf), rank, self.start)
+        matrices = view.as_matrix(leaf)
+        a, b = factors.approximation(key, matrices, rank, self.start)
       return a.astype(dtype), b.astype(dtype)
 
-    a, b = _placed(draw, view, rank, dtype, key, leaf)
+    a, b = factors.sharded_like_weight(make, view, rank, dtype, key, leaf)
     return Adapter(a, b, view, scale, jnp.result_type(leaf).name)
 
-  def _renewed(self, key: jax.Array, leaf: Any, old: Adapter) -> Adapter:
+  def _reset(self, key: jax.Array, leaf: Any, old: Adapter) -> Adapter:
+    """An adapter with new initial factors."""
     view, rank, dtype = old.view, old.a.shape[-1], old.a.dtype
 
-    def draw(key: jax.Array, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def make(key: jax.Array, leaf: jax.Array) -> factors.Pair:
       del leaf
-      zeros = jnp.zeros(old.b.shape, dtype)
-      return _uniform(key, view, rank).astype(dtype), zeros
+      a, b = factors.zero_product(key, view, rank)
+      return a.astype(dtype), b.astype(dtype)
 
-    a, b = _placed(draw, view, rank, dtype, key, leaf)
+    a, b = factors.sharded_like_weight(make, view, rank, dtype, key, leaf)
     return dataclasses.replace(old, a=a, b=b)
 
 
-def _fold(key: jax.Array, path: str) -> jax.Array:
-  """A leaf's own key, whatever other leaves there are."""
-  return jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+def quantize_weight(x: jax.Array, double: bool) -> qarray.QArray:
+  """A frozen weight in four bits, as in QLoRA.
 
+  64 elements share a scale. In float32 the scales take 0.5 bits an element, and
+  0.127 bits if they are quantised themselves, to 8-bit dynamic codes. (The
+  paper subtracts the mean of the scales and uses a signed code; the unsigned
+  code needs no mean.)
 
-def _uniform(
-  key: jax.Array, view: matrix_view.MatrixView, rank: int
-) -> jax.Array:
-  """Kaiming's start as public codes have it: uniform in ±1/√m."""
-  bound = view.m**-0.5
-  shape = (*view.stack, view.m, rank)
-  return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+  Args:
+    x: The weight.
+    double: Whether scales are quantised, too.
 
-
-def _factors(
-  key: jax.Array, x: jax.Array, rank: int, start: str
-) -> tuple[jax.Array, jax.Array]:
-  """Factors (..., m, r) and (..., r, n) that stand for matrices."""
-  *stack, m, n = x.shape
-  x = x.astype(jnp.float32).reshape(-1, m, n)
-  if start == "random":
-    # Entries of the product are as large as those of the matrix. Of zeros one
-    # factor is zero: were both, neither would have a gradient.
-    square = jnp.mean(x * x, axis=(-2, -1), keepdims=True)
-    deviation = (square / rank) ** 0.25
-    left, right = jax.random.split(key)
-    a = jnp.where(square > 0, deviation, m**-0.5)
-    a *= jax.random.normal(left, (len(x), m, rank))
-    b = deviation * jax.random.normal(right, (len(x), rank, n))
-  else:
-    # One after the other: batches of factorisations can hang on CPU.
-    basis = find_lib.start_basis(key, m, rank)
-    find = lambda g: find_lib.find_basis(
-      g, basis, "left", "subspace", jnp.int32(_ITERATIONS)
-    )
-    a = jax.lax.map(find, x)
-    b = projection.project(x, {"left": a})
-    # Both factors of one size, so that they learn at one rate. Of zeros one is
-    # zero: were both, neither would have a gradient.
-    size = lambda y: jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
-    balance = jnp.sqrt(size(b) / size(a))
-    balance = jnp.where(balance > 0, balance, 1)
-    a, b = a * balance, b / balance
-  return a.reshape(*stack, m, rank), b.reshape(*stack, rank, n)
-
-
-def _placed(
-  draw: Any,
-  view: matrix_view.MatrixView,
-  rank: int,
-  dtype: Any,
-  key: jax.Array,
-  leaf: Any,
-) -> tuple[jax.Array, jax.Array]:
-  """Runs `draw` and puts the factors where the weight is."""
-  left = lambda spec: (*view.spec(spec)[:-1], None)
-  right = lambda spec: (*view.spec(spec)[:-2], None, view.spec(spec)[-1])
-  put = lambda a, b: (
-    sharding.place(a, leaf, left),
-    sharding.place(b, leaf, right),
-  )
-  zeros = lambda m, n: jnp.zeros((*view.stack, m, n), dtype)
-  if not sharding.is_explicit(leaf):
-    return put(*draw(key, leaf))
-  like = put(zeros(view.m, rank), zeros(rank, view.n))
-  return sharding.run_auto(draw, like, key, leaf)
-
-
-def _weight(name: str, x: Any, change: Any, dtype: Any) -> Any:
-  """A leaf as the model reads it."""
-  if change is None:
-    if split.is_masked(x):
-      raise ValueError(
-        f"The leaf {name!r} is neither in the frozen part nor among the "
-        "adapters. Pass the two that `init` has returned together."
-      )
-    return x
-  if not is_adapter(change):
-    return change
-  dtype = dtype or change.dtype
-  if split.is_masked(x):
-    return change.change().astype(dtype)
-  if qarray.is_quantized(x):
-    x = sharding.run_auto(qarray.dequantize, x.codes, x)
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  return (x.astype(wide) + change.change()).astype(dtype)
+  Returns:
+    The quantised weight, sharded like `x`. With `double`, its scales are a
+    :class:`galore_optax.QArray`, and it can be read and sliced, but not
+    updated.
+  """
+  q = _quantize(x, "nf4", _BLOCK)
+  if not double:
+    return q
+  scale = _quantize(q.scale, "unsigned_dynamic", blocks.BLOCK)
+  return dataclasses.replace(q, scale=scale)
 
 
 def _quantize(x: jax.Array, kind: str, block: int) -> qarray.QArray:
@@ -400,5 +332,31 @@ def _quantize(x: jax.Array, kind: str, block: int) -> qarray.QArray:
   if not sharding.is_explicit(x):
     return run(x)
   empty = qarray.zeros(jnp.shape(x), kind, block=block)
-  like = sharding.place_quantized(empty, x, lambda spec: spec)
+  like = sharding.shard_quantized_like(empty, x, lambda spec: spec)
   return sharding.run_auto(run, like, x)
+
+
+def _fold(key: jax.Array, path: str) -> jax.Array:
+  """A random key for one leaf, which does not depend on the other leaves."""
+  return jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+
+
+def _weight(name: str, x: Any, adapter: Any, dtype: Any) -> Any:
+  """A leaf for the model, from its frozen part and its adapter."""
+  if adapter is None:
+    if split.is_masked(x):
+      raise ValueError(
+        f"The leaf {name!r} is neither in the frozen part nor among the "
+        "adapters. Pass the frozen part and the adapters that one call of "
+        "`init` returned."
+      )
+    return x
+  if not is_adapter(adapter):
+    return adapter
+  dtype = dtype or adapter.dtype
+  if split.is_masked(x):
+    return adapter.change().astype(dtype)
+  if qarray.is_quantized(x):
+    x = sharding.run_auto(qarray.dequantize, x.codes, x)
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return (x.astype(wide) + adapter.change()).astype(dtype)

@@ -1,8 +1,8 @@
-"""The methods that GaLore is compared with: low rank in weights, not gradients.
+"""LoRA, QLoRA, ReLoRA and Low-Rank factorisation.
 
-LoRA, QLoRA, ReLoRA and Low-Rank factorisation change what is trained instead
-of how: they are no optimizers but reparametrisations, around which any Optax
-optimizer trains the factors.
+They are reparametrisations, not optimizers: they change what is trained, and
+any Optax optimizer trains the factors. GaLore instead changes the optimizer,
+and trains the weights themselves.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from galore_optax import checks
 from galore_optax.baselines import restart
-from galore_optax.baselines.adapters import STARTS, LowRank
+from galore_optax.baselines.adapters import LowRank
+from galore_optax.baselines.factors import STARTS
 from galore_optax.tree import plan
 
 
@@ -28,7 +29,7 @@ def _make(
       if how is not None and getattr(how, name) is not None:
         raise ValueError(
           f"The rule {pattern!r} in `rules` sets `{name}`, which adapters "
-          "have no use for; they know `rank`, `rows` and `cols`."
+          "do not use; they use `rank`, `rows` and `cols`."
         )
   full = full if isinstance(full, str) else tuple(full)
   if isinstance(full, str) or not all(isinstance(x, str) for x in full):
@@ -52,26 +53,26 @@ def lora(
   full: Sequence[str] = (),
   dtype: Any = None,
 ) -> LowRank:
-  r"""LoRA: frozen weights, and a product of two thin factors beside each.
+  r"""LoRA: adds a product of two trained factors to each frozen weight.
 
   .. math::
 
     W = W_0 + \frac{\alpha}{r}\, a b, \qquad
     a \in \mathbb{R}^{m \times r},\ b \in \mathbb{R}^{r \times n}
 
-  where a starts uniform in ±1/√m and b at zero, so that nothing changes at
-  first. Weights of any shape are read as stacks of matrices as GaLore reads
-  them; each matrix of a stack has factors of its own.
+  where a starts uniform in ±1/√m and b at zero, so that the weight is unchanged
+  at first. Weights of any shape are read as stacks of matrices, as by
+  :func:`galore_optax.galore`; each matrix of a stack has its own factors.
 
   Args:
     rank: Rank r (an int), or the fraction of the shorter side (a float).
     alpha: α; the change is multiplied by α / r.
     rules: `(regex, Projection or None)`, as for :func:`galore_optax.galore`:
       the first that is found in a leaf's path decides on its rank and axes,
-      None leaves it without factors. By default every matrix has them that
-      they make smaller, but for embeddings, heads, norms and biases.
-    full: Regular expressions of leaves that are trained as they are. All
-      others without factors are frozen; `("",)` trains all of them.
+      None leaves it without factors. By default a matrix gets factors if they
+      are smaller than the matrix and it is no embedding, head, norm or bias.
+    full: Regular expressions of leaves that are trained at full rank. All
+      other leaves without factors are frozen; `("",)` trains all of them.
     dtype: Dtype of the factors; None for that of the weight.
 
   Returns:
@@ -115,11 +116,11 @@ def qlora(
   dtype: Any = None,
   double_quantization: bool = True,
 ) -> LowRank:
-  """QLoRA: LoRA whose frozen weights are kept in four bits.
+  """QLoRA: LoRA with frozen weights in four bits.
 
-  The weights that have factors are kept in the NormalFloat code, 64 elements
-  to a scale; that is all that is left of them. What has no factors stays as it
-  is.
+  Weights that have factors are quantised to the NormalFloat code, with a scale
+  for every 64 elements. No other copy of them is kept. Leaves without factors
+  are not quantised.
 
   Args:
     rank: See :func:`lora`.
@@ -127,8 +128,8 @@ def qlora(
     rules: See :func:`lora`.
     full: See :func:`lora`.
     dtype: See :func:`lora`.
-    double_quantization: Whether the scales are kept in eight bits: a weight
-      then takes 4.13 bits, and 4.5 otherwise.
+    double_quantization: Whether the scales are quantised to eight bits. A
+      weight then takes 4.13 bits, and 4.5 bits otherwise.
 
   Returns:
     A :class:`galore_optax.baselines.LowRank`.
@@ -145,8 +146,8 @@ def qlora(
     Dettmers et al., `QLoRA: Efficient Finetuning of Quantized LLMs
     <https://arxiv.org/abs/2305.14314>`_, 2023, section 3.
   """
-  kept = "nf4_double" if double_quantization else "nf4"
-  return _make(rank, rules, full, dtype, alpha=alpha, frozen=kept)
+  frozen = "nf4_double" if double_quantization else "nf4"
+  return _make(rank, rules, full, dtype, alpha=alpha, frozen=frozen)
 
 
 def relora(
@@ -159,12 +160,12 @@ def relora(
   pruning: str = "magnitude",
   pruned: float = 0.9,
 ) -> LowRank:
-  """ReLoRA: LoRA that is merged and started anew every so many steps.
+  """ReLoRA: LoRA that merges its factors and restarts every so many steps.
 
-  A sum of changes of rank r is of a higher rank. Call
+  The sum of several changes of rank r has a higher rank. Call
   :meth:`LowRank.restart` every T steps, train with
-  :func:`galore_optax.baselines.jagged_schedule`, and, as the paper does, begin
-  with parameters that were trained at full rank for a while.
+  :func:`galore_optax.baselines.jagged_schedule`, and, as in the paper, start
+  from parameters that were trained at full rank for a while.
 
   Args:
     rank: See :func:`lora`.
@@ -172,9 +173,9 @@ def relora(
     rules: See :func:`lora`.
     full: See :func:`lora`; by default all leaves without factors are trained.
     dtype: See :func:`lora`.
-    pruning: Which of the factors' moments are set to zero at a restart: all
-      but the largest of each matrix (`magnitude`), or at `random`.
-    pruned: The share of them; 1 resets the moments, 0 keeps them.
+    pruning: Which moments of the factors are set to zero at a restart: the
+      smallest ones of each matrix (`magnitude`), or random ones (`random`).
+    pruned: Share of moments that is set to zero: 1 resets all, 0 keeps all.
 
   Returns:
     A :class:`galore_optax.baselines.LowRank`.
@@ -214,16 +215,16 @@ def low_rank(
   dtype: Any = None,
   start: str = "spectral",
 ) -> LowRank:
-  r"""Low-Rank factorisation: W = a b, with nothing beside it.
+  r"""Low-Rank factorisation: replaces each weight by a product, W = a b.
 
   Args:
     rank: See :func:`lora`.
     rules: See :func:`lora`.
     full: See :func:`lora`; by default all leaves without factors are trained.
     dtype: See :func:`lora`.
-    start: `spectral`: the factors stand for the given weight as well as rank r
-      allows, up to what eight steps of subspace iteration find; `random`:
-      normal, their product is as large as the weight. Of a weight of zeros one
+    start: `spectral`: factors of the best approximation of the weight that
+      eight steps of subspace iteration find. `random`: normal factors, whose
+      product has entries as large as the weight's. Of a weight of zeros one
       factor is zero.
 
   Returns:
@@ -238,8 +239,8 @@ def low_rank(
     >>> params = {"kernel": jnp.outer(jnp.arange(1.0, 9.0), jnp.ones(16))}
     >>> method = low_rank(rank=1)
     >>> frozen, adapters = method.init(jax.random.key(0), params)
-    >>> found = method.merge(frozen, adapters)["kernel"]
-    >>> bool(jnp.allclose(found, params["kernel"], atol=1e-4))
+    >>> merged = method.merge(frozen, adapters)["kernel"]
+    >>> bool(jnp.allclose(merged, params["kernel"], atol=1e-4))
     True
 
   References:

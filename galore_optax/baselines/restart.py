@@ -1,4 +1,4 @@
-"""What ReLoRA does to learning rate and moments where it starts anew."""
+"""Restarts of ReLoRA: the learning rate after them, and pruned moments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ PRUNINGS = ("magnitude", "random")
 def jagged_schedule(
   schedule: optax.ScalarOrSchedule, reset_every: int, warmup: int
 ) -> optax.Schedule:
-  r"""A schedule that warms up anew after each restart.
+  r"""A learning-rate schedule with a warm-up after each restart.
 
   At step t of a schedule η, with k = t mod T steps since the last restart,
 
@@ -27,9 +27,9 @@ def jagged_schedule(
     \eta(t) \quad \text{before}
 
   Args:
-    schedule: Learning rate without restarts, with a warm-up of its own.
+    schedule: Learning rate without restarts; its own warm-up, if any, is kept.
     reset_every: Steps T between two restarts.
-    warmup: Steps w in which the learning rate comes back; 0 for at once.
+    warmup: Steps w of each warm-up after a restart; 0 for none.
 
   Returns:
     The schedule.
@@ -46,8 +46,8 @@ def jagged_schedule(
 
   References:
     Lialin et al., `ReLoRA <https://arxiv.org/abs/2307.05695>`_, 2023, section
-    3. There the rate rises to that of the last restart, here to that of the
-    step.
+    3. There a warm-up ends at the learning rate of the restart, here at that
+    of the current step.
   """
   checks.check_positive("reset_every", reset_every)
   if not 0 <= warmup < reset_every:
@@ -66,7 +66,7 @@ def jagged_schedule(
   return rate
 
 
-def thin_out(
+def prune_moments(
   key: jax.Array,
   state: Any,
   is_factors: Callable[[Any], bool],
@@ -75,16 +75,16 @@ def thin_out(
 ) -> Any:
   """Sets most of the moments of factors to zero.
 
-  All moments of an entry go or stay together: a first moment without its
-  second would be divided by epsilon.
+  All moments of an entry are kept or set to zero together: a first moment
+  without its second one would be divided by epsilon.
 
   Args:
     key: Random key for `random`.
     state: An optimizer's state.
     is_factors: Whether a node holds moments of one leaf's factors.
     pruning: `magnitude` keeps the entries of each matrix whose moments have
-      the largest product, `random` any.
-    share: Of the entries, that become zero; 0 for none, 1 for all of them.
+      the largest product, `random` keeps random entries.
+    share: Share of the entries that is set to zero, from 0 to 1.
 
   Returns:
     The state.
@@ -94,71 +94,73 @@ def thin_out(
   flat, treedef = jax.tree_util.tree_flatten_with_path(
     state, is_leaf=is_factors
   )
-  found = [x for _, x in flat]
+  nodes = [x for _, x in flat]
   groups: dict[Any, list[int]] = {}  # nodes of one leaf: its first moment, ...
-  for i, (path, x) in enumerate(flat):
-    # Gradients that are added up are of a step that is still to come.
-    pending = any(getattr(key, "name", "") in moments_lib.SUMS for key in path)
+  for i, (keys, x) in enumerate(flat):
+    # Gradients that are added up belong to a step that is still to come.
+    pending = any(getattr(k, "name", "") in moments_lib.SUMS for k in keys)
     if is_factors(x) and not pending:
-      groups.setdefault(path[-1], []).append(i)
-  for number, places in enumerate(groups.values()):
-    own = jax.random.fold_in(key, number)
-    nodes = _thin_nodes(own, [found[i] for i in places], pruning, share)
-    for i, node in zip(places, nodes, strict=True):
-      found[i] = node
-  return treedef.unflatten(found)
+      groups.setdefault(keys[-1], []).append(i)
+  for number, indices in enumerate(groups.values()):
+    leaf_key = jax.random.fold_in(key, number)
+    group = [nodes[i] for i in indices]
+    pruned = _prune_nodes(leaf_key, group, pruning, share)
+    for i, node in zip(indices, pruned, strict=True):
+      nodes[i] = node
+  return treedef.unflatten(nodes)
 
 
-def _thin_nodes(
+def _prune_nodes(
   key: jax.Array, nodes: list[Any], pruning: str, share: float
 ) -> list[Any]:
-  """The moments of one leaf's factors, factor by factor."""
+  """Prunes the moments of one leaf's factors, factor by factor."""
   parts = [jax.tree.flatten(x, is_leaf=qarray.is_quantized) for x in nodes]
-  thinned = [
-    _thin(jax.random.fold_in(key, i), list(moments), pruning, share)
+  pruned = [
+    _prune(jax.random.fold_in(key, i), list(moments), pruning, share)
     for i, moments in enumerate(zip(*(flat for flat, _ in parts), strict=True))
   ]
   return [
-    treedef.unflatten([moments[i] for moments in thinned])
+    treedef.unflatten([moments[i] for moments in pruned])
     for i, (_, treedef) in enumerate(parts)
   ]
 
 
-def _thin(
+def _prune(
   key: jax.Array, moments: list[Any], pruning: str, share: float
 ) -> list[Any]:
-  """The moments of one factor; those of one shape lose the same entries."""
-  whole = [
+  """Prunes the moments of one factor; equal shapes lose the same entries."""
+  arrays = [
     qarray.dequantize(x) if qarray.is_quantized(x) else x for x in moments
   ]
-  counted = [jnp.issubdtype(x.dtype, jnp.inexact) for x in whole]
-  of_shape: dict[tuple[int, ...], list[jax.Array]] = {}
-  for x, is_moment in zip(whole, counted, strict=True):
+  inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
+  by_shape: dict[tuple[int, ...], list[jax.Array]] = {}
+  for x, is_moment in zip(arrays, inexact, strict=True):
     if is_moment:
-      of_shape.setdefault(x.shape, []).append(x)
+      by_shape.setdefault(x.shape, []).append(x)
   keep = {
-    shape: _kept(key, same, pruning, share) for shape, same in of_shape.items()
+    shape: _keep_mask(key, same, pruning, share)
+    for shape, same in by_shape.items()
   }
-  found = []
-  for x, value, is_moment in zip(moments, whole, counted, strict=True):
+  pruned = []
+  for x, value, is_moment in zip(moments, arrays, inexact, strict=True):
     if is_moment:
       value = jnp.where(keep[value.shape], value, jnp.zeros_like(value))
       x = qarray.requantize(x, value) if qarray.is_quantized(x) else value
-    found.append(x)
-  return found
+    pruned.append(x)
+  return pruned
 
 
-def _kept(
+def _keep_mask(
   key: jax.Array, moments: list[jax.Array], pruning: str, share: float
 ) -> jax.Array:
-  """Which entries of a factor stay."""
+  """Whether each entry of a factor is kept."""
   shape = moments[0].shape
   if share >= 1:
     return jnp.zeros(shape, bool)
   if pruning == "random":
     return jax.random.bernoulli(key, 1 - share, shape)
-  # The logarithm of the product, which itself may be too small for float32.
+  # Logarithms are added, because the product may be too small for float32.
   size = sum(jnp.log(jnp.abs(x).astype(jnp.float32)) for x in moments)
-  axes = tuple(range(max(0, len(shape) - 2), len(shape)))  # matrix by matrix
+  axes = tuple(range(max(0, len(shape) - 2), len(shape)))  # of each matrix
   least = jnp.quantile(size, share, axis=axes, keepdims=True, method="lower")
   return size > least

@@ -1,1 +1,1 @@
-"""What an inner optimizer does, read off its jaxpr."""
+"""What an inner optimizer computes, read off its operations (its jaxpr)."""

@@ -1,10 +1,11 @@
-r"""What an inner optimizer multiplies its direction by at the end.
+r"""Finds the scalar that an inner optimizer multiplies its direction by.
 
 Most optimizers end in a factor that has nothing to do with gradients: the
-learning rate, and the sign of descent. What compares updates with gradients, or
-with updates of other steps, must leave it out: in a warm-up it is zero first
-and then grows quickly. Here it is found: the inner update is traced, and each
-value that depends on gradients is written as a scalar gain times a rest.
+learning rate, and the sign of descent. A comparison of an update with its
+gradient, or with updates of other steps, must leave the factor out: during a
+warm-up it is zero at first and then grows quickly. To find it, the inner update
+is traced, and each value that depends on gradients is written as a scalar, its
+gain, times a rest.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from galore_optax.inner import separate
+from galore_optax.inner import interpreter
 from galore_optax.tree import paths
 
 
@@ -29,9 +30,10 @@ class Factored:
   Attributes:
     gain: A scalar that depends on counters and hyperparameters only; None
       for 1.
-    sign: The gain's: -1 if it came by a minus, as that of descent does, and
-      otherwise taken to be 1, as are learning rates and bias corrections.
-    known: False where no gain can be told apart, and so no sign.
+    sign: Sign of the gain: -1 if it contains a negation, such as that of
+      descent. Otherwise 1, as learning rates and bias corrections are taken to
+      be positive.
+    known: Whether the gain and its sign are known.
     uniform: Whether all entries are known to be equal.
   """
 
@@ -47,8 +49,8 @@ class Free:
 
   Attributes:
     value: The value.
-    scalar: What all its entries are equal to; None if that is not known.
-    sign: The scalar's, as that of a gain.
+    scalar: The number that all its entries are equal to; None if not known.
+    sign: Sign of the scalar, as for a gain.
   """
 
   value: Any
@@ -73,10 +75,10 @@ _POSITIVE = frozenset((
 
 
 class UnknownGainError(ValueError):
-  """The last factor of an inner optimizer's update cannot be told."""
+  """The gain of an inner optimizer's update is not known."""
 
 
-def of_updates(
+def find_gains(
   inner: optax.GradientTransformationExtraArgs,
   updates: Any,
   state: Any,
@@ -84,7 +86,7 @@ def of_updates(
   low: Mapping[str, Any],
   extra_args: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """The gain of an inner update.
+  """The gains of an inner update.
 
   Args:
     inner: The inner optimizer.
@@ -98,23 +100,26 @@ def of_updates(
     Path to gain, a scalar or None for 1, for the projected leaves.
 
   Raises:
-    UnknownGainError: If there may be a gain that cannot be told.
+    UnknownGainError: If a leaf may have a gain that is not known.
   """
-  closed, out = jax.make_jaxpr(
-    lambda g, s, p: inner.update(g, s, p, **extra_args), return_shape=True
-  )(updates, state, params)
   parts: list[_Part] = [
     *(Factored() for _ in jax.tree.leaves(updates)),
     *(
       Factored() if is_moment else _free(x)
       for is_moment, x in zip(
-        separate.moments_of(inner, state), jax.tree.leaves(state), strict=True
+        interpreter.moment_mask(inner, state),
+        jax.tree.leaves(state),
+        strict=True,
       )
     ),
     *map(_free, jax.tree.leaves(params)),
   ]
-  found = _evaluate(closed.jaxpr, closed.consts, parts)
-  new, _ = jax.tree.unflatten(jax.tree.structure(out), found)
+  new, _ = interpreter.interpret(
+    _Rules(),
+    lambda g, s, p: inner.update(g, s, p, **extra_args),
+    (updates, state, params),
+    parts,
+  )
   gains = {}
   for path, part in paths.leaves_by_path(new).items():
     if path in low:
@@ -131,60 +136,51 @@ def _free(x: Any) -> Free:
   return Free(x, x, -1 if plain and x < 0 else 1)
 
 
-def _evaluate(
-  jaxpr: core.Jaxpr, consts: Sequence[Any], parts: Sequence[_Part]
-) -> list[_Part]:
-  """The parts of a jaxpr's outputs, given those of its inputs."""
-  env: dict[Any, _Part] = dict(zip(jaxpr.invars, parts, strict=True))
-  env |= {v: _free(x) for v, x in zip(jaxpr.constvars, consts, strict=True)}
+class _Rules(interpreter.Rules[_Part]):
+  """Writes each value that depends on gradients as a gain times a rest."""
 
-  def read(atom: Any) -> _Part:
-    return _free(atom.val) if isinstance(atom, core.Literal) else env[atom]
+  def constant(self, x: Any) -> _Part:
+    return _free(x)
 
-  for eqn in jaxpr.eqns:
-    found = _equation(eqn, [read(atom) for atom in eqn.invars])
-    env |= dict(zip(eqn.outvars, found, strict=True))
-  return [read(atom) for atom in jaxpr.outvars]
+  def is_known(self, value: _Part) -> bool:
+    return isinstance(value, Free)
 
+  def known(self, eqn: core.JaxprEqn, values: list[_Part]) -> list[_Part]:
+    return _bind(eqn, [x for x in values if isinstance(x, Free)])
 
-def _equation(eqn: core.JaxprEqn, parts: list[_Part]) -> list[_Part]:
-  """The parts of one operation's outputs."""
-  name = eqn.primitive.name
-  if name in separate.CALLS:
-    return _evaluate(*separate.body(eqn), parts)
-  free = [x for x in parts if isinstance(x, Free)]
-  if len(free) == len(parts):
-    return _bind(eqn, free)
-  if name == "cond":
-    branches = [
-      _evaluate(branch.jaxpr, branch.consts, parts[1:])
-      for branch in eqn.params["branches"]
-    ]
-    outcomes = zip(*branches, strict=True)
-    return [_one_of(parts[0], outcome) for outcome in outcomes]
-  part = _operation(eqn, parts)
-  if not isinstance(part, Factored):
-    return [part]
-  avals: list[Any] = [var.aval for var in eqn.outvars]
-  shapes = [aval.shape for aval in avals]
-  return [_shaped(eqn, parts, part, shape) for shape in shapes]
+  def operation(self, eqn: core.JaxprEqn, values: list[_Part]) -> list[_Part]:
+    part = _operation(eqn, values)
+    if not isinstance(part, Factored):
+      return [part]
+    avals: list[Any] = [var.aval for var in eqn.outvars]
+    return [_shaped(eqn, values, part, aval.shape) for aval in avals]
+
+  def selects(self, index: _Part) -> bool:
+    del index
+    return True
+
+  def select(self, index: _Part, outcomes: Sequence[_Part], aval: Any) -> _Part:
+    del aval
+    return _one_of(index, outcomes)
 
 
 def _shaped(
   eqn: core.JaxprEqn, parts: list[_Part], part: Factored, shape: tuple
 ) -> Factored:
-  """A result, with what is known of its entries."""
-  spread = eqn.primitive.name == "broadcast_in_dim"
-  uniform = shape == () or (spread and getattr(parts[0], "uniform", False))
+  """A result, marked as uniform if all its entries are known to be equal."""
+  is_broadcast = eqn.primitive.name == "broadcast_in_dim"
+  uniform = shape == () or (
+    is_broadcast and getattr(parts[0], "uniform", False)
+  )
   return dataclasses.replace(part, uniform=uniform)
 
 
 def _operation(eqn: core.JaxprEqn, parts: list[_Part]) -> _Part:
-  """One operation of which at least one operand depends on gradients."""
+  """The result of an operation with an operand that depends on gradients."""
   name = eqn.primitive.name
   factored = [x for x in parts if isinstance(x, Factored)]
   even = name == "integer_pow" and eqn.params["y"] % 2 == 0
-  if even or name in _POSITIVE or _is_code(eqn):
+  if even or name in _POSITIVE or _is_discrete(eqn):
     return Factored()
   if name == "mul" and eqn.invars[0] is eqn.invars[1]:
     return Factored()
@@ -202,16 +198,16 @@ def _operation(eqn: core.JaxprEqn, parts: list[_Part]) -> _Part:
     return _sum(parts)
   if name == "select_n":
     return _one_of(parts[0], parts[1:])
-  return _mixed(factored)
+  return _direction(factored)
 
 
-def _is_code(eqn: core.JaxprEqn) -> bool:
-  """Whether a result is a number of something, not a size."""
+def _is_discrete(eqn: core.JaxprEqn) -> bool:
+  """Whether a result is an index, a code or a truth value."""
   return not jnp.issubdtype(jnp.result_type(eqn.outvars[0].aval), jnp.inexact)
 
 
-def _mixed(parts: Sequence[Factored]) -> Factored:
-  """A new direction, of which factors on the way to it are a part."""
+def _direction(parts: Sequence[Factored]) -> Factored:
+  """A new direction, which absorbs the gains of what it is made of."""
   if all(x.known and x.sign > 0 for x in parts):
     return Factored()
   return _UNKNOWN
@@ -222,31 +218,36 @@ def _product(parts: Sequence[_Part], op: Callable) -> Factored:
   if isinstance(a, Factored) and isinstance(b, Factored):
     if op is operator.mul and a.uniform:
       a, b = b, a
-    # Clipped by its norm, say; and not divided by a second moment.
-    return a if b.uniform and b.gain is None else _mixed([a, b])
+    # A uniform factor without a gain clips a direction by its norm, say. It is
+    # no division by a second moment, which makes a new direction.
+    return a if b.uniform and b.gain is None else _direction([a, b])
   if isinstance(a, Factored) and isinstance(b, Free):
-    # What differs from entry to entry belongs to the direction.
+    # A factor that differs from entry to entry belongs to the direction.
     return a if b.scalar is None else _times(a, b, op)
   if isinstance(a, Free) and isinstance(b, Factored):
     if op is operator.truediv:
-      return _mixed([b])
+      return _direction([b])
     return b if a.scalar is None else _times(b, a, op)
   return _UNKNOWN
 
 
 def _times(part: Factored, other: Free, op: Callable) -> Factored:
+  """A value multiplied (or divided) by a scalar, which joins its gain."""
   gain = op(1.0 if part.gain is None else part.gain, other.scalar)
   return Factored(gain, part.sign * other.sign)
 
 
 def _sum(parts: Sequence[_Part]) -> Factored:
-  """A running mean, say, unless gradients are in one summand alone."""
+  """A sum: a new direction if several terms depend on gradients.
+
+  A running mean is an example. One such term alone keeps its gain.
+  """
   factored = [x for x in parts if isinstance(x, Factored)]
-  return factored[0] if len(factored) == 1 else _mixed(factored)
+  return factored[0] if len(factored) == 1 else _direction(factored)
 
 
 def _one_of(index: _Part, parts: Sequence[_Part]) -> _Part:
-  """A value that is one of several."""
+  """The value of an array that is one of several."""
   free = [x.value for x in parts if isinstance(x, Free)]
   if isinstance(index, Free) and len(free) == len(parts):
     which = jnp.clip(index.value, 0, len(free) - 1).astype(jnp.int32)
@@ -260,18 +261,18 @@ def _one_of(index: _Part, parts: Sequence[_Part]) -> _Part:
   if all(x.gain is first for x in factored):
     return Factored(first, factored[0].sign)
   if isinstance(index, Factored) and len({x.sign for x in factored}) == 2:
-    # A magnitude that is given its sign, as codes of 8 bits are.
+    # A magnitude is given its sign, for instance in reading 8-bit codes.
     return Factored()
-  return _mixed(factored)
+  return _direction(factored)
 
 
 def _bind(eqn: core.JaxprEqn, parts: Sequence[Free]) -> list[_Part]:
-  """Carries an operation on values without gradients out."""
+  """Carries out an operation on values that do not depend on gradients."""
   name = eqn.primitive.name
-  found = separate.bind(eqn, [x.value for x in parts])
+  results = interpreter.bind(eqn, [x.value for x in parts])
   if name in ("broadcast_in_dim", "reshape", "copy", "convert_element_type"):
-    return [Free(x, parts[0].scalar, parts[0].sign) for x in found]
+    return [Free(x, parts[0].scalar, parts[0].sign) for x in results]
   signs = {"neg": lambda: -parts[0].sign}
   signs |= dict.fromkeys(("mul", "div"), lambda: parts[0].sign * parts[1].sign)
   sign = signs.get(name, lambda: 1)()
-  return [Free(x, None if jnp.ndim(x) else x, sign) for x in found]
+  return [Free(x, None if jnp.ndim(x) else x, sign) for x in results]

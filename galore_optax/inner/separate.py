@@ -1,11 +1,12 @@
-r"""What an inner optimizer's update owes to the parameters alone.
+r"""Splits an inner optimizer's update into a gradient and a parameter term.
 
 Decoupled weight decay must act on the full weights W, while the inner optimizer
-runs on low-rank gradients R. Where its update is separable, :math:`u(R, s, W) =
-f(R, s) + h(W)`, both are exact: f runs in the subspace and h on W. Here h is
-found: the inner update is traced at full shapes, every intermediate value is
-classified by what it depends on, and only the operations of h are carried out.
-Nothing is assumed of the optimizer beyond what its own operations say.
+runs on low-rank gradients R. Where its update is a sum :math:`u(R, s, W) = f(R,
+s) + h(W)`, both terms are exact: f runs in the subspace and h, the parameter
+term, on W. To find h, the inner update is traced at full shapes, every
+intermediate value is classified by what it depends on, and only the operations
+of h are carried out. Nothing is assumed about the optimizer other than what its
+own operations say.
 """
 
 import dataclasses
@@ -18,25 +19,26 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
+from galore_optax.inner import interpreter
 from galore_optax.tree import paths
 
 
 class Kind(enum.Enum):
-  """What a value depends on besides counters and constants."""
+  """What a value depends on, apart from counters and constants."""
 
   FREE = enum.auto()  # nothing else
   GRADIENT = enum.auto()  # gradients or moments
-  PARAMS = enum.auto()  # parameters, and the value is 0 where they are
+  PARAMS = enum.auto()  # parameters, and the value is 0 if they are
   SUM = enum.auto()  # a sum of a value of PARAMS and one of the kinds above
   COUPLED = enum.auto()  # anything else
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A value's kind, and its summand that depends on the parameters.
+  """A value's kind, and its term that depends on the parameters.
 
-  `value` is the value itself if it is FREE or of PARAMS, the summand h of a
-  SUM, and None otherwise.
+  `value` is the value itself if it is FREE or of PARAMS, the term h of a SUM,
+  and None otherwise.
   """
 
   kind: Kind
@@ -54,11 +56,6 @@ _LINEAR = frozenset((
   "real", "reduce_precision", "reduce_sum", "reshape", "rev",
   "sharding_constraint", "slice", "squeeze", "sub", "transpose",
 ))  # fmt: skip
-# Calls whose operands are those of the jaxpr they hold.
-CALLS = frozenset((
-  "checkpoint", "closed_call", "core_call", "custom_jvp_call",
-  "custom_vjp_call", "jit", "pjit", "remat", "remat2",
-))  # fmt: skip
 # Not linear but 0 at 0, so that f(R, s) + h(0) is f(R, s).
 _ZERO_AT_ZERO = frozenset((
   "abs", "integer_pow", "max", "min", "sign", "sqrt", "square",
@@ -66,21 +63,21 @@ _ZERO_AT_ZERO = frozenset((
 
 
 class CoupledError(ValueError):
-  """The update of an inner optimizer does not separate."""
+  """The update of an inner optimizer is not a sum of the two terms."""
 
 
-def of_params(
+def param_term(
   inner: optax.GradientTransformationExtraArgs,
   state: Any,
   params: Any,
   low: Mapping[str, Any],
   extra_args: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
-  """The summand h(W) of an inner update, on the full parameters.
+  """The parameter term h(W) of an inner update, at full size.
 
   Args:
     inner: The inner optimizer.
-    state: Its state, whose counters and hyperparameters h may depend on.
+    state: Its state, on whose counters and hyperparameters h may depend.
     params: The full parameters W.
     low: Mapping whose keys are the paths of the projected leaves.
     extra_args: Extra arguments of the update.
@@ -95,9 +92,6 @@ def of_params(
   """
   state, moments = _full_size(inner, state, params)
   grads = jax.tree.map(_abstract, params)
-  closed, out = jax.make_jaxpr(
-    lambda g, s, p: inner.update(g, s, p, **extra_args), return_shape=True
-  )(grads, state, params)
   parts = [
     *(_GRADIENT for _ in jax.tree.leaves(grads)),
     *(
@@ -106,21 +100,25 @@ def of_params(
     ),
     *(Part(Kind.PARAMS, x) for x in jax.tree.leaves(params)),
   ]
-  parts = _evaluate(closed.jaxpr, closed.consts, parts)
-  updates, new_state = jax.tree.unflatten(jax.tree.structure(out), parts)
-  found = _summands(updates, low)
-  if found:
-    _check_state(inner, _initial(inner, params), low)
+  updates, new_state = interpreter.interpret(
+    _Rules(),
+    lambda g, s, p: inner.update(g, s, p, **extra_args),
+    (grads, state, params),
+    parts,
+  )
+  terms = _terms_of_params(updates, low)
+  if terms:
+    _check_state(inner, _initial_parts(inner, params), low)
   _check_state(inner, new_state, low)
-  return found
+  return terms
 
 
-def check_initial(
+def check_initial_state(
   inner: optax.GradientTransformationExtraArgs,
   params: Any,
   low: Mapping[str, Any],
 ) -> None:
-  """Sees that the state of an inner optimizer does not begin with parameters.
+  """Raises if the initial state of an inner optimizer depends on parameters.
 
   Args:
     inner: The inner optimizer.
@@ -131,15 +129,15 @@ def check_initial(
     CoupledError: If the state that is kept for a projected leaf, or for all,
       depends on the parameters, as that of schedule-free optimizers does.
   """
-  _check_state(inner, _initial(inner, params), low)
+  _check_state(inner, _initial_parts(inner, params), low)
 
 
-def _initial(inner: optax.GradientTransformationExtraArgs, params: Any) -> Any:
-  """The state that `init` makes, as parts."""
-  closed, out = jax.make_jaxpr(inner.init, return_shape=True)(params)
+def _initial_parts(
+  inner: optax.GradientTransformationExtraArgs, params: Any
+) -> Any:
+  """The state that `init` makes, with a part for each array."""
   parts = [Part(Kind.PARAMS, x) for x in jax.tree.leaves(params)]
-  parts = _evaluate(closed.jaxpr, closed.consts, parts)
-  return jax.tree.unflatten(jax.tree.structure(out), parts)
+  return interpreter.interpret(_Rules(), inner.init, (params,), parts)
 
 
 def _full_size(
@@ -147,34 +145,26 @@ def _full_size(
 ) -> tuple[Any, list[bool]]:
   """The state with abstract moments of the parameters' shapes.
 
-  Also says of each leaf whether it is a moment; counters stay as they are.
+  Counters stay as they are. Also returns whether each leaf is a moment.
   """
   full = jax.eval_shape(inner.init, params)
-  moments, live_moments = moments_of(inner, full), moments_of(inner, state)
-  # A large leaf's moments may be kept otherwise than those of its projection,
-  # such as in codes: only what is no moment corresponds.
-  live = jax.tree.leaves(state)
-  counters = [
-    x for x, is_moment in zip(live, live_moments, strict=True) if not is_moment
-  ]
+  moments = interpreter.moment_mask(inner, full)
+  low_moments = interpreter.moment_mask(inner, state)
+  # The two states need not have the same moments: those of a large leaf may be
+  # kept as codes, and those of its projection not. Only the rest corresponds.
+  counters = iter(
+    [
+      x
+      for x, is_moment in zip(jax.tree.leaves(state), low_moments, strict=True)
+      if not is_moment
+    ]
+  )
   leaves, treedef = jax.tree.flatten(full)
-  rest = iter(counters)
   state = treedef.unflatten(
-    x if is_moment else next(rest)
+    x if is_moment else next(counters)
     for x, is_moment in zip(leaves, moments, strict=True)
   )
   return state, moments
-
-
-def moments_of(
-  inner: optax.GradientTransformationExtraArgs, state: Any
-) -> list[bool]:
-  """Of each leaf of a state, whether it is a moment."""
-  return jax.tree.leaves(
-    optax.tree.map_params(
-      inner.init, lambda _: True, state, transform_non_params=lambda _: False
-    )
-  )
 
 
 def _abstract(x: jax.typing.ArrayLike) -> jax.ShapeDtypeStruct:
@@ -208,59 +198,61 @@ def _check_state(
   )
 
 
-def _summands(updates: Any, low: Mapping[str, Any]) -> dict[str, jax.Array]:
-  found = {
+def _terms_of_params(
+  updates: Any, low: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+  """Path to the parameter term of each projected leaf's update."""
+  parts = {
     path: part
     for path, part in paths.leaves_by_path(updates).items()
     if path in low
   }
-  for path, part in found.items():
+  for path, part in parts.items():
     if part.kind is Kind.COUPLED:
       raise CoupledError(
         f"the update of {path!r} mixes gradients and parameters"
       )
-  return {p: x.value for p, x in found.items() if x.kind in _OF_PARAMS}
+  return {p: x.value for p, x in parts.items() if x.kind in _OF_PARAMS}
 
 
-def _evaluate(
-  jaxpr: core.Jaxpr, consts: Sequence[Any], parts: Sequence[Part]
-) -> list[Part]:
-  """The parts of a jaxpr's outputs, given those of its inputs."""
-  env = dict(zip(jaxpr.invars, parts, strict=True))
-  env |= {
-    var: Part(Kind.FREE, x)
-    for var, x in zip(jaxpr.constvars, consts, strict=True)
-  }
+class _Rules(interpreter.Rules[Part]):
+  """Classifies values by what they depend on, and computes their h."""
 
-  def read(atom: Any) -> Part:
-    if isinstance(atom, core.Literal):
-      return Part(Kind.FREE, atom.val)
-    return env[atom]
+  def constant(self, x: Any) -> Part:
+    return Part(Kind.FREE, x)
 
-  for eqn in jaxpr.eqns:
-    found = _equation(eqn, [read(atom) for atom in eqn.invars])
-    env |= dict(zip(eqn.outvars, found, strict=True))
-  return [read(atom) for atom in jaxpr.outvars]
+  def is_known(self, value: Part) -> bool:
+    return value.kind is Kind.FREE
 
+  def known(self, eqn: core.JaxprEqn, values: list[Part]) -> list[Part]:
+    return _bind(eqn, [part.value for part in values], Kind.FREE)
 
-def _equation(eqn: core.JaxprEqn, parts: list[Part]) -> list[Part]:
-  """The parts of one operation's outputs."""
-  kinds = {part.kind for part in parts}
-  if eqn.primitive.name in CALLS:
-    return _evaluate(*body(eqn), parts)
-  if kinds <= {Kind.FREE}:
-    return _bind(eqn, [part.value for part in parts], Kind.FREE)
-  if eqn.primitive.name == "cond" and parts[0].kind is Kind.FREE:
-    return _cond(eqn, parts)
-  if kinds <= {Kind.FREE, Kind.GRADIENT}:
-    return [_GRADIENT] * len(eqn.outvars)
-  if Kind.COUPLED in kinds:
-    return [_COUPLED] * len(eqn.outvars)
-  return _of_params(eqn, parts)
+  def operation(self, eqn: core.JaxprEqn, values: list[Part]) -> list[Part]:
+    kinds = {part.kind for part in values}
+    if kinds <= {Kind.FREE, Kind.GRADIENT}:
+      return [_GRADIENT] * len(eqn.outvars)
+    if Kind.COUPLED in kinds:
+      return [_COUPLED] * len(eqn.outvars)
+    return _of_params(eqn, values)
+
+  def selects(self, index: Part) -> bool:
+    return index.kind is Kind.FREE
+
+  def select(self, index: Part, outcomes: Sequence[Part], aval: Any) -> Part:
+    """Takes the same branch of both terms, by a counter."""
+    kind = _join({part.kind for part in outcomes})
+    if kind in (Kind.GRADIENT, Kind.COUPLED):
+      return Part(kind)
+    keep = (Kind.FREE,) if kind is Kind.FREE else _OF_PARAMS
+    values = [
+      part.value if part.kind in keep else _zeros(aval) for part in outcomes
+    ]
+    which = jnp.clip(index.value, 0, len(values) - 1).astype(jnp.int32)
+    return Part(kind, jax.lax.select_n(which, *map(jnp.asarray, values)))
 
 
 def _of_params(eqn: core.JaxprEqn, parts: list[Part]) -> list[Part]:
-  """One operation of which at least one operand depends on parameters."""
+  """The results of an operation with an operand that depends on parameters."""
   name = eqn.primitive.name
   values = [part.value for part in parts]
   first, *rest = (part.kind for part in parts)
@@ -281,7 +273,7 @@ def _of_params(eqn: core.JaxprEqn, parts: list[Part]) -> list[Part]:
 def _linear(
   eqn: core.JaxprEqn, parts: list[Part], fixed: int = 0
 ) -> list[Part]:
-  """An operation linear in its operands but the first `fixed` ones."""
+  """An operation that is linear in all operands after the first `fixed`."""
   values = [part.value for part in parts[:fixed]]
   for atom, part in zip(eqn.invars[fixed:], parts[fixed:], strict=True):
     values.append(part.value if part.kind in _OF_PARAMS else _zeros(atom.aval))
@@ -289,36 +281,8 @@ def _linear(
   return _bind(eqn, values, Kind.PARAMS if alone else Kind.SUM)
 
 
-def _cond(eqn: core.JaxprEqn, parts: list[Part]) -> list[Part]:
-  """A branch on counters: the same branch of every summand."""
-  index, operands = parts[0].value, parts[1:]
-  branches = [
-    _evaluate(branch.jaxpr, branch.consts, operands)
-    for branch in eqn.params["branches"]
-  ]
-  return [
-    _select(index, outcomes, var.aval)
-    for outcomes, var in zip(
-      zip(*branches, strict=True), eqn.outvars, strict=True
-    )
-  ]
-
-
-def _select(index: Any, outcomes: Sequence[Part], aval: Any) -> Part:
-  """The part of a value that is one of several, by a counter."""
-  kind = _join({part.kind for part in outcomes})
-  if kind in (Kind.GRADIENT, Kind.COUPLED):
-    return Part(kind)
-  keep = (Kind.FREE,) if kind is Kind.FREE else _OF_PARAMS
-  values = [
-    part.value if part.kind in keep else _zeros(aval) for part in outcomes
-  ]
-  index = jnp.clip(index, 0, len(values) - 1).astype(jnp.int32)
-  return Part(kind, jax.lax.select_n(index, *map(jnp.asarray, values)))
-
-
 def _join(kinds: set[Kind]) -> Kind:
-  """The kind of a value that is of one of these kinds."""
+  """The kind of a value that may be of any of these kinds."""
   if len(kinds) == 1:
     return next(iter(kinds))
   if Kind.COUPLED in kinds:
@@ -327,21 +291,7 @@ def _join(kinds: set[Kind]) -> Kind:
 
 
 def _bind(eqn: core.JaxprEqn, values: Sequence[Any], kind: Kind) -> list[Part]:
-  return [Part(kind, x) for x in bind(eqn, values)]
-
-
-def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-  """Carries an operation out."""
-  out = eqn.primitive.bind(*values, **eqn.params)
-  return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
-  """The operations inside a call."""
-  body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-  if isinstance(body, core.ClosedJaxpr):
-    return body.jaxpr, body.consts
-  return body, ()
+  return [Part(kind, x) for x in interpreter.bind(eqn, values)]
 
 
 def _zeros(aval: Any) -> jax.Array:

@@ -78,7 +78,9 @@ class _LDAdam:
   ) -> tuple[optax.Updates, LDAdamState]:
     """GaLore's update of gradient and error, and the new error."""
     leaves = paths.leaves_by_path(updates)
-    sites = self.plan.bound(leaves, state.galore.projector)
+    sites = self.plan.sites_from_bases(
+      leaves, projection.basis_shapes(state.galore.projector)
+    )
     old = state.galore
     before = {path: projection.read(old.projector[path]) for path in sites}
     # Full-size matrices: the gradient with the error, and momentum.
@@ -148,7 +150,7 @@ class _LDAdam:
       jnp.result_type(like), jnp.float32
     )
     zeros = jnp.zeros(jnp.shape(like), dtype)
-    return sharding.place(zeros, like, lambda spec: spec)
+    return sharding.shard_like(zeros, like, lambda spec: spec)
 
 
 def _whole(site: plan_lib.Site, grad: jax.Array, error: Any) -> jax.Array:

@@ -188,9 +188,9 @@ def _zeros(like: Any, kind: str, min_size: int) -> Any:
   if not shape or math.prod(shape) < min_size or is_complex:
     is_mean = is_complex and kind == "dynamic"
     zeros = jnp.zeros(shape, jnp.complex64 if is_mean else jnp.float32)
-    return sharding.place(zeros, like, lambda spec: spec)
+    return sharding.shard_like(zeros, like, lambda spec: spec)
   q = qarray.zeros(shape, kind)
-  return sharding.place_quantized(q, like, lambda spec: spec)
+  return sharding.shard_quantized_like(q, like, lambda spec: spec)
 
 
 def _read(moment: Any) -> jax.Array:
@@ -198,7 +198,7 @@ def _read(moment: Any) -> jax.Array:
     return moment
   x = qarray.dequantize(moment)
   if moment.kind == "unsigned_dynamic":
-    x = jnp.maximum(x, qarray.spread_scale(moment) * _LEAST)
+    x = jnp.maximum(x, qarray.elementwise_scale(moment) * _LEAST)
   return x
 
 

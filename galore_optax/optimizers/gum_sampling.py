@@ -21,8 +21,8 @@ import optax
 
 from galore_optax import linalg
 from galore_optax._galore import LAYER_ARG, GaLoreState
-from galore_optax.subspace import moments, projection, slices
-from galore_optax.tree import matrix_view, paths, sharding, split
+from galore_optax.subspace import moments, projection
+from galore_optax.tree import matrix_view, paths, sharding, slices, split
 from galore_optax.tree import plan as plan_lib
 
 # Extra argument of the inner `update`: path to the weight of what is projected.
@@ -114,7 +114,11 @@ class Sampled:
     if split.is_placeholder(params):
       return GumState(state, 0, 0)
     leaves = paths.leaves_by_path(params)
-    families = _families(self.plan.bound(leaves, state.projector))
+    families = _families(
+      self.plan.sites_from_bases(
+        leaves, projection.basis_shapes(state.projector)
+      )
+    )
     alone = [family.path for family in families if family.count == 1]
     if alone:
       for family in families:
@@ -145,7 +149,9 @@ class Sampled:
     if LAYER_ARG in extra_args:
       raise ValueError(_LAYERWISE)
     leaves = paths.leaves_by_path(updates)
-    sites = self.plan.bound(leaves, state.galore.projector)
+    sites = self.plan.sites_from_bases(
+      leaves, projection.basis_shapes(state.galore.projector)
+    )
     families = _families(sites)
     gap = jnp.maximum(jnp.asarray(self.gap).astype(jnp.int32), 1)
     period, begun = jnp.divmod(state.galore.step, gap)
@@ -188,7 +194,7 @@ class Sampled:
     like = [jnp.result_type(leaves[site.path]) for site in family.sites]
     dtype = self.state_dtype or jnp.result_type(jnp.float32, *like)
     zeros = jnp.zeros((size, site.view.m, site.view.n), dtype)
-    return sharding.place_divisible(
+    return sharding.shard_divisible_like(
       zeros,
       leaves[site.path],
       lambda spec: (None, *site.view.spec(spec)[-2:]),
@@ -255,12 +261,14 @@ def _number_of(sampled: Any, count: int) -> int:
 def _restarted(state: GaLoreState, begins: jax.Array) -> GaLoreState:
   """The low-rank branch, without its momentum where a period begins."""
   start = lambda x: jnp.where(begins, jnp.zeros_like(x), x)
-  found = moments.of_state(state.inner_state)
+  found = moments.find_moments(state.inner_state)
   none = {
     place: {path: start(x) for path, x in tree.low.items()}
     for place, (_, tree) in found.items()
   }
-  return state._replace(inner_state=moments.update_low(state.inner_state, none))
+  return state._replace(
+    inner_state=moments.replace_moments(state.inner_state, none)
+  )
 
 
 def _read(
@@ -275,9 +283,7 @@ def _read(
     bases = projection.read(kept[site.path])
     grad = site.view.as_matrix(leaves[site.path])
     wide = jnp.promote_types(grad.dtype, jnp.float32)
-    at = lambda x: jax.lax.dynamic_index_in_dim(
-      slices.flat(x), i, keepdims=False
-    )
+    at = lambda x: slices.take(slices.flat(x), i)
     return at(grad).astype(wide), jax.tree.map(at, bases)
 
   first = np.asarray(family.first[:-1], np.int32)
@@ -319,25 +325,9 @@ def _placed(
   for site, first in zip(family.sites, family.first, strict=False):
     old = site.view.as_matrix(updates[site.path])
     own = (site.scale * found).astype(old.dtype)
-    new = _put(slices.flat(old), held - first, own)
+    new = slices.put_many(slices.flat(old), own, held - first)
     done[site.path] = site.view.from_matrix(new.reshape(old.shape))
   return done
-
-
-def _put(stack: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
-  """A stack with some of its matrices replaced; places may be outside."""
-  inside = (places >= 0) & (places < len(stack))
-  if len(stack) == 1:
-    mine = jax.lax.dynamic_index_in_dim(new, jnp.argmax(inside))
-    return jnp.where(inside.any(), mine, stack)
-  places = jnp.clip(places, 0, len(stack) - 1)
-
-  def one(slot: jax.Array, stack: jax.Array) -> jax.Array:
-    old = jax.lax.dynamic_index_in_dim(stack, places[slot], keepdims=False)
-    own = jnp.where(inside[slot], new[slot], old)
-    return jax.lax.dynamic_update_index_in_dim(stack, own, places[slot], 0)
-
-  return jax.lax.fori_loop(0, len(new), one, stack)
 
 
 def weighed() -> optax.GradientTransformationExtraArgs:

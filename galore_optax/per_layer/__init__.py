@@ -1,1 +1,1 @@
-"""Updates inside the backward pass, one layer at a time."""
+"""Updates the weights inside the backward pass, one layer at a time."""

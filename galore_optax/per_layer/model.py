@@ -1,4 +1,4 @@
-"""A model as a stack of equal layers between two ends."""
+"""Describes a model as a stack of equal layers between two ends."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,22 +13,22 @@ from galore_optax.tree import paths
 
 
 class Layered(NamedTuple):
-  """A model as a stack of equal layers between two ends: pure functions.
+  """A model as a stack of equal layers between two ends, by pure functions.
 
   Attributes:
-    first: `(params, batch) -> x`, what goes into the first layer; any pytree.
+    first: `(params, batch) -> x`, the input of the first layer; any pytree.
     layer: `(layer_params, x) -> x`, one layer.
     last: `(params, x, batch) -> loss`, a scalar, or `(loss, aux)` if `has_aux`.
-    key: Where the layers' parameters are in the parameters, a dict: stacked,
-      with a leading layer axis on every leaf. `first` and `last` get the
-      parameters without them.
-    first_keys: The other entries of the parameters that `first` is given; None
-      for all. What it is not given is updated before the layers, which frees
-      its gradient early.
-    last_keys: Those that `last` is given; None for all. What it is not given
-      has no gradient before the layers are done.
-    has_aux: Whether `last` returns something beside the loss, which is then in
-      the metrics of a step as `aux`.
+    key: Entry of the parameters, a dict, that holds the parameters of the
+      layers. They are stacked: every leaf has a leading layer axis. `first` and
+      `last` get the parameters without this entry.
+    first_keys: The other entries of the parameters that `first` gets; None for
+      all. Entries it does not get are updated before the layers, which frees
+      the memory of their gradients early.
+    last_keys: The other entries that `last` gets; None for all. Entries it does
+      not get have no gradient until all layers are done.
+    has_aux: Whether `last` returns an auxiliary value with the loss. It is then
+      in the metrics of a step as `aux`.
 
   Example:
     >>> toy = Layered(
@@ -52,14 +52,14 @@ class Layered(NamedTuple):
     """The loss as one differentiable function, for a usual step.
 
     Args:
-      params: Parameters, layers stacked, or a list of single layers: then the
-        gradients are single layers too, and a compiler is free to update each
-        as soon as it is there.
-      batch: What `first` and `last` take.
+      params: Parameters with stacked layers, or with a list of single layers.
+        Gradients have the same structure. From a list, a compiler may update
+        each layer as soon as its gradient is known.
+      batch: The batch that `first` and `last` take.
       dtype: Dtype in which quantised weights are read.
 
     Returns:
-      What `last` returns.
+      The value of `last`.
     """
     read: Any = functools.partial(
       quantized_params.dequantize_params, dtype=dtype
@@ -76,29 +76,29 @@ class Layered(NamedTuple):
     return self.last(self.upper(read(ends)), x, batch)
 
   def ends(self, params: Any) -> dict:
-    """The parameters that are in no layer."""
+    """The parameters outside of the layers."""
     return {k: v for k, v in params.items() if k != self.key}
 
   def lower(self, ends: Mapping[str, Any]) -> dict:
-    """Those of them that `first` is given."""
+    """The parameters outside of the layers that `first` gets."""
     keys = ends if self.first_keys is None else self.first_keys
     return {k: ends[k] for k in keys}
 
   def upper(self, ends: Mapping[str, Any]) -> dict:
-    """Those of them that `last` is given."""
+    """The parameters outside of the layers that `last` gets."""
     keys = ends if self.last_keys is None else self.last_keys
     return {k: ends[k] for k in keys}
 
 
 def unstack(params: Any, key: str = "layers") -> Any:
-  """Parameters with a list of single layers in place of the stack.
+  """Splits stacked layers into a list of single layers.
 
   Args:
     params: A dict whose entry `key` has a leading layer axis on every leaf.
-    key: The entry.
+    key: Name of the entry.
 
   Returns:
-    The dict with a list of trees there.
+    The dict, with a list of trees as that entry.
 
   Example:
     >>> len(unstack({"layers": {"w": jnp.ones((3, 4, 4))}})["layers"])
@@ -115,38 +115,39 @@ def stack(params: Any, key: str = "layers") -> Any:
 
   Args:
     params: A dict whose entry `key` is a list of equal trees.
-    key: The entry.
+    key: Name of the entry.
 
   Returns:
-    The dict with one tree there, with a leading axis on every leaf.
+    The dict, with one tree as that entry that has a leading layer axis on every
+    leaf.
   """
   layers = jax.tree.map(lambda *x: jnp.stack(x), *params[key])
   return {**params, key: layers}
 
 
 def _check_keys(model: Layered, params: Mapping[str, Any]) -> None:
-  """Raises unless what the ends are given is in the parameters."""
+  """Raises unless `first_keys` and `last_keys` fit the parameters."""
   ends = [k for k in params if k != model.key]
   for name in ("first_keys", "last_keys"):
     for key in getattr(model, name) or ():
       if key not in ends:
         raise ValueError(
-          f"`{name}` names {key!r}, which is no entry of the parameters "
+          f"`{name}` names {key!r}, which is not an entry of the parameters "
           f"outside of the layers; those are {', '.join(map(repr, ends))}."
         )
   if model.first_keys is not None and model.last_keys is not None:
-    idle = [k for k in ends if k not in (*model.first_keys, *model.last_keys)]
-    if idle:
+    unused = [k for k in ends if k not in (*model.first_keys, *model.last_keys)]
+    if unused:
       raise ValueError(
-        f"The entry {idle[0]!r} of the parameters is in neither `first_keys` "
+        f"The entry {unused[0]!r} of the parameters is in neither `first_keys` "
         "nor `last_keys`; name it in the one whose function reads it."
       )
 
 
 def _is_list_of_layers(layers: Any) -> bool:
-  """Whether these are single layers, such as `unstack` makes: a list of equals.
+  """Whether this is a list of equal layers, as :func:`unstack` makes.
 
-  A tuple is a stack whose layers have several parts.
+  A tuple is not: it is a stack whose layers have several parts.
   """
   if not isinstance(layers, list):
     return False
@@ -156,8 +157,13 @@ def _is_list_of_layers(layers: Any) -> bool:
 
 
 def check_layers(model: Layered, params: Any) -> None:
-  """Raises unless the parameters hold a stack of layers."""
-  # Of another Mapping the updates, plain dicts, would not be those.
+  """Raises unless the parameters are a dict with a stack of layers.
+
+  Args:
+    model: The model.
+    params: Its parameters.
+  """
+  # The updates are plain dicts, and would not fit another kind of mapping.
   if type(params) is not dict or model.key not in params:
     raise ValueError(
       f"`params` must be a dict with the stacked layers at {model.key!r}, got "
@@ -169,8 +175,8 @@ def check_layers(model: Layered, params: Any) -> None:
     raise ValueError(f"`params[{model.key!r}]` has no leaves.")
   if _is_list_of_layers(params[model.key]):
     raise ValueError(
-      f"`params[{model.key!r}]` is a list of single layers; make a stack of "
-      "them with `galore_optax.stack`, or if they are the parts of one stack, "
+      f"`params[{model.key!r}]` is a list of single layers; stack them with "
+      "`galore_optax.stack`. If they are the parts of one stack, make the list "
       "a tuple."
     )
   for path, x in leaves.items():

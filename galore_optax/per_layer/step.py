@@ -1,9 +1,10 @@
-"""Weights updated layer by layer, inside the backward pass.
+"""Updates weights layer by layer, inside the backward pass.
 
-A usual step holds the gradients of all layers before the first weight moves.
-Here the backward pass walks the layers from the last to the first; each one's
-weights and optimizer state are replaced as soon as its gradient is known, and
-no two layers' gradients are ever alive together.
+A usual step holds the gradients of all layers before it updates the first
+weight. Here the backward pass goes through the layers from the last to the
+first. As soon as the gradient of a layer is known, the layer's weights and
+optimizer state are updated, so that at any time only one layer's gradient is in
+memory.
 """
 
 import functools
@@ -13,24 +14,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import layout
 
 from galore_optax import checks, quantized_params
 from galore_optax._galore import LAYER_ARG
 from galore_optax.per_layer.model import Layered, check_layers
 from galore_optax.quantization import qarray
-from galore_optax.tree import paths, sharding
+from galore_optax.tree import paths, slices
 
 
 class LayerwiseState(NamedTuple):
   """State of :func:`layerwise`.
 
   Attributes:
-    count: Steps so far, which also seeds the rounding.
+    count: Steps so far; also used as a seed of the rounding.
     first: The optimizer's state for the parameters that `first` reads, an
       :class:`EndState`.
     layers: Its state for the layers; every leaf has a leading layer axis.
-    last: Its state for the parameters that `last` alone reads.
+    last: Its state for the parameters that only `last` reads, an
+      :class:`EndState`.
   """
 
   count: Any  # shape=(), dtype=jnp.int32
@@ -43,8 +44,8 @@ class EndState(NamedTuple):
   """State of the parameters at one end of the model.
 
   Attributes:
-    whole: The optimizer's state for the leaves that are updated at once.
-    chunked: Path of a leaf that is updated in chunks to the state for them;
+    whole: The optimizer's state for the leaves that are not updated in chunks.
+    chunked: Path of a leaf that is updated in chunks to its state, of which
       every leaf has a leading axis that counts chunks.
   """
 
@@ -53,7 +54,7 @@ class EndState(NamedTuple):
 
 
 class Layerwise(NamedTuple):
-  """A pair of pure functions, see :func:`layerwise`.
+  """The two pure functions that :func:`layerwise` returns.
 
   Attributes:
     init: `params -> state`.
@@ -76,26 +77,28 @@ def layerwise(
 ) -> Layerwise:
   r"""A training step that updates each layer inside the backward pass.
 
-  The forward pass keeps the input of each layer. The backward pass recomputes
-  one layer after the other from it, and updates the layer's weights and state
-  in place before it goes on. It computes what the usual step computes, with
-  the memory of one layer's gradients and activations. `tx` may be any
+  The forward pass stores the input of each layer. The backward pass recomputes
+  one layer at a time from it, and updates the layer's weights and state in
+  place before it goes on to the next. The results are those of a usual step,
+  with the memory of one layer's gradients and activations. `tx` may be any
   optimizer that treats every leaf by itself, such as
-  :func:`galore_optax.galore`, whose bases are refreshed in there, too.
+  :func:`galore_optax.galore`, which also refreshes its bases there.
 
-  What depends on several leaves is confined to a layer (and to either end of
-  the model): `optax.clip_by_global_norm` in `tx` clips each layer's gradient,
-  `optax.clip_by_block_rms` each matrix's. `clip_norm` clips by the global norm
-  of the whole gradient, exactly, with a second backward pass.
+  An operation of `tx` on several leaves sees one layer, or one end of the
+  model, at a time: `optax.clip_by_global_norm` clips each layer's gradient, and
+  `optax.clip_by_block_rms` each matrix's. `clip_norm` clips exactly by the
+  global norm of the whole gradient, with a second backward pass.
 
-  A layer whose gradient is not finite stays as it is, and its state too; with
-  `clip_norm` all do. Staggered refreshes come at the steps of the usual step
-  if no matrix outside of the layers is projected, else at others.
+  A layer whose gradient is not finite is not updated, and neither is its state;
+  with `clip_norm` no layer is then updated. If no matrix outside of the layers
+  is projected, staggered refreshes come at the same steps as in a usual step,
+  otherwise at other steps.
 
   For gradient accumulation give GaLore its `accumulation_steps`, and call
-  `step` with one micro-batch after the other. (A layer that leaves a bad one
-  out is behind the others from then on; `clip_norm` keeps them in step.) Masks
-  in `tx` may be functions or trees in the parameters' structure.
+  `step` with one micro-batch after the other. (A layer that skips a micro-batch
+  with a non-finite gradient is behind the others from then on; with `clip_norm`
+  all skip it.) Masks in `tx` may be functions or trees in the parameters'
+  structure.
 
   Args:
     tx: The optimizer.
@@ -106,18 +109,19 @@ def layerwise(
       in which it is updated, one after the other. An embedding of 32,000 rows
       has as many elements as a whole layer; in chunks its update takes no more
       memory than a layer's. The optimizer sees each chunk as a leaf of that
-      path, which makes no difference to elementwise ones such as Adam.
+      path, which gives the same result for elementwise ones such as Adam.
     stochastic_rounding: Whether quantised weights are rounded at random.
-    seed: Seed of that.
+    seed: Seed of the rounding.
 
   Returns:
     `init` and `step`, to be jitted; give `step` `donate_argnums=(0, 1)`. Its
-    metrics are float32 scalars: `loss`, `grad_norm` before clipping, not
-    finite if any part of the gradient was not.
+    metrics are float32 scalars: `loss`, and `grad_norm` before clipping, which
+    is not finite if any part of the gradient was not.
 
   Raises:
-    TypeError: If `tx` is no gradient transformation.
-    ValueError: If `clip_norm` is not positive, or `init` finds no layers.
+    TypeError: If `tx` is not a gradient transformation.
+    ValueError: If `clip_norm` is not positive. `init` raises it, too, if the
+      parameters have no layers.
 
   Example:
     >>> from galore_optax import galore
@@ -157,7 +161,7 @@ def layerwise(
 
 
 class _Run(NamedTuple):
-  """The settings, and the two functions."""
+  """The settings of :func:`layerwise`, with `init` and `step` as methods."""
 
   tx: optax.GradientTransformationExtraArgs
   model: Layered
@@ -167,30 +171,29 @@ class _Run(NamedTuple):
   seed: int | None
 
   def init(self, params: Any) -> LayerwiseState:
-    """State for parameters; jit it to keep full-size copies out of memory."""
+    """The initial state. Jitted, it makes no full-size copies of weights."""
     check_layers(self.model, params)
-    whole = self.read(params)
-    start = lambda part: self.tx.init(_only(whole, part))
-    lower, upper = self._end_leaves(whole)
+    arrays = self.read(params)
+    init_part = lambda part: self.tx.init(_only(arrays, part))
+    lower, upper = self._end_leaves(arrays)
     _check_chunks(self.chunks, {**lower, **upper}, params)
 
-    def start_end(end: Mapping[str, Any]) -> EndState:
-      cut = {p: x for p, x in end.items() if p in self.chunks}
+    def init_end(end: Mapping[str, Any]) -> EndState:
+      chunked = {p: x for p, x in end.items() if p in self.chunks}
       return EndState(
-        start({p: x for p, x in end.items() if p not in cut}),
+        init_part({p: x for p, x in end.items() if p not in chunked}),
         {
-          p: jax.vmap(lambda x, p=p: start({p: x}))(self._cut(p, x))
-          for p, x in cut.items()
+          p: jax.vmap(lambda x, p=p: init_part({p: x}))(self._in_chunks(p, x))
+          for p, x in chunked.items()
         },
       )
 
+    init_layer = lambda layer: init_part(self._layer_leaves(layer))
     return LayerwiseState(
       count=jnp.zeros([], jnp.int32),
-      first=start_end(lower),
-      layers=_apart(
-        jax.vmap(lambda layer: start(self._named(layer)))(whole[self.model.key])
-      ),
-      last=start_end(upper),
+      first=init_end(lower),
+      layers=_with_distinct_keys(jax.vmap(init_layer)(arrays[self.model.key])),
+      last=init_end(upper),
     )
 
   def step(
@@ -203,7 +206,7 @@ class _Run(NamedTuple):
     return self._backward(params, state, forward, scale)
 
   def _forward(self, params: Any, batch: Any) -> "_Forward":
-    """The forward pass, and how the ends are differentiated."""
+    """Runs the forward pass; keeps what the backward pass needs."""
     model = self.model
     ends = self.read(model.ends(params))
     x, first_vjp = jax.vjp(
@@ -216,8 +219,8 @@ class _Run(NamedTuple):
     )
 
     def last(upper: Any, x: Any) -> tuple[jax.Array, Any]:
-      found = model.last(upper, x, batch)
-      return found if model.has_aux else (found, None)
+      result = model.last(upper, x, batch)
+      return result if model.has_aux else (result, None)
 
     loss, last_vjp, aux = jax.vjp(last, model.upper(ends), x, has_aux=True)
     return _Forward(loss, aux, inputs, first_vjp, last_vjp)
@@ -225,13 +228,13 @@ class _Run(NamedTuple):
   def _layer_gradient(
     self, layer: Any, x: Any, dx: Any
   ) -> tuple[dict[str, jax.Array], Any]:
-    """A layer's gradient by full path, and that of its input."""
+    """The gradients of a layer's leaves, by path, and of its input."""
     _, vjp = jax.vjp(self.model.layer, self.read(layer), x)
     grads, dx = vjp(dx)
-    return self._named(grads), dx
+    return self._layer_leaves(grads), dx
 
   def _clip_scale(self, params: Any, forward: "_Forward") -> Any:
-    """The factor that global-norm clipping puts on all gradients."""
+    """The factor by which global-norm clipping scales the gradients."""
     if self.clip_norm is None:
       return None
     ends, dx = forward.last_gradient()
@@ -241,14 +244,14 @@ class _Run(NamedTuple):
     def body(j: jax.Array, carry: tuple) -> tuple:
       dx, total = carry
       i = count - 1 - j
-      x = _take(forward.inputs, i)
-      grads, dx = self._layer_gradient(_take(layers, i), x, dx)
+      x = slices.take_layer(forward.inputs, i)
+      grads, dx = self._layer_gradient(slices.take_layer(layers, i), x, dx)
       return dx, total + _squares(grads)
 
     dx, total = jax.lax.fori_loop(0, count, body, (dx, jnp.float32(0)))
     norm = jnp.sqrt(total + _squares(forward.whole_gradient(ends, dx)))
-    # A gradient that is not finite anywhere makes all of it so: nothing is
-    # updated then, as nothing was by the usual step.
+    # A non-finite entry makes the whole gradient non-finite. Then nothing is
+    # updated, as in a usual step.
     scale = jnp.minimum(1.0, self.clip_norm / norm)
     return jnp.where(jnp.isfinite(norm), scale, jnp.nan)
 
@@ -259,7 +262,7 @@ class _Run(NamedTuple):
     forward: "_Forward",
     scale: Any,
   ) -> tuple[Any, LayerwiseState, dict[str, jax.Array]]:
-    """The backward pass with the updates in it."""
+    """Runs the backward pass, and updates each part of the model in it."""
     key, layers = self.model.key, params[self.model.key]
     count, keys = _count(layers), self._keys(state.count)
     ends, dx = forward.last_gradient()
@@ -269,12 +272,19 @@ class _Run(NamedTuple):
     def body(j: jax.Array, carry: tuple) -> tuple:
       dx, total, stack, states = carry
       i = count - 1 - j
-      layer, opt = _read_barrier((_take(stack, i), _take(states, i)))
-      grads, dx = self._layer_gradient(layer, _take(forward.inputs, i), dx)
+      layer, opt = _read_barrier(
+        (slices.take_layer(stack, i), slices.take_layer(states, i))
+      )
+      grads, dx = self._layer_gradient(
+        layer, slices.take_layer(forward.inputs, i), dx
+      )
       new, opt = self._update(
         {**params, key: layer}, grads, opt, scale, keys[1], (i, count)
       )
-      stack, states = _put(stack, new[key], i), _put(states, opt, i)
+      stack, states = (
+        slices.put_layer(stack, new[key], i),
+        slices.put_layer(states, opt, i),
+      )
       return dx, total + _squares(grads), stack, states
 
     dx, total, stack, states = jax.lax.fori_loop(
@@ -301,7 +311,7 @@ class _Run(NamedTuple):
     scale: Any,
     key: jax.Array | None,
   ) -> tuple[Any, EndState]:
-    """The parameters after an update of one end, and its state."""
+    """Updates one end; returns all parameters, and the end's new state."""
     whole = {p: g for p, g in grads.items() if p not in state.chunked}
     params, new = self._update(params, whole, state.whole, scale, key)
     chunked = {}
@@ -320,30 +330,32 @@ class _Run(NamedTuple):
     scale: Any,
     key: jax.Array | None,
   ) -> tuple[Any, optax.OptState]:
-    """The parameters after an update of one leaf, chunk by chunk."""
+    """Updates one leaf in chunks; returns all parameters, and its state."""
     old = paths.leaves_by_path(params)[path]
-    grad = self._cut(path, grad)
+    grad = self._in_chunks(path, grad)
     replace = lambda x: paths.map_with_path(
       lambda p, y: x if p == path else y, params
     )
 
     def body(i: jax.Array, carry: tuple) -> tuple:
       leaf, states = carry
-      part, state = _read_barrier((_take(leaf, i), _take(states, i)))
+      part, state = _read_barrier(
+        (slices.take_layer(leaf, i), slices.take_layer(states, i))
+      )
       chunk_key = None if key is None else jax.random.fold_in(key, i)
       tree, state = self._update(
         replace(part), {path: grad[i]}, state, scale, chunk_key
       )
       part = paths.leaves_by_path(tree)[path]
-      return _put(leaf, part, i), _put(states, state, i)
+      return slices.put_layer(leaf, part, i), slices.put_layer(states, state, i)
 
     leaf, states = jax.lax.fori_loop(
-      0, self.chunks[path], body, (self._cut(path, old), states)
+      0, self.chunks[path], body, (self._in_chunks(path, old), states)
     )
     return replace(leaf.reshape(old.shape)), states
 
-  def _cut(self, path: str, x: jax.Array) -> jax.Array:
-    """A leaf in its chunks of rows."""
+  def _in_chunks(self, path: str, x: jax.Array) -> jax.Array:
+    """A leaf with a leading axis that counts its chunks of rows."""
     return x.reshape(self.chunks[path], -1, *x.shape[1:])
 
   def _update(
@@ -355,7 +367,16 @@ class _Run(NamedTuple):
     key: jax.Array | None,
     layer: tuple[Any, Any] = (0, 1),
   ) -> tuple[Any, optax.OptState]:
-    """The parameters after an update of one part of them, and its state."""
+    """Updates some leaves; returns all parameters and the leaves' state.
+
+    Args:
+      params: All parameters. Of the layers only one may be there.
+      grads: Path to gradient, of the leaves to update.
+      state: The optimizer's state for these leaves.
+      scale: Factor on the gradients, or None.
+      key: Random key of the rounding, or None.
+      layer: Number of the layer that is updated, and number of layers.
+    """
     if scale is not None:
       grads = {p: (g * scale).astype(g.dtype) for p, g in grads.items()}
     layer = (jnp.int32(layer[0]), jnp.int32(layer[1]))
@@ -368,22 +389,22 @@ class _Run(NamedTuple):
       _only(params, self.read(part)),
       **{LAYER_ARG: layer},
     )
-    found = paths.leaves_by_path(updates)
+    by_path = paths.leaves_by_path(updates)
     key = None if key is None else jax.random.fold_in(key, layer[0])
     new: Any = quantized_params.apply_updates(
-      part, {p: found[p] for p in part}, key
+      part, {p: by_path[p] for p in part}, key
     )
     new, state = jax.tree.map(
       lambda x, y: jnp.where(finite, x, y), (new, state), (part, old)
     )
     return paths.map_with_path(lambda p, x: new.get(p, x), params), state
 
-  def _named(self, layer: Any) -> dict[str, Any]:
-    """A layer's leaves by their paths in all the parameters."""
+  def _layer_leaves(self, layer: Any) -> dict[str, Any]:
+    """A layer's leaves by the paths of its stack in the parameters."""
     return paths.leaves_by_path({self.model.key: layer})
 
   def _end_leaves(self, tree: Mapping[str, Any]) -> tuple[dict, dict]:
-    """Leaves by path: those that `first` is given, and the other ends."""
+    """Path to leaf, of what `first` gets and of all else but the layers."""
     ends = self.model.ends(tree)
     keys = ends if self.model.first_keys is None else self.model.first_keys
     lower = {k: v for k, v in ends.items() if k in keys}
@@ -391,7 +412,7 @@ class _Run(NamedTuple):
     return paths.leaves_by_path(lower), paths.leaves_by_path(upper)
 
   def _keys(self, count: jax.Array) -> Any:
-    """Random keys of a step, for head, layers and embedding."""
+    """Random keys of a step: for the last end, the layers and the first end."""
     if self.seed is None:
       return (None, None, None)
     step = jax.random.fold_in(jax.random.key(self.seed), count)
@@ -399,20 +420,25 @@ class _Run(NamedTuple):
 
 
 class _Forward(NamedTuple):
-  """What the backward pass needs of the forward pass."""
+  """What the backward pass needs from the forward pass."""
 
   loss: jax.Array
-  aux: Any  # what `last` returns beside it
-  inputs: Any  # of each layer, with a leading layer axis
+  aux: Any  # the auxiliary value of `last`
+  inputs: Any  # inputs of the layers, with a leading layer axis
   first_vjp: Callable
   last_vjp: Callable
 
   def last_gradient(self) -> tuple[dict, Any]:
-    """Gradients of the ends so far and of the last layer's output."""
+    """Gradients, through `last`, of the ends and of the last layer's output."""
     return self.last_vjp(jnp.ones_like(self.loss))
 
   def whole_gradient(self, ends: dict, dx: Any) -> dict:
-    """The ends' gradient, with what comes through the first layer's input."""
+    """Gradients of the ends, through `last` and through `first`.
+
+    Args:
+      ends: Gradients through `last`.
+      dx: Gradient of the first layer's input.
+    """
     (lower,) = self.first_vjp(dx)
     both = {
       k: jax.tree.map(jnp.add, lower[k], ends[k]) for k in ends if k in lower
@@ -421,7 +447,7 @@ class _Forward(NamedTuple):
 
 
 def _only(tree: Any, part: Mapping[str, Any]) -> Any:
-  """A tree of which only the leaves of a part are there, masked elsewhere."""
+  """A tree with the leaves of a part, and masked everywhere else."""
   return paths.map_with_path(
     lambda path, _: part.get(path, optax.MaskedNode()), tree
   )
@@ -431,28 +457,14 @@ def _count(layers: Any) -> int:
   return jax.tree.leaves(layers)[0].shape[0]
 
 
-def _take(tree: Any, i: Any) -> Any:
-  """Layer i of a stack."""
-  take = jax.lax.dynamic_index_in_dim
-  return jax.tree.map(lambda x: take(_pin(x), i, keepdims=False), tree)
+def _with_distinct_keys(tree: Any) -> Any:
+  """A stack of states in which each layer has its own random keys.
 
+  `vmap` of `init` gives all layers the same key.
+  """
 
-def _put(tree: Any, new: Any, i: jax.Array) -> Any:
-  """A stack with layer i replaced, in place."""
-  put = jax.lax.dynamic_update_index_in_dim
-  return jax.tree.map(lambda x, y: _pin(put(_pin(x), y, i, 0)), tree, new)
-
-
-def _is_key(x: Any) -> bool:
-  """Whether it is a typed key of random numbers, as Optax's noise keeps."""
-  return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
-
-
-def _apart(tree: Any) -> Any:
-  """A stack of states whose layers draw different numbers."""
-
-  def draw(x: Any) -> Any:
-    if not _is_key(x):
+  def fold_in(x: Any) -> Any:
+    if not slices.is_key(x):
       return x
     numbers = jnp.arange(len(x), dtype=jnp.uint32)
     fold = lambda keys, i: jax.vmap(
@@ -460,28 +472,14 @@ def _apart(tree: Any) -> Any:
     )(keys.reshape(-1)).reshape(keys.shape)
     return jax.vmap(fold)(x, numbers)
 
-  return jax.tree.map(draw, tree)
-
-
-def _pin(stack: jax.Array) -> jax.Array:
-  """Keeps a stack in the layout that it came in.
-
-  What is done with a layer may suit another one; compilers then choose that
-  for the whole loop, and copy all layers on the way in and out. On a mesh it is
-  left to them: the partitioner gathers what such a constraint is put on.
-  """
-  if sharding.on_mesh(stack) or _is_key(stack):
-    return stack
-  return layout.with_layout_constraint(
-    stack, layout.Layout(tuple(range(stack.ndim)))
-  )
+  return jax.tree.map(fold_in, tree)
 
 
 def _read_barrier(tree: Any) -> Any:
-  """Keeps the TPU compiler from copying whole stacks that it reads a slice of.
+  """Keeps the TPU compiler from copying a stack to read a slice of it.
 
-  It would otherwise move reads across the writes of the same stack, and pay
-  for that with a copy.
+  It would otherwise move the read after a write to the same stack, which takes
+  a copy of the stack.
   """
   return jax.lax.platform_dependent(
     tree, tpu=jax.lax.optimization_barrier, default=lambda tree: tree
@@ -489,7 +487,7 @@ def _read_barrier(tree: Any) -> Any:
 
 
 def _squares(tree: Any) -> jax.Array:
-  """Sum of the squares of all entries, float32."""
+  """Sum of the squares of all entries of a tree, float32."""
   return sum(
     (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)),
     start=jnp.float32(0),
@@ -499,22 +497,22 @@ def _squares(tree: Any) -> jax.Array:
 def _check_chunks(
   chunks: Mapping[str, int], ends: Mapping[str, Any], params: Any
 ) -> None:
-  """Raises unless chunks are those of arrays that they divide."""
+  """Raises unless each chunked leaf is an array whose rows divide evenly."""
   leaves = paths.leaves_by_path(params)
   for path, count in chunks.items():
     if path not in ends:
       raise ValueError(
-        f"`chunks` names {path!r}, which is no leaf outside of the layers; "
+        f"`chunks` names {path!r}, which is not a leaf outside of the layers; "
         f"those are {', '.join(ends)}."
       )
     if qarray.is_quantized(leaves[path]):
       raise ValueError(
-        f"`chunks` cuts {path!r}, which is quantised: its blocks may lie "
-        "across rows. Leave one of the two out."
+        f"`chunks` divides {path!r}, which is quantised: its blocks may lie "
+        "across rows. Take it out of `chunks`, or do not quantise it."
       )
     shape = jnp.shape(ends[path])
     if count < 1 or not shape or shape[0] % count:
       raise ValueError(
-        f"`chunks` cuts {path!r} of shape {shape} in {count}; give a divisor "
-        "of its rows."
+        f"`chunks` divides {path!r} of shape {shape} into {count} chunks; give "
+        "a divisor of its number of rows."
       )

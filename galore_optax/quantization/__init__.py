@@ -1,1 +1,1 @@
-"""Arrays in 4 and 8 bits."""
+"""Quantised arrays with codes of 4 and 8 bits."""

@@ -1,8 +1,8 @@
 """The 8-bit dynamic codes of bitsandbytes, by arithmetic instead of a table.
 
-Magnitudes up to 1 fall into seven decades, the i-th of which is cut into 2^i
-equal cells (2^(i + 1) without a sign); a code stands for the middle of its
-cell. Looking values up in a table of 256 entries would be slow on TPUs.
+Magnitudes up to 1 fall into seven decades. The i-th decade is divided into 2^i
+equal cells (2^(i + 1) without a sign), and a code stands for the middle of its
+cell. Look-ups in a table of 256 entries would be slow on TPUs.
 
 Dettmers et al., `8-bit Optimizers via Block-wise Quantization
 <https://arxiv.org/abs/2110.02861>`_, 2022, section 1.3.
@@ -17,7 +17,7 @@ _DECADES = 7
 
 
 def _power_of_ten(decade: jax.Array) -> jax.Array:
-  """10^(decade - 6), exactly rounded, without a table in memory."""
+  """10^(decade - 6), correctly rounded, without a table in memory."""
   powers = [float(f"1e{i - 6}") for i in range(_DECADES)]
   like = jnp.broadcast_to
   return jax.lax.select_n(
@@ -33,28 +33,28 @@ def _decade(magnitude: jax.Array) -> jax.Array:
   return decade
 
 
-def _mean_value(decade: jax.Array, j: jax.Array, cells: jax.Array) -> jax.Array:
-  """Middle of the j-th of the equal cells of a decade."""
+def _middle(decade: jax.Array, j: jax.Array, cells: jax.Array) -> jax.Array:
+  """Middle of cell j of a decade."""
   middle = 0.1 + 0.9 * (j.astype(jnp.float32) + 0.5) / cells
   return middle * _power_of_ten(decade)
 
 
 def signed_value(code: jax.Array) -> jax.Array:
-  """The signed dynamic code: ±1 ... ±127 in decades, 0, and -128 for 1."""
+  """The values of signed codes: ±1 ... ±127 in decades, 0, and -128 for 1."""
   k = jnp.abs(jnp.clip(code, -127, 127))
   decade = 31 - jax.lax.clz(jnp.maximum(k, 1))
   cells = jnp.left_shift(1, decade)
-  value = _mean_value(decade, k - cells, cells)
+  value = _middle(decade, k - cells, cells)
   value = jnp.where(code < 0, -value, value)
   return jnp.where(code == 0, 0.0, jnp.where(code == -128, 1.0, value))
 
 
 def unsigned_value(code: jax.Array) -> jax.Array:
-  """The unsigned dynamic code: 1 ... 254 in decades, 0, and 255 for 1."""
+  """The values of unsigned codes: 1 ... 254 in decades, 0, and 255 for 1."""
   k = jnp.clip(code, 1, 254) + 1
   octave = 31 - jax.lax.clz(k)
   cells = jnp.left_shift(1, octave)
-  value = _mean_value(octave - 1, k - cells, cells)
+  value = _middle(octave - 1, k - cells, cells)
   return jnp.where(code == 0, 0.0, jnp.where(code == 255, 1.0, value))
 
 
@@ -87,10 +87,10 @@ def unsigned_code(x: jax.Array) -> jax.Array:
 
 
 def _nearest(x: jax.Array, k: jax.Array, top: int, value: Any) -> jax.Array:
-  """Of a code and its neighbours, the one whose value is nearest to x.
+  """The code whose value is nearest to x, out of a code and its neighbours.
 
-  Within a decade the cell's own code is; where decades meet it may be the
-  neighbour's.
+  Within a decade this is the code of the cell itself; at the border of two
+  decades it may be a neighbour.
   """
   distance = lambda k: jnp.abs(value(k) - x)
   below, above = jnp.maximum(k - 1, 0), jnp.minimum(k + 1, top)

@@ -1,9 +1,9 @@
 """The 4-bit NormalFloat code of QLoRA, by arithmetic instead of a table.
 
-Sixteen values in [-1, 1] that share out a standard normal distribution evenly:
-quantiles of it, seven below 0, then 0, then eight above. The code of 0 is 0,
-as in all formats here, so codes run against the values: 7 stands for -1, and
--8 for 1. bitsandbytes numbers the values from 0 upwards, which is 7 - code.
+It has sixteen values in [-1, 1], which divide a standard normal distribution
+evenly: seven quantiles below 0, then 0, then eight above. As in all formats
+here, the code of 0 is 0. Codes fall as the values rise: 7 stands for -1, and -8
+for 1. bitsandbytes numbers the values from 0 upwards, which is 7 - code.
 
 Dettmers et al., `QLoRA: Efficient Finetuning of Quantized LLMs
 <https://arxiv.org/abs/2305.14314>`_, 2023, section 3 and appendix E.
@@ -38,17 +38,17 @@ _ZERO = VALUES.index(0.0)
 
 def value(code: jax.Array) -> jax.Array:
   """The values of codes -8 ... 7, float32."""
-  place = _ZERO - code.astype(jnp.int32)
-  found = jnp.full(place.shape, VALUES[0], jnp.float32)
+  index = _ZERO - code.astype(jnp.int32)
+  result = jnp.full(index.shape, VALUES[0], jnp.float32)
   for i, x in enumerate(VALUES[1:], 1):
-    # A chain of selections; looking values up is slow on TPUs.
-    found = jnp.where(place >= i, jnp.float32(x), found)
-  return found
+    # A chain of selections: table look-ups are slow on TPUs.
+    result = jnp.where(index >= i, jnp.float32(x), result)
+  return result
 
 
 def code(x: jax.Array) -> jax.Array:
   """The nearest codes of x in [-1, 1], int32."""
-  place = jnp.zeros(x.shape, jnp.int32)
+  index = jnp.zeros(x.shape, jnp.int32)
   for low, high in itertools.pairwise(VALUES):
-    place += x > jnp.float32((low + high) / 2)
-  return _ZERO - place
+    index += x > jnp.float32((low + high) / 2)
+  return _ZERO - index

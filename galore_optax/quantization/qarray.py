@@ -1,4 +1,4 @@
-"""Block-wise quantised arrays: codes of 4 or 8 bits and a scale a block."""
+"""Block-wise quantised arrays: codes of 4 or 8 bits, and one scale a block."""
 
 import dataclasses
 from typing import Any
@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax import checks
-from galore_optax.quantization import dynamic_code, nf4
+from galore_optax.quantization import dynamic_code, nf4, rounding
+from galore_optax.quantization.blocks import BLOCK, Blocks, scale_shape
 
 KINDS = ("int4", "int8", "dynamic", "unsigned_dynamic", "float8", "nf4")
-
-# Elements that share a scale, as in bitsandbytes and Q-GaLore.
-BLOCK = 256
 
 _CODE_DTYPES = {
   "int4": jnp.int4,
@@ -22,40 +20,39 @@ _CODE_DTYPES = {
   "float8": jnp.float8_e4m3fn,
   "nf4": jnp.int4,
 }
-_BITS = {"int4": 4, "int8": 8}
 
 
 def rounds_at_random(kind: str) -> bool:
-  """Whether a kind has stochastic rounding."""
-  return kind in _BITS
+  """Whether a format has stochastic rounding."""
+  return kind in rounding.BITS
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QArray:
-  """An array as codes with one scale for every block of elements.
+  """A quantised array: codes, with one scale for every block of elements.
 
-  Blocks lie along the longer one of the last two axes: of a basis within its
-  columns, of a projected gradient within one direction, whose elements are of
-  similar size. The scales have the blocks' axis second to last and the other
-  axis last, which accelerators then lay out in lanes of 128 without padding.
+  Blocks lie along the longer one of the last two axes. In a basis, a block is
+  part of a column; in a projected gradient, it is part of one direction, whose
+  elements are of similar size. The scales have the axis of the blocks second to
+  last and the other axis last, which accelerators lay out in lanes of 128
+  without padding.
 
   Invariants, for an array (..., m, n) with b blocks along its longer side:
 
-  * `codes` have the array's shape; `shape`, `ndim` and `size` are its own.
+  * `codes` have the array's shape; `shape`, `ndim` and `size` are the array's.
   * `scale` has shape (..., b, n) if m >= n, else (..., b, m); for a vector
     (b,). All blocks have ceil(length / b) elements, but the last one may have
     fewer.
   * `zero` has the shape of `scale`, or is None where 0 has code 0.
-  * 0 is represented exactly, whatever the block holds.
-  * A slice along leading axes is a QArray of the slice, so stacks can be
-    walked with `jax.tree.map(lambda x: x[i], q)`.
+  * 0 is represented exactly, whatever else is in the block.
+  * A slice along leading axes is a QArray of the slice, so that
+    `jax.tree.map(lambda x: x[i], q)` takes one matrix of a stack.
 
   Attributes:
     codes: int4, int8, uint8 or float8 codes, in the shape of the array.
-    scale: float32 factor of each block; or these factors, quantised in turn,
-      see :func:`quantize_scale`.
-    zero: int8 code that means 0, a block; None for symmetric formats.
+    scale: float32 factor of each block, or a :class:`QArray` of these factors.
+    zero: int8 code of each block that means 0; None for symmetric formats.
     kind: The format, see :func:`quantize`.
   """
 
@@ -71,24 +68,24 @@ class QArray:
 
   @property
   def ndim(self) -> int:
-    """Number of its axes."""
+    """Number of axes of that array."""
     return self.codes.ndim
 
   @property
   def size(self) -> int:
-    """Number of its elements."""
+    """Number of elements of that array."""
     return self.codes.size
 
   def reshape(self, *shape: Any) -> "QArray":
-    """Reshapes the axes before the last two, which blocks do not cross."""
+    """Reshapes the axes before the last two; blocks do not cross those."""
     shape = shape[0] if len(shape) == 1 and not _is_int(shape[0]) else shape
     lead = tuple(shape)[: len(shape) - 2]
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[-2:]), self)
 
   def __jax_array__(self) -> jax.Array:
-    """Refuses to be taken for an array; JAX asks for one in arithmetic."""
+    """Raises: JAX calls this if a QArray is used like an array."""
     raise TypeError(
-      f"A QArray ({self.kind}, shape {self.shape}) is no array to compute "
+      f"A QArray ({self.kind}, shape {self.shape}) is not an array to compute "
       "with. Read it with `dequantize`, or parameters with `dequantize_params`."
     )
 
@@ -96,58 +93,6 @@ class QArray:
 def is_quantized(x: Any) -> bool:
   """Whether a node is a :class:`QArray`."""
   return isinstance(x, QArray)
-
-
-def block_axis(shape: tuple[int, ...]) -> int:
-  """The axis along which an array's blocks lie: the longer of the last two.
-
-  Args:
-    shape: Shape of the array.
-
-  Returns:
-    -1 or -2.
-
-  Example:
-    >>> block_axis((32, 4096, 1024)), block_axis((1024, 4096)), block_axis((9,))
-    (-2, -1, -1)
-  """
-  return -2 if len(shape) > 1 and shape[-2] >= shape[-1] else -1
-
-
-def scale_shape(shape: tuple[int, ...], block: int = BLOCK) -> tuple[int, ...]:
-  """Shape of the scales of an array.
-
-  Args:
-    shape: Shape of the array.
-    block: Elements of a block, at most.
-
-  Returns:
-    The shape, with the number of blocks second to last.
-
-  Example:
-    >>> scale_shape((1024, 11008)), scale_shape((11008, 1024))
-    ((43, 1024), (43, 1024))
-  """
-  axis = block_axis(shape)
-  count = -(-shape[axis] // block)
-  other = shape[-2] if axis == -1 and len(shape) > 1 else shape[-1]
-  return (*shape[:-2], count, other) if len(shape) > 1 else (count,)
-
-
-def scale_spec(spec: tuple, shape: tuple[int, ...]) -> tuple:
-  """Partition of the scales that follows from the array's.
-
-  Args:
-    spec: One entry an axis of the array.
-    shape: Shape of the array.
-
-  Returns:
-    One entry an axis of the scales.
-  """
-  spec = (*spec, *(None,) * (len(shape) - len(spec)))
-  if len(shape) < 2 or block_axis(shape) == -2:
-    return spec
-  return (*spec[:-2], spec[-1], spec[-2])
 
 
 def quantize(
@@ -177,18 +122,18 @@ def quantize(
   `float8`: float8_e4m3 relative to the largest magnitude of the block.
 
   `nf4`: sixteen quantiles of a normal distribution, relative to the largest
-  magnitude of the block; QLoRA's for frozen weights, in blocks of 64.
+  magnitude of the block. QLoRA uses it for frozen weights, in blocks of 64.
 
   Args:
-    x: Array of floats with at least one axis, finite; magnitudes above 8e37
-      may count as that or as 0.
+    x: Array of finite floats with at least one axis. Magnitudes above 8e37 may
+      be quantised as 8e37 or as 0.
     kind: The format.
     block: Elements that share a scale, at most.
     symmetric: Whether the steps of `int4` and `int8` are the same on both
       sides of 0.
     key: Random key: `int4` and `int8` round up or down at random such that
-      the expectation is x (one of the levels is given up for that). None
-      rounds to the nearest.
+      the expectation is x (one level is left unused for that). None rounds to
+      the nearest.
 
   Returns:
     The quantised array.
@@ -214,15 +159,17 @@ def quantize(
     raise ValueError("`x` has no axes; only arrays have blocks.")
   if key is not None and not rounds_at_random(kind):
     raise ValueError(
-      f"`key` asks for stochastic rounding, which {kind!r} does not have; it "
-      "is for int4 and int8."
+      f"`key` asks for stochastic rounding, which {kind!r} does not have; only "
+      "int4 and int8 do."
     )
-  blocks = _Blocks(x.shape, scale_shape(x.shape, block))
+  blocks = Blocks(x.shape, scale_shape(x.shape, block))
   parts = blocks.split(x.astype(jnp.float32))
-  if kind in _BITS and not symmetric:
-    codes, scale, zero = _asymmetric(blocks, parts, _BITS[kind], key)
+  if kind in rounding.BITS and not symmetric:
+    codes, scale, zero = rounding.asymmetric(
+      blocks, parts, rounding.BITS[kind], key
+    )
   else:
-    codes, scale = _symmetric(blocks, parts, kind, key)
+    codes, scale = rounding.symmetric(blocks, parts, kind, key)
     zero = None
   codes = blocks.merge(codes).astype(_CODE_DTYPES[kind])
   return QArray(codes, scale, zero, kind)
@@ -243,7 +190,7 @@ def dequantize(q: QArray, dtype: Any = jnp.float32) -> jax.Array:
     >>> bool(jnp.allclose(dequantize(quantize(x, "int8")), x, atol=0.03))
     True
   """
-  blocks = _Blocks(q.shape, q.scale.shape)
+  blocks = Blocks(q.shape, q.scale.shape)
   codes = blocks.split(q.codes)
   if q.kind == "dynamic":
     values = dynamic_code.signed_value(codes.astype(jnp.int32))
@@ -254,33 +201,8 @@ def dequantize(q: QArray, dtype: Any = jnp.float32) -> jax.Array:
   else:
     values = codes.astype(jnp.float32)
   if q.zero is not None:
-    values -= blocks.spread(q.zero).astype(jnp.float32)
-  return blocks.merge(values * blocks.spread(_scale(q))).astype(dtype)
-
-
-def quantize_scale(q: QArray, block: int = BLOCK) -> QArray:
-  """Quantises the scales of an array in their turn, to the 8-bit dynamic code.
-
-  Of 64 elements that share a scale each pays 0.127 bits for it then, and not
-  0.5: QLoRA's double quantisation. The paper subtracts the scales' mean from
-  them and takes a signed code; the unsigned one needs no mean.
-
-  Args:
-    q: The quantised array.
-    block: Scales that share a scale of theirs, at most.
-
-  Returns:
-    The same codes, with a :class:`QArray` for their scales. It can be read and
-    sliced; it is not meant to be updated.
-
-  Example:
-    >>> q = quantize(jnp.linspace(-1.0, 1.0, 512), "nf4", block=64)
-    >>> x, y = dequantize(q), dequantize(quantize_scale(q))
-    >>> bool(jnp.max(jnp.abs(x - y)) < 0.004)
-    True
-  """
-  scale = quantize(q.scale, "unsigned_dynamic", block=block)
-  return dataclasses.replace(q, scale=scale)
+    values -= blocks.expand(q.zero).astype(jnp.float32)
+  return blocks.merge(values * blocks.expand(_scale(q))).astype(dtype)
 
 
 def _scale(q: QArray) -> jax.Array:
@@ -288,41 +210,41 @@ def _scale(q: QArray) -> jax.Array:
   return dequantize(q.scale) if is_quantized(q.scale) else q.scale
 
 
-def quantize_near(
+def requantize_on_grid(
   q: QArray, x: jax.Array, key: jax.Array | None = None
 ) -> QArray:
-  """Quantises what a quantised array has become, on its own steps if they fit.
+  """Quantises new values of a quantised array, on its old levels if they fit.
 
-  With new steps every number of a block would be rounded anew, also those that
-  hardly changed; at random, they would wander. So `int4` and `int8` blocks keep
-  their scale and zero as long as they hold the block, and at least half of
-  their range is used. New ones leave room to grow, an eighth.
+  With new levels every number of a block would be rounded again, also those
+  that hardly changed; rounded at random, they would drift. So `int4` and `int8`
+  blocks keep their scale and zero as long as all elements are in range and at
+  least half of the range is used. New levels leave room to grow, an eighth.
 
   Args:
-    q: The array as it was.
-    x: As it is now, of the same shape.
+    q: The array before.
+    x: Its new values, an array of the same shape.
     key: See :func:`quantize`.
 
   Returns:
     `x`, quantised in the format of `q`.
   """
-  if q.kind not in _BITS or q.zero is None:
+  if q.kind not in rounding.BITS or q.zero is None:
     return requantize(q, x, key)
-  blocks = _Blocks(q.shape, q.scale.shape)
+  blocks = Blocks(q.shape, q.scale.shape)
   parts = blocks.split(x.astype(jnp.float32))
   low = jnp.minimum(blocks.reduce(jnp.min, parts), 0)
   high = jnp.maximum(blocks.reduce(jnp.max, parts), 0)
-  half = 2 ** (_BITS[q.kind] - 1)
+  half = 2 ** (rounding.BITS[q.kind] - 1)
   zero = q.zero.astype(jnp.float32)
   bottom, top = q.scale * (-half - zero), q.scale * (half - 1 - zero)
   fits = (low >= bottom) & (high <= top) & (2 * (high - low) >= top - bottom)
-  # One level less than there are, as in _asymmetric.
+  # One level is left unused, as in `rounding.asymmetric`.
   fresh = 1.125 * (high / (2 * half - 2) - low / (2 * half - 2))
   scale = jnp.where(fits, q.scale, fresh)
-  divisor = _divisor(scale)
+  divisor = rounding.safe_divisor(scale)
   zero = jnp.where(fits, zero + half, jnp.ceil(-1.125 * low / divisor - 1e-4))
-  codes = parts / blocks.spread(divisor)
-  codes = _round(codes, key) + blocks.spread(zero)
+  codes = parts / blocks.expand(divisor)
+  codes = rounding.round_to_integers(codes, key) + blocks.expand(zero)
   codes = blocks.merge(jnp.clip(codes, 0, 2 * half - 1) - half)
   return dataclasses.replace(
     q,
@@ -332,7 +254,7 @@ def quantize_near(
   )
 
 
-def spread_scale(q: QArray) -> jax.Array:
+def elementwise_scale(q: QArray) -> jax.Array:
   """The scale of every element.
 
   Args:
@@ -341,44 +263,40 @@ def spread_scale(q: QArray) -> jax.Array:
   Returns:
     float32 of shape `q.shape`.
   """
-  blocks = _Blocks(q.shape, q.scale.shape)
-  like = jax.eval_shape(blocks.split, q.codes)
-  return blocks.merge(jnp.broadcast_to(blocks.spread(_scale(q)), like.shape))
+  return Blocks(q.shape, q.scale.shape).expand_to_array(_scale(q))
 
 
-def any_in_block(q: QArray, hit: jax.Array) -> jax.Array:
-  """Whether anything in a block is hit.
+def any_in_block(q: QArray, mask: jax.Array) -> jax.Array:
+  """Whether a mask is true anywhere in each block.
 
   Args:
-    q: Gives the blocks.
-    hit: Array of bool of shape `q.shape`.
+    q: The quantised array whose blocks are meant.
+    mask: bool, of shape `q.shape`.
 
   Returns:
     bool, in the shape of the scales.
   """
-  blocks = _Blocks(q.shape, q.scale.shape)
-  return blocks.reduce(jnp.any, blocks.split(hit))
+  blocks = Blocks(q.shape, q.scale.shape)
+  return blocks.reduce(jnp.any, blocks.split(mask))
 
 
-def where_blocks(hit: jax.Array, x: QArray, y: QArray) -> QArray:
-  """Blocks of `x` where hit, of `y` elsewhere.
+def where_blocks(mask: jax.Array, x: QArray, y: QArray) -> QArray:
+  """Blocks of `x` where the mask is true, of `y` elsewhere.
 
   Args:
-    hit: bool, in the shape of the scales.
+    mask: bool, in the shape of the scales.
     x: A quantised array.
     y: Another one of the same shape and format.
 
   Returns:
     The quantised array.
   """
-  blocks = _Blocks(x.shape, x.scale.shape)
-  like = jax.eval_shape(blocks.split, x.codes)
-  spread = jnp.broadcast_to(blocks.spread(hit), like.shape)
+  of_elements = Blocks(x.shape, x.scale.shape).expand_to_array(mask)
   return dataclasses.replace(
     x,
-    codes=jnp.where(blocks.merge(spread), x.codes, y.codes),
-    scale=jnp.where(hit, x.scale, y.scale),
-    zero=None if x.zero is None else jnp.where(hit, x.zero, y.zero),
+    codes=jnp.where(of_elements, x.codes, y.codes),
+    scale=jnp.where(mask, x.scale, y.scale),
+    zero=None if x.zero is None else jnp.where(mask, x.zero, y.zero),
   )
 
 
@@ -389,7 +307,7 @@ def zeros(
   block: int = BLOCK,
   symmetric: bool = False,
 ) -> QArray:
-  """Zeros, quantised.
+  """A quantised array of zeros.
 
   Args:
     shape: Shape of the array.
@@ -398,11 +316,11 @@ def zeros(
     symmetric: See :func:`quantize`.
 
   Returns:
-    The quantised array, in which every block is zero.
+    The quantised array.
   """
   small = scale_shape(shape, block)
   zero = None
-  if kind in _BITS and not symmetric:
+  if kind in rounding.BITS and not symmetric:
     zero = jnp.zeros(small, jnp.int8)
   codes = jnp.zeros(shape, _CODE_DTYPES[kind])
   scale = jnp.zeros(small, jnp.float32)
@@ -413,122 +331,16 @@ def requantize(q: QArray, x: jax.Array, key: jax.Array | None = None) -> QArray:
   """Quantises an array in the format of another one.
 
   Args:
-    q: Gives kind, blocks and symmetry.
+    q: A quantised array, whose kind, blocks and symmetry are used.
     x: Array of the same shape.
     key: See :func:`quantize`.
 
   Returns:
     `x`, quantised.
   """
-  block = _Blocks(q.shape, q.scale.shape).length
+  block = Blocks(q.shape, q.scale.shape).length
   return quantize(x, q.kind, block=block, symmetric=q.zero is None, key=key)
 
 
 def _is_int(x: Any) -> bool:
   return isinstance(x, int)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Blocks:
-  """How an array is cut in blocks: (..., n, ...) to (..., b, n / b, ...)."""
-
-  shape: tuple[int, ...]
-  scales: tuple[int, ...]
-
-  @property
-  def axis(self) -> int:
-    """Axis of the array that is cut; elements of a block lie along it."""
-    return block_axis(self.shape)
-
-  @property
-  def count(self) -> int:
-    """Number of blocks b."""
-    return self.scales[-2] if len(self.shape) > 1 else self.scales[-1]
-
-  @property
-  def length(self) -> int:
-    """Elements of a block."""
-    return max(1, -(-self.shape[self.axis] // max(self.count, 1)))
-
-  @property
-  def _at(self) -> int:
-    return len(self.shape) + self.axis
-
-  def split(self, x: jax.Array) -> jax.Array:
-    """The array in blocks, filled up with zeros."""
-    missing = self.count * self.length - self.shape[self.axis]
-    if missing:
-      padding = [(0, 0)] * x.ndim
-      padding[self.axis] = (0, missing)
-      x = jnp.pad(x, padding)
-    before, after = self.shape[: self._at], self.shape[self._at + 1 :]
-    return x.reshape(*before, self.count, self.length, *after)
-
-  def merge(self, x: jax.Array) -> jax.Array:
-    """Undoes :meth:`split`."""
-    before, after = self.shape[: self._at], self.shape[self._at + 1 :]
-    x = x.reshape(*before, self.count * self.length, *after)
-    if x.shape == self.shape:
-      return x
-    return jax.lax.slice_in_dim(x, 0, self.shape[self.axis], axis=self._at)
-
-  def reduce(self, f: Any, x: jax.Array) -> jax.Array:
-    """One value a block, by a function of an array and an axis."""
-    return self._turn(f(x, self.axis))
-
-  def spread(self, scale: jax.Array) -> jax.Array:
-    """Makes a value a block fit for arithmetic with what `split` gave."""
-    return jnp.expand_dims(self._turn(scale), self.axis)
-
-  def _turn(self, x: jax.Array) -> jax.Array:
-    turned = self.axis == -1 and len(self.shape) > 1
-    return jnp.swapaxes(x, -1, -2) if turned else x
-
-
-def _asymmetric(
-  blocks: _Blocks, x: jax.Array, bits: int, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Codes, scale and zero of uniform steps between the extremes."""
-  low = jnp.minimum(blocks.reduce(jnp.min, x), 0)
-  high = jnp.maximum(blocks.reduce(jnp.max, x), 0)
-  # One level less where codes are random: then none has to be clipped, which
-  # would bias the ends, although the zero is a whole number of steps.
-  steps = 2**bits - (1 if key is None else 2)
-  scale = high / steps - low / steps  # the difference may be out of range
-  divisor = _divisor(scale)
-  zero = -low / divisor
-  zero = jnp.round(zero) if key is None else jnp.ceil(zero - 1e-4)
-  codes = _round(x / blocks.spread(divisor), key) + blocks.spread(zero)
-  offset = 2 ** (bits - 1)  # the codes are signed
-  codes = jnp.clip(codes, 0, 2**bits - 1) - offset
-  return codes, scale, (zero - offset).astype(jnp.int8)
-
-
-def _symmetric(
-  blocks: _Blocks, x: jax.Array, kind: str, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """Codes and scale relative to the largest magnitude."""
-  largest = blocks.reduce(jnp.max, jnp.abs(x))
-  top = {"int4": 7.0, "int8": 127.0, "float8": 448.0}.get(kind, 1.0)
-  scale = largest / top
-  x = jnp.clip(x / blocks.spread(_divisor(scale)), -top, top)
-  if kind == "dynamic":
-    return dynamic_code.signed_code(x), scale
-  if kind == "unsigned_dynamic":
-    return dynamic_code.unsigned_code(x), scale
-  if kind == "nf4":
-    return nf4.code(x), scale
-  return (x if kind == "float8" else _round(x, key)), scale
-
-
-def _divisor(scale: jax.Array) -> jax.Array:
-  """What a block is divided by; its reciprocal, which XLA takes, is finite."""
-  return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1)
-
-
-def _round(x: jax.Array, key: jax.Array | None) -> jax.Array:
-  """To the nearest whole number, or up or down with unbiased chances."""
-  if key is None:
-    return jnp.round(x)
-  bits = jax.random.bits(key, x.shape, "uint16").astype(jnp.float32)
-  return jnp.floor(x + (bits + 0.5) * 2.0**-16)

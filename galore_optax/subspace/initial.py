@@ -36,8 +36,10 @@ def basis(
     return (*(parts := site.view.spec(spec))[:-2], parts[axis], None)
 
   if dtype not in CODES:
-    return sharding.place(_spread(key, shape, jnp.dtype(dtype)), like, spec)
-  return sharding.place_quantized(
+    return sharding.shard_like(
+      _spread(key, shape, jnp.dtype(dtype)), like, spec
+    )
+  return sharding.shard_quantized_like(
     _codes(key, shape, dtype),
     like,
     lambda parts: (*spec(parts)[:-2], None, spec(parts)[-2]),
@@ -50,7 +52,7 @@ def random_basis(
   """A random projection that is never stored, with the arguments of `basis`."""
   bits = jax.random.bits(_key(site, side, seed), (), jnp.uint32)
   return projection.RandomBasis(
-    sharding.place(bits, like, lambda _: ()), site.basis_shape(side)
+    sharding.shard_like(bits, like, lambda _: ()), site.basis_shape(side)
   )
 
 

@@ -1,4 +1,4 @@
-"""Projects gradients on bases, and lifts updates back."""
+"""Projects gradients on bases, lifts updates back, and stores bases."""
 
 import dataclasses
 import functools
@@ -21,14 +21,14 @@ Bases = Mapping[str, jax.Array]
 )
 @dataclasses.dataclass(frozen=True)
 class RandomBasis:
-  """A random projection that is never stored, only its seed.
+  """A random projection of which only the seed is stored.
 
   All matrices of a stack share it. Its entries are normal with variance 1 / r,
-  so that it keeps the norms of vectors in the mean; its columns are not quite
-  orthogonal.
+  so that it preserves the norms of vectors in expectation. Its columns are only
+  approximately orthogonal.
 
   Attributes:
-    seed: Gives the entries; uint32 scalar.
+    seed: Random seed of the entries, uint32 scalar.
     shape: Shape (..., m, r) of the stack of projections.
 
   Example:
@@ -41,7 +41,7 @@ class RandomBasis:
   shape: tuple[int, ...]
 
   def draw(self) -> jax.Array:
-    """The projection (m, r), float32; one for each seed."""
+    """The projection (m, r), float32; with a stack of seeds, one for each."""
     size, rank = self.shape[-2:]
 
     def normal(seed: jax.Array) -> jax.Array:
@@ -52,69 +52,83 @@ class RandomBasis:
     return drawn.reshape(*jnp.shape(self.seed), size, rank)
 
   def renewed(self, due: jax.Array) -> "RandomBasis":
-    """The next projection where it is due, this one otherwise."""
-    after = jax.random.bits(jax.random.key(self.seed), (), jnp.uint32)
-    return dataclasses.replace(self, seed=jnp.where(due, after, self.seed))
+    """The next projection if `due` is true, else this one."""
+    following = jax.random.bits(jax.random.key(self.seed), (), jnp.uint32)
+    return dataclasses.replace(self, seed=jnp.where(due, following, self.seed))
 
 
-def read(kept: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """Bases as arrays, from how the state keeps them.
+def read(stored: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Bases as arrays, whatever the format in which the state stores them.
 
   Args:
-    kept: Side to basis: an array, or a :class:`galore_optax.QArray` of the
-      transposed basis, whose blocks lie within one direction and which
-      compilers lay out like that without copying it; or a `RandomBasis`, which
-      is without the axes that stack matrices.
+    stored: Side to basis: an array; or a :class:`galore_optax.QArray` of the
+      transposed basis; or a `RandomBasis`. (A basis is transposed so that a
+      block lies within one direction. Compilers choose that layout for the
+      product, and need no copy.)
 
   Returns:
-    Side to basis (..., m, r) or (..., n, r).
+    Side to basis (..., m, r) or (..., n, r). A `RandomBasis` has no stack axes.
   """
-  return {side: _read(x) for side, x in kept.items()}
+  return {side: _read(x) for side, x in stored.items()}
 
 
-def read_stacked(kept: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """As :func:`read`, with the axes that stack matrices on random bases too."""
+def read_stacked(stored: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """As :func:`read`, but random bases have the stack axes, too."""
   return {
-    side: jnp.broadcast_to(x, kept[side].shape)
-    if isinstance(kept[side], RandomBasis) and not jnp.ndim(kept[side].seed)
+    side: jnp.broadcast_to(x, stored[side].shape)
+    if isinstance(stored[side], RandomBasis) and not jnp.ndim(stored[side].seed)
     else x
-    for side, x in read(kept).items()
+    for side, x in read(stored).items()
   }
 
 
-def _read(kept: Any) -> jax.Array:
-  if isinstance(kept, RandomBasis):
-    return kept.draw()
-  if qarray.is_quantized(kept):
-    return jnp.swapaxes(qarray.dequantize(kept), -1, -2)
-  return kept
+def _read(stored: Any) -> jax.Array:
+  if isinstance(stored, RandomBasis):
+    return stored.draw()
+  if qarray.is_quantized(stored):
+    return jnp.swapaxes(qarray.dequantize(stored), -1, -2)
+  return stored
 
 
-def shape_of(kept: Any) -> tuple[int, ...]:
-  """Shape (..., m, r) of a basis that the state keeps."""
-  shape = kept.shape
-  if qarray.is_quantized(kept):
+def basis_shape(stored: Any) -> tuple[int, ...]:
+  """Shape (..., m, r) of a basis, whatever the format the state keeps it in."""
+  shape = stored.shape
+  if qarray.is_quantized(stored):
     return (*shape[:-2], shape[-1], shape[-2])
   return shape
 
 
-def write(bases: Bases, kept: Mapping[str, Any]) -> dict[str, Any]:
-  """Bases as the state keeps them.
+def basis_shapes(
+  projector: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, tuple[int, ...]]]:
+  """Path to side to shape of a basis, of all bases in a state.
 
-  A quantised basis is rounded to the nearest and not made orthonormal again:
+  Args:
+    projector: Path to side to basis, as the state keeps them.
+  """
+  return {
+    path: {side: basis_shape(x) for side, x in stored.items()}
+    for path, stored in projector.items()
+  }
+
+
+def write(bases: Bases, stored: Mapping[str, Any]) -> dict[str, Any]:
+  """Bases in the format in which the state stores them.
+
+  A quantised basis is rounded to the nearest, and not made orthonormal again:
   the gradient is projected and lifted with the same, slightly skew basis.
 
   Args:
     bases: Side to basis.
-    kept: Gives the formats.
+    stored: Side to the stored basis that it replaces.
 
   Returns:
-    The bases, each in the format of its counterpart.
+    The bases, each in the format of the one that it replaces.
   """
   return {
-    side: qarray.requantize(kept[side], jnp.swapaxes(x, -1, -2))
-    if qarray.is_quantized(kept[side])
-    else x.astype(kept[side].dtype)
+    side: qarray.requantize(stored[side], jnp.swapaxes(x, -1, -2))
+    if qarray.is_quantized(stored[side])
+    else x.astype(stored[side].dtype)
     for side, x in bases.items()
   }
 
@@ -146,7 +160,7 @@ def lift(low: jax.Array, bases: Bases) -> jax.Array:
 
   Args:
     low: Updates (..., r, n), (..., m, r) or (..., r, r).
-    bases: The bases they were made in.
+    bases: As for :func:`project`.
 
   Returns:
     Updates (..., m, n).
@@ -159,7 +173,10 @@ def lift(low: jax.Array, bases: Bases) -> jax.Array:
 
 
 def overlap(new: Bases, old: Bases) -> dict[str, jax.Array]:
-  r"""How the new bases see the old ones, :math:`C = P_{new}^\top P_{old}`.
+  r"""Overlap of new bases with old ones, :math:`C = P_{new}^\top P_{old}`.
+
+  It expresses the old directions in the new ones, see
+  :func:`galore_optax.subspace.moments.rotate`.
 
   Args:
     new: New bases.
@@ -177,12 +194,12 @@ def overlap(new: Bases, old: Bases) -> dict[str, jax.Array]:
 def drop_null(low: jax.Array, bases: Bases, tolerance: jax.Array) -> jax.Array:
   """Zeroes the directions in which a projected gradient is rounding noise.
 
-  Where the gradient's numerical rank is below r, the remaining rows of R hold
-  rounding errors, some 1e-7 of the largest row. A normalising optimizer such
-  as Adam would blow them up to full-size updates in random directions.
+  If the numerical rank of the gradient is below r, the remaining rows of R are
+  rounding errors, about 1e-7 of the largest row. A normalising optimizer such
+  as Adam would scale them up to full-size updates in random directions.
 
   Args:
-    low: Projected gradients R. One that is not finite anywhere counts as zero.
+    low: Projected gradients R. One with a non-finite entry is zeroed.
     bases: The bases they were made with.
     tolerance: Directions whose norm is below this fraction of the Frobenius
       norm are zeroed; scalar.
@@ -194,9 +211,9 @@ def drop_null(low: jax.Array, bases: Bases, tolerance: jax.Array) -> jax.Array:
   energy = low * low
   keep = jnp.bool_(True)
   for axis in axes:
-    here = jnp.sum(energy, axis)
-    # Comparisons with nan are false. Sums compile faster than maxima.
-    whole = jnp.sum(here, -1)[..., None]
-    told = (here >= tolerance**2 * whole) & (whole < jnp.inf)
-    keep &= jnp.expand_dims(told, axis)
+    of_direction = jnp.sum(energy, axis)
+    # Comparisons with NaN are false. Sums compile faster than maxima.
+    total = jnp.sum(of_direction, -1)[..., None]
+    signal = (of_direction >= tolerance**2 * total) & (total < jnp.inf)
+    keep &= jnp.expand_dims(signal, axis)
   return jnp.where(keep, low, 0)

@@ -12,8 +12,8 @@ from galore_optax.quantization import qarray
 from galore_optax.subspace import adaptive as adaptive_lib
 from galore_optax.subspace import find as find_lib
 from galore_optax.subspace import moments as moments_lib
-from galore_optax.subspace import projection, refresh_groups, slices
-from galore_optax.tree import plan, split
+from galore_optax.subspace import projection, refresh_groups
+from galore_optax.tree import plan, slices, split
 
 POLICIES = ("staggered", "synchronous", "adaptive")
 MOMENTS = ("rotate", "keep", "reset", "ldadam")
@@ -126,8 +126,8 @@ def refresh(
     return _redraw(sites, now, bases), dict(schedules), inner_state
   found = {
     place: moment
-    for place, moment in moments_lib.of_state(inner_state).items()
-    if how.moments != "keep" or moments_lib.is_sum(place)
+    for place, moment in moments_lib.find_moments(inner_state).items()
+    if how.moments != "keep" or moments_lib.is_pending_sum(place)
   }
   ratios = ratios or {}
   orders = {p: (order, ratios.get(p)) for p, (order, _) in found.items()}
@@ -148,7 +148,7 @@ def refresh(
   return (
     {path: dict(new[path][0]) for path in bases},
     {path: new[path][2] for path in schedules},
-    moments_lib.update_low(inner_state, moments),
+    moments_lib.replace_moments(inner_state, moments),
   )
 
 
@@ -318,12 +318,12 @@ def _refresh_one(
   """The slots of a group with one matrix refreshed."""
   # What the sides are called in all leaves of the group: as in the first.
   sides = group.members[0].sides
-  kept, when = slices.read(
+  kept, when = slices.take_from(
     [
       (dict(zip(sides, bases.values(), strict=True)), when)
       for bases, _, when in (flat[site.path] for site in group.members)
     ],
-    [site.spread for site in group.members],
+    [site.sharded for site in group.members],
     place.member,
     place.index,
   )
@@ -393,9 +393,9 @@ def _find(
 
   def with_gradient(f: Callable, basis: jax.Array) -> Any:
     def of_kind(kind: tuple[plan.Site, ...], basis: jax.Array) -> Any:
-      g = slices.read(
+      g = slices.take_from(
         [grads[site.path] for site in kind],
-        [site.spread for site in kind],
+        [site.sharded for site in kind],
         place.within,
         place.index,
       )
@@ -424,19 +424,19 @@ def _update_kind(
   slots: list[refresh_groups.Slot],
 ) -> list[refresh_groups.Slot]:
   """The slots of a kind with a matrix's basis replaced, its moments turned."""
-  spread = [site.spread for site in kind]
+  spread = [site.sharded for site in kind]
   at = (spread, place.within, place.index)
-  old = slices.read([moments for _, moments, _ in slots], *at)
+  old = slices.take_from([moments for _, moments, _ in slots], *at)
   moments = {}
   for where, moment in old.items():
     order, ratio = orders[where]
     if ratio is None:
-      reset = how.moments == "reset" and not moments_lib.is_sum(where)
+      reset = how.moments == "reset" and not moments_lib.is_pending_sum(where)
       moments[where] = _carry_over(reset, moment, turn, order, late)
     else:
       mean = old[where.removesuffix("nu") + "mu"]
       moments[where] = moments_lib.rotate_variance(moment, mean, turn, ratio)
-  return slices.write(slots, *at, (bases, moments, when))
+  return slices.put_into(slots, *at, (bases, moments, when))
 
 
 def _carry_over(

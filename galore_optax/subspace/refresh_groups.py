@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax.subspace import adaptive, slices
-from galore_optax.tree import plan, sharding
+from galore_optax.subspace import adaptive
+from galore_optax.tree import plan, sharding, slices
 
 # What a refresh changes of a leaf: its bases by side, its moments by place,
 # and its schedule where that adapts.
@@ -141,7 +141,7 @@ def group(
     gap = site.gap if isinstance(site.gap, int | float) else id(site.gap)
     name = re.sub(r"\d+", "#", path) if sharding.on_mesh(grads[path]) else None
     seen = _form(site, (grads[path], moments))
-    kind = (site.sides, site.spread, seen, *moments)
+    kind = (site.sides, site.sharded, seen, *moments)
     alike = kind if by_gradient else len(site.sides)
     alone = None if share else path
     key = (name, gap, alike, alone, _form(site, list(bases.values())))

@@ -1,4 +1,4 @@
-"""In which order the leaves of a tree are computed."""
+"""Computes the leaves of a tree one after another, where that saves memory."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,41 +10,45 @@ import jax.numpy as jnp
 from galore_optax.tree import sharding
 
 
-def in_turn(
-  f: Callable[[str, Any], jax.Array], given: Mapping[str, Any]
+def one_after_another(
+  f: Callable[[str, Any], jax.Array], inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-  """Calls a function on leaves, of which CPUs compute one after the other.
+  """Applies a function to leaves; CPUs start a leaf when the last is done.
 
-  XLA for CPU runs first what is ready first: the products of all leaves, and
-  then what is made of them, when they have left the cache and fill the memory.
-  So each leaf waits there for the one before it, which what is done with that
-  does not. Other compilers order by memory themselves; and on a mesh, to wait
-  would keep what devices send each other from running beside products.
+  XLA for CPU runs an operation as soon as its operands are there: first the
+  products of all leaves, then what uses them, when they have left the cache and
+  fill the memory. On CPU each leaf therefore depends on the one before it.
+  Later operations on a leaf do not delay the next leaf. Other compilers order
+  operations by memory themselves. On a mesh no leaf waits, so that
+  communication still overlaps with products.
 
   Args:
-    f: From a path and what is given for it to an array.
-    given: Path to arrays.
+    f: From a path and its input to an array.
+    inputs: Path to the input of `f`, a tree of arrays.
 
   Returns:
     Path to what `f` returned.
   """
-  found: dict[str, jax.Array] = {}
+  results: dict[str, jax.Array] = {}
   waits = None
-  if not any(map(sharding.on_mesh, jax.tree.leaves(given))):
-    # Elsewhere it is a constant, which leaves nothing of the rest.
+  if not any(map(sharding.on_mesh, jax.tree.leaves(inputs))):
+    # A constant, False on other platforms: the compiler then drops all of this.
     waits = jax.lax.platform_dependent(
       cpu=lambda: jnp.bool_(True), default=lambda: jnp.bool_(False)
     )
   last = None
-  for path, x in given.items():
+  for path, x in inputs.items():
     if waits is not None and last is not None:
       x = jax.tree.map(functools.partial(_after, waits, last), x)
-    found[path] = last = f(path, x)
-  return found
+    results[path] = last = f(path, x)
+  return results
 
 
 def _after(waits: jax.Array, first: jax.Array, x: jax.Array) -> jax.Array:
-  """`x` as it is, but computed from `first`; barriers are dropped too early."""
+  """`x` unchanged, but computed from `first`.
+
+  An optimization barrier would not do: XLA removes it before it schedules.
+  """
   corner = jax.lax.slice(first, (0,) * first.ndim, (1,) * first.ndim)
   corner = jax.lax.reshape(corner, ())
   never = waits & jax.lax.lt(corner, jax.lax.full_like(corner, -jnp.inf))

@@ -1,1 +1,1 @@
-"""Parameters as trees of matrices: paths, plan, views, shardings."""
+"""Parameters as trees of matrices: paths, rules, matrix views, shardings."""

@@ -1,4 +1,4 @@
-"""A leaf seen as a stack of matrices: the one place that transposes."""
+"""Reads a leaf as a stack of matrices; only this module transposes leaves."""
 
 import dataclasses
 import math
@@ -11,17 +11,17 @@ Axes = int | Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-  r"""How an array of any shape is read as a stack of matrices.
+  r"""A way to read an array of any shape as a stack of matrices.
 
-  The axes of the array are divided into batch, row and column axes. Rows and
-  columns are flattened, batch axes stay as they are:
+  Each axis of the array is a batch, row or column axis. Row axes are flattened
+  to one, and so are column axes; batch axes are kept:
   :math:`x \mapsto X \in \mathbb{R}^{b_1 \times \dots \times m \times n}`.
 
   Attributes:
     shape: Shape of the array.
-    batch: Axes that count matrices, in the array's order.
-    rows: Axes whose product is the number of rows m, in the order they vary.
-    cols: Axes whose product is the number of columns n.
+    batch: Axes that count matrices, as they follow each other in the array.
+    rows: Axes whose product is the number of rows m; the last varies fastest.
+    cols: Axes whose product is the number of columns n; likewise.
 
   Example:
     >>> import jax.numpy as jnp
@@ -63,7 +63,8 @@ class MatrixView:
     return (*self.stack, self.m, self.n)
 
   @property
-  def _order(self) -> tuple[int, ...]:
+  def _permutation(self) -> tuple[int, ...]:
+    """Axes of the array, in the sequence in which the matrices have them."""
     return (*self.batch, *self.rows, *self.cols)
 
   def as_matrix(self, x: jax.Array) -> jax.Array:
@@ -75,8 +76,8 @@ class MatrixView:
     Returns:
       The same entries, of shape (..., m, n).
     """
-    if self._order != tuple(range(len(self.shape))):
-      x = x.transpose(self._order)
+    if self._permutation != tuple(range(len(self.shape))):
+      x = x.transpose(self._permutation)
     return x if x.shape == self.matrix_shape else x.reshape(self.matrix_shape)
 
   def from_matrix(self, x: jax.Array) -> jax.Array:
@@ -88,26 +89,26 @@ class MatrixView:
     Returns:
       The same entries, of shape `self.shape`.
     """
-    ordered = tuple(self.shape[axis] for axis in self._order)
+    ordered = tuple(self.shape[axis] for axis in self._permutation)
     x = x if x.shape == ordered else x.reshape(ordered)
-    if self._order == tuple(range(len(self.shape))):
+    if self._permutation == tuple(range(len(self.shape))):
       return x
-    return x.transpose(sorted(range(x.ndim), key=self._order.__getitem__))
+    return x.transpose(sorted(range(x.ndim), key=self._permutation.__getitem__))
 
   def spec(self, spec: Sequence) -> tuple:
-    """Partition of the matrix that follows from the array's partition.
+    """Partition of the matrices that follows from the array's partition.
 
-    A flattened side keeps the mesh axes of its first array axis, which is the
-    only part of its partition that survives the flattening.
+    A flattened side keeps the mesh axes of its first array axis. The partition
+    of its other axes is lost in flattening.
 
     Args:
-      spec: One entry an array axis, as in `jax.sharding.PartitionSpec`; what
-        comes before is of axes that were taken off.
+      spec: One entry an array axis, as in `jax.sharding.PartitionSpec`. If
+        there are more entries, the first ones are ignored: they belong to axes
+        of a stack of which the array is one layer.
 
     Returns:
-      One entry a batch axis, then the rows' and the columns' entry.
+      One entry a batch axis, then the entry of the rows and of the columns.
     """
-    # Of a layer of a stack that is partitioned, the last entries count.
     spec = tuple(spec)[max(0, len(spec) - len(self.shape)) :]
     spec = (*spec, *(None,) * (len(self.shape) - len(spec)))
     first = lambda axes: spec[axes[0]] if axes else None
@@ -122,9 +123,10 @@ def matrix_view(
 
   Args:
     shape: Shape of the array.
-    rows: Axis or axes that are flattened to rows; by default the last but one.
+    rows: Axis or axes that are flattened to rows; by default the second to
+      last one.
     cols: Axis or axes that are flattened to columns; by default the last one.
-      The axes that are neither rows nor columns count matrices.
+      All other axes count matrices.
 
   Returns:
     The view, or None if the array has fewer than two axes.
@@ -133,7 +135,7 @@ def matrix_view(
     ValueError: If an axis does not exist or is named twice.
 
   Example:
-    A DenseGeneral kernel (embed, heads, head_dim) as one embed x (heads ·
+    Reads a DenseGeneral kernel (embed, heads, head_dim) as one embed x (heads ·
     head_dim) matrix:
 
     >>> matrix_view((64, 4, 16), rows=0, cols=(1, 2)).matrix_shape
@@ -159,7 +161,7 @@ def matrix_view(
 def _axes(
   shape: tuple[int, ...], axes: Axes | None, default: int, name: str
 ) -> tuple[int, ...]:
-  """Non-negative axes."""
+  """The axes as non-negative numbers; raises if they are not valid."""
   axes = default if axes is None else axes
   axes = (axes,) if isinstance(axes, int) else tuple(axes)
   ndim = len(shape)

@@ -1,4 +1,4 @@
-"""The leaves of a pytree by path: the names that rules and states go by."""
+"""Paths of the leaves of a pytree, by which rules and states name them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,21 +7,21 @@ import jax
 
 from galore_optax.quantization import qarray
 
-# A leaf of a tree that is a bare array has no path of its own.
+# Path of the leaf of a tree that is just one array.
 _ROOT = "param"
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-  """The leaves of a pytree by their paths.
+  """Path to leaf, for all leaves of a pytree.
 
-  Keys of dicts, attributes and positions are joined by '/'. The box in which
-  Flax keeps an array (`nnx.Variable`, `nn.Partitioned`) adds nothing.
+  Keys of dicts, attributes and indices are joined by '/'. The box in which Flax
+  keeps an array (`nnx.Variable`, `nn.Partitioned`) adds nothing to the path.
 
   Args:
     tree: Any pytree.
 
   Returns:
-    Path to leaf, in the tree's order.
+    Path to leaf, in the sequence in which JAX flattens the tree.
 
   Example:
     >>> leaves_by_path({"attn": {"q": 1.0, "k": 2.0}, "mlp": [3.0]})
@@ -34,7 +34,12 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def check_arrays(leaves: Mapping[str, Any], advice: str) -> None:
-  """Raises where a leaf is a quantised array, and says what to do instead."""
+  """Raises if a leaf is a quantised array.
+
+  Args:
+    leaves: Path to leaf.
+    advice: What to do instead, for the error.
+  """
   for path, x in leaves.items():
     if qarray.is_quantized(x):
       raise TypeError(
@@ -51,7 +56,15 @@ def flatten(tree: Any, is_leaf: Callable = lambda _: False) -> tuple:
 
 
 def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
-  """Maps a function of path and leaf over a tree, see `leaves_by_path`."""
+  """Maps a function of path and leaf over a tree.
+
+  Args:
+    f: From a path, see :func:`leaves_by_path`, and a leaf to a leaf.
+    tree: Any pytree; a quantised array is one leaf.
+
+  Returns:
+    The tree of the results.
+  """
   flat, treedef = flatten(tree)
   names = paths([keys for keys, _ in flat])
   return treedef.unflatten(
@@ -60,19 +73,25 @@ def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def paths(key_paths: Sequence[tuple]) -> list[str]:
-  """One distinct path a leaf, see :func:`leaves_by_path`.
+  """A distinct path for each leaf, see :func:`leaves_by_path`.
+
+  Args:
+    key_paths: JAX's key paths of the leaves.
+
+  Returns:
+    The paths, in the same sequence.
 
   Raises:
-    ValueError: If two leaves have the same.
+    ValueError: If two leaves have the same path.
   """
   for unbox in (True, False):
-    found = [_join(keys, unbox) for keys in key_paths]
-    if len(set(found)) == len(found):
-      return found
-  twice = next(path for path in found if found.count(path) > 1)
+    names = [_join(keys, unbox) for keys in key_paths]
+    if len(set(names)) == len(names):
+      return names
+  duplicate = next(path for path in names if names.count(path) > 1)
   raise ValueError(
-    f"Two leaves have the path {twice!r}, and states and rules go by paths. "
-    "Rename a key that has a '/' in it."
+    f"Two leaves have the path {duplicate!r}, by which states and rules name "
+    "leaves. Rename a key that has a '/' in it."
   )
 
 

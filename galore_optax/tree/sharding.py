@@ -1,4 +1,4 @@
-"""Where the state lives on a mesh."""
+"""Shardings of the optimizer's state, which follow the parameters'."""
 
 import dataclasses
 import math
@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_optax.quantization import qarray
+from galore_optax.quantization import blocks, qarray
 from galore_optax.tree import paths
 
 
-def place(x: jax.Array, like: Any, spec: Callable[[tuple], tuple]) -> jax.Array:
-  """Puts a new array on the mesh of a parameter.
+def shard_like(
+  x: jax.Array, like: Any, spec: Callable[[tuple], tuple]
+) -> jax.Array:
+  """Shards a new array over the mesh of a parameter.
 
   Args:
     x: The new array.
@@ -32,10 +34,10 @@ def place(x: jax.Array, like: Any, spec: Callable[[tuple], tuple]) -> jax.Array:
   return jax.device_put(x, target)
 
 
-def place_quantized(
+def shard_quantized_like(
   q: qarray.QArray, like: Any, spec: Callable[[tuple], tuple]
 ) -> qarray.QArray:
-  """As :func:`place`, for codes and their scales.
+  """As :func:`shard_like`, for codes and their scales.
 
   Args:
     q: The new quantised array.
@@ -47,30 +49,31 @@ def place_quantized(
   """
 
   def scales(parts: tuple) -> tuple:
-    return qarray.scale_spec(spec(parts), q.shape)
+    return blocks.scale_spec(spec(parts), q.shape)
 
+  zero = q.zero
   return dataclasses.replace(
     q,
-    codes=place(q.codes, like, spec),
-    scale=place_divisible(q.scale, like, scales),
-    zero=None if q.zero is None else place_divisible(q.zero, like, scales),
+    codes=shard_like(q.codes, like, spec),
+    scale=shard_divisible_like(q.scale, like, scales),
+    zero=None if zero is None else shard_divisible_like(zero, like, scales),
   )
 
 
-def place_divisible(
+def shard_divisible_like(
   x: jax.Array, like: Any, spec: Callable[[tuple], tuple]
 ) -> jax.Array:
-  """As :func:`place`, but axes that the mesh does not divide stay whole."""
+  """As :func:`shard_like`, but an axis the mesh does not divide stays whole."""
   sharding = _known_sharding(like)
   if sharding is None:
     return x
-  return place(
-    x, like, lambda parts: _fitting(sharding.mesh, spec(parts), x.shape)
+  return shard_like(
+    x, like, lambda parts: _divisible(sharding.mesh, spec(parts), x.shape)
   )
 
 
-def _fitting(mesh: Any, spec: tuple, shape: tuple[int, ...]) -> tuple:
-  """A partition without the axes that the mesh does not divide."""
+def _divisible(mesh: Any, spec: tuple, shape: tuple[int, ...]) -> tuple:
+  """A partition in which axes that the mesh does not divide are whole."""
   sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
 
   def shards(names: Any) -> int:
@@ -84,7 +87,10 @@ def _fitting(mesh: Any, spec: tuple, shape: tuple[int, ...]) -> tuple:
 
 
 def _known_sharding(like: Any) -> jax.NamedSharding | None:
-  """The sharding of an array; of a traced one only its Explicit axes."""
+  """The sharding of an array, if it is known and shards any axis.
+
+  Of a traced array only the Explicit axes of its mesh are known.
+  """
   if isinstance(like, jax.core.Tracer):
     sharding = jax.typeof(like).sharding
   else:
@@ -95,10 +101,11 @@ def _known_sharding(like: Any) -> jax.NamedSharding | None:
 
 
 def with_auto_axes(update: Callable) -> Callable:
-  """Lets an update run on a mesh with Explicit axes.
+  """Makes an update function work on a mesh with Explicit axes.
 
-  Inside, the compiler partitions the operations, as on a mesh with Auto axes;
-  outside, every update is sharded like its gradient, the state like it was.
+  Inside, the compiler partitions the operations, as on a mesh with Auto axes.
+  Outside, each update is sharded like its gradient, and the new state like the
+  old one.
 
   Args:
     update: The update function of a gradient transformation.
@@ -124,11 +131,11 @@ def with_auto_axes(update: Callable) -> Callable:
 
 
 def run_auto(f: Callable, like: Any, *args: Any) -> Any:
-  """Runs a function that does not know of meshes, also on Explicit axes.
+  """Calls a function with Auto axes, whatever the axes of its arguments.
 
   Args:
-    f: The function.
-    like: Arrays in the structure of its result, sharded as that shall be.
+    f: A function whose operations are not written for Explicit axes.
+    like: Arrays in the structure of its result, sharded as the result shall be.
     *args: Its arguments, pytrees of arrays.
 
   Returns:
@@ -155,33 +162,37 @@ def _is_arrays(tree: Any) -> bool:
 
 
 def partitions(param_shardings: Any) -> dict[str, tuple]:
-  """Path to partition of the parameters.
+  """Path to partition of each parameter.
 
   Args:
     param_shardings: `jax.NamedSharding` for each parameter, or None.
+
+  Returns:
+    Path to one entry an axis: names of mesh axes, or None where the axis is
+    whole on every device. Empty if `param_shardings` is None.
   """
   if param_shardings is None:
     return {}
-  _one_mesh(param_shardings)
+  _common_mesh(param_shardings)
   leaves = paths.leaves_by_path(param_shardings)
-  return {path: _dividing(x) for path, x in leaves.items()}
+  return {path: _without_trivial_axes(x) for path, x in leaves.items()}
 
 
-def _dividing(sharding: jax.NamedSharding) -> tuple:
-  """A partition without the mesh axes of one device."""
+def _without_trivial_axes(sharding: jax.NamedSharding) -> tuple:
+  """A partition without the mesh axes of size one, which divide nothing."""
   sizes = sharding.mesh.shape
   entries = [x if isinstance(x, tuple) else (x,) for x in sharding.spec]
-  left = [
+  axes = [
     tuple(axis for axis in entry if sizes.get(axis, 1) > 1) for entry in entries
   ]
-  return tuple(entry or None for entry in left)
+  return tuple(entry or None for entry in axes)
 
 
 def on_mesh(x: Any) -> bool:
-  """Whether an array, or what a traced one stands for, is on several devices.
+  """Whether an array is on several devices.
 
-  Of a traced one that is known unless it has its sharding from nothing but the
-  `in_shardings` of `jax.jit`.
+  This is also known of a traced array, unless nothing but the `in_shardings`
+  of `jax.jit` gives it its sharding.
   """
   return jax.typeof(x).sharding.mesh.size > 1
 
@@ -189,8 +200,8 @@ def on_mesh(x: Any) -> bool:
 def quantized_shardings(params: Any, param_shardings: Any) -> Any:
   """Shardings for parameters of which some are quantised.
 
-  Codes are sharded like the weights they stand for; of the scales, an axis
-  that the mesh does not divide stays whole.
+  Codes are sharded like the weights they stand for. Scales are, too, except
+  that an axis that the mesh does not divide stays whole.
 
   Args:
     params: Parameters with :class:`galore_optax.QArray` leaves, or their
@@ -201,23 +212,23 @@ def quantized_shardings(params: Any, param_shardings: Any) -> Any:
     `jax.NamedSharding` for each array, in the structure of `params`.
   """
 
-  def spread(x: Any, sharding: jax.NamedSharding) -> Any:
+  def shard(x: Any, sharding: jax.NamedSharding) -> Any:
     if not qarray.is_quantized(x):
       return sharding
-    spec = qarray.scale_spec(tuple(sharding.spec), x.shape)
-    fits = _fitting(sharding.mesh, spec, x.scale.shape)
-    scales = jax.NamedSharding(sharding.mesh, jax.P(*fits))
+    spec = blocks.scale_spec(tuple(sharding.spec), x.shape)
+    spec = _divisible(sharding.mesh, spec, x.scale.shape)
+    scales = jax.NamedSharding(sharding.mesh, jax.P(*spec))
     zero = None if x.zero is None else scales
-    scale = spread(x.scale, scales)  # which may be quantised itself
+    scale = shard(x.scale, scales)  # which may be quantised itself
     return dataclasses.replace(x, codes=sharding, scale=scale, zero=zero)
 
   return jax.tree.map(
-    spread, params, param_shardings, is_leaf=qarray.is_quantized
+    shard, params, param_shardings, is_leaf=qarray.is_quantized
   )
 
 
-def _one_mesh(shardings: Any) -> Any:
-  """The mesh that all shardings share."""
+def _common_mesh(shardings: Any) -> Any:
+  """The one mesh of all shardings."""
   leaves = jax.tree.leaves(shardings)
   meshes = {x.mesh for x in leaves if isinstance(x, jax.NamedSharding)}
   named = all(isinstance(x, jax.NamedSharding) for x in leaves)
@@ -232,14 +243,14 @@ def _one_mesh(shardings: Any) -> Any:
 def state_shardings(tx: Any, params: Any, param_shardings: Any) -> Any:
   """Shardings for an optimizer's state that follow the parameters'.
 
-  Moments are sharded like their parameters; those of rank r have r in place of
+  Moments are sharded like their parameters. Those of rank r have r in place of
   the projected side, and its mesh axes if they divide r. A basis is sharded
   along the side it spans. Both are sharded along the axes that stack layers.
 
   Args:
-    tx: Any optimizer, with GaLore anywhere in it or not at all, or what
+    tx: Any optimizer, with or without GaLore anywhere in it, or what
       :func:`galore_optax.layerwise` returns.
-    params: Parameters, or their `jax.ShapeDtypeStruct`. For those that are
+    params: Parameters, or their `jax.ShapeDtypeStruct`. Where they are
       quantised, `tx` is given the weights that they stand for.
     param_shardings: `jax.NamedSharding` for each parameter; for a quantised one
       that of the weight, or one for each of its arrays.
@@ -263,9 +274,9 @@ def state_shardings(tx: Any, params: Any, param_shardings: Any) -> Any:
     >>> optax.tree.get(state, "mu").low["w"].spec
     P(None, 'data')
   """
-  mesh = _one_mesh(param_shardings)
-  # With Explicit axes, shardings are part of the types, and the optimizer's own
-  # `init` says how it places its state.
+  mesh = _common_mesh(param_shardings)
+  # With Explicit axes, shardings are part of the types: the types of what the
+  # optimizer's `init` returns say how it shards its state.
   explicit = jax.sharding.AbstractMesh(
     mesh.axis_sizes,
     mesh.axis_names,

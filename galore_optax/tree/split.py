@@ -1,9 +1,10 @@
-"""How an inner optimizer's state is kept: its low-rank leaves set apart.
+"""Stores an inner optimizer's state with its low-rank leaves set apart.
 
-The inner optimizer sees trees in the parameters' structure, so that its masks
-and labels fit. In the state such a tree is kept as a :class:`Split`: a low-rank
-leaf must not lie where tools expect an array of the parameter's shape, be it a
-sharding copied from the parameters or a box with the parameter's metadata.
+The inner optimizer is given trees in the parameters' structure, so that its
+masks and labels fit. The state stores each such tree as a :class:`Split`:
+tools take a leaf in the parameters' structure for an array of the parameter's
+shape, for instance when they copy the parameters' shardings or read the
+metadata of the box that it is in, and a low-rank leaf is not of that shape.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ class Split(NamedTuple):
 
 
 def split(tree: Any, low: Mapping[str, Any]) -> Split:
-  """Sets the leaves at the paths of `low` apart.
+  """Splits a tree into the leaves at the paths of `low` and all others.
 
   Args:
     tree: A tree in the parameters' structure; parts may be masked.
@@ -58,7 +59,7 @@ def merge(tree: Split) -> Any:
     tree: The split tree.
 
   Returns:
-    The tree in the parameters' structure, low-rank leaves in their places.
+    The tree in the parameters' structure, with the low-rank leaves in it.
   """
   flat, treedef = paths.flatten(tree.full, is_masked)
   names = paths.paths([keys for keys, _ in flat])
@@ -85,7 +86,7 @@ def masked_paths(tree: Any) -> list[str]:
   ]
 
 
-def stow(
+def split_state(
   inner: optax.GradientTransformationExtraArgs,
   state: Any,
   low: Mapping[str, Any],
@@ -93,25 +94,27 @@ def stow(
   """Splits every tree in the parameters' structure of an inner state.
 
   Args:
-    inner: The inner optimizer, whose `init` tells which trees those are.
+    inner: The inner optimizer, whose `init` shows which trees those are.
     state: Its state.
     low: Mapping whose keys are the paths of the low-rank leaves.
 
   Returns:
-    The state as it is kept.
+    The state with a :class:`Split` in place of these trees.
   """
   return _map_trees(inner, lambda tree: split(tree, low), state)
 
 
-def unstow(inner: optax.GradientTransformationExtraArgs, state: Any) -> Any:
-  """Undoes :func:`stow`.
+def merge_state(
+  inner: optax.GradientTransformationExtraArgs, state: Any
+) -> Any:
+  """Undoes :func:`split_state`.
 
   Args:
     inner: The inner optimizer.
-    state: Its state as it is kept.
+    state: The split state.
 
   Returns:
-    The state as the inner optimizer knows it.
+    The state as the inner optimizer made it.
   """
   return _map_trees(inner, merge, state)
 
@@ -121,11 +124,14 @@ def is_split(x: Any) -> bool:
   return isinstance(x, Split)
 
 
-def skeleton(inner: optax.GradientTransformationExtraArgs, params: Any) -> Any:
-  """The inner state of the placeholder with which Optax probes `init`.
+def placeholder_state(
+  inner: optax.GradientTransformationExtraArgs, params: Any
+) -> Any:
+  """The inner state that `init` returns when Optax probes it.
 
-  Nothing in a GaLore state has the parameters' structure, which is what one
-  plain leaf in place of every split tree says to `optax.tree.map_params`.
+  `optax.tree.map_params` calls `init` with a placeholder to find the trees in
+  the parameters' structure. A GaLore state has none, because all of them are
+  split; a plain leaf in place of each says so.
 
   Args:
     inner: The inner optimizer.
@@ -144,22 +150,22 @@ def skeleton(inner: optax.GradientTransformationExtraArgs, params: Any) -> Any:
 def _map_trees(
   inner: optax.GradientTransformationExtraArgs, f: Callable, state: Any
 ) -> Any:
+  """Maps a function over the trees in the parameters' structure of a state."""
   try:
     return optax.tree.map_params(inner.init, f, state, is_leaf=lambda _: True)
   except (IndexError, TypeError, ValueError) as error:
     raise ValueError(
-      "The inner optimizer cannot be wrapped: which parts of its state are "
-      "moments is found with `optax.tree.map_params`, which fails for it "
-      f"({error}). Wrap its parts instead, e.g. "
-      "`chain(galore(optax.scale_by_adam(), rank=128), ...)`."
+      "The inner optimizer cannot be wrapped: `optax.tree.map_params`, which "
+      f"finds the moments in its state, fails ({error}). Wrap its parts "
+      "instead, e.g. `chain(galore(optax.scale_by_adam(), rank=128), ...)`."
     ) from error
 
 
 def _placeholder_type() -> type:
   """The type of the node with which `optax.tree.map_params` calls `init`."""
-  seen = []
-  optax.tree.map_params(lambda x: seen.append(x) or x, lambda x: x, 0)
-  return type(seen[0])
+  nodes = []
+  optax.tree.map_params(lambda x: nodes.append(x) or x, lambda x: x, 0)
+  return type(nodes[0])
 
 
 _PLACEHOLDER = _placeholder_type()

@@ -45,7 +45,7 @@ def test_captured_energy_is_that_of_the_leading_values(stack):
     np.testing.assert_allclose(found, share, rtol=1e-5)
 
 
-def test_overlap_of_the_side_that_turned_more(stack):
+def test_overlap_is_that_of_the_side_that_overlaps_less(stack):
   _, left, right, _ = stack
   left, right = (jnp.asarray(x, jnp.float32) for x in (left, right))
   old = {"left": left[..., :4], "right": right[..., :4]}
@@ -85,21 +85,21 @@ def low_bits():
   return tx, params, state, grads
 
 
-def test_bases_in_few_bits(low_bits):
-  """As they are kept, and as arrays."""
+def test_quantised_bases(low_bits):
+  """As the state stores them, and as arrays."""
   _, params, state, grads = low_bits
   found = find_bases(state)
   assert set(found) == {"stack", "w"}
   assert {side: x.shape for side, x in found["w"].items()} == {"right": (40, 4)}
-  for path, kept in state.projector.items():
+  for path, stored in state.projector.items():
     arrays = found[path]
-    energy = captured_energy(grads[path], kept)
+    energy = captured_energy(grads[path], stored)
     np.testing.assert_allclose(energy, captured_energy(grads[path], arrays))
     assert energy.shape == params[path].shape[:-2]
     assert np.all((energy > 0.1) & (energy < 1))
-    # A skew basis does not keep more of itself than there is.
-    assert np.all(basis_overlap(kept, kept) > 0.95)
-    assert np.all(basis_overlap(kept, arrays) <= 1)
+    # The overlap of a skew basis with itself is at most 1.
+    assert np.all(basis_overlap(stored, stored) > 0.95)
+    assert np.all(basis_overlap(stored, arrays) <= 1)
     basis = np.moveaxis(next(iter(arrays.values())), -1, -2)
     gram = np.einsum("...rm,...sm->...rs", basis, basis)
     np.testing.assert_allclose(
@@ -108,7 +108,7 @@ def test_bases_in_few_bits(low_bits):
 
 
 def test_refreshes_are_counted(low_bits):
-  """By path, and by matrix; at step 0 all are, and then in turns."""
+  """For each path and matrix: all at step 0, later one after another."""
   tx, params, state, _ = low_bits
   found = refresh_counts(optax.chain(tx).init(params))
   assert {k: x.tolist() for k, x in found.items()} == {
@@ -117,14 +117,14 @@ def test_refreshes_are_counted(low_bits):
   }
   found = refresh_counts((state, {"more": 1}))
   assert found["stack"].shape == (3,) and found["w"].shape == ()
-  # Four matrices: two of them get their turn at step 1, two at step 2.
+  # Of four matrices, two are due at step 1 and two at step 2.
   assert sum(int(x.sum()) for x in found.values()) == 4 + 4
   plain = galore(optax.adam(1e-3), rank=4).init(params)
   assert refresh_counts(plain) == {}
   assert refresh_counts(optax.adam(1e-3).init(params)) == {}
 
 
-def test_state_in_few_bits_is_described_leaf_by_leaf(low_bits):
+def test_quantised_states_are_described_leaf_by_leaf(low_bits):
   """4-bit codes count as half a byte, and belong to their parameter."""
   tx, params, state, _ = low_bits
   table = describe(tx, params)
@@ -173,7 +173,7 @@ def test_every_leaf_at_full_rank_has_its_reason():
   assert "because of" not in str(plain)
 
 
-def test_quantised_weights_are_described_as_what_they_stand_for():
+def test_quantised_weights_are_described_as_float32_weights():
   params = {"kernel": jnp.zeros((64, 96)), "bias": jnp.zeros(96)}
   tx = galore(optax.adam(1e-3), rank=4)
   assert str(describe(tx, quantize_params(params))) == str(describe(tx, params))

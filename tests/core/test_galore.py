@@ -21,6 +21,7 @@ from galore_optax import (
   state_bytes,
 )
 from galore_optax.subspace import moments as moments_lib
+from galore_optax.subspace import projection
 from galore_optax.tree import paths, plan
 
 RATE = optax.linear_schedule(1e-2, 1e-3, 20)
@@ -400,7 +401,7 @@ def test_moments_are_known_by_their_state_and_name(name):
   """Adan's v is linear in the gradient, and so is SM3's nu."""
   inner, wanted = FAMILIES[name]
   state = galore(inner, rank=2).init({"w": jnp.ones((8, 12))})
-  found = moments_lib.of_state(state.inner_state)
+  found = moments_lib.find_moments(state.inner_state)
   orders = {
     place.rpartition(".")[2]: order for place, (order, _) in found.items()
   }
@@ -449,7 +450,7 @@ def test_a_name_that_one_state_has_is_not_looked_for_in_others():
     lambda updates, state, params=None: (updates, state),
   )
   state = galore(inner, rank=2).init({"w": jnp.ones((8, 12))})
-  assert moments_lib.of_state(state.inner_state) == {}
+  assert moments_lib.find_moments(state.inner_state) == {}
 
 
 @pytest.mark.parametrize(("decays", "wanted"), [((0.1, 0), 0.1), ((0, 0.1), 0)])
@@ -474,7 +475,11 @@ def test_turns_do_not_depend_on_what_orders_the_state():
   leaves = paths.leaves_by_path(params)
   numbered = plan.Plan((), Projection(update_proj_gap=12, scale=1.0))
   orders = [
-    list(numbered.bound(leaves, found.projector))
+    list(
+      numbered.sites_from_bases(
+        leaves, projection.basis_shapes(found.projector)
+      )
+    )
     for found in (state, jax.tree.map(lambda x: x, state))
   ]
   assert orders[0] == orders[1] == sorted(leaves)

@@ -1,4 +1,4 @@
-"""Weights in eight bits: what an update does to them, and what it leaves."""
+"""Updates of quantised weights are right in expectation, and change no more."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def normal(shape, seed=0):
 
 WEIGHTS = {"bias": normal((64,)), "kernel": normal((256, 64))}
 SMALL = quantize_params(WEIGHTS)
-STEP = qarray.spread_scale(SMALL["kernel"])
+STEP = qarray.elementwise_scale(SMALL["kernel"])
 add = jax.jit(apply_updates)
 
 
@@ -34,7 +34,7 @@ def read(params):
 
 @jax.jit
 def mean_after(updates, keys):
-  """The kernel after an update, in the mean over keys."""
+  """The mean over keys of the kernel after an update."""
 
   def one(total, key):
     new = apply_updates(SMALL, updates, key)
@@ -45,31 +45,31 @@ def mean_after(updates, keys):
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.3, 5.0])
-def test_updates_arrive_in_the_mean(size):
-  """Sizes are in steps of the code; the largest changes every code."""
+def test_updates_are_right_in_expectation(size):
+  """Sizes are in steps of the format; the largest changes every code."""
   updates = {"bias": WEIGHTS["bias"], "kernel": size * STEP * normal((256, 64))}
   keys = jax.random.split(jax.random.key(0), 500)
   found = np.asarray(mean_after(updates, keys), np.float64) - read(SMALL)
   error = (found - np.asarray(updates["kernel"], np.float64)) / STEP
-  # Every single one within six sigmas, and the mean of all within five.
+  # Each is within six sigmas, and the mean of all within five.
   assert np.abs(error).max() < 6 * 0.5 * 1.1 / np.sqrt(500)
   assert abs(error.mean()) < 5 * 0.5 / np.sqrt(500 * error.size)
 
 
 def test_small_updates_are_lost_without_a_key_and_not_with_one():
   updates = {"bias": jnp.zeros(64), "kernel": 0.02 * STEP}
-  lost, kept = SMALL, SMALL
+  lost, rounded = SMALL, SMALL
   for i in range(50):
     lost = add(lost, updates, None)
-    kept = add(kept, updates, jax.random.key(i))
+    rounded = add(rounded, updates, jax.random.key(i))
   moved = (read(lost) - read(SMALL)) / STEP
-  # Of one step, which is owed; blocks that get new steps move a little.
+  # Of one step in total almost all is lost; blocks with new levels move a bit.
   assert abs(moved.mean()) < 0.05
-  moved = (read(kept) - read(SMALL)) / STEP
+  moved = (read(rounded) - read(SMALL)) / STEP
   np.testing.assert_allclose(moved.mean(), 1.0, atol=0.03)
 
 
-def test_blocks_without_an_update_stay_bit_by_bit():
+def test_blocks_without_an_update_are_bitwise_unchanged():
   zeros = jax.tree.map(jnp.zeros_like, WEIGHTS)
   same = add(SMALL, zeros, jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, same, SMALL)
@@ -81,8 +81,8 @@ def test_blocks_without_an_update_stay_bit_by_bit():
     np.testing.assert_array_equal(x[:, columns], y[:, columns])
 
 
-def test_weights_without_updates_do_not_wander():
-  """Although others of their blocks change at every step."""
+def test_weights_without_updates_do_not_drift():
+  """Although other weights of their blocks change at every step."""
   still = jnp.arange(256)[:, None] % 2 == 0
   updates = {"bias": jnp.zeros(64)}
   params = SMALL
@@ -118,13 +118,13 @@ def test_other_leaves_are_added_to_as_by_optax():
     np.testing.assert_array_equal(new[name], x)
     assert new[name].dtype == x.dtype
   assert new["none"] is None
-  kept = add(SMALL, {"bias": None, "kernel": None}, jax.random.key(0))
-  jax.tree.map(np.testing.assert_array_equal, kept, SMALL)
+  same = add(SMALL, {"bias": None, "kernel": None}, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, same, SMALL)
 
 
 @pytest.mark.parametrize("kind", ["int4", "float8"])
 def test_other_formats_train(kind):
-  """A linear regression, with the gradient at the weights as they are read."""
+  """A linear regression, with gradients at the dequantised weights."""
   key = None if kind == "float8" else jax.random.key(0)
   x, target = normal((32, 16)), normal((16, 8), 1)
 
@@ -147,7 +147,7 @@ def test_other_formats_train(kind):
 
 
 def test_float8_has_no_random_rounding():
-  """A key is for the leaves that have: a tree may hold both."""
+  """A key is ignored for float8: a tree may have both kinds of leaves."""
   params = quantize_params(WEIGHTS, kind="float8")
   drawn, nearest = (
     apply_updates(params, WEIGHTS, key) for key in (jax.random.key(0), None)

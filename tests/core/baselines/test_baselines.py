@@ -1,4 +1,4 @@
-"""LoRA and its kin against their defining equations, in NumPy."""
+"""LoRA and its relatives against their defining equations, in NumPy."""
 
 import functools
 
@@ -54,7 +54,7 @@ def join(method):
   return jax.jit(method.apply)
 
 
-def shaken(adapters, seed=7):
+def perturbed(adapters, seed=7):
   """The adapters as if they had been trained."""
   rng = np.random.default_rng(seed)
   noise = lambda x: x + jnp.asarray(rng.normal(size=x.shape), x.dtype)
@@ -74,7 +74,7 @@ def test_nothing_changes_at_first():
     dtypes = jax.tree.map(lambda x: x.dtype, (found, params))
     assert dtypes[0] == dtypes[1]
     assert adapters["layers/kernel"].a.dtype == params["layers"]["kernel"].dtype
-  # Had both factors been zero, they would stay so.
+  # If both factors were zero, they would stay zero.
   size = np.abs(adapters["layers/kernel"].a.astype("float32"))
   assert 0.9 * 24**-0.5 < size.max() <= 24**-0.5 and size.min() < 0.01
 
@@ -98,7 +98,7 @@ def test_merged_weights_are_the_sum():
   assert list(adapters) == [
     "conv/kernel", "heads/kernel", "layers/kernel", "layers/norm"
   ]  # fmt: skip
-  adapters = shaken(adapters)
+  adapters = perturbed(adapters)
   found = jax.jit(LORA.merge)(frozen, adapters)
   product = {
     name: np.float64(x.a) @ np.float64(x.b)
@@ -129,7 +129,7 @@ def test_merged_weights_are_the_sum():
 
 def test_only_adapters_get_gradients():
   frozen, adapters = divide(LORA)(KEY, PARAMS)
-  adapters = shaken(adapters)
+  adapters = perturbed(adapters)
   towards = jax.tree.map(lambda x: normal(x.shape, 9), PARAMS)
 
   @jax.jit
@@ -148,7 +148,7 @@ def test_only_adapters_get_gradients():
     found.b, 2 * np.swapaxes(x.a, 1, 2) @ g, rtol=1e-4, atol=1e-5
   )
   same(grads["layers/norm"], towards["layers"]["norm"])
-  # What has neither factors nor a pattern in `full` is nobody's to train.
+  # Leaves with neither factors nor a pattern in `full` are frozen.
   assert not any("skipped" in name for name in grads)
 
 
@@ -169,7 +169,7 @@ def steps(method, tx, frozen, adapters, state, count, target):
   return adapters, state
 
 
-def test_the_rank_of_what_is_learnt_grows_with_each_restart():
+def test_the_rank_of_the_change_grows_with_each_restart():
   params = {"kernel": normal((24, 40))}
   target = {"kernel": normal((24, 40), 5)}
   method, tx = relora(rank=4, alpha=4.0, full=()), optax.adam(1e-2)
@@ -228,16 +228,16 @@ def test_restarts_prune_the_moments_of_factors_and_nothing_else():
     ]
     size = np.abs(pairs[0][0] * pairs[1][0])
     least = np.quantile(size, 0.75, axis=(1, 2), keepdims=True, method="lower")
-    for old, kept in pairs:
-      np.testing.assert_array_equal(kept, np.where(size > least, old, 0))
-      share = np.mean(kept == 0, axis=(1, 2))
+    for old, pruned in pairs:
+      np.testing.assert_array_equal(pruned, np.where(size > least, old, 0))
+      share = np.mean(pruned == 0, axis=(1, 2))
       np.testing.assert_allclose(share, 0.75, atol=0.01)
-  for old, kept in moments:
-    same(kept["layers/norm"], old["layers/norm"])
+  for old, pruned in moments:
+    same(pruned["layers/norm"], old["layers/norm"])
 
 
-def test_what_multi_steps_adds_up_is_no_moment():
-  """Right after a step it is zero, which says nothing of the moments."""
+def test_gradients_that_multi_steps_adds_up_are_not_pruned():
+  """Right after a step their sum is zero, whatever the moments are."""
   method = relora(rank=8, pruned=0.75)
   params = {"kernel": normal((96, 128))}
   frozen, adapters = divide(method)(KEY, params)
@@ -246,13 +246,13 @@ def test_what_multi_steps_adds_up_is_no_moment():
   pending = jax.tree.map(jnp.zeros_like, state.acc_grads)
   state = state._replace(acc_grads=pending)
   new = jax.jit(method.restart)(KEY, frozen, adapters, state)[2]
-  kept = new.inner_opt_state[0].mu["kernel"].a
-  np.testing.assert_allclose(np.mean(kept == 0), 0.75, atol=0.02)
+  pruned = new.inner_opt_state[0].mu["kernel"].a
+  np.testing.assert_allclose(np.mean(pruned == 0), 0.75, atol=0.02)
 
 
 @pytest.mark.parametrize("pruning", ["magnitude", "random"])
 def test_updates_stay_small_after_a_restart(pruning):
-  """No first moment is left whose second is gone."""
+  """No first moment is pruned if its second one is pruned."""
   method = relora(rank=8, pruned=0.9, pruning=pruning)
   params, target = ({"kernel": normal((96, 128), i)} for i in (1, 2))
   frozen, adapters = divide(method)(KEY, params)
@@ -263,7 +263,7 @@ def test_updates_stay_small_after_a_restart(pruning):
   frozen, adapters, state = jax.jit(method.restart)(
     KEY, frozen, adapters, state
   )
-  # As b starts from zero again, a has no gradient at first.
+  # b starts from zero again, so that a has no gradient at first.
   none = jax.tree.map(jnp.zeros_like, adapters)
   for _ in range(2):
     updates, state = jax.jit(tx.update)(none, state)
@@ -296,11 +296,11 @@ def test_moments_in_eight_bits_are_pruned_too():
   )
   new = jax.jit(method.restart)(KEY, frozen, adapters, state)[2]
   assert jax.tree.structure(new) == jax.tree.structure(state)
-  for old, kept in ((state[0].mu, new[0].mu), (state[0].nu, new[0].nu)):
-    old, kept = (dequantize(x["kernel"].a) for x in (old, kept))
-    assert 0.88 < np.mean(kept == 0) < 0.93
-    hit = np.asarray(kept != 0)
-    np.testing.assert_allclose(kept[hit], old[hit], rtol=0.02)
+  for old, pruned in ((state[0].mu, new[0].mu), (state[0].nu, new[0].nu)):
+    old, pruned = (dequantize(x["kernel"].a) for x in (old, pruned))
+    assert 0.88 < np.mean(pruned == 0) < 0.93
+    stays = np.asarray(pruned != 0)
+    np.testing.assert_allclose(pruned[stays], old[stays], rtol=0.02)
 
 
 def test_the_jagged_schedule():
@@ -319,10 +319,10 @@ def test_the_jagged_schedule():
 @pytest.mark.parametrize(
   "method", [LORA, qlora(4, rules=RULES)], ids=["lora", "qlora"]
 )
-def test_a_stack_is_as_its_matrices(method):
-  """But for the random start, which the factors of a stack share a key for."""
+def test_a_stack_equals_its_matrices(method):
+  """Except for a random start: a stack of factors has one key."""
   frozen, adapters = divide(method)(KEY, PARAMS)
-  adapters = shaken(adapters)
+  adapters = perturbed(adapters)
   whole = join(method)(frozen, adapters)["layers"]["kernel"]
   one = {"layers": {"kernel": PARAMS["layers"]["kernel"][1]}}
   alone = lora(4, method.alpha) if method is LORA else qlora(4, method.alpha)
@@ -330,7 +330,7 @@ def test_a_stack_is_as_its_matrices(method):
   x, y = fresh["layers/kernel"], adapters["layers/kernel"]
   trained = {"layers/kernel": Adapter(y.a[1], y.b[1], x.view, x.scale, x.dtype)}
   found = join(alone)(frozen, trained)["layers"]["kernel"]
-  # Scales of a stack's matrices may be rounded in other blocks than alone.
+  # Scales of a stack may be quantised in other blocks than those of a matrix.
   limit = 1e-6 if method is LORA else 0.004 * np.abs(whole).max()
   np.testing.assert_allclose(found, whole[1], atol=limit)
 
@@ -356,7 +356,7 @@ def test_low_rank_starts_at_the_best_approximation(decay):
   best = (values[:, 8:] ** 2).sum(-1)
   error = ((found - x) ** 2).sum((-2, -1))
   assert np.all(error >= best * (1 - 1e-4))
-  # Left over, of all that is there: within a hundredth of the least.
+  # It exceeds the smallest possible error by less than 1% of the squared norm.
   assert np.all(error - best < 0.01 * (values**2).sum(-1))
   sizes = [np.linalg.norm(f, axis=(1, 2)) for f in jax.tree.leaves(adapters)]
   np.testing.assert_allclose(*sizes, rtol=1e-4)
@@ -385,7 +385,7 @@ def test_low_rank_can_start_at_random_and_has_no_weights_beside_it():
 
 @pytest.mark.parametrize("start", ["spectral", "random"])
 def test_weights_of_zeros_are_learned_too(start):
-  """As output projections often start: one factor must have a gradient."""
+  """Output projections often are zero at first: one factor needs a gradient."""
   method = low_rank(rank=8, start=start)
   params, target = (
     {"kernel": jnp.zeros((96, 128))},
@@ -399,7 +399,7 @@ def test_weights_of_zeros_are_learned_too(start):
 
 
 def test_half_a_byte_for_each_frozen_weight():
-  """In the program that is compiled, not in the dtypes' names only."""
+  """In the compiled program, not only by the name of the dtype."""
   params = {"kernel": normal((512, 384))}
   for double, bits in ((False, 4.5), (True, 4 + 8 / 64 + 32 / 2**14)):
     method = qlora(rank=1, double_quantization=double)
@@ -413,10 +413,10 @@ def test_half_a_byte_for_each_frozen_weight():
       method.restart(KEY, frozen, adapters, ())
 
 
-def test_four_bits_are_all_that_is_left_of_a_weight():
+def test_only_four_bits_of_a_weight_are_kept():
   method = qlora(rank=4, alpha=8.0, rules=RULES)
   frozen, adapters = divide(method)(KEY, PARAMS)
-  adapters = shaken(adapters)
+  adapters = perturbed(adapters)
   change = (
     2
     * np.float64(adapters["layers/kernel"].a)
@@ -433,7 +433,7 @@ def test_four_bits_are_all_that_is_left_of_a_weight():
 def test_saved_and_restored(tmp_path):
   for i, method in enumerate((RELORA, qlora(4, rules=RULES, full=("norm",)))):
     frozen, adapters = divide(method)(KEY, PARAMS)
-    adapters = shaken(adapters)
+    adapters = perturbed(adapters)
     whole = (frozen, adapters, optax.adam(1e-3).init(adapters))
     path = str(tmp_path / str(i))
     ocp.save(path, whole)
@@ -465,7 +465,7 @@ def check_boxes(graph, params):
   method = lora(rank=2, full=("norm",))
   frozen, adapters = method.init(KEY, params)
   assert list(adapters) == ["norm/scale", "up/kernel"]
-  found = method.merge(frozen, shaken(adapters))
+  found = method.merge(frozen, perturbed(adapters))
   assert jax.tree.structure(found) == jax.tree.structure(params)
   x = adapters["up/kernel"]
   assert (x.a.shape, x.b.shape) == ((16, 2), (2, 48))
@@ -509,7 +509,7 @@ def test_explicit_meshes(method):
     (
       lambda: lora(4, rules=[("x", Projection(scale=0.25))]),
       ValueError,
-      "sets `scale`, which adapters have no use for",
+      "sets `scale`, which adapters do not use",
     ),
     (lambda: relora(4, pruned=1.5), ValueError, r"lie in \[0, 1\]"),
     (lambda: relora(4, pruning="magnitud"), ValueError, "Did you mean"),
@@ -542,7 +542,7 @@ def test_explicit_meshes(method):
     ),
   ],
 )
-def test_what_makes_no_sense_is_refused(make, error, match):
+def test_errors(make, error, match):
   with pytest.raises(error, match=match):
     make()
 

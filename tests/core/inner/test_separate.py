@@ -1,4 +1,4 @@
-"""What an inner update owes to the parameters, for the optimizers of Optax."""
+"""The parameter term of an inner update, for the optimizers of Optax."""
 
 import jax
 import jax.numpy as jnp
@@ -84,39 +84,39 @@ def warm(inner):
   return inner, state
 
 
-def of_params(inner, state):
-  return separate.of_params(inner, state, PARAMS, {"a": None}, {})
+def param_term(inner, state):
+  return separate.param_term(inner, state, PARAMS, {"a": None}, {})
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_nothing_is_owed(name):
-  assert of_params(*warm(FREE[name])) == {}
+def test_no_parameter_term(name):
+  assert param_term(*warm(FREE[name])) == {}
 
 
 @pytest.mark.parametrize("name", SEPARABLE)
-def test_what_is_owed_is_the_difference_to_zero_parameters(name):
+def test_parameter_term_is_the_difference_to_zero_parameters(name):
   inner, state = warm(SEPARABLE[name])
   zeros = jax.tree.map(jnp.zeros_like, PARAMS)
   with_params, _ = inner.update(GRADS, state, PARAMS)
   without, _ = inner.update(GRADS, state, zeros)
   expected = with_params["a"] - without["a"]
   assert np.abs(expected).max() > 1e-5
-  owed = of_params(inner, state)["a"]
-  np.testing.assert_allclose(owed, expected, atol=1e-7)
+  term = param_term(inner, state)["a"]
+  np.testing.assert_allclose(term, expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_coupled_optimizers_are_recognised(name):
   inner, state = warm(COUPLED[name])
   with pytest.raises(separate.CoupledError, match=r"'a'|all leaves"):
-    of_params(inner, state)
+    param_term(inner, state)
 
 
 def test_extra_arguments_reach_the_inner_optimizer():
   inner = optax.chain(
     optax.adamw(1e-2, weight_decay=0.1), contrib.reduce_on_plateau()
   )
-  owed = separate.of_params(
+  terms = separate.param_term(
     inner, inner.init(PARAMS), PARAMS, {"a": None}, {"value": 1.0}
   )
-  np.testing.assert_allclose(owed["a"], -1e-3 * PARAMS["a"], rtol=1e-6)
+  np.testing.assert_allclose(terms["a"], -1e-3 * PARAMS["a"], rtol=1e-6)

@@ -129,7 +129,7 @@ def test_a_lost_second_moment_counts_as_half_of_the_smallest():
   _, state = update(g, state)
   assert dequantize(state.nu)[0] == 0
   assert dequantize(state.mu)[0] > 0
-  least = float(qarray.spread_scale(state.nu)[0, 0]) * 1.625e-7
+  least = float(qarray.elementwise_scale(state.nu)[0, 0]) * 1.625e-7
   steps, _ = update(0 * g, state)
   m = 0.9 * float(dequantize(state.mu)[0, 0]) / (1 - 0.9**2)
   v = 0.999 * least / (1 - 0.999**2)

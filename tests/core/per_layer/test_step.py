@@ -1,4 +1,4 @@
-"""Layer by layer inside the backward pass, and the usual step: one result."""
+"""Updates inside the backward pass have the results of the usual step."""
 
 import collections
 import functools
@@ -31,10 +31,10 @@ from galore_optax import (
   unstack,
 )
 
-LAYERS, WIDTH, WORDS, STEPS = 3, 8, 24, 30
+LAYERS, WIDTH, VOCAB, STEPS = 3, 8, 24, 30
 SHAPES = {
-  "embed": (WORDS, WIDTH),
-  "head": (WIDTH, WORDS),
+  "embed": (VOCAB, WIDTH),
+  "head": (WIDTH, VOCAB),
   "layers": {
     "experts": (LAYERS, 2, WIDTH, 12),
     "mix": [(LAYERS, WIDTH, WIDTH), (LAYERS, WIDTH, WIDTH)],
@@ -71,13 +71,14 @@ def parameters():
 
 
 def batches(steps=STEPS):
-  """Pairs of a word and the next one, which follows from it."""
-  words = np.random.default_rng(1).integers(WORDS, size=(steps, 16, 1))
-  return jnp.asarray(np.concatenate([words, (words * 5 + 1) % WORDS], axis=-1))
+  """Pairs of a token and the next one, which is a function of it."""
+  tokens = np.random.default_rng(1).integers(VOCAB, size=(steps, 16, 1))
+  following = (tokens * 5 + 1) % VOCAB
+  return jnp.asarray(np.concatenate([tokens, following], axis=-1))
 
 
 def usual(tx, model):
-  """The usual step, in the same form."""
+  """The usual step, with the same signature."""
 
   def step(params, state, batch):
     wide = dequantize_params(params)
@@ -120,7 +121,7 @@ DECAYED = {
 
 
 def _named(tree):
-  """A mask by path, which does not ask for axes."""
+  """A mask by path, not by number of axes."""
   return jax.tree_util.tree_map_with_path(
     lambda keys, _: "scale" not in jax.tree_util.keystr(keys), tree
   )
@@ -147,13 +148,13 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", ["galore", "sgd"])
 def test_equals_the_usual_step(name):
-  """Two leaves of one name, and stacks in a layer, have their own turns."""
+  """Also with two leaves of one name, and with stacks inside a layer."""
   found = train(layerwise(OPTIMIZERS[name](), MODEL), parameters(), batches())
   wanted = train(usual(OPTIMIZERS[name](), MODEL), parameters(), batches())
   assert_equal(found, wanted)
 
 
-# A smaller model for the rest, of which each test compiles its own step.
+# A smaller model for the other tests, each of which compiles its own step.
 SMALL = {name: SHAPES[name] for name in ("embed", "head")}
 SMALL |= {"layers": {"w": (LAYERS, WIDTH, WIDTH)}}
 PLAIN = MODEL._replace(layer=lambda w, x: x + jnp.tanh(x @ w["w"]))
@@ -181,8 +182,8 @@ def test_equals_the_usual_step_in_few_bits():
   assert_equal(found, by_q_galore())
 
 
-def test_layers_draw_noise_of_their_own():
-  """By optimizers of Optax that keep a typed key."""
+def test_each_layer_draws_its_own_noise():
+  """With optimizers of Optax whose state has a typed key."""
   noise = optax.add_noise(1.0, 0.0, jax.random.key(0))
   run = layerwise(optax.chain(noise, optax.scale(-1.0)), MODEL)
   params = jax.tree.map(jnp.zeros_like, parameters())
@@ -205,7 +206,7 @@ def test_clipping_by_the_norm_of_all_gradients():
 
 
 def test_accumulation():
-  """Schedules and decay count real steps; between them nothing moves."""
+  """Schedules and decay count whole steps; between them nothing changes."""
   tx = _tx(accumulation_steps=3)
   found = train(layerwise(tx, PLAIN), small(), batches())
   assert_equal(found, train(usual(tx, PLAIN), small(), batches()))
@@ -243,7 +244,7 @@ def test_embeddings_that_both_ends_read(model, chunks):
 
 
 def test_inputs_of_layers_may_be_trees_with_numbers_and_masks():
-  """bfloat16 weights, and a layer that recomputes what it needs."""
+  """With bfloat16 weights, and a layer that is rematerialised."""
 
   @jax.checkpoint
   def layer(w, x):
@@ -271,7 +272,7 @@ RULES = ("layers/w", "head")
 
 
 def test_quantised_weights_rounded_to_the_nearest():
-  """Codes are those of the usual step, but where they were on the edge."""
+  """Codes are those of the usual step, except near the middle of two levels."""
   params = quantize_params(small(), RULES)
   tx = _tx(scale=4.0)
   run = layerwise(tx, PLAIN, stochastic_rounding=False)
@@ -287,7 +288,7 @@ def test_quantised_weights_rounded_to_the_nearest():
 
 @functools.cache
 def small_weights():
-  """Quantised weights, bases and moments, and everything at once."""
+  """Quantised weights, bases and moments together."""
   tx = q_galore_adamw_8bit(RATE, **SETTINGS, min_size=0)
   run = layerwise(tx, PLAIN, clip_norm=5.0, seed=3)
   return run, train(run, quantize_params(small(), RULES), batches())
@@ -304,7 +305,7 @@ def test_quantised_weights_rounded_at_random():
 
 
 def test_describe_and_bytes():
-  """Of the usual optimizer, whose state is one of the same leaves."""
+  """They are those of the usual optimizer, whose state has the same leaves."""
   run, (params, state, _) = small_weights()
   table = describe(run, params)
   assert table.total_bytes == state_bytes(state)
@@ -318,13 +319,13 @@ def test_describe_and_bytes():
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_bad_gradient_anywhere_stops_a_clipped_step(bad):
-  """The norm of all says so before a weight has moved."""
+  """The global norm is not finite, and is known before the first update."""
 
   @jax.custom_vjp
   def spoil(x):
     return x
 
-  # Of the first end alone, which comes last: all others look well.
+  # Only the first end, which comes last, has a bad gradient.
   spoil.defvjp(lambda x: (x, None), lambda _, g: (g * bad,))
   broken = PLAIN._replace(
     first=lambda params, batch: spoil(params["embed"])[batch[:, 0]]
@@ -359,32 +360,32 @@ SPECS = {
 
 @pytest.mark.parametrize("quantised", [False, True])
 def test_mesh(quantised):
-  """On eight devices, with the state where `state_shardings` puts it."""
+  """On eight devices, with the state sharded by `state_shardings`."""
   mesh = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Auto,))
   named = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), SPECS)
   params, run = small(), layerwise(_tx(), PLAIN, clip_norm=0.6)
   if quantised:
     params = quantize_params(params, RULES)
     run = layerwise(OPTIMIZERS["q_galore"](), PLAIN, stochastic_rounding=False)
-  placed = state_shardings(run, params, named)
-  w = optax.tree.get(placed.layers, "mu").low["layers/w"]
+  shardings = state_shardings(run, params, named)
+  w = optax.tree.get(shardings.layers, "mu").low["layers/w"]
   specs = {x.spec for x in jax.tree.leaves(w)}
   if not quantised:
-    basis = placed.layers.projector["layers/w"]["left"]
+    basis = shardings.layers.projector["layers/w"]["left"]
     assert basis.spec == jax.P(None, "fsdp", None)
     assert specs <= {jax.P(None, None, None), jax.P()}
   wanted = train(run, params, batches(8))
   weights = quantized_shardings(params, named)
-  init = jax.jit(run.init, out_shardings=placed)
+  init = jax.jit(run.init, out_shardings=shardings)
   step = jax.jit(
-    run.step, out_shardings=(weights, placed, None), donate_argnums=(0, 1)
+    run.step, out_shardings=(weights, shardings, None), donate_argnums=(0, 1)
   )
   found = jax.device_put(params, weights)
   state = init(found)
   text = step.lower(found, state, batches(1)[0]).compile().as_text()
   gathered = re.findall(r"\[([\d,]+)\]\S* all-gather\(", text)
   assert gathered and f"{LAYERS},{WIDTH},{WIDTH}" not in gathered  # all layers
-  assert jax.tree.map(lambda x: x.sharding, state) == placed
+  assert jax.tree.map(lambda x: x.sharding, state) == shardings
   for batch in batches(8):
     found, state, metrics = step(found, state, batch)
   assert jax.tree.map(lambda x: x.sharding, found) == weights
@@ -400,7 +401,7 @@ def test_mesh(quantised):
 
 
 def test_donation():
-  """No copy of what is donated, and no warning about it."""
+  """Donated buffers are not copied, and there is no warning about them."""
   run = layerwise(_tx(), PLAIN)
   params = small()
   state = jax.jit(run.init)(params)
@@ -429,7 +430,7 @@ def test_single_layers_have_the_same_loss_and_gradients():
 
 
 class Parts(NamedTuple):
-  """What a layer may be made of, beside dicts."""
+  """A container of a layer's parameters that is no dict."""
 
   up: Any
   down: Any
@@ -509,7 +510,7 @@ def test_models_that_do_not_fit(changes, message):
     ({"clip_norm": "1"}, TypeError, r"`clip_norm` must be a number"),
     ({"chunks": {"w": 2}}, ValueError, r"`chunks` names 'w'.*'embed', 'head'|"
      r"`chunks` names 'w'.*embed, head"),
-    ({"chunks": {"embed": 5}}, ValueError, r"'embed' of shape \(24, 8\) in 5"),
+    ({"chunks": {"embed": 5}}, ValueError, r"shape \(24, 8\) into 5"),
     ({"model": PLAIN._replace(first_keys=("embed",), last_keys=())}, ValueError,
      r"'head' of the parameters is in neither `first_keys` nor `last_keys`"),
   ],
@@ -520,8 +521,8 @@ def test_errors(options, error, message):
     layerwise(**given).init(small())
 
 
-def test_what_is_quantised_goes_in_no_chunks():
+def test_quantised_leaves_cannot_be_chunked():
   params = quantize_params(small(), ("head",))
   run = layerwise(optax.sgd(1.0), PLAIN, chunks={"head": 2})
-  with pytest.raises(ValueError, match="cuts 'head', which is quantised"):
+  with pytest.raises(ValueError, match="divides 'head', which is quantised"):
     run.init(params)

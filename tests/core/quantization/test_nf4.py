@@ -1,4 +1,4 @@
-"""The NormalFloat code: QLoRA's values, and what rounding to them loses."""
+"""The NormalFloat code: QLoRA's values, and the error of rounding to them."""
 
 import statistics
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from galore_optax import QArray, dequantize, quantize, state_bytes
+from galore_optax.baselines import adapters
 from galore_optax.quantization import nf4, qarray
 
 
@@ -17,7 +18,7 @@ def normal(shape, seed=0):
 
 
 def test_values_are_quantiles_of_a_normal_distribution():
-  """As section 3 of the paper defines them, eight and seven on the sides."""
+  """As in section 3 of the paper: seven below zero and eight above."""
   offset, inverse = 0.9677083, statistics.NormalDist().inv_cdf
   above = [inverse(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
   below = [-inverse(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
@@ -41,17 +42,17 @@ def test_errors_stay_within_half_a_gap(shape):
   x = normal(shape) * 10.0 ** np.arange(shape[-1]) ** 0.5
   q = quantize(x, "nf4", block=64)
   assert q.codes.dtype == jnp.int4 and q.shape == x.shape and q.zero is None
-  found, scale = dequantize(q), qarray.spread_scale(q)
+  found, scale = dequantize(q), qarray.elementwise_scale(q)
   gaps = np.diff(nf4.VALUES)
   part = np.abs(x) / scale
   widest = np.where(part > nf4.VALUES[-2], gaps.max(), gaps[:-1].max())
   assert np.all(np.abs(found - x) <= widest / 2 * scale * (1 + 1e-6))
-  # The largest of each block is exact if positive; -1 is a value, too.
+  # The largest magnitude of a block is exact: 1 and -1 are both values.
   assert np.all((np.abs(found) == np.abs(x))[part == 1])
 
 
-def test_normal_weights_lose_less_than_in_uniform_steps():
-  """What the code is made for, at the same four bits."""
+def test_normal_weights_have_a_smaller_error_than_with_uniform_steps():
+  """Both formats have four bits."""
   x = normal((64, 4096))
   error = lambda q: float(jnp.mean((dequantize(q) - x) ** 2))
   code = error(quantize(x, "nf4", block=64))
@@ -67,14 +68,16 @@ def test_zeros_and_blocks_of_zeros_are_exact():
   np.testing.assert_array_equal(empty, 0)
 
 
-def test_scales_can_be_quantised_in_their_turn():
+def test_scales_can_be_quantised_themselves():
   x = normal((3, 512, 256)) * jnp.exp(normal((3, 512, 1), 1))
   single = quantize(x, "nf4", block=64)
-  double = jax.jit(qarray.quantize_scale)(single)
+  double = jax.jit(adapters.quantize_weight, static_argnums=1)(x, True)
   assert state_bytes(single) == x.size * 4.5 / 8
   assert state_bytes(double) == x.size * (4 + 8 / 64) / 8 + 4 * 3 * 8
-  off = qarray.spread_scale(double) / qarray.spread_scale(single) - 1
-  assert np.abs(off).max() < 0.08 and np.sqrt(np.mean(off**2)) < 0.01
+  error = (
+    qarray.elementwise_scale(double) / qarray.elementwise_scale(single) - 1
+  )
+  assert np.abs(error).max() < 0.08 and np.sqrt(np.mean(error**2)) < 0.01
   np.testing.assert_array_equal(double.codes, single.codes)
   part = jax.tree.map(lambda y: y[1], double)
   np.testing.assert_array_equal(dequantize(part), dequantize(double)[1])
@@ -85,7 +88,7 @@ def test_codes_are_not_rounded_at_random():
     quantize(normal((64, 4)), "nf4", key=jax.random.key(0))
 
 
-def test_half_precision_goes_in_and_comes_out():
+def test_half_precision_inputs_and_outputs():
   x = normal((128, 4)).astype(jnp.bfloat16)
   found = dequantize(quantize(x, "nf4", block=64), jnp.bfloat16)
   assert found.dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""Block-wise codes: what is lost, what never is, and where they can go."""
+"""Block-wise codes: errors, exact values, and use in programs and on meshes."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from galore_optax import QArray, dequantize, quantize
-from galore_optax.quantization import qarray
+from galore_optax.quantization import blocks, qarray
 
 # Kind and symmetry to the largest error in a block that holds values from
 # `low` to `high`, whose largest magnitude is `top`.
@@ -30,8 +30,8 @@ every = pytest.mark.parametrize(
 
 
 @functools.cache
-def codec(kind, symmetric=False, block=qarray.BLOCK):
-  """Compiled: an array to its codes, and what they stand for."""
+def codec(kind, symmetric=False, block=blocks.BLOCK):
+  """Compiled function from an array to its codes and their values."""
 
   def code(x):
     q = quantize(x, kind, block=block, symmetric=symmetric)
@@ -42,28 +42,28 @@ def codec(kind, symmetric=False, block=qarray.BLOCK):
 
 @functools.cache
 def stochastic(kind, symmetric):
-  """Compiled: keys and an array to the values for every key."""
+  """Compiled function from keys and an array to the values for every key."""
   once = lambda key, x: dequantize(
     quantize(x, kind, symmetric=symmetric, key=key)
   )
   return jax.jit(jax.vmap(once, (0, None)))
 
 
-def blocks(x, q):
-  """The blocks of an array as the docstring says they lie, by place."""
+def index_and_block(x, q):
+  """Index and elements of each block of an array, by the documented layout."""
   axis = -2 if x.ndim > 1 and x.shape[-2] >= x.shape[-1] else -1
   x = np.moveaxis(np.asarray(x), axis, -1)
   scale = np.asarray(q.scale)
   if x.ndim > 1:
     scale = np.moveaxis(scale, -2, -1)
   length = math.ceil(x.shape[-1] / max(scale.shape[-1], 1))
-  for place in np.ndindex(scale.shape):
-    start = place[-1] * length
-    yield place, x[place[:-1]][start : start + length]
+  for index in np.ndindex(scale.shape):
+    start = index[-1] * length
+    yield index, x[index[:-1]][start : start + length]
 
 
 def values(shape, kind, seed=0):
-  """Random values whose size differs from block to block by far."""
+  """Random values whose size differs greatly from block to block."""
   rng = np.random.default_rng(seed)
   x = rng.normal(size=shape) * 10.0 ** rng.integers(-3, 3, size=shape[-1:])
   x = np.abs(x) if kind == "unsigned_dynamic" else x
@@ -79,10 +79,10 @@ def test_error_bound_of_every_block(kind, symmetric, shape):
   x = values(shape, kind)
   q, found = codec(kind, symmetric)(x)
   error = np.abs(np.asarray(found) - np.asarray(x))
-  sizes = {p: (b.min(), b.max()) for p, b in blocks(x, q)}
+  sizes = {p: (b.min(), b.max()) for p, b in index_and_block(x, q)}
   assert len(sizes) == q.scale.size
-  for place, block in blocks(error, q):
-    low, high = (min(sizes[place][0], 0), max(sizes[place][1], 0))
+  for index, block in index_and_block(error, q):
+    low, high = (min(sizes[index][0], 0), max(sizes[index][1], 0))
     top = max(-low, high)
     bound = ERRORS[kind, symmetric](low, high, top)
     assert block.max() <= bound * (1 + 1e-5) + 1e-30
@@ -137,7 +137,7 @@ def test_constants_are_nearly_exact(kind, symmetric):
   for sign in signs:
     x = jnp.full((256, 2), sign * 0.37, jnp.float32)
     _, found = codec(kind, symmetric)(x)
-    # The signed code has one 1, of positive sign: -1 is its last cell's.
+    # The signed code has 1 but no -1: the nearest is the middle of a cell.
     tolerance = 0.008 if kind == "dynamic" and sign < 0 else 1e-6
     np.testing.assert_allclose(found, x, rtol=tolerance)
 
@@ -149,7 +149,7 @@ def test_tiny_and_huge_blocks(kind, symmetric, size):
   x = np.abs(x) if kind == "unsigned_dynamic" else x
   _, found = codec(kind, symmetric)(jnp.asarray(x, jnp.float32))
   assert np.all(np.isfinite(found))
-  # Processors may take numbers below 1e-38 for 0, also where they are scales.
+  # Processors may flush numbers below 1e-38 to 0, also where they are scales.
   limit = 0.08 * size + 448 * 1.2e-38
   np.testing.assert_allclose(np.float64(found), x, atol=limit)
 
@@ -184,7 +184,7 @@ def test_slicing_a_stack_commutes_with_quantising(kind, symmetric, shape):
 
 
 @every
-def test_blocks_do_not_touch_each_other(kind, symmetric):
+def test_blocks_are_independent(kind, symmetric):
   x = np.array(values((40, 7), kind))  # compiled for the slices above
   _, before = codec(kind, symmetric, 16)(jnp.asarray(x))
   x[0, 0] = 1e6
@@ -200,10 +200,10 @@ def test_blocks_do_not_touch_each_other(kind, symmetric):
 def test_quantising_again_changes_almost_nothing(kind, symmetric):
   code = codec(kind, symmetric)
   for seed in range(3):
-    # Of positive sign, the largest: the signed dynamic code has no -1.
+    # The largest must be positive: the signed dynamic code has no -1.
     q, once = code(jnp.abs(values((1376, 3), kind, seed)))
     again, twice = code(once)
-    top = np.asarray(qarray.spread_scale(q)) * 1e-4
+    top = np.asarray(qarray.elementwise_scale(q)) * 1e-4
     assert np.mean(np.asarray(q.codes) != np.asarray(again.codes)) < 0.01
     assert np.all(np.abs(np.asarray(once) - np.asarray(twice)) <= top)
 
@@ -217,33 +217,33 @@ def test_requantize_keeps_the_format(kind, symmetric):
 
 
 def _nearest(x, book):
-  """The nearest values of a code book, by trying all of them."""
+  """The nearest values of a code book, by brute force."""
   x = np.asarray(x, np.float32).reshape(-1)
   return book[np.abs(x[:, None] - book[None]).argmin(1)]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "unsigned_dynamic"])
 def test_dynamic_codes_are_nearest(kind):
-  """To values between, on, and halfway between the codes."""
+  """For values between, on, and halfway between the codes."""
   book = code_book(kind)
   assert len(set(book)) == 256
   middles = (book[1:] + book[:-1]) / 2
   rng = np.random.default_rng(0)
-  spread = 10.0 ** rng.uniform(-8, 0, 4000)
+  samples = 10.0 ** rng.uniform(-8, 0, 4000)
   if kind == "dynamic":
-    spread *= rng.choice([-1, 1], spread.shape)
-  x = np.float32(np.concatenate([book, middles, spread, [1.0]]))
+    samples *= rng.choice([-1, 1], samples.shape)
+  x = np.float32(np.concatenate([book, middles, samples, [1.0]]))
   _, found = codec(kind, block=len(x))(jnp.asarray(x))
   best = _nearest(x, book)
   off = np.abs(np.asarray(found, np.float64) - x)
   best_off = np.abs(best.astype(np.float64) - x)
-  # Up to the rounding of the distances themselves.
+  # The distances themselves are rounded.
   assert np.all(off <= best_off + 1e-6 * np.abs(x))
   np.testing.assert_allclose(found[: len(book)], book, rtol=1e-6)
 
 
 def code_book(kind):
-  """The 256 values of a dynamic code, in order."""
+  """The 256 values of a dynamic code, sorted."""
   dtype = jnp.int8 if kind == "dynamic" else jnp.uint8
   codes = jnp.arange(256).astype(jnp.uint8).view(dtype)
   q = QArray(codes, jnp.ones((1,)), None, kind)
@@ -253,7 +253,7 @@ def code_book(kind):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_stochastic_rounding_is_unbiased(kind, symmetric):
-  """Also at the ends of a block and beside zero, within five sigmas."""
+  """Also at the ends of the range and next to zero, within five sigmas."""
   rng = np.random.default_rng(0)
   x = np.float32(rng.uniform(-1, 2, size=(64, 4)))
   x[:, 1] = np.abs(x[:, 1]) + 5
@@ -261,15 +261,15 @@ def test_stochastic_rounding_is_unbiased(kind, symmetric):
   x[:8, 3] = 0
   keys = jax.random.split(jax.random.key(0), 2000)
   found = np.float64(stochastic(kind, symmetric)(keys, jnp.asarray(x)))
-  scale = qarray.spread_scale(
+  scale = qarray.elementwise_scale(
     quantize(jnp.asarray(x), kind, symmetric=symmetric, key=keys[0])
   )
   step = np.asarray(scale, np.float64)
-  # A rounded value is one of the two neighbours of the exact one.
+  # A rounded value is one of the two levels next to the exact one.
   assert np.all(np.abs(found - x) < step * (1 + 1e-4))
   for i in np.ndindex(x.shape):
     assert len(np.unique(np.round(found[(slice(None), *i)] / step[i]))) <= 2
-  # Of values in [0, step] the variance is at most step² / 4.
+  # The variance of values in [0, step] is at most step² / 4.
   sigma = step / 2 / np.sqrt(len(keys))
   assert np.all(np.abs(found.mean(0) - x) < 5 * sigma + 2e-4 * step)
   assert np.all(found[:, :8, 3] == 0)
@@ -297,7 +297,7 @@ def test_int4_takes_half_a_byte_in_a_program():
 
 @pytest.mark.parametrize("kind", ["int4", "dynamic"])
 def test_programs(kind):
-  """vmap, scan, a carry that is donated, and cond."""
+  """vmap, scan, a donated carry, and cond."""
   x = jnp.abs(values((2, 40, 7), kind))
   code = codec(kind, block=16)
   q, expected = code(x)
@@ -330,7 +330,7 @@ def test_orbax(kind, symmetric, tmp_path):
 
 @pytest.mark.parametrize("spec", [("x", None), (None, "y"), ("x", "y")])
 def test_mesh(spec):
-  """Auto axes: the compiler cuts blocks as they lie, and changes no value."""
+  """On Auto axes the compiler divides whole blocks, and no value changes."""
   x = values((64, 32), "int8")
   _, expected = codec("int8", block=16)(x)
   mesh = jax.make_mesh((2, 2), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)

@@ -131,11 +131,11 @@ def test_full_rank_two_sided_round_trip(m, n, seed):
   )
 
 
-def test_rotation_is_exact_for_a_turn_within_the_subspace():
+def test_rotation_is_exact_within_the_subspace():
   rng = np.random.default_rng(0)
   old = np.linalg.qr(rng.normal(size=(20, 4)))[0]
-  turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
-  new = {"left": jnp.asarray(old @ turn, jnp.float32)}
+  rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+  new = {"left": jnp.asarray(old @ rotation, jnp.float32)}
   old = {"left": jnp.asarray(old, jnp.float32)}
   moment = jnp.asarray(rng.normal(size=(4, 30)), jnp.float32)
   overlap = projection.overlap(new, old)
@@ -144,16 +144,16 @@ def test_rotation_is_exact_for_a_turn_within_the_subspace():
     projection.lift(mu, new), projection.lift(moment, old), atol=1e-5
   )
   nu = moments.rotate(moment**2, overlap, 2)
-  np.testing.assert_allclose(nu, (turn.T**2) @ moment**2, atol=1e-5)
+  np.testing.assert_allclose(nu, (rotation.T**2) @ moment**2, atol=1e-5)
   assert (nu >= 0).all()
 
 
 def test_rotation_by_both_sides():
   rng = np.random.default_rng(0)
-  turn = {"left": rng.normal(size=(3, 3)), "right": rng.normal(size=(3, 3))}
+  rotation = {"left": rng.normal(size=(3, 3)), "right": rng.normal(size=(3, 3))}
   moment = rng.normal(size=(3, 3))
-  got = moments.rotate(jnp.asarray(moment), turn, 2)
-  expected = turn["left"] ** 2 @ moment @ (turn["right"] ** 2).T
+  got = moments.rotate(jnp.asarray(moment), rotation, 2)
+  expected = rotation["left"] ** 2 @ moment @ (rotation["right"] ** 2).T
   np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 

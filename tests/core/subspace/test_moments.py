@@ -1,4 +1,4 @@
-"""LDAdam's moments at a refresh: against NumPy, and its refusals."""
+"""LDAdam's moments at a refresh: against NumPy, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ OPTIONS |= {"moments": "ldadam"}
 
 
 class LDAdam:
-  """One matrix under Adam whose statistics are carried over, in float64.
+  """Adam on one matrix, with LDAdam's moments at a refresh, in float64.
 
   On bases that are given, in the order of the published code: corrected
-  moments, their variance, the squares of the turn, the absolute value.
+  moments, their variance, the squares of the rotation, the absolute value.
   """
 
   def __init__(self):
@@ -51,16 +51,16 @@ class LDAdam:
   def _corrected(self):
     return self.mu / (1 - B1**self.steps), self.nu / (1 - B2**self.steps)
 
-  def _carry(self, turn, left):
+  def _carry(self, rotation, left):
     apply = lambda c, x: c @ x if left else x @ c.T
     mean, square = self._corrected()
-    variance = apply(turn**2, square - mean**2)
-    square = np.abs(variance + apply(turn, mean) ** 2)
-    self.mu, self.nu = apply(turn, self.mu), square * (1 - B2**self.steps)
+    variance = apply(rotation**2, square - mean**2)
+    square = np.abs(variance + apply(rotation, mean) ** 2)
+    self.mu, self.nu = apply(rotation, self.mu), square * (1 - B2**self.steps)
 
 
 def gradients(shape, seed=0):
-  """With a mean, so that squared means are a good part of the moments."""
+  """Gradients with a mean, so that squared means matter in the moments."""
   rng = np.random.default_rng(seed)
   mean = rng.normal(size=shape)
   for _ in range(STEPS):
@@ -108,7 +108,7 @@ def test_follows_the_reference_over_four_refreshes(shape, inner):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decays_are_read_in_whole_precision(dtype):
+def test_decays_are_read_in_full_precision(dtype):
   """0.999 is 1 in bfloat16."""
   inner = optax.adam(1e-3, b1=0.9, b2=0.999)
   params = {"w": jnp.zeros((4, 4), dtype)}
@@ -132,7 +132,7 @@ def last(inner, grads, **options):
   return np.asarray(updates["w"])
 
 
-def test_is_not_the_rotation_of_the_moments_by_themselves():
+def test_differs_from_rotating_the_moments():
   grads = list(gradients((8, 12)))
   found = last(adamw(), grads)
   assert np.abs(found - last(adamw(), grads, moments="rotate")).max() > 1e-4
@@ -172,12 +172,12 @@ def test_goes_with_other_options(options):
     ),
   ],
 )
-def test_what_it_does_not_go_with(inner, options, message):
+def test_errors(inner, options, message):
   with pytest.raises(ValueError, match=message):
     galore(inner, **OPTIONS | options).init({"w": jnp.zeros((8, 12))})
 
 
-def test_leaves_of_other_shapes_are_no_obstacle():
+def test_leaves_of_other_shapes():
   """A bias at full rank, and a kernel read as a matrix of other axes."""
   params = {"bias": jnp.ones(5), "w": jnp.ones((8, 3, 4))}
   rules = [("w", Projection(rows=0, cols=(1, 2)))]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from galore_optax import Projection, galore, state_bytes
-from galore_optax.tree import matrix_view, paths, plan
+from galore_optax.tree import matrix_view, paths, sides
 from train.bench import trees
 
 FAST = hypothesis.settings(max_examples=60, deadline=None)
@@ -110,7 +110,7 @@ def test_sides(proj_type, wide, tall):
   assert found == {"wide": wide, "tall": tall}
 
 
-def test_what_saves_nothing_is_left_alone_unless_a_rule_says_so():
+def test_matrices_without_savings_are_projected_only_by_a_rule():
   params = arrays(w=(8, 8), x=(8, 8))
   assert not projected(params, rank=6)
   assert list(projected(params, rank=6, rules=[("x", Projection())])) == ["x"]
@@ -154,9 +154,9 @@ def test_matrix_view_is_a_bijection(data):
   m=st.integers(2, 60),
   n=st.integers(2, 60),
   rank=st.integers(1, 60),
-  proj_type=st.sampled_from(plan.PROJ_TYPES),
+  proj_type=st.sampled_from(sides.PROJ_TYPES),
 )
-def test_state_is_what_the_ledger_says(m, n, rank, proj_type):
+def test_state_has_the_computed_number_of_elements(m, n, rank, proj_type):
   params = arrays(w=(m, n))
   rules = [("w", Projection(rank=rank, proj_type=proj_type))]
   state = jax.eval_shape(galore(optax.adam(1.0), rules=rules).init, params)
@@ -184,7 +184,7 @@ def llama_60m(stacked):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_llama_60m_is_exactly_the_ledger(stacked):
+def test_llama_60m_has_exactly_the_computed_state(stacked):
   params = llama_60m(stacked)
   full = 2 * 32000 * 512 + 512 + 2 * 8 * 512  # embedding, head, norms
   low = 8 * 128 * (4 * (512 + 2 * 512) + 3 * (512 + 2 * 1376))
@@ -216,7 +216,7 @@ def test_ranks(rank, expected):
   assert shape == {"w": {"left": (32, expected)}}
 
 
-def test_two_leaves_of_one_path_are_refused():
+def test_two_leaves_with_the_same_path_are_refused():
   with pytest.raises(ValueError, match="Two leaves have the path 'a/b'"):
     paths.leaves_by_path({"a/b": 1.0, "a": {"b": 2.0}})
 
