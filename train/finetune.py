@@ -41,6 +41,7 @@ from train.finetuning.tasks import TASKS, Task
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
 from train.run import checkpoint, exit_status, loop, run_dir, signals, sinks
+from train.run.job import Job
 from train.step import optimizer
 
 
@@ -190,7 +191,8 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     introduce(learner, material, placed, config)
     print(f"folder     {out}")
     try:
-      return train(job, state, signals.agreed(stopped, mesh))
+      stop = signals.agreed(stopped, mesh)
+      return train(config, learner, job, state, stop)
     except Diverged:
       if multihost.is_first():  # a result without scores
         report.write(out, config, {"scores": {}})
@@ -207,7 +209,13 @@ def _check_source(source: str, out: pathlib.Path) -> None:
     )
 
 
-def train(job: job_lib.Job, state: Any, stopped: Callable[[], bool]) -> int:
+def train(
+  config: Config,
+  learner: Any,
+  job: Job,
+  state: Any,
+  stopped: Callable[[], bool],
+) -> int:
   """From the state to the end of the run; returns the exit status."""
   start = int(state.step)
   try:
@@ -217,7 +225,7 @@ def train(job: job_lib.Job, state: Any, stopped: Callable[[], bool]) -> int:
   status = exit_status.stopped_status(job, outcome, start)
   if status is not None:
     return status
-  conclude(job, outcome)
+  conclude(config, learner, job, outcome)
   return 0
 
 
@@ -257,10 +265,11 @@ def _describe(task: Task) -> str:
   return f"{task.name}{labels}; scored by {', '.join(task.metrics)}"
 
 
-def conclude(job: job_lib.Job, outcome: loop.Outcome) -> None:
+def conclude(
+  config: Config, learner: Any, job: Job, outcome: loop.Outcome
+) -> None:
   """The end of a run: memory, scores, the model, a picture."""
-  config, state = job.config, outcome.state
-  assert isinstance(config, Config)
+  state = outcome.state
   found = evaluation.last(job.out, config.train.steps)
   parts = report.components(job.placed, config, state.opt_state)
   print(f"\n{report.table(parts)}\n\nscores     {evaluation.text(found)}")
@@ -280,7 +289,7 @@ def conclude(job: job_lib.Job, outcome: loop.Outcome) -> None:
       jax.device_get(job.placed.read(state.params)),
     )
     shutil.rmtree(job.out / "model", ignore_errors=True)
-    job.learner.save(job.out / "model", weights)
+    learner.save(job.out / "model", weights)
     print(f"model      {job.out / 'model'}")
   picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
   print(f"checkpoint {job.out / run_dir.FOLDER}/{job.checkpoints.latest}")

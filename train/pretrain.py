@@ -58,36 +58,38 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
 
   multihost.first_alone(claim)
   with jax.set_mesh(mesh), signals.stop_requests() as stopped:
-    job, state = job_lib.prepare(config, out, corpus, mesh)
-    introduce(job, mesh)
+    job, state = job_lib.prepare(
+      config,
+      out,
+      corpus,
+      mesh,
+      lambda: llama_checkpoint.initial_params(config),
+    )
+    introduce(config, corpus, job)
     start = int(state.step)
     try:
       outcome = loop.train(job, state, signals.agreed(stopped, mesh))
     finally:
       job.close()
-    return conclude(job, outcome, start)
+    status = exit_status.stopped_status(job, outcome, start)
+    if status is not None:
+      return status
+    report(config, corpus, job, outcome.state)
+    return 0
 
 
-def conclude(job: Job, outcome: loop.Outcome, start: int) -> int:
-  """Says how the run ended; returns the exit status."""
-  status = exit_status.stopped_status(job, outcome, start)
-  if status is not None:
-    return status
-  report(job, outcome.state)
-  return 0
-
-
-def introduce(job: Job, mesh: jax.sharding.Mesh) -> None:
-  """Says what is going to be trained, on what."""
-  config, corpus = job.config, job.corpus
+def introduce(
+  config: schema.Config, corpus: corpus_lib.Corpus, job: Job
+) -> None:
+  """Prints what is going to be trained, and on what."""
   count = sum(x.size for x in jax.tree.leaves(job.placed.weights))
-  shape = " x ".join(f"{n} {axis}" for axis, n in mesh.shape.items())
+  shape = " x ".join(f"{n} {axis}" for axis, n in job.mesh.shape.items())
   print(
     f"model      {count:,} parameters, {config.model.n_layers} layers,"
     f" d_model {config.model.d_model}, {config.model.dtype}\n"
     f"data       {corpus.describe()}\n"
     f"optimizer  {_method(config)}\n"
-    f"devices    {mesh.size} {jax.devices()[0].device_kind}: {shape}\n"
+    f"devices    {job.mesh.size} {jax.devices()[0].device_kind}: {shape}\n"
     f"folder     {job.out}"
   )
   if not optimizer.projects(config.optimizer.name):
@@ -95,6 +97,7 @@ def introduce(job: Job, mesh: jax.sharding.Mesh) -> None:
   plan = galore_optax.describe(job.tx, job.placed.weights)
   rows = dry_run.plan_rows(plan, config.optimizer)
   print("", *dry_run.plan_table(rows), "", sep="\n")
+  assert job.watcher is not None  # every pre-training job has one
   names = ", ".join(matrix.name for matrix in job.watcher.matrices)
   if names:
     print(f"subspaces  of {names} are watched (run.watch)")
@@ -115,9 +118,14 @@ def _method(config: schema.Config) -> str:
   return text
 
 
-def report(job: Job, state: train_step.TrainState) -> None:
-  """The end of a run: memory table, sample, picture."""
-  config, params = job.config, job.placed.weights
+def report(
+  config: schema.Config,
+  corpus: corpus_lib.Corpus,
+  job: Job,
+  state: train_step.TrainState,
+) -> None:
+  """Reports a finished run: memory table, picture, sample."""
+  params = job.placed.weights
   sizes = [
     (x.size, hit)
     for x, hit in zip(
@@ -149,21 +157,26 @@ def report(job: Job, state: train_step.TrainState) -> None:
   # Last: it reads all weights at once, for which a chip that they were
   # trained on layer by layer may have no room.
   if jax.process_count() == 1 and config.run.sample_tokens:
-    print(f"\nsample: {sample(job, state)}")
+    print(f"\nsample: {sample(config, corpus, job, state)}")
 
 
-def sample(job: Job, state: train_step.TrainState) -> str:
+def sample(
+  config: schema.Config,
+  corpus: corpus_lib.Corpus,
+  job: Job,
+  state: train_step.TrainState,
+) -> str:
   """A text by the trained model, also written to sample.txt."""
-  run = job.config.run
+  run = config.run
   try:
     text = sample_lib.sample_text(
-      job.config.model,
+      config.model,
       job.placed.read(state.params),
-      job.corpus.tokenizer,
+      corpus.tokenizer,
       run.prompt,
       run.sample_tokens,
       sample_lib.Sampling(run.temperature),
-      job.config.train.seed,
+      config.train.seed,
     )
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import types
+from typing import Any
 
 import jax
 import pytest
@@ -194,11 +195,11 @@ def test_a_run_says_what_its_method_does(name, said, capsys, tmp_path):
   placed = train_step.place(config.model, tx, grid)
   plan = galore_optax.describe(tx, placed.weights)
   watcher = subspace_watch.Watcher(config, placed, plan)
-  job = types.SimpleNamespace(
-    config=config, placed=placed, tx=tx, watcher=watcher, out=tmp_path,
-    corpus=types.SimpleNamespace(describe=lambda: "text"),
-  )  # fmt: skip
-  pretrain.introduce(job, grid)
+  job: Any = types.SimpleNamespace(
+    placed=placed, tx=tx, watcher=watcher, mesh=grid, out=tmp_path
+  )
+  corpus: Any = types.SimpleNamespace(describe=lambda: "text")
+  pretrain.introduce(config, corpus, job)
   text = capsys.readouterr().out
   assert all(words in text for words in said), text
   assert ("layers/attn/q/kernel" in text) == bool(said)

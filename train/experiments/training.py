@@ -126,7 +126,7 @@ def train(
   with aside(out / "log.txt"), jax.set_mesh(mesh):
     job, state = _prepare(config, out, corpus, mesh)
     try:
-      found = _finish(job, state, parts, stopped)
+      found = _finish(config, job, state, parts, stopped)
     finally:
       job.close()
   jax.clear_caches()
@@ -163,7 +163,11 @@ def _prepare(
 
 
 def _finish(
-  job: Job, state: Any, parts: texts.Parts, stopped: Callable[[], bool]
+  config: schema.Config,
+  job: Job,
+  state: Any,
+  parts: texts.Parts,
+  stopped: Callable[[], bool],
 ) -> Record | None:
   clock, sizes = Clock(stopped), _sizes(state)
   try:
@@ -177,9 +181,9 @@ def _finish(
   scores = [
     (r["step"], r["held_out_loss"]) for r in history if "held_out_loss" in r
   ]
-  test_loss = _test_loss(job, outcome.state, parts)
+  test_loss = _test_loss(config, job, outcome.state, parts)
   # What is not finite is left out of the log.
-  if scores[-1][0] != job.config.train.steps or not math.isfinite(test_loss):
+  if scores[-1][0] != config.train.steps or not math.isfinite(test_loss):
     return {"status": "diverged", "why": "no finite loss at the end"} | {
       "bytes": sizes
     }
@@ -215,15 +219,17 @@ def _times(cpu: list[float], history: list[Record]) -> dict[str, float]:
   return found
 
 
-def _test_loss(job: Job, state: Any, parts: texts.Parts) -> float:
+def _test_loss(
+  config: schema.Config, job: Job, state: Any, parts: texts.Parts
+) -> float:
   """The loss on the text that nothing is selected by."""
-  config = dataclasses.replace(
-    job.config.data, validation=str(parts.test), eval_rows=MOST
+  data = dataclasses.replace(
+    config.data, validation=str(parts.test), eval_rows=MOST
   )
-  corpus = corpus_lib.prepare(config, job.config.model.vocab_size)
+  corpus = corpus_lib.prepare(data, config.model.vocab_size)
   sums = [
     job.eval_step(state.params, job.put(rows))
-    for rows in corpus_lib.evaluation_batches(corpus.held_out, config.batch)
+    for rows in corpus_lib.evaluation_batches(corpus.held_out, data.batch)
   ]
   totals, counts = np.asarray(jax.device_get(sums), np.float64).T
   return float(totals.sum() / counts.sum())

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import galore_optax
 from train.common.errors import UserError
 from train.config import schema
 from train.config.schema import SharedTrainConfig
@@ -23,8 +22,7 @@ from train.finetuning.config import Config
 from train.finetuning.model_protocol import Learner
 from train.finetuning.tasks import Task
 from train.parallel import mesh as mesh_lib
-from train.parallel import multihost
-from train.run import checkpoint, subspace_watch
+from train.run import checkpoint, metrics
 from train.run import job as job_lib
 from train.step import adapters, optimizer, train_step
 
@@ -42,55 +40,56 @@ class Material:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Job(job_lib.Job):
-  """What the loop works with, for a task."""
+class Evaluator:
+  """Scores the model on the splits of a task.
+
+  Attributes:
+    learner: the model.
+    material: its examples.
+    rows: of a batch that is evaluated.
+    part: which part of each batch this process evaluates, of how many.
+    eval_step: outputs, loss and count of parameters and a batch.
+    put: moves this process's rows to its devices.
+    log: gets the scores.
+  """
 
   learner: Learner
   material: Material
+  rows: int
+  part: tuple[int, int]
+  eval_step: Callable
+  put: Callable[[Batch], Any]
+  log: metrics.Log
 
-  def put(self, rows: Any) -> Any:
-    """Moves this process's part of a batch to its devices."""
-    sharding = mesh_lib.batch_sharding(self.mesh)
-    return {k: mesh_lib.put_batch(v, sharding) for k, v in rows.items()}
-
-  def batch_shape(self) -> None:
-    """Batches are as long as their longest row."""
-    return None
-
-  def forward_flops(self) -> float:
-    """FLOPs a token of the forward pass, at the length of the longest row."""
-    material, learner = self.material, self.learner
-    longest = [int(np.argmax(material.train.lengths))]
-    batch = learner.collate(material.train, longest, 1)
-    shapes = {
-      k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()
-    }
-    run = lambda w, b: learner.loss(w, b, None)
-    traced = jax.make_jaxpr(run)(self.placed.weights, shapes)
-    tokens = int(material.train.lengths[longest[0]])
-    return jaxpr_cost.count_flops(traced.jaxpr) / tokens
-
-  def evaluate(
-    self, state: train_step.TrainState, say: Callable[[str], None]
-  ) -> float:
-    """Says and logs the scores; returns one that is the better the lower."""
+  def __call__(self, state: train_step.TrainState, say: job_lib.Say) -> float:
+    """Reports and logs the scores; returns one of which lower is better."""
     index, parts = self.part
-    # As many rows at once as a step takes.
-    rows = self.config.data.batch // self.config.train.accumulate
-    size = rows // parts
+    size = self.rows // parts
     own = slice(index * size, (index + 1) * size)
 
     def run(batch: Batch) -> tuple[Any, Any, Any]:
       mine = self.put({k: v[own] for k, v in batch.items()})
       return jax.device_get(self.eval_step(state.params, mine))
 
-    found = evaluation.evaluate(
-      self.learner, self.material.evaluated, rows, run
+    scores = evaluation.evaluate(
+      self.learner, self.material.evaluated, self.rows, run
     )
     step = int(jax.device_get(state.step))
-    say(f"step {step:>5}  {evaluation.text(found)}")
-    self.log.write(step, **found)
-    return evaluation.rank(self.material.task, found)
+    say(f"step {step:>5}  {evaluation.text(scores)}")
+    self.log.write(step, **scores)
+    return evaluation.rank(self.material.task, scores)
+
+
+def forward_flops(learner: Learner, material: Material, weights: Any) -> float:
+  """FLOPs a token of the forward pass, at the length of the longest row."""
+  longest = [int(np.argmax(material.train.lengths))]
+  batch = learner.collate(material.train, longest, 1)
+  shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+  traced = jax.make_jaxpr(lambda w, b: learner.loss(w, b, None))(
+    weights, shapes
+  )
+  tokens = int(material.train.lengths[longest[0]])
+  return jaxpr_cost.count_flops(traced.jaxpr) / tokens
 
 
 def make_gradient(
@@ -195,58 +194,56 @@ def prepare(
   mesh: jax.sharding.Mesh,
   tx: Any,
   placed: train_step.Placed,
-) -> tuple[Job, train_step.TrainState]:
-  """Makes or restores a run's state, opens its files."""
+) -> tuple[job_lib.Job, train_step.TrainState]:
+  """Builds a fine-tuning job, with a new or a restored training state."""
   pretraining = complete(config)
-  restored = checkpoint.restore(out, placed)
-  if restored is None:
-    seed = config.train.seed
-    state = train_step.init_state(
-      pretraining.model, tx, placed, seed, learner.params
-    )
-    progress = checkpoint.Progress(0.0, None)
-  else:
-    state, progress = restored
-    print(f"continuing from the checkpoint of step {int(state.step)}")
-  done, part = int(state.step), mesh_lib.part_of_batch(mesh)
-  begin = progress.data or {"batches": 0}
-  shared: Any = {
-    "config": config,
-    "out": out,
-    "corpus": None,
-    # With run.watch=none it looks at nothing: a look knows the LLaMA only.
-    "watcher": subspace_watch.Watcher(
-      pretraining, placed, galore_optax.describe(tx, placed.weights)
-    ),
+  state, progress = job_lib.restore_or_init(
+    out,
+    pretraining.model,
+    tx,
+    placed,
+    config.train.seed,
+    lambda: learner.params,
+  )
+  part, sharding = mesh_lib.part_of_batch(mesh), mesh_lib.batch_sharding(mesh)
+  put = lambda batch: {
+    k: mesh_lib.put_batch(v, sharding) for k, v in batch.items()
   }
-  job = Job(
-    **shared,
+  log = job_lib.open_log(config, out, int(state.step))
+  eval_step = make_eval_step(learner, placed)
+  # As many rows at once as a step takes.
+  rows = config.data.batch // config.train.accumulate
+  position = progress.data or {"batches": 0}
+  job = job_lib.Job(
+    out=out,
+    train=config.train,
+    run=config.run,
     mesh=mesh,
-    part=part,
     placed=placed,
     tx=tx,
-    rates=job_lib.rates_of(pretraining),
+    rates=job_lib.learning_rates(pretraining.optimizer, config.train.steps),
     train_step=train_step.make_train_step(
       tx,
       placed,
       pretraining.train,
       gradient=make_gradient(learner, placed, config.train),
     ),
-    eval_step=make_eval_step(learner, placed),
+    eval_step=eval_step,
+    put=put,
+    evaluate=Evaluator(learner, material, rows, part, eval_step, put, log),
+    batch_shape=None,  # batches are as long as their longest row
+    forward_flops=forward_flops(learner, material, placed.weights),
     feed=prefetch.Loader(
-      cast(Any, material.feed.batches(begin, config.train.seed, *part)),
-      begin,
+      cast(Any, material.feed.batches(position, config.train.seed, *part)),
+      position,
       config.data.prefetch,
     ),
     checkpoints=checkpoint.Checkpoints(
       out, config.run.keep, config.run.keep_best
     ),
-    log=job_lib.open_log(config, out, done)
-    if multihost.is_first()
-    else job_lib.Silent(),
+    log=log,
+    watcher=None,
     seconds=progress.seconds,
-    learner=learner,
-    material=material,
   )
   return job, state
 

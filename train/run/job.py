@@ -1,4 +1,4 @@
-"""A run's parts, built once before its loop starts."""
+"""The parts of a run, built once before the training loop starts."""
 
 import dataclasses
 import pathlib
@@ -16,54 +16,40 @@ from train.data import prefetch
 from train.estimate import flops
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
-from train.pretrained import llama_checkpoint
 from train.run import checkpoint, metrics, perplexity, sinks, subspace_watch
 from train.step import adapters, optimizer, per_layer
 from train.step import train_step as train_step_lib
 
+Say = Callable[[str], None]  # prints a line, without breaking a progress bar
+Evaluate = Callable[[train_step_lib.TrainState, Say], float]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-  """What the loop works with, built once by `prepare`."""
+  """What the training loop works with, whatever is trained.
 
-  config: schema.Config
+  What differs between pre-training and fine-tuning is given as functions and
+  values, so that neither has to override anything of the other.
+  """
+
   out: pathlib.Path
-  corpus: corpus_lib.Corpus
+  train: schema.SharedTrainConfig
+  run: schema.SharedRunConfig
   mesh: jax.sharding.Mesh
-  part: tuple[int, int]  # of each batch: which this process feeds, of how many
   placed: train_step_lib.Placed
   tx: optax.GradientTransformationExtraArgs
   rates: np.ndarray  # (steps,) learning rate of each update
   train_step: Any  # jitted
-  eval_step: Callable
-  feed: prefetch.Loader  # this process's part of the batches to come
+  eval_step: Callable  # jitted; what `evaluate` runs
+  put: Callable[[Any], Any]  # moves this process's rows to its devices
+  evaluate: Evaluate  # reports, logs and returns a score; lower is better
+  batch_shape: Any  # shape and sharding of all batches; None: they vary
+  forward_flops: float  # a token, of the forward pass
+  feed: prefetch.Loader  # this process's rows of the batches to come
   checkpoints: checkpoint.Checkpoints
   log: metrics.Log
-  watcher: subspace_watch.Watcher
+  watcher: subspace_watch.Watcher | None
   seconds: float  # of training before this start
-
-  def put(self, rows: Any) -> Any:
-    """Moves this process's rows of a batch to its devices."""
-    return mesh_lib.put_batch(rows, mesh_lib.batch_sharding(self.mesh))
-
-  def batch_shape(self) -> Any:
-    """The shape of every batch; None where they have several."""
-    config = self.config.data
-    return jax.ShapeDtypeStruct(
-      (config.batch, config.length + 1),
-      "int32",
-      sharding=mesh_lib.batch_sharding(self.mesh),
-    )
-
-  def forward_flops(self) -> float:
-    """FLOPs a token of the model's forward pass."""
-    return flops.forward_per_token(self.config.model, self.config.data.length)
-
-  def evaluate(
-    self, state: train_step_lib.TrainState, say: Callable[[str], None]
-  ) -> float:
-    """Says and logs how good the model is; the lower the number the better."""
-    return perplexity.evaluate(self, state, say)
 
   def close(self) -> None:
     """Ends the background work: the data's, then the checkpoints'."""
@@ -72,7 +58,7 @@ class Job:
     self.log.close()
 
 
-class Silent(metrics.Log):
+class NullLog(metrics.Log):
   """The log of the processes that write no files."""
 
   def __init__(self):
@@ -90,39 +76,54 @@ def prepare(
   out: pathlib.Path,
   corpus: corpus_lib.Corpus,
   mesh: jax.sharding.Mesh,
+  initial_params: Callable[[], dict | None] = lambda: None,
 ) -> tuple[Job, train_step_lib.TrainState]:
-  """Lays the model out, makes or restores its state, opens its files."""
+  """Builds a pre-training job, with a new or a restored training state.
+
+  Args:
+    config: the run.
+    out: its folder.
+    corpus: the text that it reads.
+    mesh: where the state lives.
+    initial_params: see `restore_or_init`.
+  """
   tx, method = per_layer.make(config, mesh)
   reparametrised = adapters.make(config.optimizer)
   placed = train_step_lib.place(config.model, method, mesh, reparametrised)
-  restored = checkpoint.restore(out, placed)
-  if restored is None:
-    given, seed = llama_checkpoint.initial_params(config), config.train.seed
-    state = train_step_lib.init_state(config.model, method, placed, seed, given)
-    progress = checkpoint.Progress(0.0, None)
-  else:
-    state, progress = restored
-    print(f"continuing from the checkpoint of step {int(state.step)}")
+  state, progress = restore_or_init(
+    out, config.model, method, placed, config.train.seed, initial_params
+  )
   part = mesh_lib.part_of_batch(mesh)
-  done = int(state.step)
+  sharding = mesh_lib.batch_sharding(mesh)
+  put = lambda rows: mesh_lib.put_batch(rows, sharding)
+  eval_step = train_step_lib.make_eval_step(placed, config.parts)
+  log = open_log(config, out, int(state.step))
+  evaluator = perplexity.Evaluator(
+    corpus, config.data.batch, part, eval_step, put, log
+  )
   job = Job(
-    config=config,
     out=out,
-    corpus=corpus,
+    train=config.train,
+    run=config.run,
     mesh=mesh,
-    part=part,
     placed=placed,
     tx=tx,
-    rates=rates_of(config),
+    rates=learning_rates(config.optimizer, config.train.steps),
     train_step=train_step_lib.make_train_step(
       method, placed, config.train, config.optimizer.accumulate
     ),
-    eval_step=train_step_lib.make_eval_step(placed, config.parts),
-    feed=make_feed(corpus, config, part, progress.data),
+    eval_step=eval_step,
+    put=put,
+    evaluate=evaluator,
+    batch_shape=jax.ShapeDtypeStruct(
+      (config.data.batch, config.data.length + 1), "int32", sharding=sharding
+    ),
+    forward_flops=flops.forward_per_token(config.model, config.data.length),
+    feed=corpus.loader(config.train.seed, *part, state=progress.data),
     checkpoints=checkpoint.Checkpoints(
       out, config.run.keep, config.run.keep_best
     ),
-    log=open_log(config, out, done) if multihost.is_first() else Silent(),
+    log=log,
     watcher=subspace_watch.Watcher(
       config, placed, galore_optax.describe(tx, placed.weights)
     ),
@@ -131,27 +132,56 @@ def prepare(
   return job, state
 
 
+def restore_or_init(
+  out: pathlib.Path,
+  model: schema.ModelConfig,
+  tx: train_step_lib.Method,
+  placed: train_step_lib.Placed,
+  seed: int,
+  initial_params: Callable[[], dict | None] = lambda: None,
+) -> tuple[train_step_lib.TrainState, checkpoint.Progress]:
+  """The state of the newest checkpoint, or a new one where there is none.
+
+  Args:
+    out: the run's folder.
+    model: sizes of the model, for fresh weights.
+    tx: the optimizer.
+    placed: where the state lives.
+    seed: of fresh weights.
+    initial_params: reads the weights to start from, arrays on the host; called
+      only where there is no checkpoint. It returns None for fresh weights.
+
+  Raises:
+    UserError: there are checkpoints, and none can be restored.
+  """
+  restored = checkpoint.restore(out, placed)
+  if restored is None:
+    params = initial_params()
+    state = train_step_lib.init_state(model, tx, placed, seed, params)
+    return state, checkpoint.Progress(0.0, None)
+  print(f"continuing from the checkpoint of step {int(restored[0].step)}")
+  return restored
+
+
 def open_log(
-  config: schema.SharedConfig, out: pathlib.Path, done: int
+  config: schema.SharedConfig, out: pathlib.Path, resumed_at: int
 ) -> metrics.Log:
-  """The log, from step `done` on, and where else its numbers go."""
-  others = sinks.open_sinks(config.run.sinks, out, schema.flatten(config), done)
-  return metrics.Log(out, done, others)
+  """The run's log with its sinks; in all processes but the first a null one.
+
+  Args:
+    config: the run.
+    out: its folder.
+    resumed_at: the step that the run goes on from, or 0.
+  """
+  if not multihost.is_first():
+    return NullLog()
+  fields = schema.flatten(config)
+  others = sinks.open_sinks(config.run.sinks, out, fields, resumed_at)
+  return metrics.Log(out, resumed_at, others)
 
 
-def rates_of(config: schema.Config) -> np.ndarray:
+def learning_rates(config: schema.OptimizerConfig, steps: int) -> np.ndarray:
   """The learning rate of each update, as the schedule will give it."""
-  count = config.train.steps
-  schedule = optimizer.make_schedule(config.optimizer, count)
+  schedule = optimizer.make_schedule(config, steps)
   with jax.default_device(jax.local_devices()[0]):
-    return np.asarray(jax.vmap(schedule)(np.arange(count)))
-
-
-def make_feed(
-  corpus: corpus_lib.Corpus,
-  config: schema.Config,
-  part: tuple[int, int],
-  position: dict[str, int] | None,
-) -> prefetch.Loader:
-  """The batches of this process, from a saved position or the beginning."""
-  return corpus.loader(config.train.seed, *part, state=position)
+    return np.asarray(jax.vmap(schedule)(np.arange(steps)))

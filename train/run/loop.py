@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from train.common.errors import Diverged
-from train.config import schema
 from train.estimate import flops
 from train.run import checkpoint, metrics
 from train.run import progress as progress_lib
@@ -29,17 +28,15 @@ class Watch:
   """What the loop tells while it runs: numbers, speed, the time so far."""
 
   def __init__(self, job: Job, start: int, skipped: int):
-    config = job.config
     self._job, self._begin = job, time.perf_counter()
     self._mark = (self._begin, job.feed.waited)
     self.progress = progress_lib.Progress(
-      start, config.train.steps, config.run.log_every
+      start, job.train.steps, job.run.log_every
     )
     self.speed = metrics.Throughput()
     self.say = self.progress.say
     self._cold = 0  # the last step with which something was compiled
     self._skipped = skipped  # steps so far that left the optimizer as it was
-    self._forward = job.forward_flops()
     self.resume()
 
   def step(
@@ -48,7 +45,7 @@ class Watch:
     """Runs a step; now and then with a look at the subspaces."""
     rows, watcher = self._job.put(next(self._job.feed)), self._job.watcher
     begin, known = time.perf_counter(), self._programs(compiled)
-    if watcher.is_due(step - 1 - self._skipped):
+    if watcher and watcher.is_due(step - 1 - self._skipped):
       look = watcher.before(state, rows)
       state, values = compiled(state, rows)
       values |= watcher.after(look, state)
@@ -60,7 +57,10 @@ class Watch:
 
   def _programs(self, compiled: Callable) -> int:
     """Programs that calls have compiled so far, none if that was done ahead."""
-    return train_step.count_programs(compiled) + self._job.watcher.programs()
+    watcher = self._job.watcher
+    return train_step.count_programs(compiled) + (
+      watcher.programs() if watcher else 0
+    )
 
   def _leave_out(self, seconds: float, step: int) -> None:
     """Takes the time of a compilation for no time of training."""
@@ -92,7 +92,7 @@ class Watch:
     """
     fetched = {name: x.item() for name, x in jax.device_get(values).items()}
     in_row, skipped = fetched.pop("skips_in_row"), fetched.pop("skipped")
-    tokens, config = fetched.pop("tokens"), self._job.config
+    tokens, job = fetched.pop("tokens"), self._job
     seen = {k: fetched.pop(k) for k in values if k.startswith("subspace/")}
     if step == self._cold:
       self.resume()  # part of it ran beside the compiler
@@ -101,17 +101,17 @@ class Watch:
     self._skipped = skipped
     if in_row:
       self._tell_skip(step, fetched, in_row, skipped)
-      return in_row >= config.train.max_skips
+      return in_row >= job.train.max_skips
     # A skipped step leaves the optimizer's schedule where it was.
-    lr = float(self._job.rates[step - 1 - skipped])
+    lr = float(job.rates[step - 1 - skipped])
     rate = self.speed.rate
-    mfu = flops.utilisation(rate, self._forward)
+    mfu = flops.utilisation(rate, job.forward_flops)
     norm = fetched["grad_norm"]
     self.progress.update(step, fetched["loss"], lr, rate, tokens, norm, mfu)
-    if seen:
-      self._job.log.write(step, **self._job.watcher.values(seen))
-    if step % config.run.log_every == 0 or step == config.train.steps:
-      self._job.log.write(
+    if seen and job.watcher:
+      job.log.write(step, **job.watcher.values(seen))
+    if step % job.run.log_every == 0 or step == job.train.steps:
+      job.log.write(
         step,
         **fetched,
         lr=lr,
@@ -147,16 +147,16 @@ def train(
   Raises:
     Diverged: too many steps in a row had no finite gradient.
   """
-  config, start = job.config, int(state.step)
+  steps, start = job.train.steps, int(state.step)
   if start == 0:
     job.evaluate(state, print)
-  if start >= config.train.steps:
+  if start >= steps:
     return Outcome(state, stopped=False)
   compiled = compile_step(job, state)
   watch = Watch(job, start, int(state.skipped))
   with contextlib.closing(watch.progress), jax.transfer_guard("disallow"):
-    steps_to_do = range(start + 1, config.train.steps + 1)
-    outcome = advance(job, state, compiled, watch, steps_to_do, stopped)
+    numbers = range(start + 1, steps + 1)
+    outcome = advance(job, state, compiled, watch, numbers, stopped)
   waited, seconds = job.feed.waited, watch.seconds() - job.seconds
   print(
     f"waited     {waited:.1f} s for data, {waited / seconds:.2%} of"
@@ -184,7 +184,7 @@ def advance(
       diverged = watch.record(*pending)
     pending = (step, values)
     job.checkpoints.poll(watch.say)
-    due = actions(job.config, step, stopping or diverged)
+    due = actions(job, step, stopping or diverged)
     if not due:
       continue
     diverged |= watch.record(*pending)
@@ -195,7 +195,7 @@ def advance(
     if diverged:
       raise Diverged(_divergence(job, step))
     if stopping:
-      return Outcome(state, stopped=step < job.config.train.steps)
+      return Outcome(state, stopped=step < job.train.steps)
   if pending is not None:
     watch.record(*pending)
   return Outcome(state, stopped=False)
@@ -208,7 +208,7 @@ def settle(
   loss = None
   if "evaluate" in due:
     loss = job.evaluate(state, watch.say)
-    if job.config.run.keep_best and loss < job.checkpoints.best():
+    if job.run.keep_best and loss < job.checkpoints.best():
       due.add("save")
   if "save" in due and not train_step.all_finite(state.params):
     job.checkpoints.failure = "its weights are not finite"
@@ -219,25 +219,24 @@ def settle(
   watch.resume()
 
 
-def actions(config: schema.Config, step: int, stopping: bool) -> set[str]:
+def actions(job: Job, step: int, stopping: bool) -> set[str]:
   """What is due after `step` steps: `evaluate` and `save`."""
-  last = step == config.train.steps
+  last = step == job.train.steps
   due = set()
-  if last or step % config.run.eval_every == 0:
+  if last or step % job.run.eval_every == 0:
     due.add("evaluate")
-  if last or stopping or step % config.run.checkpoint_every == 0:
+  if last or stopping or step % job.run.checkpoint_every == 0:
     due.add("save")
   return due
 
 
 def _divergence(job: Job, step: int) -> str:
   job.checkpoints.settle()
-  config = job.config
   return (
-    f"step {step}: no finite gradient in {config.train.max_skips} steps in a"
+    f"step {step}: no finite gradient in {job.train.max_skips} steps in a"
     f" row (train.max_skips). The weights from before them are saved as step"
     f" {job.checkpoints.latest}. Try a smaller optimizer.learning_rate (now"
-    f" {config.optimizer.learning_rate}), a longer optimizer.warmup or"
+    f" {job.rates.max():g}), a longer optimizer.warmup or"
     " optimizer.clip, in another --out"
   )
 
@@ -245,7 +244,7 @@ def _divergence(job: Job, step: int) -> str:
 def compile_step(job: Job, state: train_step.TrainState) -> Callable:
   """Compiles the training step for exactly these shapes and shardings."""
   begin = time.perf_counter()
-  rows = job.batch_shape()
+  rows = job.batch_shape
   packed = any(x.dtype == jnp.int4 for x in jax.tree.leaves(state))
   if packed or rows is None:
     # One program does not fit batches of several shapes; and one compiled
@@ -255,6 +254,7 @@ def compile_step(job: Job, state: train_step.TrainState) -> Callable:
     return job.train_step
   print("compiling  ...", flush=True)
   compiled = job.train_step.lower(state, rows).compile()
-  job.watcher.compile(state, rows)
+  if job.watcher:
+    job.watcher.compile(state, rows)
   print(f"compiled   in {time.perf_counter() - begin:.1f} s", flush=True)
   return compiled

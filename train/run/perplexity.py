@@ -1,10 +1,8 @@
-"""The held-out loss of a run, beside that of a model of frequencies."""
+"""The held-out loss of a run, beside that of a unigram model."""
 
-from __future__ import annotations
-
-import functools
+import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,36 +11,57 @@ from train.data import corpus as corpus_lib
 from train.run import metrics
 from train.step import train_step
 
-if TYPE_CHECKING:
-  from train.run.job import Job
 
+@dataclasses.dataclass
+class Evaluator:
+  """Measures how well a model predicts held-out text.
 
-def evaluate(
-  job: Job, state: train_step.TrainState, say: Callable[[str], None]
-) -> float:
-  """Says and logs how well held-out text is predicted.
-
-  Returns:
-    The mean loss in nats a token, whose exponential is the perplexity.
+  Attributes:
+    corpus: whose held-out rows are evaluated.
+    batch: rows in a batch.
+    part: which part of each batch this process evaluates, of how many.
+    eval_step: summed loss and token count of parameters and rows.
+    put: moves this process's rows to its devices.
+    log: gets the figures.
   """
-  config, held_out = job.config.data, job.corpus.held_out
-  sums = []
-  for rows in corpus_lib.evaluation_batches(held_out, config.batch, *job.part):
-    sums.append(job.eval_step(state.params, job.put(rows)))
-  totals, counts = np.asarray(jax.device_get(sums), np.float64).T.tolist()
-  found = metrics.held_out(totals, counts, job.corpus.held_out_bytes)
-  found["unigram_perplexity"] = unigram(job)
-  step = int(jax.device_get(state.step))
-  say(f"step {step:>5}  {metrics.held_out_text(found)}")
-  if step == 0:
-    known = found["unigram_perplexity"]
-    say(f"            perplexity of token frequencies (unigram): {known:,.0f}")
-  job.log.write(step, **found)
-  return found["held_out_loss"]
 
+  corpus: corpus_lib.Corpus
+  batch: int
+  part: tuple[int, int]
+  eval_step: Callable
+  put: Callable[[np.ndarray], Any]
+  log: metrics.Log
 
-@functools.cache
-def unigram(job: Job) -> float:
-  """Held-out perplexity of token frequencies, on the rows `evaluate` reads."""
-  corpus = job.corpus
-  return corpus_lib.unigram_perplexity(corpus.counts, corpus.held_out[:, 1:])
+  def __post_init__(self):
+    self._unigram: float | None = None
+
+  def __call__(
+    self, state: train_step.TrainState, say: Callable[[str], None]
+  ) -> float:
+    """Reports and logs the perplexity on held-out text.
+
+    Returns:
+      The mean loss in nats a token; its exponential is the perplexity.
+    """
+    sums = [
+      self.eval_step(state.params, self.put(rows))
+      for rows in corpus_lib.evaluation_batches(
+        self.corpus.held_out, self.batch, *self.part
+      )
+    ]
+    losses, counts = np.asarray(jax.device_get(sums), np.float64).T.tolist()
+    figures = metrics.held_out(losses, counts, self.corpus.held_out_bytes)
+    unigram = figures["unigram_perplexity"] = self.unigram_perplexity()
+    step = int(jax.device_get(state.step))
+    say(f"step {step:>5}  {metrics.held_out_text(figures)}")
+    if step == 0:
+      say(f"            a unigram model's perplexity: {unigram:,.0f}")
+    self.log.write(step, **figures)
+    return figures["held_out_loss"]
+
+  def unigram_perplexity(self) -> float:
+    """Perplexity of the token frequencies on the same held-out rows."""
+    if self._unigram is None:
+      targets = self.corpus.held_out[:, 1:]
+      self._unigram = corpus_lib.unigram_perplexity(self.corpus.counts, targets)
+    return self._unigram

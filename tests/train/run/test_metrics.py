@@ -17,7 +17,7 @@ import pytest
 
 from train.common import units
 from train.common.errors import UserError
-from train.config import presets
+from train.config import schema
 from train.run import loop, metrics, progress, sinks
 
 
@@ -96,13 +96,12 @@ def test_compiling_with_a_step_is_no_time_of_training(capsys):
     return state + rows.sum(), {"loss": rows.mean()}
 
   job: Any = types.SimpleNamespace(
-    config=presets.make("sotu_small", "galore"), feed=Feed(), seconds=0.0,
+    train=schema.TrainConfig(), run=schema.RunConfig(),
+    feed=Feed(), seconds=0.0,
     rates=[1.0, 1.0],
-    put=lambda rows: rows, forward_flops=lambda: 1.0,
+    put=lambda rows: rows, forward_flops=1.0,
     log=types.SimpleNamespace(write=lambda *args, **values: None),
-    watcher=types.SimpleNamespace(
-      is_due=lambda updates: False, programs=lambda: 0
-    ),
+    watcher=None,
   )  # fmt: skip
   watch, compiled = loop.Watch(job, 0, 0), jax.jit(slow_to_trace)
   state = jnp.zeros(())

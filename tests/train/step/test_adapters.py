@@ -215,9 +215,9 @@ def test_the_factor_on_the_matrices_is_that_on_their_factors():
 def test_the_rate_warms_up_after_restarts():
   base = presets.make("sotu_small", "relora")
   chosen = dataclasses.replace(base.optimizer, reset_every=50)
-  rates = job.rates_of(dataclasses.replace(base, optimizer=chosen))
+  rates = job.learning_rates(chosen, base.train.steps)
   plain = dataclasses.replace(chosen, name="lora")
-  smooth = job.rates_of(dataclasses.replace(base, optimizer=plain))
+  smooth = job.learning_rates(plain, base.train.steps)
   t = np.arange(500)
   ramp = np.where(t < 50, 1, np.minimum(1, t % 50 / 10))
   np.testing.assert_allclose(rates, smooth * ramp, rtol=1e-6)
