@@ -192,7 +192,7 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     print(f"folder     {out}")
     try:
       stop = signals.agreed(stopped, mesh)
-      return train(config, learner, job, state, stop)
+      return train(config, learner, placed, job, state, stop)
     except Diverged:
       if multihost.is_first():  # a result without scores
         report.write(out, config, {"scores": {}})
@@ -212,6 +212,7 @@ def _check_source(source: str, out: pathlib.Path) -> None:
 def train(
   config: Config,
   learner: Any,
+  placed: Any,
   job: Job,
   state: Any,
   stopped: Callable[[], bool],
@@ -225,7 +226,7 @@ def train(
   status = exit_status.stopped_status(job, outcome, start)
   if status is not None:
     return status
-  conclude(config, learner, job, outcome)
+  conclude(config, learner, placed, job, outcome)
   return 0
 
 
@@ -266,12 +267,12 @@ def _describe(task: Task) -> str:
 
 
 def conclude(
-  config: Config, learner: Any, job: Job, outcome: loop.Outcome
+  config: Config, learner: Any, placed: Any, job: Job, outcome: loop.Outcome
 ) -> None:
   """The end of a run: memory, scores, the model, a picture."""
   state = outcome.state
   found = evaluation.last(job.out, config.train.steps)
-  parts = report.components(job.placed, config, state.opt_state)
+  parts = report.components(placed, config, state.opt_state)
   print(f"\n{report.table(parts)}\n\nscores     {evaluation.text(found)}")
   if not multihost.is_first():
     return
@@ -286,7 +287,7 @@ def conclude(
     # read from eight bits has the model's.
     weights = jax.tree.map(
       lambda x: np.asarray(x).astype(config.model.param_dtype),
-      jax.device_get(job.placed.read(state.params)),
+      jax.device_get(placed.read(state.params)),
     )
     shutil.rmtree(job.out / "model", ignore_errors=True)
     learner.save(job.out / "model", weights)

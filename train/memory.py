@@ -27,7 +27,8 @@ from train.common.errors import UserError
 from train.config import presets, schema
 from train.estimate import aot_targets, collectives, dry_run
 from train.parallel import mesh as mesh_lib
-from train.step import adapters, per_layer, train_step
+from train.step import setup as setup_lib
+from train.step import train_step
 
 GIB = units.GIB
 PARTS = ("weights", "moments", "bases", "gradients", "activations")
@@ -134,7 +135,6 @@ def measure(
     `hlo.totals`; bytes are of the whole arrays on one device.
   """
   mesh = _mesh(config, target)
-  _, method = per_layer.make(config, mesh)
   found: dict[str, Any] = {
     "preset": config.preset,
     "method": config.optimizer.name,
@@ -147,11 +147,10 @@ def measure(
   }
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
-    parts = adapters.make(config.optimizer)
-    placed = train_step.place(config.model, method, mesh, parts)
-    exact = argument_parts(config, placed)
+    setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+    exact = argument_parts(config, setup.placed)
     try:
-      sizes = _compile(config, method, placed, target)
+      sizes = _compile(config, setup, target)
     except jax.errors.JaxRuntimeError as error:
       sizes = {"peak_bytes": _needed(error)}
   unknown = {"argument_bytes": None, "temp_bytes": None, "collectives": None}
@@ -185,13 +184,10 @@ def _mesh(
 
 
 def _compile(
-  config: schema.Config,
-  method: train_step.Method,
-  placed: train_step.Placed,
-  target: aot_targets.Target,
+  config: schema.Config, setup: setup_lib.Setup, target: aot_targets.Target
 ) -> dict[str, Any]:
   """What the compiler assigns to the step, and sends, on each device."""
-  mesh = placed.shardings.step.mesh
+  mesh, placed = setup.mesh, setup.placed
   rows = jax.ShapeDtypeStruct(
     (config.data.batch, config.data.length + 1),
     "int32",
@@ -203,7 +199,7 @@ def _compile(
     placed.shardings,
   )
   step: Any = train_step.make_train_step(
-    method, placed, config.train, config.optimizer.accumulate
+    setup.updater, placed, config.train, config.optimizer.accumulate
   )
   compiled = (
     step.trace(state, rows)

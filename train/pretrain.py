@@ -36,18 +36,24 @@ from train.run import (
 from train.run import job as job_lib
 from train.run.job import Job
 from train.step import adapters, optimizer, train_step
+from train.step import setup as setup_lib
+from train.step.setup import Setup
 
 
 def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
   sinks.names(config.run.sinks)
-  subspace_watch.check(config)
   multihost.first_alone(lambda: run_dir.check_run(out, config, overwrite))
   mesh = mesh_lib.make_mesh(
     config.mesh,
     config.data.batch,
     accumulate=config.parts,
   )
+  with jax.set_mesh(mesh):
+    setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+    watcher = subspace_watch.Watcher(
+      config.run, config.optimizer, setup, config.parts
+    )
   corpus = multihost.first_then_others(
     lambda: corpus_lib.prepare(config.data, config.model.vocab_size)
   )
@@ -62,10 +68,11 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
       config,
       out,
       corpus,
-      mesh,
+      setup,
+      watcher,
       lambda: llama_checkpoint.initial_params(config),
     )
-    introduce(config, corpus, job)
+    introduce(config, corpus, setup, watcher, out)
     start = int(state.step)
     try:
       outcome = loop.train(job, state, signals.agreed(stopped, mesh))
@@ -74,35 +81,37 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
     status = exit_status.stopped_status(job, outcome, start)
     if status is not None:
       return status
-    report(config, corpus, job, outcome.state)
+    report(config, corpus, setup.placed, job, outcome.state)
     return 0
 
 
 def introduce(
-  config: schema.Config, corpus: corpus_lib.Corpus, job: Job
+  config: schema.Config,
+  corpus: corpus_lib.Corpus,
+  setup: Setup,
+  watcher: subspace_watch.Watcher,
+  out: pathlib.Path,
 ) -> None:
   """Prints what is going to be trained, and on what."""
-  count = sum(x.size for x in jax.tree.leaves(job.placed.weights))
-  shape = " x ".join(f"{n} {axis}" for axis, n in job.mesh.shape.items())
+  count = sum(x.size for x in jax.tree.leaves(setup.placed.weights))
+  shape = " x ".join(f"{n} {axis}" for axis, n in setup.mesh.shape.items())
   print(
     f"model      {count:,} parameters, {config.model.n_layers} layers,"
     f" d_model {config.model.d_model}, {config.model.dtype}\n"
     f"data       {corpus.describe()}\n"
     f"optimizer  {_method(config)}\n"
-    f"devices    {job.mesh.size} {jax.devices()[0].device_kind}: {shape}\n"
-    f"folder     {job.out}"
+    f"devices    {setup.mesh.size} {jax.devices()[0].device_kind}: {shape}\n"
+    f"folder     {out}"
   )
   if not optimizer.projects(config.optimizer.name):
     return
-  plan = galore_optax.describe(job.tx, job.placed.weights)
-  rows = dry_run.plan_rows(plan, config.optimizer)
+  rows = dry_run.plan_rows(setup.plan, config.optimizer)
   print("", *dry_run.plan_table(rows), "", sep="\n")
-  assert job.watcher is not None  # every pre-training job has one
-  names = ", ".join(matrix.name for matrix in job.watcher.matrices)
+  names = ", ".join(matrix.name for matrix in watcher.matrices)
   if names:
     print(f"subspaces  of {names} are watched (run.watch)")
   elif config.run.watch != "none":
-    print(f"subspaces  not watched: {job.watcher.why_not}")
+    print(f"subspaces  not watched: {watcher.why_not}")
 
 
 def _method(config: schema.Config) -> str:
@@ -121,11 +130,12 @@ def _method(config: schema.Config) -> str:
 def report(
   config: schema.Config,
   corpus: corpus_lib.Corpus,
+  placed: train_step.Placed,
   job: Job,
   state: train_step.TrainState,
 ) -> None:
   """Reports a finished run: memory table, picture, sample."""
-  params = job.placed.weights
+  params = placed.weights
   sizes = [
     (x.size, hit)
     for x, hit in zip(
@@ -137,12 +147,16 @@ def report(
   table = metrics.memory_table(
     sum(size for size, _ in sizes),
     sum(size for size, hit in sizes if hit),
-    optimizer.accounting(config.optimizer, params),
+    optimizer.accounting(
+      config.optimizer,
+      params,
+      galore_optax.state_bytes(placed.state.opt_state),
+    ),
     optimizer.accounting_note(params),
   )
   print(f"\n{table}\n")
-  if job.placed.adapters is not None:
-    print(f"weights    {adapters.weights_text(job.placed.state.params)}\n")
+  if placed.adapters is not None:
+    print(f"weights    {adapters.weights_text(placed.state.params)}\n")
   rare = metrics.refreshes_text(
     galore_optax.refresh_counts(state.opt_state),
     int(state.step),
@@ -157,13 +171,14 @@ def report(
   # Last: it reads all weights at once, for which a chip that they were
   # trained on layer by layer may have no room.
   if jax.process_count() == 1 and config.run.sample_tokens:
-    print(f"\nsample: {sample(config, corpus, job, state)}")
+    print(f"\nsample: {sample(config, corpus, placed, job.out, state)}")
 
 
 def sample(
   config: schema.Config,
   corpus: corpus_lib.Corpus,
-  job: Job,
+  placed: train_step.Placed,
+  out: pathlib.Path,
   state: train_step.TrainState,
 ) -> str:
   """A text by the trained model, also written to sample.txt."""
@@ -171,7 +186,7 @@ def sample(
   try:
     text = sample_lib.sample_text(
       config.model,
-      job.placed.read(state.params),
+      placed.read(state.params),
       corpus.tokenizer,
       run.prompt,
       run.sample_tokens,
@@ -183,9 +198,9 @@ def sample(
       raise
     return (
       f"none, the whole weights have no room here; python -m train.sample"
-      f" {job.out} makes one where they have"
+      f" {out} makes one where they have"
     )
-  atomic_files.write_text(job.out / "sample.txt", text + "\n")
+  atomic_files.write_text(out / "sample.txt", text + "\n")
   return text
 
 

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from train.config import schema
+from train.models import llama
 from train.parallel import mesh as mesh_lib
 from train.step import optimizer
 from train.step import train_step as train_step_lib
@@ -67,7 +68,7 @@ class Trainer:
 
   def init(self, seed: int = 0) -> train_step_lib.TrainState:
     with jax.set_mesh(self.mesh):
-      return train_step_lib.init_state(self.model, self.tx, self.placed, seed)
+      return train_step_lib.init_state(self.tx, self.placed, seed)
 
   def put(self, array) -> jax.Array:
     return mesh_lib.put_batch(
@@ -99,7 +100,7 @@ def make_trainer(
   chosen = schema.OptimizerConfig(name=name, **(settings | fields))
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    placed = train_step_lib.place(model, tx, grid)
+    placed = train_step_lib.place(model, *llama.abstract(model), tx, grid)
   return Trainer(
     grid,
     placed,

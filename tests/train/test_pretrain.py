@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import pytest
 
-import galore_optax
 from tests.train.conftest import TINY
 from train import pretrain
 from train.common.errors import UserError
@@ -19,7 +18,7 @@ from train.config import field_help, presets, schema
 from train.data import corpus
 from train.parallel import mesh
 from train.run import metrics, run_dir, subspace_watch
-from train.step import optimizer, train_step
+from train.step import setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -191,15 +190,10 @@ def test_a_run_says_what_its_method_does(name, said, capsys, tmp_path):
     config = schema.override(config, ["model.weights=int8"])
   config = schema.override(config, ["optimizer.rank=4"])
   grid = mesh.make_mesh(config.mesh, 8, jax.devices()[:1])
-  tx = optimizer.make_optimizer(config.optimizer, 10)
-  placed = train_step.place(config.model, tx, grid)
-  plan = galore_optax.describe(tx, placed.weights)
-  watcher = subspace_watch.Watcher(config, placed, plan)
-  job: Any = types.SimpleNamespace(
-    placed=placed, tx=tx, watcher=watcher, mesh=grid, out=tmp_path
-  )
-  corpus: Any = types.SimpleNamespace(describe=lambda: "text")
-  pretrain.introduce(config, corpus, job)
+  built = setup.make(config.model, config.optimizer, config.train, grid)
+  watcher = subspace_watch.Watcher(config.run, config.optimizer, built)
+  text: Any = types.SimpleNamespace(describe=lambda: "text")
+  pretrain.introduce(config, text, built, watcher, tmp_path)
   text = capsys.readouterr().out
   assert all(words in text for words in said), text
   assert ("layers/attn/q/kernel" in text) == bool(said)

@@ -30,6 +30,7 @@ from train.measure.timing import short
 from train.parallel import mesh as mesh_lib
 from train.run import job as job_lib
 from train.run import loop, run_dir
+from train.step import setup as setup_lib
 
 BASE = model.Site()
 SWEEPS = {
@@ -203,7 +204,8 @@ def _training_step(
   out = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
   with jax.set_mesh(mesh), contextlib.redirect_stdout(io.StringIO()):
     run_dir.claim_run(out, config, overwrite=False)
-    job, state = job_lib.prepare(config, out, corpus, mesh)
+    setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+    job, state = job_lib.prepare(config, out, corpus, setup)
     stack.enter_context(contextlib.closing(job))
     compiled = loop.compile_step(job, state)
     batch = job.put(next(job.feed))

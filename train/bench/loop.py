@@ -28,9 +28,10 @@ from train.common.errors import UserError
 from train.config import presets, schema
 from train.data import corpus as corpus_lib
 from train.parallel import mesh as mesh_lib
-from train.run import checkpoint, run_dir
+from train.run import checkpoint, run_dir, subspace_watch
 from train.run import job as job_lib
 from train.run import loop as loop_lib
+from train.step import setup as setup_lib
 from train.step import train_step
 
 
@@ -63,7 +64,9 @@ def measure(config: schema.Config, rounds: int, length: int) -> Times:
   with tempfile.TemporaryDirectory() as name, jax.set_mesh(mesh):
     out = pathlib.Path(name)
     run_dir.claim_run(out, config, overwrite=False)
-    job, state = job_lib.prepare(config, out, corpus, mesh)
+    setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+    watcher = subspace_watch.Watcher(config.run, config.optimizer, setup)
+    job, state = job_lib.prepare(config, out, corpus, setup, watcher)
     with contextlib.closing(job):
       compiled = loop_lib.compile_step(job, state)
       batch = job.put(next(job.feed))

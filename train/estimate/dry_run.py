@@ -20,7 +20,8 @@ from train.common.units import format_bytes, format_duration, format_si
 from train.config import schema
 from train.estimate import flops, jaxpr_cost
 from train.parallel import mesh as mesh_lib
-from train.step import adapters, optimizer, per_layer, train_step
+from train.step import optimizer, train_step
+from train.step import setup as setup_lib
 
 # Group of a parameter, by the first part of its path that is a key here.
 GROUPS = {
@@ -58,21 +59,21 @@ def estimate(config: schema.Config) -> dict[str, Any]:
       not divide the batch.
   """
   mesh: Any = abstract_mesh(config.mesh)  # shardings take it as a mesh
-  tx, method = per_layer.make(config, mesh)
-  parts = adapters.make(config.optimizer)
-  placed = train_step.place(config.model, method, mesh, parts)
-  like = adapters.initial(config.optimizer, tx)
-  plan = galore_optax.describe(like, placed.weights)
+  setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+  placed = setup.placed
+  own = galore_optax.state_bytes(placed.state.opt_state)
   return {
     "preset": config.preset,
     "optimizer": config.optimizer.name,
     "mesh": dict(mesh.shape),
     "parameters": parameters(placed.weights),
-    "plan": plan_rows(plan, config.optimizer),
+    "plan": plan_rows(setup.plan, config.optimizer),
     "bytes": memory(config, placed, mesh),
-    "optimizer_state": optimizer.accounting(config.optimizer, placed.weights),
+    "optimizer_state": optimizer.accounting(
+      config.optimizer, placed.weights, own
+    ),
     "optimizer_state_note": optimizer.accounting_note(placed.weights),
-    "flops": work(config, tx, placed, plan.rows),
+    "flops": work(config, setup),
   }
 
 
@@ -139,7 +140,7 @@ def memory(
   whole = {name: galore_optax.state_bytes(x) for name, (x, _) in groups.items()}
   device = {name: shard_bytes(*pair) for name, pair in groups.items()}
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  device["activations"] = activation_bytes(config, shards)
+  device["activations"] = activation_bytes(config, placed, shards)
   whole["activations"] = shards * device["activations"]
   for part in (whole, device):
     part["together"] = sum(part.values())
@@ -195,7 +196,9 @@ def shard_bytes(tree: Any, shardings: Any) -> int:
   )
 
 
-def activation_bytes(config: schema.Config, shards: int) -> int:
+def activation_bytes(
+  config: schema.Config, placed: train_step.Placed, shards: int
+) -> int:
   """Bytes that one microbatch's loss and gradient keep at most."""
   parts = shards * config.parts
   rows, rest = divmod(config.data.batch, parts)
@@ -205,22 +208,24 @@ def activation_bytes(config: schema.Config, shards: int) -> int:
       f" train.accumulate * optimizer.accumulate = {parts} does not divide;"
       f" use a multiple of {parts}"
     )
-  program = flops.trace_loss(config.model, rows, config.data.length, True)
+  program = flops.trace_loss(
+    placed.graphdef, placed.weights, rows, config.data.length, gradient=True
+  )
   return jaxpr_cost.peak_bytes(program)
 
 
-def work(
-  config: schema.Config, tx: Any, placed: train_step.Placed, rows: tuple
-) -> dict[str, float]:
+def work(config: schema.Config, setup: setup_lib.Setup) -> dict[str, float]:
   """FLOPs of matrix products: a token's, a step's, and the run's."""
-  length = config.data.length
-  forward = flops.forward_per_token(config.model, length)
-  again = flops.recompute_per_token(config.model, length)
+  placed, length = setup.placed, config.data.length
+  forward = flops.forward_per_token(placed.graphdef, placed.weights, length)
+  again = flops.recompute_per_token(
+    placed.graphdef, placed.weights, length, forward
+  )
   if placed.adapters is None:
-    update = flops.update_every_step(tx, placed.weights)
+    update = flops.update_every_step(setup.tx, placed.weights)
   else:
     update = flops.adapters_every_step(placed.adapters, placed.state.params)
-  refresh = flops.refresh(rows, config.optimizer)
+  refresh = flops.refresh(setup.plan.rows, config.optimizer)
   gap = config.optimizer.update_proj_gap
   tokens = config.data.batch * length
   per_step = tokens * (3 * forward + again) + update + refresh / gap

@@ -6,7 +6,6 @@ of the devices. Attention counts in full, as in the PaLM paper (arXiv
 2204.02311, appendix B), though half of it is masked.
 """
 
-import functools
 import math
 import re
 from collections.abc import Iterable
@@ -18,9 +17,8 @@ import optax
 from flax import nnx
 from jax.extend import core
 
-from train.config.schema import ModelConfig, OptimizerConfig
+from train.config.schema import OptimizerConfig
 from train.estimate import jaxpr_cost
-from train.models import llama
 from train.step import train_step
 from train.step.adapters import Adapters
 
@@ -65,31 +63,47 @@ def utilisation(tokens_per_second: float, forward: float) -> float:
 
 
 def trace_loss(
-  config: ModelConfig, rows: int, length: int, gradient: bool
+  graphdef: nnx.GraphDef, weights: dict, rows: int, length: int, gradient: bool
 ) -> core.Jaxpr:
-  """The jaxpr of a batch's mean loss, or of its gradient."""
-  graphdef, boxes = llama.abstract(config)
-  params = nnx.to_pure_dict(boxes)
+  """The jaxpr of a batch's mean loss, or of its gradient.
+
+  Args:
+    graphdef: the model's structure.
+    weights: shapes of its parameters.
+    rows: in the batch.
+    length: tokens a row that are predicted.
+    gradient: whether to trace the gradient.
+  """
 
   def loss(params: Any, rows: jax.Array) -> jax.Array:
     return train_step.token_losses(graphdef, params, rows).mean()
 
   batch = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
   run = jax.grad(loss) if gradient else loss
-  return jax.make_jaxpr(run)(params, batch).jaxpr
+  return jax.make_jaxpr(run)(weights, batch).jaxpr
 
 
-@functools.cache
-def forward_per_token(config: ModelConfig, length: int) -> float:
+def forward_per_token(
+  graphdef: nnx.GraphDef, weights: dict, length: int
+) -> float:
   """FLOPs a token of the forward pass, over rows of `length` tokens."""
-  return jaxpr_cost.count_flops(trace_loss(config, 1, length, False)) / length
+  program = trace_loss(graphdef, weights, 1, length, gradient=False)
+  return jaxpr_cost.count_flops(program) / length
 
 
-@functools.cache
-def recompute_per_token(config: ModelConfig, length: int) -> float:
-  """FLOPs a token of what the backward pass computes a second time."""
-  both = jaxpr_cost.count_flops(trace_loss(config, 1, length, True)) / length
-  return max(0.0, both - 3 * forward_per_token(config, length))
+def recompute_per_token(
+  graphdef: nnx.GraphDef, weights: dict, length: int, forward: float
+) -> float:
+  """FLOPs a token of what the backward pass computes a second time.
+
+  Args:
+    graphdef: the model's structure.
+    weights: shapes of its parameters.
+    length: tokens a row.
+    forward: what `forward_per_token` gives.
+  """
+  program = trace_loss(graphdef, weights, 1, length, gradient=True)
+  return max(0.0, jaxpr_cost.count_flops(program) / length - 3 * forward)
 
 
 def update_every_step(

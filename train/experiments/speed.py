@@ -24,6 +24,7 @@ from train.experiments.plan import Plan, Run
 from train.measure import machine
 from train.parallel import mesh as mesh_lib
 from train.run import job as job_lib
+from train.step import setup as setup_lib
 
 FILE = "steps.json"
 LAPS = 3
@@ -90,7 +91,8 @@ def _walking(run: Run, parts: texts.Parts):
   mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
   with tempfile.TemporaryDirectory() as out, jax.set_mesh(mesh):
     with training.aside(pathlib.Path(out) / "log.txt"):
-      job, state = job_lib.prepare(config, pathlib.Path(out), corpus, mesh)
+      setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+      job, state = job_lib.prepare(config, pathlib.Path(out), corpus, setup)
 
     def walk(count: int) -> float:
       nonlocal state

@@ -25,6 +25,7 @@ from train.parallel import mesh as mesh_lib
 from train.run import job as job_lib
 from train.run import loop, metrics, run_dir
 from train.run.job import Job
+from train.step import setup as setup_lib
 
 POINTS = 500  # of a loss curve that are kept
 ROWS = 256  # of the validation text; of the text reported on all, up to MOST
@@ -153,13 +154,14 @@ def _prepare(
   mesh: jax.sharding.Mesh,
 ) -> tuple[Job, Any]:
   """The run's parts; anew if what a kill has left cannot be read."""
+  setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
   try:
-    return job_lib.prepare(config, out, corpus, mesh)
+    return job_lib.prepare(config, out, corpus, setup)
   except UserError:
     if not (out / run_dir.FOLDER).exists():
       raise
     run_dir.claim_run(out, config, overwrite=True)
-    return job_lib.prepare(config, out, corpus, mesh)
+    return job_lib.prepare(config, out, corpus, setup)
 
 
 def _finish(

@@ -181,7 +181,7 @@ def lay_out(
   shared = complete(config)
   tx = optimizer.make_optimizer(shared.optimizer, config.train.steps, where)
   changed = reparametrise(learner, config)
-  return tx, train_step.place_model(
+  return tx, train_step.place(
     shared.model, learner.graphdef, learner.boxes, tx, mesh, changed
   )
 
@@ -199,7 +199,6 @@ def prepare(
   pretraining = complete(config)
   state, progress = job_lib.restore_or_init(
     out,
-    pretraining.model,
     tx,
     placed,
     config.train.seed,
@@ -218,9 +217,6 @@ def prepare(
     out=out,
     train=config.train,
     run=config.run,
-    mesh=mesh,
-    placed=placed,
-    tx=tx,
     rates=job_lib.learning_rates(pretraining.optimizer, config.train.steps),
     train_step=train_step.make_train_step(
       tx,

@@ -17,6 +17,7 @@ from train.data import corpus as corpus_lib
 from train.parallel import mesh as mesh_lib
 from train.run import job as job_lib
 from train.run import loop, run_dir
+from train.step import setup as setup_lib
 from train.step import train_step
 
 
@@ -64,9 +65,10 @@ def record(
     out = pathlib.Path(name)
     run_dir.claim_run(out, config, overwrite=False)
     with contextlib.redirect_stdout(io.StringIO()):
-      job, state = job_lib.prepare(config, out, corpus, mesh)
+      setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+      job, state = job_lib.prepare(config, out, corpus, setup)
       compiled = loop.compile_step(job, state)
-    gradient = jax.jit(jax.grad(_loss(job)))
+    gradient = jax.jit(jax.grad(_loss(setup.placed.graphdef)))
     with contextlib.closing(job):
       for step in range(1, last + 1):
         batch = job.put(next(job.feed))
@@ -77,9 +79,9 @@ def record(
   return found
 
 
-def _loss(job: job_lib.Job):
+def _loss(graphdef: Any):
   def loss(params: dict, rows: jax.Array) -> jax.Array:
-    return train_step.token_losses(job.placed.graphdef, params, rows).mean()
+    return train_step.token_losses(graphdef, params, rows).mean()
 
   return loss
 

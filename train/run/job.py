@@ -7,9 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-import galore_optax
 from train.config import schema
 from train.data import corpus as corpus_lib
 from train.data import prefetch
@@ -17,8 +15,9 @@ from train.estimate import flops
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
 from train.run import checkpoint, metrics, perplexity, sinks, subspace_watch
-from train.step import adapters, optimizer, per_layer
+from train.step import optimizer
 from train.step import train_step as train_step_lib
+from train.step.setup import Setup
 
 Say = Callable[[str], None]  # prints a line, without breaking a progress bar
 Evaluate = Callable[[train_step_lib.TrainState, Say], float]
@@ -35,9 +34,6 @@ class Job:
   out: pathlib.Path
   train: schema.SharedTrainConfig
   run: schema.SharedRunConfig
-  mesh: jax.sharding.Mesh
-  placed: train_step_lib.Placed
-  tx: optax.GradientTransformationExtraArgs
   rates: np.ndarray  # (steps,) learning rate of each update
   train_step: Any  # jitted
   eval_step: Callable  # jitted; what `evaluate` runs
@@ -75,7 +71,8 @@ def prepare(
   config: schema.Config,
   out: pathlib.Path,
   corpus: corpus_lib.Corpus,
-  mesh: jax.sharding.Mesh,
+  setup: Setup,
+  watcher: subspace_watch.Watcher | None = None,
   initial_params: Callable[[], dict | None] = lambda: None,
 ) -> tuple[Job, train_step_lib.TrainState]:
   """Builds a pre-training job, with a new or a restored training state.
@@ -84,14 +81,13 @@ def prepare(
     config: the run.
     out: its folder.
     corpus: the text that it reads.
-    mesh: where the state lives.
+    setup: its model and optimizer.
+    watcher: looks at subspaces; None for no looks.
     initial_params: see `restore_or_init`.
   """
-  tx, method = per_layer.make(config, mesh)
-  reparametrised = adapters.make(config.optimizer)
-  placed = train_step_lib.place(config.model, method, mesh, reparametrised)
+  mesh, placed = setup.mesh, setup.placed
   state, progress = restore_or_init(
-    out, config.model, method, placed, config.train.seed, initial_params
+    out, setup.updater, placed, config.train.seed, initial_params
   )
   part = mesh_lib.part_of_batch(mesh)
   sharding = mesh_lib.batch_sharding(mesh)
@@ -105,12 +101,9 @@ def prepare(
     out=out,
     train=config.train,
     run=config.run,
-    mesh=mesh,
-    placed=placed,
-    tx=tx,
     rates=learning_rates(config.optimizer, config.train.steps),
     train_step=train_step_lib.make_train_step(
-      method, placed, config.train, config.optimizer.accumulate
+      setup.updater, placed, config.train, config.optimizer.accumulate
     ),
     eval_step=eval_step,
     put=put,
@@ -118,15 +111,15 @@ def prepare(
     batch_shape=jax.ShapeDtypeStruct(
       (config.data.batch, config.data.length + 1), "int32", sharding=sharding
     ),
-    forward_flops=flops.forward_per_token(config.model, config.data.length),
+    forward_flops=flops.forward_per_token(
+      placed.graphdef, placed.weights, config.data.length
+    ),
     feed=corpus.loader(config.train.seed, *part, state=progress.data),
     checkpoints=checkpoint.Checkpoints(
       out, config.run.keep, config.run.keep_best
     ),
     log=log,
-    watcher=subspace_watch.Watcher(
-      config, placed, galore_optax.describe(tx, placed.weights)
-    ),
+    watcher=watcher,
     seconds=progress.seconds,
   )
   return job, state
@@ -134,8 +127,7 @@ def prepare(
 
 def restore_or_init(
   out: pathlib.Path,
-  model: schema.ModelConfig,
-  tx: train_step_lib.Method,
+  updater: train_step_lib.Updater,
   placed: train_step_lib.Placed,
   seed: int,
   initial_params: Callable[[], dict | None] = lambda: None,
@@ -144,8 +136,7 @@ def restore_or_init(
 
   Args:
     out: the run's folder.
-    model: sizes of the model, for fresh weights.
-    tx: the optimizer.
+    updater: what updates the weights.
     placed: where the state lives.
     seed: of fresh weights.
     initial_params: reads the weights to start from, arrays on the host; called
@@ -157,7 +148,7 @@ def restore_or_init(
   restored = checkpoint.restore(out, placed)
   if restored is None:
     params = initial_params()
-    state = train_step_lib.init_state(model, tx, placed, seed, params)
+    state = train_step_lib.init_state(updater, placed, seed, params)
     return state, checkpoint.Progress(0.0, None)
   print(f"continuing from the checkpoint of step {int(restored[0].step)}")
   return restored

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 import galore_optax
 from train.common.errors import UserError
 from train.config import schema
 from train.models import llama
 from train.parallel import mesh
-from train.step import optimizer, train_step
+from train.step import train_step
+from train.step.setup import Setup
 
 # At most one step in so many is looked at by default.
 RARE = 50
@@ -68,12 +68,13 @@ def matrices(description: galore_optax.diagnostics.Description) -> list[Matrix]:
 
 
 def candidates(
-  config: schema.Config, description: galore_optax.diagnostics.Description
+  config: schema.OptimizerConfig,
+  description: galore_optax.diagnostics.Description,
 ) -> tuple[list[Matrix], str]:
   """The matrices whose subspace says something, and if there is none why."""
-  if config.optimizer.name in RANDOM:
+  if config.name in RANDOM:
     return [], "random projections are not made to fit the gradients"
-  if config.optimizer.name == "contrib_galore":
+  if config.name == "contrib_galore":
     return [], "optax.contrib.galore does not keep its bases by name"
   known = matrices(description)
   return known, "" if known else "nothing is projected"
@@ -131,16 +132,6 @@ def _matching(pattern: str, names: Mapping[str, Matrix]) -> dict[str, Matrix]:
   return hits
 
 
-def check(config: schema.Config) -> None:
-  """Raises a UserError unless `run.watch` fits the model, before it is made."""
-  if config.run.watch in ("auto", "none"):
-    return
-  tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-  params = nnx.to_pure_dict(llama.abstract(config.model)[1])
-  plan = galore_optax.describe(tx, params)
-  choose(config.run.watch, *candidates(config, plan))
-
-
 class Look(NamedTuple):
   """What a look keeps from before the step."""
 
@@ -153,31 +144,36 @@ class Watcher:
 
   def __init__(
     self,
-    config: schema.Config,
-    placed: train_step.Placed,
-    description: galore_optax.diagnostics.Description,
+    run: schema.RunConfig,
+    config: schema.OptimizerConfig,
+    setup: Setup,
+    parts: int = 1,
   ):
     """Chooses the matrices.
+
+    Args:
+      run: which matrices, and how often.
+      config: how they are projected.
+      setup: the model and its optimizer.
+      parts: of a batch whose gradients are added up.
 
     Raises:
       UserError: `run.watch` fits no matrix.
     """
-    known, self.why_not = candidates(config, description)
-    if known and not (known := _visible(known, placed.state)):
+    known, self.why_not = candidates(config, setup.plan)
+    if known and not (known := _visible(known, setup.placed.state)):
       self.why_not = "their bases are not kept layer by layer"
-    self.matrices = choose(config.run.watch, known, self.why_not)
-    self._config = config
-    self._every = self._period()
-    where = mesh.replicated(placed.shardings.step.mesh)
+    self.matrices = choose(run.watch, known, self.why_not)
+    self._model, self._config, self._parts = setup.placed.config, config, parts
+    self._every = run.watch_every or self._period()
+    where = mesh.replicated(setup.mesh)
     self._first: Any = jax.jit(self._before, out_shardings=where)
     self._second: Any = jax.jit(self._after, out_shardings=where)
 
   def _period(self) -> int:
-    """Steps between two looks at one matrix."""
-    config = self._config
-    gap = config.optimizer.update_proj_gap
-    rare = RARE * len(self.matrices)
-    return config.run.watch_every or gap * math.ceil(rare / gap)
+    """Steps between two looks at one matrix, by default."""
+    gap = self._config.update_proj_gap
+    return gap * math.ceil(RARE * len(self.matrices) / gap)
 
   def is_due(self, updates: int) -> bool:
     """Whether the step after `updates` updates is to be looked at.
@@ -188,7 +184,7 @@ class Watcher:
     """
     if not self.matrices or updates == 0:
       return bool(self.matrices)
-    gap, together = self._config.optimizer.update_proj_gap, self._synchronous
+    gap, together = self._config.update_proj_gap, self._synchronous
     return any(
       (updates - (0 if together else m.number * gap // m.count)) % self._every
       == 0
@@ -197,9 +193,8 @@ class Watcher:
 
   @property
   def _synchronous(self) -> bool:
-    config = self._config.optimizer
-    faithful = config.name == "galore_faithful"
-    return faithful or config.refresh == "synchronous"
+    faithful = self._config.name == "galore_faithful"
+    return faithful or self._config.refresh == "synchronous"
 
   def compile(self, state: train_step.TrainState, rows: Any) -> None:
     """Compiles the looks ahead, so that the first one holds up no step.
@@ -249,7 +244,7 @@ class Watcher:
     }
 
   def _before(self, params: dict, opt_state: Any, rows: jax.Array) -> Look:
-    parts = mesh.microbatches(rows, self._config.parts)
+    parts = mesh.microbatches(rows, self._parts)
     return Look(self._gradients(params, parts), self._bases(opt_state))
 
   def _after(self, look: Look, opt_state: Any) -> dict[str, jax.Array]:
@@ -271,12 +266,11 @@ class Watcher:
 
   def _read(self, params: Any) -> Any:
     """The weights that parameters stand for, none of them quantised."""
-    dtype = self._config.model.dtype
-    return galore_optax.dequantize_params(params, dtype)
+    return galore_optax.dequantize_params(params, self._model.dtype)
 
   def _loss(self, chosen: dict, params: dict, rows: jax.Array) -> jax.Array:
     """The summed loss as a function of the watched matrices alone."""
-    config, length = self._config.model, rows.shape[1] - 1
+    config, length = self._model, rows.shape[1] - 1
     tokens = jnp.maximum(rows[:, :-1], 0)  # padding is no id
 
     def walk(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:

@@ -16,7 +16,6 @@ import optax
 import galore_optax
 from train.common.errors import UserError
 from train.config.schema import OptimizerConfig
-from train.step import adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,12 +428,15 @@ METHODS = {
 }
 
 
-def accounting(config: OptimizerConfig, params: Any) -> dict[str, int]:
+def accounting(
+  config: OptimizerConfig, params: Any, own: int
+) -> dict[str, int]:
   """Bytes of optimizer state, by method, without allocating any.
 
   Args:
     config: the run's optimizer, whose rank the GaLore methods share.
     params: parameters or their ShapeDtypeStructs.
+    own: bytes of the run's own state.
 
   Returns:
     `{"adamw": ..., "optax.contrib.galore": ..., "this run (NAME)": ...}`; the
@@ -445,7 +447,7 @@ def accounting(config: OptimizerConfig, params: Any) -> dict[str, int]:
 
   def state_bytes(like: Any, **fields: Any) -> int:
     changed = dataclasses.replace(config, **fields)
-    tx = adapters.initial(changed, make_optimizer(changed, steps=100))
+    tx = make_optimizer(changed, steps=100)
     return galore_optax.state_bytes(jax.eval_shape(tx.init, like))
 
   # What is GaLore's alone.
@@ -464,7 +466,7 @@ def accounting(config: OptimizerConfig, params: Any) -> dict[str, int]:
     found[f"galore, auto, {dtype}"] = state_bytes(
       params, name="galore", **alike, **peer
     )
-  found[f"this run ({config.name})"] = state_bytes(params)
+  found[f"this run ({config.name})"] = own
   return found
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,9 @@ import optax
 from flax import nnx
 
 import galore_optax
-from train.config.schema import Config, ModelConfig, TrainConfig
+from train.config.schema import ModelConfig, TrainConfig
 from train.models import llama
 from train.parallel import mesh as mesh_lib
-from train.step import optimizer
 
 # Elements of a chunk in which a leaf outside of the layers is updated, about:
 # enough to keep a device busy, little beside a layer of a model that has
@@ -74,31 +72,30 @@ def summed_loss(
   return total, count.astype(jnp.int32)
 
 
-def make(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-  """The optimizer of a run, and the method that trains with it on a mesh."""
-  where = None
-  if mesh.size > 1 and not config.train.layerwise:
-    where = mesh_lib.param_shardings(llama.abstract(config.model)[1], mesh)
-  tx = optimizer.make_optimizer(config.optimizer, config.train.steps, where)
-  return tx, fuse(config, tx) if config.train.layerwise else tx
-
-
 def fuse(
-  config: Config, tx: optax.GradientTransformation
+  tx: optax.GradientTransformation,
+  model: ModelConfig,
+  train: TrainConfig,
+  weights: dict,
 ) -> galore_optax.Layerwise:
   """The step that updates each layer inside the backward pass.
 
   `optimizer.clip` clips the gradient of each layer by itself there: it is
   part of `tx`, which sees one layer at a time.
+
+  Args:
+    tx: the optimizer.
+    model: sizes and dtypes.
+    train: rounding and seed.
+    weights: shapes of the parameters.
   """
-  weights = jax.eval_shape(lambda: llama.init(config.model, 0))
   return galore_optax.layerwise(
     tx,
-    layered(config.model, config.train),
-    dtype=config.model.dtype,
+    layered(model, train),
+    dtype=model.dtype,
     chunks=chunks(weights),
-    stochastic_rounding=config.train.rounding == "stochastic",
-    seed=config.train.seed,
+    stochastic_rounding=train.rounding == "stochastic",
+    seed=train.seed,
   )
 
 

@@ -114,45 +114,28 @@ def is_predicted(rows: jax.Array) -> jax.Array:
 
 # What updates the weights: an Optax transformation, or GaLore's step that
 # updates layer by layer. Both have an `init`.
-Method = optax.GradientTransformation | galore_optax.Layerwise
+Updater = optax.GradientTransformation | galore_optax.Layerwise
 # Of weights, a batch and the number of the step: gradient, loss, tokens.
 Gradient = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
 
 
 def place(
   config: ModelConfig,
-  tx: Method,
+  graphdef: nnx.GraphDef,
+  boxes: nnx.State,
+  tx: Updater,
   mesh: jax.sharding.Mesh,
   adapters: Adapters | None = None,
 ) -> Placed:
   """Shapes and shardings of the whole training state.
 
   Args:
-    config: the model's.
-    tx: the optimizer, of the adapters where there are any.
-    mesh: where the state shall live.
-    adapters: what is trained in place of the weights.
-  """
-  return place_model(config, *llama.abstract(config), tx, mesh, adapters)
-
-
-def place_model(
-  config: ModelConfig,
-  graphdef: nnx.GraphDef,
-  boxes: nnx.State,
-  tx: Method,
-  mesh: jax.sharding.Mesh,
-  adapters: Adapters | None = None,
-) -> Placed:
-  """`place` for any model whose layers are one stack.
-
-  Args:
-    config: how its weights are stored and read.
+    config: how the model's weights are stored and read.
     graphdef: its structure.
     boxes: its parameters' shapes, and the logical names of their axes.
-    tx: see `place`.
-    mesh: see `place`.
-    adapters: see `place`.
+    tx: what updates the weights, or the adapters where there are any.
+    mesh: where the state shall live.
+    adapters: what is trained in place of the weights.
   """
   weights = nnx.to_pure_dict(boxes)
   shardings = mesh_lib.param_shardings(boxes, mesh)
@@ -188,8 +171,7 @@ def _place_params(
 
 
 def init_state(
-  config: ModelConfig,
-  tx: Method,
+  tx: Updater,
   placed: Placed,
   seed: int,
   params: dict | None = None,
@@ -197,12 +179,12 @@ def init_state(
   """A fresh state, built shard by shard where it will live.
 
   Args:
-    config: the model's.
-    tx: the optimizer.
-    placed: where the state lives.
+    tx: what updates the weights.
+    placed: the model, and where the state lives.
     seed: of fresh parameters.
     params: those to start from instead, arrays on the host.
   """
+  config = placed.config
 
   def init(params: dict | None) -> TrainState:
     params = llama.init(config, seed) if params is None else params
@@ -219,13 +201,13 @@ def init_state(
       params,
       placed.weight_shardings,
     )
-  # What is given is handed over: a model is never in memory twice.
+  # Given parameters are donated, so that the model is never in memory twice.
   run = jax.jit(init, out_shardings=placed.shardings, donate_argnums=0)
   return run(params)
 
 
 def make_train_step(
-  tx: Method,
+  tx: Updater,
   placed: Placed,
   config: TrainConfig,
   low_rank_parts: int = 1,

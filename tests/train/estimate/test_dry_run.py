@@ -5,11 +5,13 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import galore_optax
 from train import pretrain
 from train.config import presets, schema
 from train.estimate import dry_run, flops, jaxpr_cost
+from train.models import llama
 from train.step import optimizer as optimizer_lib
 
 
@@ -40,9 +42,8 @@ def test_bytes_of_a_device_are_its_shards(giant):
   assert device["weights"] == (whole["weights"] - norms) // 8 + norms
   assert whole["activations"] == 8 * device["activations"]
   rows = 512 // 8 // 64
-  one = flops.trace_loss(
-    presets.make("llama_7b", "adamw").model, rows, 256, True
-  )
+  graphdef, boxes = llama.abstract(presets.make("llama_7b", "adamw").model)
+  one = flops.trace_loss(graphdef, nnx.to_pure_dict(boxes), rows, 256, True)
   assert device["activations"] == jaxpr_cost.peak_bytes(one)
 
 

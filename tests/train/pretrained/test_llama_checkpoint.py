@@ -273,7 +273,7 @@ def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
   assert config.model == dataclasses.replace(TINY, unroll=4)
   placed, params = trainer.placed, llama_checkpoint.initial_params(config)
   with jax.set_mesh(trainer.mesh):
-    state = train_step.init_state(TINY, trainer.tx, placed, 0, params)
+    state = train_step.init_state(trainer.tx, placed, 0, params)
   same(jax.device_get(state.params), run.params)
   assert int(state.step) == 0
   # The shape can be changed after it was taken over, but not the weights.

@@ -104,7 +104,9 @@ def final(out):
     model, [f"{k}={v}" for k, v in SETTINGS.items() if k.startswith("model.")]
   ).model
   mesh = mesh_lib.make_mesh(schema.MeshConfig(), 8)
-  state, progress = checkpoint.restore(out, train_step.place(model, tx, mesh))
+  state, progress = checkpoint.restore(
+    out, train_step.place(model, *llama.abstract(model), tx, mesh)
+  )
   assert int(state.step) == 12
   return state, progress
 

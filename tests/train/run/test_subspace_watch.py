@@ -12,7 +12,7 @@ from train.common.errors import UserError
 from train.config import schema
 from train.models import llama
 from train.run import subspace_watch
-from train.step import optimizer, train_step
+from train.step import optimizer, setup, train_step
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,10 @@ def whole(trainer):
 def make_watcher(trainer, whole, **changes):
   run = dataclasses.replace(whole.run, **changes)
   plan = galore_optax.describe(trainer.tx, trainer.placed.weights)
-  changed = dataclasses.replace(whole, run=run)
-  return subspace_watch.Watcher(changed, trainer.placed, plan)
+  built = setup.Setup(
+    trainer.mesh, trainer.tx, trainer.tx, trainer.placed, plan
+  )
+  return subspace_watch.Watcher(run, whole.optimizer, built)
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +137,8 @@ def test_what_cannot_be_looked_at_has_a_reason(method, fields, why_not):
   chosen = schema.OptimizerConfig(name=method, **({"rank": 4} | fields))
   tx = optimizer.make_optimizer(chosen, 10)
   params = jax.eval_shape(lambda: llama.init(TINY, 0))
-  whole = schema.Config(preset="", model=TINY, optimizer=chosen)
   plan = galore_optax.describe(tx, params)
-  known, said = subspace_watch.candidates(whole, plan)
+  known, said = subspace_watch.candidates(chosen, plan)
   assert not known and why_not in said
   assert subspace_watch.choose("auto", known, said) == []
   with pytest.raises(UserError, match=f"attn.q.0.*{why_not}"):

@@ -17,6 +17,7 @@ from train import hf, pretrain
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.estimate import dry_run, flops, state_table
+from train.models import llama
 from train.parallel import mesh as mesh_lib
 from train.pretrained import llama_checkpoint, llama_names
 from train.run import checkpoint, job, metrics, run_dir
@@ -46,7 +47,7 @@ class Trainer:
   @functools.cached_property
   def fresh(self):
     with jax.set_mesh(self.mesh):
-      state = train_step_lib.init_state(TINY, self.tx, self.placed, 0)
+      state = train_step_lib.init_state(self.tx, self.placed, 0)
       where = jax.tree.map(lambda x: x.sharding, state)
       return jax.device_get(state), where
 
@@ -75,7 +76,9 @@ def trainer(name, devices=1, fsdp=1, tensor=1, accumulate=1):
   chosen = schema.OptimizerConfig(name=name, **FIELDS)
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    placed = train_step_lib.place(TINY, tx, grid, adapters.make(chosen))
+    placed = train_step_lib.place(
+      TINY, *llama.abstract(TINY), tx, grid, adapters.make(chosen)
+    )
   train = schema.TrainConfig(accumulate=accumulate)
   return Trainer(
     grid,
@@ -264,7 +267,11 @@ def arrays_in(out, chosen):
   tx = optimizer.make_optimizer(chosen.optimizer, 12)
   parts = adapters.make(chosen.optimizer)
   placed = train_step_lib.place(
-    chosen.model, tx, mesh_lib.make_mesh(chosen.mesh, 8), parts
+    chosen.model,
+    *llama.abstract(chosen.model),
+    tx,
+    mesh_lib.make_mesh(chosen.mesh, 8),
+    parts,
   )
   state, _ = checkpoint.restore(out, placed)
   return jax.device_get(state), parts

@@ -10,6 +10,7 @@ import pytest
 from tests.train.conftest import TINY
 from train.common.errors import UserError
 from train.config import presets, schema
+from train.models import llama
 from train.parallel import mesh as mesh_lib
 from train.step import optimizer, per_layer, train_step
 
@@ -47,10 +48,11 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
   )
   tx = optimizer.make_optimizer(config.optimizer, STEPS)
   if settings["layerwise"]:
-    tx = per_layer.fuse(config, tx)
+    weights = jax.eval_shape(lambda: llama.init(model, 0))
+    tx = per_layer.fuse(tx, model, config.train, weights)
   with jax.set_mesh(where):
-    placed = train_step.place(model, tx, where)
-    state = train_step.init_state(model, tx, placed, 0)
+    placed = train_step.place(model, *llama.abstract(model), tx, where)
+    state = train_step.init_state(tx, placed, 0)
     train = train_step.make_train_step(tx, placed, config.train, parts)
     losses = []
     for _ in range(STEPS):
@@ -181,7 +183,7 @@ def test_codes_are_what_is_kept(batch):
   where = mesh_lib.make_mesh(
     schema.MeshConfig(data=1), 8, devices=jax.devices()[:1]
   )
-  placed = train_step.place(model, tx, where)
+  placed = train_step.place(model, *llama.abstract(model), tx, where)
   kernel = placed.state.params["layers"]["attn"]["q"]["kernel"]
   assert kernel.codes.dtype == jnp.int8
   assert placed.state.params["embed"]["embedding"].dtype == jnp.float32

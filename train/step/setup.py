@@ -1,0 +1,57 @@
+"""A run's model, optimizer and plan, made once and handed down."""
+
+from typing import NamedTuple
+
+import jax
+import optax
+from flax import nnx
+
+import galore_optax
+from train.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from train.models import llama
+from train.parallel import mesh as mesh_lib
+from train.step import adapters, optimizer, per_layer, train_step
+
+
+class Setup(NamedTuple):
+  """What trains a model, before it takes any memory.
+
+  Attributes:
+    mesh: the devices, which may be abstract.
+    tx: the optimizer.
+    updater: what updates the weights: `tx`, or its layer-by-layer form.
+    placed: shapes and shardings of the training state.
+    plan: how `tx` treats each leaf of the weights.
+  """
+
+  mesh: jax.sharding.Mesh
+  tx: optax.GradientTransformationExtraArgs
+  updater: train_step.Updater
+  placed: train_step.Placed
+  plan: galore_optax.diagnostics.Description
+
+
+def make(
+  model: ModelConfig,
+  optimizer_config: OptimizerConfig,
+  train: TrainConfig,
+  mesh: jax.sharding.Mesh,
+) -> Setup:
+  """Sets up the pre-training of a LLaMA.
+
+  Raises:
+    UserError: options of the optimizer exclude one another.
+  """
+  graphdef, boxes = llama.abstract(model)
+  shardings = None
+  if mesh.size > 1 and not train.layerwise:
+    shardings = mesh_lib.param_shardings(boxes, mesh)
+  tx = optimizer.make_optimizer(optimizer_config, train.steps, shardings)
+  updater = tx
+  if train.layerwise:
+    updater = per_layer.fuse(tx, model, train, nnx.to_pure_dict(boxes))
+  changed = adapters.make(optimizer_config)
+  placed = train_step.place(model, graphdef, boxes, updater, mesh, changed)
+  of_weights = tx if changed is None else changed.over_weights(tx)
+  plan = galore_optax.describe(of_weights, placed.weights)
+  return Setup(mesh, tx, updater, placed, plan)
