@@ -38,11 +38,11 @@ from train.finetuning import job as job_lib
 from train.finetuning.batches import Feed
 from train.finetuning.config import Config
 from train.finetuning.tasks import TASKS, Task
+from train.methods import table as methods
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
 from train.run import checkpoint, exit_status, loop, run_dir, signals, sinks
 from train.run.job import Job
-from train.step import optimizer
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -255,7 +255,8 @@ def introduce(
 def _method(config: Config) -> str:
   """The optimizer, with its rank where it has one."""
   chosen = config.optimizer
-  if chosen.has_adapters or optimizer.projects(chosen.name):
+  method = methods.get(chosen.name)
+  if method.factors or method.projects:
     return f"{chosen.name}, rank {chosen.rank}"
   return chosen.name
 

@@ -20,6 +20,8 @@ from train.common import atomic_files
 from train.config import cli, presets, schema
 from train.data import corpus as corpus_lib
 from train.estimate import dry_run
+from train.methods import table as methods
+from train.methods.leaves import block_matrices
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
 from train.pretrained import llama_checkpoint
@@ -103,7 +105,7 @@ def introduce(
     f"devices    {setup.mesh.size} {jax.devices()[0].device_kind}: {shape}\n"
     f"folder     {out}"
   )
-  if not optimizer.projects(config.optimizer.name):
+  if not methods.get(config.optimizer.name).projects:
     return
   rows = dry_run.plan_rows(setup.plan, config.optimizer)
   print("", *dry_run.plan_table(rows), "", sep="\n")
@@ -117,11 +119,12 @@ def introduce(
 def _method(config: schema.Config) -> str:
   """The optimizer with what its name does not tell."""
   chosen, weights = config.optimizer, config.model.weights
+  method = methods.get(chosen.name)
   text = f"{chosen.name}, learning rate {chosen.learning_rate:g}"
   text += f", weights in {weights}" if weights != "full" else ""
-  if chosen.has_adapters:
+  if method.factors:
     text += f", factors of rank {chosen.rank}"
-  if chosen.name == "q_galore" and chosen.b2 == presets.Q_GALORE_B2:
+  if chosen.b2 == method.options.get("b2"):
     text += f"\n{'':11}b2 {chosen.b2:g}, as its authors have it; GaLore's is"
     text += f" {schema.OptimizerConfig.b2:g}"
   return text
@@ -140,7 +143,7 @@ def report(
     (x.size, hit)
     for x, hit in zip(
       jax.tree.leaves(params),
-      jax.tree.leaves(optimizer.matrices(params)),
+      jax.tree.leaves(block_matrices(params)),
       strict=True,
     )
   ]

@@ -3,7 +3,8 @@
 import argparse
 import pathlib
 
-from train.config import field_help, presets, schema
+from train.config import field_help, presets
+from train.methods import table as methods
 
 
 def folder(text: str) -> pathlib.Path:
@@ -28,6 +29,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog="presets:\n"
     + presets.summary()
+    + "\n\noptimizers:\n"
+    + methods.summary()
     + "\n\nfields for --set, with their values in the default run, and in"
     " brackets what\nthey take:\n\n"
     + field_help.summary(presets.make("sotu_small", "galore")),
@@ -55,7 +58,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     "--optimizer",
     default="galore",
     metavar="NAME",
-    help=", ".join(schema.OPTIMIZERS) + "; default: galore",
+    help="one of the optimizers below; default: galore",
   )
   add(
     "--from",

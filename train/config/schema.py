@@ -8,55 +8,17 @@ Every field has a default, a comment that says its unit, and a check in
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
+from train.common.checks import check_above
 from train.common.errors import UserError
+from train.methods import table as methods
+from train.methods.options import OptimizerConfig, SharedOptimizerConfig
 
-OptimizerName = Literal[
-  "adamw",
-  "adafactor",
-  "lion",
-  "sgd",
-  "muon",
-  "contrib_galore",
-  "galore",
-  "galore_faithful",
-  "galore_adafactor",
-  "galore_lion",
-  "galore_sgd",
-  "golore",
-  "adamw_8bit",
-  "galore_8bit",
-  "q_galore",
-  "fira",
-  "apollo",
-  "apollo_mini",
-  "q_apollo_mini",
-  "sumo",
-  "gum",
-  "ldadam",
-  "lora",
-  "qlora",
-  "relora",
-  "low_rank",
-]
-OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 Dtype = Literal["float32", "bfloat16"]
 HUB = "hub:"  # what the name of a set or a tokenizer on the hub starts with
 AttentionName = Literal["auto", "xla", "cudnn", "splash"]
-
-
-def check_above(group: str, config: Any, names: Iterable[str], low: float = 0):
-  """Raises unless every named field of `config` is above `low`."""
-  for name in names:
-    value = getattr(config, name)
-    if not value > low:
-      raise UserError(f"{group}.{name} must be above {low}, got {value}")
-
-
-# Methods that train factors in place of the matrices.
-FACTORS = ("lora", "qlora", "relora", "low_rank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,107 +146,6 @@ def _check_hub_name(field: str, value: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SharedOptimizerConfig:
-  """The optimizer, its schedule and GaLore's options.
-
-  The projected matrices are the kernels of the blocks (attention and
-  feed-forward). Two factors multiply the learning rate for them alone:
-  `matrix_lr` for every optimizer, and GaLore's own `scale` (the papers'
-  alpha), which is nothing else. Both are kept because a comparison is fair
-  only when the full-rank optimizers have the factor as well.
-  """
-
-  name: OptimizerName = "galore"  # what --optimizer sets
-  learning_rate: float = 8e-3  # at its peak
-  matrix_lr: float = 1.0  # factor for the block matrices, any optimizer
-  warmup: float = 0.1  # fraction of the steps
-  decay: Literal["cosine", "linear"] = "cosine"  # after the warm-up
-  final: float = 0.1  # learning rate at the end, fraction of the peak
-  clip: float = 1.0  # global norm of the gradient; 0: no clipping
-  b1: float = 0.9  # decay of the first moment
-  b2: float = 0.999  # decay of the second moment
-  eps: float = 1e-8  # added to the root of the second moment
-  weight_decay: float = 0.0  # decoupled; not on norms
-  rank: int = 64  # of GaLore's subspaces, or of LoRA's factors
-  update_proj_gap: int = 50  # steps between two bases of a matrix
-  scale: float = 0.25  # GaLore's alpha: factor on what comes back from them
-  # The projected side: std the shorter, as the papers do; reverse_std the
-  # longer; full both; auto whichever leaves the smallest state.
-  proj_type: Literal["std", "reverse_std", "left", "right", "full", "auto"] = (
-    "std"
-  )
-  # How a basis is found: warm-started subspace iteration, or exactly.
-  projector: Literal["subspace", "svd"] = "subspace"
-  # When bases are renewed: a few at each step, or all at once.
-  refresh: Literal["staggered", "synchronous", "adaptive"] = "staggered"
-  # What happens to a matrix's moments when its basis is renewed.
-  # ldadam is for the methods around AdamW.
-  moments: Literal["rotate", "keep", "reset", "ldadam"] = "rotate"
-  # Update from which bases are random ones; 0: never, but with golore from
-  # half of the run on.
-  random_from: int = 0
-  # What GaLore's bases are stored in; the integers with a scale a block.
-  basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
-  state_dtype: Literal["", "float32", "bfloat16"] = (
-    ""  # of GaLore's moments; empty: the weights', but float32 at least
-  )
-  lora_alpha: float = 32.0  # LoRA's product is multiplied by this over rank
-
-  def __post_init__(self):
-    positive = ("learning_rate", "matrix_lr", "eps", "scale")
-    positive += ("rank", "update_proj_gap", "lora_alpha")
-    check_above("optimizer", self, positive)
-    _check_fractions(self, ("warmup", "final", "b1", "b2"))
-    free = ("clip", "weight_decay", "random_from")
-    check_above("optimizer", self, free, low=-1e-30)
-    around_adam = ("galore", "fira", "ldadam")
-    if self.moments == "ldadam" and self.name not in around_adam:
-      raise UserError(
-        f"optimizer.moments=ldadam is for AdamW in a subspace, not for"
-        f" optimizer.name={self.name}; use galore or fira, or"
-        " optimizer.moments=rotate"
-      )
-
-  @property
-  def has_adapters(self) -> bool:
-    """Whether factors are trained in place of the matrices."""
-    return self.name in FACTORS
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig(SharedOptimizerConfig):
-  """The optimizer, its schedule and GaLore's options."""
-
-  sampled: float = 0.125  # share of the matrices that GUM has at full rank
-  accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
-  reset_every: int = 100  # updates between two restarts of ReLoRA's factors
-  restart_warmup: int = 10  # updates in which its learning rate comes back
-  pruned: float = 0.9  # share of the factors' moments that a restart zeroes
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_above("optimizer", self, ("accumulate", "reset_every"))
-    _check_fractions(self, ("pruned",))
-    if not 0 < self.sampled < 1:
-      raise UserError(
-        f"optimizer.sampled must lie between 0 and 1, got {self.sampled}"
-      )
-    if not 0 <= self.restart_warmup < self.reset_every:
-      raise UserError(
-        f"optimizer.restart_warmup is {self.restart_warmup}; it must be 0 or"
-        f" more, and less than optimizer.reset_every={self.reset_every}"
-      )
-
-
-def _check_fractions(config: SharedOptimizerConfig, names: Iterable[str]):
-  """Raises unless every named field lies between 0 and 1."""
-  for name in names:
-    value = getattr(config, name)
-    if not 0 <= value <= 1:
-      raise UserError(f"optimizer.{name} must lie in [0, 1], got {value}")
-
-
-@dataclasses.dataclass(frozen=True)
 class SharedTrainConfig:
   """How long to train, and what a step is."""
 
@@ -376,6 +237,10 @@ class RunConfig(SharedRunConfig):
       raise UserError("run.prompt is empty; give it a few words")
 
 
+_SHARED_OPTIMIZER = SharedOptimizerConfig()
+_OPTIMIZER = OptimizerConfig()
+
+
 @dataclasses.dataclass(frozen=True)
 class SharedConfig:
   """What pre-training and fine-tuning runs have in common."""
@@ -387,13 +252,20 @@ class SharedConfig:
   preset: str
   model: SharedModelConfig = SharedModelConfig()
   data: SharedDataConfig = SharedDataConfig()
-  optimizer: SharedOptimizerConfig = SharedOptimizerConfig()
+  optimizer: SharedOptimizerConfig = _SHARED_OPTIMIZER
   train: SharedTrainConfig = SharedTrainConfig()
   mesh: MeshConfig = MeshConfig()
   run: SharedRunConfig = SharedRunConfig()
 
   def __post_init__(self):
-    if self.optimizer.has_adapters and self.model.weights != "full":
+    method = methods.get(self.optimizer.name)
+    if self.optimizer.moments == "ldadam" and not method.around_adam:
+      raise UserError(
+        f"optimizer.moments=ldadam is for AdamW in a subspace, not for"
+        f" optimizer.name={self.optimizer.name}; use galore or fira, or"
+        " optimizer.moments=rotate"
+      )
+    if method.factors and self.model.weights != "full":
       raise UserError(
         f"model.weights={self.model.weights} is for weights that are trained,"
         f" not for optimizer.name={self.optimizer.name}; leave it at full, and"
@@ -407,7 +279,7 @@ class Config(SharedConfig):
 
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
-  optimizer: OptimizerConfig = OptimizerConfig()
+  optimizer: OptimizerConfig = _OPTIMIZER
   train: TrainConfig = TrainConfig()
   run: RunConfig = RunConfig()
 
@@ -429,17 +301,13 @@ class Config(SharedConfig):
         "train.accumulate and optimizer.accumulate both cut the batch in"
         " parts; use one of them"
       )
-    if self.train.layerwise and self.optimizer.name == "gum":
+    name = self.optimizer.name
+    method = methods.get(name)
+    if self.train.layerwise and method.one_layer:
       raise UserError(
-        "train.layerwise updates one layer after the other, and"
-        " optimizer.name=gum draws matrices among all layers; use sumo, or"
-        " leave train.layerwise false"
-      )
-    if self.train.layerwise and self.optimizer.has_adapters:
-      raise UserError(
-        "train.layerwise updates weights inside the backward pass, and"
-        f" optimizer.name={self.optimizer.name} trains factors instead; use a"
-        " GaLore method, or leave train.layerwise false"
+        "train.layerwise updates one layer after the other inside the backward"
+        f" pass, and optimizer.name={name} {method.one_layer}, or leave"
+        " train.layerwise false"
       )
 
 

@@ -19,6 +19,8 @@ from train.common.errors import UserError
 from train.common.units import format_bytes, format_duration, format_si
 from train.config import schema
 from train.estimate import flops, jaxpr_cost
+from train.methods import leaves
+from train.methods import table as methods
 from train.parallel import mesh as mesh_lib
 from train.step import optimizer, train_step
 from train.step import setup as setup_lib
@@ -88,7 +90,7 @@ def parameters(params: Any) -> dict[str, int]:
   """Number of parameters: `total`, and by group."""
   counts: dict[str, int] = collections.defaultdict(int)
   for path, x in jax.tree_util.tree_leaves_with_path(params):
-    parts = optimizer.path_of(path).split("/")
+    parts = leaves.path_of(path).split("/")
     counts[next((GROUPS[p] for p in parts if p in GROUPS), "other")] += x.size
   return {"total": sum(counts.values()), **counts}
 
@@ -103,9 +105,10 @@ def plan_rows(
 def _plan_row(row: Any, config: schema.OptimizerConfig) -> dict[str, Any]:
   side, rank = row.side or "full rank", row.rank
   block = row.path.startswith("layers/") and row.path.endswith("/kernel")
-  if config.name == "contrib_galore" and block:  # which `describe` cannot know
+  method = methods.get(config.name)
+  if method.by_optax and block:
     side, rank = "long side", config.rank
-  if config.has_adapters and block:
+  if method.factors and block:
     side, rank = "factors", min(config.rank, *row.shape[-2:])
   return {
     "path": row.path,

@@ -17,8 +17,9 @@ import optax
 from flax import nnx
 from jax.extend import core
 
-from train.config.schema import OptimizerConfig
 from train.estimate import jaxpr_cost
+from train.methods import table as methods
+from train.methods.options import OptimizerConfig
 from train.step import train_step
 from train.step.adapters import Adapters
 
@@ -145,20 +146,19 @@ def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:
     rows: of `galore_optax.describe`; those at full rank cost nothing.
     config: how a basis is found and what becomes of the moments.
   """
-  if "apollo" in config.name:
-    return 0.0  # random projections are drawn
-  faithful = config.name == "galore_faithful"
-  exact = faithful or config.projector == "svd"
-  rotates = not faithful and config.moments in ("rotate", "ldadam")
-  turns = 1 if config.name == "ldadam" else ITERATIONS
+  method = methods.get(config.name)
+  if method.random_bases:
+    return 0.0
+  exact = method.published or config.projector == "svd"
+  rotates = not method.published and config.moments in ("rotate", "ldadam")
   total = 0.0
   for row in rows:
     if row.rank is None:
       continue
     *stack, m, n = row.shape
     total += math.prod(stack) * sum(
-      _find(m, n, size, row.rank, 0 if exact else turns)
-      + (rotates and _turn(m, n, size, row))
+      _find(m, n, size, row.rank, 0 if exact else method.iterations)
+      + (rotates and _rotate(m, n, size, row))
       for size in _spanned(row)
     )
   return total
@@ -170,9 +170,6 @@ def _spanned(row: Any) -> list[int]:
   return {"left": [m], "right": [n], "both": [m, n]}[row.side]
 
 
-ITERATIONS = 2  # of a refresh: galore's default; ldadam's is 1
-
-
 def _find(m: int, n: int, size: int, rank: int, iterations: int) -> float:
   if not iterations:
     long, short = max(m, n), min(m, n)
@@ -182,8 +179,8 @@ def _find(m: int, n: int, size: int, rank: int, iterations: int) -> float:
   return iterations * (4 * m * n * rank + passes)
 
 
-def _turn(m: int, n: int, size: int, row: Any) -> float:
-  """The overlap of two bases, and two moments turned by it."""
+def _rotate(m: int, n: int, size: int, row: Any) -> float:
+  """The overlap of two bases, and two moments rotated by it."""
   rank = row.rank or 0
   other = rank if row.side == "both" else m * n // size
   return 2 * size * rank**2 + 2 * 2 * rank**2 * other

@@ -64,7 +64,8 @@ def table() -> dict[str, dict[str, int]]:
       changes: dict[str, Any] = {"name": method, **options}
       chosen = dataclasses.replace(config.optimizer, **changes)
       tx = optimizer.make_optimizer(chosen, steps=100)
-      tx = adapters.initial(chosen, tx)
+      factors = adapters.make(chosen)
+      tx = tx if factors is None else factors.over_weights(tx)
       state = jax.eval_shape(tx.init, shapes)
       found[name][preset] = galore_optax.state_bytes(state)
   return found

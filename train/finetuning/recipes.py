@@ -21,6 +21,7 @@ from train.config.schema import (
 )
 from train.finetuning import tasks
 from train.finetuning.config import Config, TaskConfig
+from train.methods import table as methods
 
 
 class Glue(NamedTuple):
@@ -42,7 +43,6 @@ GLUE = {
   "qnli": Glue(1e-5, 1e-5, 4e-4),
   "qqp": Glue(1e-5, 2e-5, 5e-4),
 }
-ADAPTERS = ("lora", "qlora")
 RANK = 4  # of the papers' tables, with 8
 PAPERS_GAP = 500
 EVERY = 10**9  # examples that are evaluated, at most: all of them
@@ -54,7 +54,8 @@ METHODS = (
   "galore_8bit",
   "q_galore",
   "fira",
-  *ADAPTERS,
+  "lora",
+  "qlora",
 )
 
 
@@ -164,15 +165,14 @@ def make(task: str, optimizer: str, rank: int | None = None) -> Config:
       log_every=20, checkpoint_every=500, keep=1, keep_best=0
     ),
   )
-  if optimizer == "q_galore":
-    config = dataclasses.replace(
-      config, model=dataclasses.replace(config.model, weights="int8")
-    )
-  return config
+  weights: Any = methods.get(optimizer).weights
+  model = dataclasses.replace(config.model, weights=weights)
+  return dataclasses.replace(config, model=model)
 
 
 def _optimizer(name: Any, rank: int, recipe: Recipe) -> SharedOptimizerConfig:
-  adapters = name in ADAPTERS
+  method = methods.get(name)
+  adapters = method.factors is not None
   config = SharedOptimizerConfig(
     name=name,
     learning_rate=recipe.adapters if adapters else recipe.full,
@@ -185,8 +185,7 @@ def _optimizer(name: Any, rank: int, recipe: Recipe) -> SharedOptimizerConfig:
     lora_alpha=2.0 * rank,
     clip=recipe.clip,
   )
-  # Fira's residual, most of its update, is not scaled by alpha.
-  return dataclasses.replace(config, scale=1.0) if name == "fira" else config
+  return dataclasses.replace(config, **method.fine_tuning)
 
 
 # Fields that a flag sets, because the recipe depends on them.

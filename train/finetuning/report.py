@@ -9,7 +9,9 @@ import jax
 import galore_optax
 from train.common import atomic_files
 from train.finetuning.config import Config
-from train.step import optimizer, train_step
+from train.methods import leaves
+from train.methods import table as methods
+from train.step import train_step
 
 FILE = "result.json"
 
@@ -27,7 +29,7 @@ def components(
   trained = params if placed.adapters is None else params["adapters"]
   as_read = placed.weights if placed.adapters is None else trained
   parts = {"weights": galore_optax.state_bytes(params)}
-  if config.optimizer.has_adapters:
+  if methods.get(config.optimizer.name).factors:
     factors = {p: x for p, x in trained.items() if p.startswith("layers/")}
     parts["adapters"] = galore_optax.state_bytes(factors)
     parts["weights"] -= parts["adapters"]
@@ -43,7 +45,7 @@ def _blocks(opt_state: Any) -> int:
   return sum(
     x.size * x.dtype.itemsize
     for path, x in found
-    if "layers/" in (name := optimizer.path_of(path)) and "kernel" in name
+    if "layers/" in (name := leaves.path_of(path)) and "kernel" in name
   )
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from train.common.errors import UserError
-from train.config.schema import FACTORS
+from train.methods import table as methods
 from train.run import metrics
-from train.step import optimizer
 
 AXES = {"steps": "step", "tokens": "tokens", "hours": "hours"}
 
@@ -168,10 +167,11 @@ def _field(name: str, config: dict[str, Any]) -> str:
   value = config.get(name)
   if name in ("preset", "optimizer.name"):
     return str(value)
-  chosen = config["optimizer.name"]
-  ranked = short == "rank" and chosen in FACTORS
-  plain = not optimizer.projects(chosen) and not ranked
-  if group == "optimizer" and plain and short in OF_GALORE:
+  method = methods.METHODS.get(config["optimizer.name"])
+  ranked = method and short == "rank" and method.factors
+  projects = method and method.projects
+  idle = not projects and not ranked
+  if group == "optimizer" and idle and short in OF_GALORE:
     return ""
   text = f"{value:g}" if isinstance(value, float) else str(value)
   text = text.rpartition("/")[2] or '""'  # of a path the file

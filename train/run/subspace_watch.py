@@ -25,6 +25,7 @@ import optax
 import galore_optax
 from train.common.errors import UserError
 from train.config import schema
+from train.methods import table as methods
 from train.models import llama
 from train.parallel import mesh
 from train.step import train_step
@@ -33,8 +34,6 @@ from train.step.setup import Setup
 # At most one step in so many is looked at by default.
 RARE = 50
 MOST = 12  # matrices
-# Methods whose bases know no gradient.
-RANDOM = ("apollo", "apollo_mini", "q_apollo_mini")
 
 
 class Matrix(NamedTuple):
@@ -72,10 +71,9 @@ def candidates(
   description: galore_optax.diagnostics.Description,
 ) -> tuple[list[Matrix], str]:
   """The matrices whose subspace says something, and if there is none why."""
-  if config.name in RANDOM:
-    return [], "random projections are not made to fit the gradients"
-  if config.name == "contrib_galore":
-    return [], "optax.contrib.galore does not keep its bases by name"
+  method = methods.get(config.name)
+  if method.unwatchable:
+    return [], method.unwatchable
   known = matrices(description)
   return known, "" if known else "nothing is projected"
 
@@ -193,8 +191,8 @@ class Watcher:
 
   @property
   def _synchronous(self) -> bool:
-    faithful = self._config.name == "galore_faithful"
-    return faithful or self._config.refresh == "synchronous"
+    method = methods.get(self._config.name)
+    return method.steps_together(self._config.refresh)
 
   def compile(self, state: train_step.TrainState, rows: Any) -> None:
     """Compiles the looks ahead, so that the first one holds up no step.

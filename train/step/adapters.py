@@ -15,7 +15,8 @@ import jax
 
 import galore_optax
 from train.common.errors import UserError
-from train.config.schema import OptimizerConfig
+from train.methods import table as methods
+from train.methods.options import OptimizerConfig
 
 # The matrices that have factors: those of the blocks, which GaLore projects.
 RULES = (
@@ -97,27 +98,14 @@ def make(
   Raises:
     UserError: a number is out of range.
   """
-  if not config.has_adapters:
+  method = methods.get(config.name)
+  if method.factors is None:
     return None
-  shared: dict[str, Any] = {"rules": RULES, "full": full}
-  alpha = {"alpha": config.lora_alpha}
   try:
-    if config.name == "lora":
-      return Adapters(
-        galore_optax.baselines.lora(config.rank, **alpha, **shared)
-      )
-    if config.name == "qlora":
-      return Adapters(
-        galore_optax.baselines.qlora(config.rank, **alpha, **shared)
-      )
-    if config.name == "low_rank":
-      return Adapters(galore_optax.baselines.low_rank(config.rank, **shared))
-    method = galore_optax.baselines.relora(
-      config.rank, pruned=config.pruned, **alpha, **shared
-    )
-    return Adapters(method, config.reset_every)
+    factors = method.factors(config, rules=RULES, full=full)
   except (TypeError, ValueError) as error:
     raise UserError(f"optimizer.name={config.name}: {error}") from None
+  return Adapters(factors, config.reset_every if method.restarts else 0)
 
 
 def weights_text(params: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ import galore_optax
 from train import pretrain
 from train.config import presets, schema
 from train.estimate import dry_run, flops, jaxpr_cost
+from train.methods import table as methods
 from train.models import llama
-from train.step import optimizer as optimizer_lib
 
 
 def estimate(preset, optimizer, *settings):
@@ -91,7 +91,7 @@ def test_a_refresh_costs_what_its_program_does(side):
   program = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
   dear, cheap = (jaxpr_cost.count_flops(program, f) for f in (max, min))
   # The loop over iterations has no known length: it counts as one turn.
-  one = flops.refresh(rows, settings) / flops.ITERATIONS
+  one = flops.refresh(rows, settings) / methods.get("galore").iterations
   assert dear - cheap == pytest.approx(one, rel=0.05)
 
 
@@ -106,16 +106,13 @@ def test_svd_and_rotation_cost_more():
 
 
 def test_every_optimizer_is_counted():
-  for name in schema.OPTIMIZERS:
+  for name, method in methods.METHODS.items():
     found = estimate("llama_9m", name)
     state = found["bytes"]["whole"]["optimizer_state"]
     assert found["optimizer_state"][f"this run ({name})"] == state
-    finds_bases = name in (
-      "fira",
-      "sumo",
-      "gum",
-      "ldadam",
-    ) or optimizer_lib.is_galore(name)
+    finds_bases = (
+      method.projects and not method.by_optax and not method.random_bases
+    )
     assert (found["flops"]["refresh"] > 0) == finds_bases, name
 
 

@@ -9,9 +9,9 @@ import pytest
 import galore_optax
 from train.common.errors import UserError
 from train.config.schema import MeshConfig
+from train.methods import leaves
 from train.models import attention, encoder
 from train.parallel import mesh
-from train.step import optimizer
 
 BERT = encoder.Config(60, 16, 24, 2, 4, max_length=16, head="classify")
 ROBERTA = dataclasses.replace(
@@ -161,13 +161,13 @@ def test_spans_have_a_start_and_an_end_for_each_position():
 
 def test_the_plan_projects_the_matrices_of_the_layers():
   params = jax.eval_shape(lambda: encoder.init(BERT, 0))
-  chosen = optimizer.matrices(params)
+  chosen = leaves.block_matrices(params)
   tx = galore_optax.galore_adamw(1e-3, rank=4, rules=encoder.FULL_RANK)
   table = galore_optax.describe(tx, params)
   rows = [row.split() for row in str(table).splitlines()[2:-2]]
   projected = {row[0] for row in rows if "full rank" not in " ".join(row)}
   assert projected == {
-    optimizer.path_of(path)
+    leaves.path_of(path)
     for path, is_chosen in jax.tree_util.tree_leaves_with_path(chosen)
     if is_chosen
   }

@@ -17,6 +17,8 @@ from train import hf, pretrain
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.estimate import dry_run, flops, state_table
+from train.methods import leaves
+from train.methods import table as methods
 from train.models import llama
 from train.parallel import mesh as mesh_lib
 from train.pretrained import llama_checkpoint, llama_names
@@ -204,15 +206,15 @@ def test_a_step_that_is_skipped_restarts_nothing(rows):
 
 def test_the_factor_on_the_matrices_is_that_on_their_factors():
   here = trainer("lora")
-  hit = optimizer.matrices(here.placed.state.params["adapters"])
+  hit = leaves.block_matrices(here.placed.state.params["adapters"])
   flat = {
-    optimizer.path_of(path): x
+    leaves.path_of(path): x
     for path, x in jax.tree_util.tree_leaves_with_path(hit)
   }
   assert flat["layers/attn/q/kernel/a"] and flat["layers/mlp/up/kernel/b"]
   for name in ("embed/embedding", "lm_head/kernel", "layers/attn_norm/scale"):
     assert not flat[name]
-  assert optimizer.decayed(hit)["layers/attn_norm/scale"] is False
+  assert leaves.decayed(hit)["layers/attn_norm/scale"] is False
 
 
 def test_the_rate_warms_up_after_restarts():
@@ -394,9 +396,9 @@ def test_a_run_of_another_version_is_named(tmp_path):
 
 
 def test_names_are_those_of_the_config():
-  for name in schema.OPTIMIZERS:
+  for name in methods.METHODS:
     chosen = schema.OptimizerConfig(name=name)
     parts = adapters.make(chosen)
     assert (parts is None) == (name not in NAMES)
-    assert chosen.has_adapters == (name in NAMES)
+    assert bool(methods.get(name).factors) == (name in NAMES)
   assert adapters.make(schema.OptimizerConfig(name="relora")).reset_every == 100

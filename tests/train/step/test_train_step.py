@@ -12,6 +12,8 @@ import pytest
 import galore_optax
 from tests.train.conftest import TINY, make_trainer
 from train.config import schema
+from train.methods import leaves, transforms
+from train.methods import table as methods
 from train.models import llama
 from train.parallel import mesh
 from train.step import optimizer, train_step
@@ -247,7 +249,7 @@ def params():
 
 # On a bowl in the space of the model's own parameters: the paths decide what
 # is projected, and a step compiles in no time.
-@pytest.mark.parametrize("name", schema.OPTIMIZERS)
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_every_optimizer_goes_downhill(name, params):
   rate = {"sgd": 0.1, "galore_sgd": 0.1}.get(name, 1e-2)
   chosen = schema.OptimizerConfig(
@@ -288,7 +290,7 @@ def _update(**fields):
 def test_the_factor_scales_the_matrices_and_nothing_else():
   params, plain = _update()
   _, scaled = _update(matrix_lr=0.25)
-  hits = optimizer.matrices(params)
+  hits = leaves.block_matrices(params)
   assert sum(jax.tree.leaves(hits)) == 7
   jax.tree.map(
     lambda hit, a, b: np.testing.assert_allclose(
@@ -322,7 +324,7 @@ def test_the_schedule_warms_up_and_ends_at_its_fraction():
 def test_unstacked_layers_take_the_same_steps_as_stacked_ones(rows):
   params = llama.init(TINY, 0)
   tx = optax.adam(1e-3)
-  cut = optimizer.unstacked(tx)
+  cut = transforms.unstacked(tx)
   grads = jax.tree.map(jnp.cos, params)
   plain, _ = tx.update(grads, tx.init(params), params)
   apart, state = cut.update(grads, cut.init(params), params)
@@ -365,7 +367,7 @@ def test_accounting_counts_what_the_states_take():
     x
     for x, hit in zip(
       jax.tree.leaves(params),
-      jax.tree.leaves(optimizer.matrices(params)),
+      jax.tree.leaves(leaves.block_matrices(params)),
       strict=True,
     )
     if hit

@@ -1,0 +1,1 @@
+"""What can be trained with: one record a method, and its options."""
