@@ -25,18 +25,19 @@ AttentionName = Literal["auto", "xla", "cudnn", "splash"]
 class SharedModelConfig:
   """How a model is stored and computed."""
 
-  dtype: Dtype = "float32"  # of the computation
-  param_dtype: Dtype = "float32"  # of the stored weights
-  weights: Literal["full", "int8", "int4", "float8"] = (
-    "full"  # how the block matrices are stored; full: in param_dtype
-  )
-  unroll: int = 1  # layers a scan step runs: more compiles longer, runs faster
-  # What the backward pass computes anew rather than reads from memory: none,
-  # a whole layer (full), or a layer but for its matrix products (dots).
+  dtype: Dtype = "float32"  # dtype of the computation
+  param_dtype: Dtype = "float32"  # dtype of the stored weights
+  # how the block matrices are stored; full means in param_dtype
+  weights: Literal["full", "int8", "int4", "float8"] = "full"
+  # layers that one iteration of the scan runs: higher compiles longer and runs
+  # faster
+  unroll: int = 1
+  # what the backward pass recomputes instead of reading it from memory: nothing
+  # (none), whole layers (full), or all of a layer but its matrix products
+  # (dots)
   remat: Literal["none", "full", "dots"] = "none"
-  attention: AttentionName = (
-    "auto"  # its forms are in train/models/attention.py
-  )
+  # implementation of attention; auto picks one for the device
+  attention: AttentionName = "auto"
 
   def __post_init__(self):
     check_above("model", self, ("unroll",))
@@ -46,16 +47,19 @@ class SharedModelConfig:
 class ModelConfig(SharedModelConfig):
   """A LLaMA decoder."""
 
-  vocab_size: int = 4096  # token ids; the tokenizer has as many or fewer
-  d_model: int = 256  # features of a token between the blocks
-  d_ff: int = 688  # SwiGLU: three matrices of d_model x d_ff
-  n_layers: int = 4  # blocks
-  n_heads: int = 4  # query heads, each d_model / n_heads wide
-  n_kv_heads: int = 0  # 0: as many as n_heads; fewer: grouped queries
-  rope_theta: float = 10000.0  # base of the rotary wavelengths
-  norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+  # size of the vocabulary; the tokenizer may use fewer ids
+  vocab_size: int = 4096
+  d_model: int = 256  # width of the residual stream
+  d_ff: int = 688  # width of the feed-forward layers (SwiGLU)
+  n_layers: int = 4  # number of blocks
+  n_heads: int = 4  # number of query heads, each d_model / n_heads wide
+  # number of key and value heads (grouped-query attention); 0: as many as query
+  # heads
+  n_kv_heads: int = 0
+  rope_theta: float = 10000.0  # base of the rotary position embeddings
+  norm_eps: float = 1e-6  # term added to the mean square in RMSNorm
   init_std: float = 0.02  # standard deviation of fresh weights
-  tie_embeddings: bool = False  # the head is the transposed embedding
+  tie_embeddings: bool = False  # use the transposed embedding as the head
 
   @property
   def kv_heads(self) -> int:
@@ -88,20 +92,25 @@ class ModelConfig(SharedModelConfig):
 class SharedDataConfig:
   """What is read, and how it is cut into batches."""
 
-  # "": the bundled corpus; a file, folder or glob; hub:NAME or hub:NAME:SUBSET
+  # training data: a file, a folder, a glob, hub:NAME or hub:NAME:SUBSET; empty:
+  # the bundled text
   path: str = ""
-  split: str = "train"  # of a hub set
-  # What is evaluated: a split of the hub set, or local files. "": the split
-  # `validation` where there is one; none: documents taken out of the training.
+  split: str = "train"  # split of a hub dataset to train on
+  # evaluation data: a split of the hub dataset, or local files. Empty: the
+  # dataset's `validation` split if it has one. none: documents held out from
+  # the training data
   validation: str = ""
-  revision: str = ""  # branch, tag or commit of a hub set
-  # packed: documents end to end; padded: one a row, cut off, as the papers do
+  revision: str = ""  # branch, tag or commit of a hub dataset
+  # how documents fill rows: packed end to end, or one document a row, cut off
+  # and padded, as in the papers
   rows: Literal["packed", "padded"] = "packed"
-  length: int = 128  # tokens a row that the model predicts
+  length: int = 128  # tokens predicted in each row
   batch: int = 16  # rows in a global batch
-  holdout_every: int = 20  # one document in so many is held out
-  eval_rows: int = 512  # held-out rows an evaluation reads, at most
+  holdout_every: int = 20  # hold out one document in this many
+  eval_rows: int = 512  # maximum number of held-out rows in an evaluation
   prefetch: int = 4  # batches prepared ahead of the step; 0: none
+  # folder for the tokenizer and the tokenised text; empty:
+  # ~/.cache/galore_optax
   cache: str = ""  # tokenizer and tokenised text; "": ~/.cache/galore_optax
 
   def __post_init__(self):
@@ -118,13 +127,16 @@ class DataConfig(SharedDataConfig):
   """Text, and how it is cut into batches."""
 
   text_field: str = "text"  # column that holds the text
-  documents: Literal["paragraph", "line", "file"] = "paragraph"  # of .txt files
-  # Read and tokenise on demand instead of as a whole; auto: hub sets are.
+  # what a document is in a .txt file
+  documents: Literal["paragraph", "line", "file"] = "paragraph"
+  # read and tokenise on demand instead of up front; auto: only for hub datasets
   stream: Literal["auto", "true", "false"] = "auto"
-  # "": trained on the text; a tokenizer.json or .model file; hub:NAME
+  # a tokenizer.json or .model file, or hub:NAME; empty: trained on the text
   tokenizer: str = ""
+  # token that ends every document; empty: the tokenizer's own
   end_token: str = ""  # closes every document; "": the tokenizer's own
-  shuffle_buffer: int = 10_000  # documents of a stream shuffled together
+  # documents of a stream that are shuffled together
+  shuffle_buffer: int = 10_000
 
   def __post_init__(self):
     super().__post_init__()
@@ -149,12 +161,15 @@ def _check_hub_name(field: str, value: str) -> None:
 class SharedTrainConfig:
   """How long to train, and what a step is."""
 
-  steps: int = 400  # batches read; those of skipped steps count
+  steps: int = 400  # training steps, each of one batch; skipped steps count
+  # folder of weights to start from, or of a run; empty: fresh weights
   init: str = ""  # folder of weights to start from, or a run; "": fresh ones
-  seed: int = 0  # weights and order of the data
-  accumulate: int = 1  # parts of a batch that go through the model in turn
-  max_skips: int = 10  # steps in a row without a finite gradient: the run stops
-  rounding: Literal["stochastic", "nearest"] = "stochastic"  # of 8-bit weights
+  seed: int = 0  # seed of the weights and of the data order
+  accumulate: int = 1  # microbatches of a batch, whose gradients are added up
+  # stop after this many steps in a row without a finite gradient
+  max_skips: int = 10
+  # how 8-bit weights are rounded
+  rounding: Literal["stochastic", "nearest"] = "stochastic"
 
   def __post_init__(self):
     check_above("train", self, ("steps", "accumulate", "max_skips"))
@@ -164,7 +179,8 @@ class SharedTrainConfig:
 class TrainConfig(SharedTrainConfig):
   """How long to train, and what a step is."""
 
-  z_loss: float = 0.0  # weight of the squared log-normaliser; 0: none
+  # weight of the squared log-normaliser in the loss; 0: none
+  z_loss: float = 0.0
   layerwise: bool = False  # update each layer inside the backward pass
 
   def __post_init__(self):
@@ -177,14 +193,15 @@ class TrainConfig(SharedTrainConfig):
 class MeshConfig:
   """Devices along each axis of the mesh, and the processes that own them."""
 
-  data: int = 0  # copies of the model; 0: all devices the other axes leave
-  fsdp: int = 1  # devices over which batch and weights are split
-  tensor: int = 1  # devices over which heads and feed-forward are split
-  # host:port of process 0; auto: the cluster tells; "": as auto under a
-  # launcher that is known to start several processes, else there is one
+  data: int = 0  # copies of the model; 0: all devices that the other axes leave
+  fsdp: int = 1  # devices that share the weights and the batch
+  tensor: int = 1  # devices that share the heads and the feed-forward units
+  # host:port of process 0; auto: from the cluster. Empty: auto under a launcher
+  # known to start several processes, otherwise a single process
   coordinator: str = ""
-  processes: int = 0  # in all; 0: from the cluster's environment
-  process: int = -1  # this one, from 0; -1: from the cluster's environment
+  processes: int = 0  # number of processes; 0: from the cluster's environment
+  # index of this process, from 0; -1: from the cluster's environment
+  process: int = -1
 
   def __post_init__(self):
     check_above("mesh", self, ("data", "processes"), low=-1)
@@ -208,10 +225,13 @@ class SharedRunConfig:
 
   eval_every: int = 100  # steps between two evaluations
   log_every: int = 10  # steps between two lines of metrics.jsonl
-  checkpoint_every: int = 100  # steps; the last step is always saved
-  keep: int = 2  # newest checkpoints that stay
-  keep_best: int = 1  # best ones that stay too, by held-out loss; 0: none
-  sinks: str = ""  # where numbers go, too: tensorboard,wandb
+  # steps between two checkpoints; the last step is always saved
+  checkpoint_every: int = 100
+  keep: int = 2  # number of newest checkpoints to keep
+  # number of checkpoints with the lowest held-out loss to keep besides; 0: none
+  keep_best: int = 1
+  # where metrics also go: tensorboard, wandb, or both with a comma
+  sinks: str = ""
 
   def __post_init__(self):
     check_above("run", self, ("eval_every", "log_every", "checkpoint_every"))
@@ -223,11 +243,15 @@ class SharedRunConfig:
 class RunConfig(SharedRunConfig):
   """What is reported and saved; a resumed run may change these."""
 
-  prompt: str = "The people of the United States"  # the sample goes on
-  sample_tokens: int = 64  # length of the sample at the end; 0: none
-  temperature: float = 0.7  # of the sample
-  watch: str = "auto"  # matrices whose subspace is looked at: attn.q.0,mlp.*.3
-  watch_every: int = 0  # steps between two looks; 0: rarely, at refreshes
+  # start of the text sampled at the end
+  prompt: str = "The people of the United States"
+  sample_tokens: int = 64  # length of that text in tokens; 0: none
+  temperature: float = 0.7  # temperature of the sampling
+  # matrices whose subspaces are measured: auto, none, or names and patterns
+  # such as attn.q.0,mlp.*.3
+  watch: str = "auto"
+  # steps between two measurements of a matrix; 0: rarely, at refreshes
+  watch_every: int = 0
 
   def __post_init__(self):
     super().__post_init__()
@@ -251,6 +275,7 @@ class SharedConfig:
 
   preset: str
   model: SharedModelConfig = SharedModelConfig()
+  # copies of the model; 0: all devices that the other axes leave
   data: SharedDataConfig = SharedDataConfig()
   optimizer: SharedOptimizerConfig = _SHARED_OPTIMIZER
   train: SharedTrainConfig = SharedTrainConfig()
@@ -278,6 +303,7 @@ class Config(SharedConfig):
   """A pre-training run."""
 
   model: ModelConfig = ModelConfig()
+  # copies of the model; 0: all devices that the other axes leave
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = _OPTIMIZER
   train: TrainConfig = TrainConfig()

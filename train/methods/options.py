@@ -19,41 +19,45 @@ class SharedOptimizerConfig:
   only when the full-rank optimizers have the factor as well.
   """
 
-  name: str = "galore"  # what --optimizer sets
-  learning_rate: float = 8e-3  # at its peak
-  matrix_lr: float = 1.0  # factor for the block matrices, any optimizer
-  warmup: float = 0.1  # fraction of the steps
-  decay: Literal["cosine", "linear"] = "cosine"  # after the warm-up
-  final: float = 0.1  # learning rate at the end, fraction of the peak
-  clip: float = 1.0  # global norm of the gradient; 0: no clipping
+  name: str = "galore"  # the method, which --optimizer also sets
+  learning_rate: float = 8e-3  # peak learning rate
+  # factor on the learning rate of the block matrices, for any method
+  matrix_lr: float = 1.0
+  warmup: float = 0.1  # fraction of the steps in which the learning rate rises
+  # shape of the learning rate after the warm-up
+  decay: Literal["cosine", "linear"] = "cosine"
+  final: float = 0.1  # final learning rate as a fraction of the peak
+  # clip the global norm of the gradient to this; 0: no clipping
+  clip: float = 1.0
   b1: float = 0.9  # decay of the first moment
   b2: float = 0.999  # decay of the second moment
-  eps: float = 1e-8  # added to the root of the second moment
-  weight_decay: float = 0.0  # decoupled; not on norms
-  rank: int = 64  # of GaLore's subspaces, or of LoRA's factors
-  update_proj_gap: int = 50  # steps between two bases of a matrix
-  scale: float = 0.25  # GaLore's alpha: factor on what comes back from them
-  # The projected side: std the shorter, as the papers do; reverse_std the
-  # longer; full both; auto whichever leaves the smallest state.
+  eps: float = 1e-8  # term added to the root of the second moment
+  weight_decay: float = 0.0  # decoupled weight decay; norms are not decayed
+  rank: int = 64  # rank of GaLore's subspaces, or of LoRA's factors
+  # steps between two refreshes of the basis of a matrix
+  update_proj_gap: int = 50
+  scale: float = 0.25  # GaLore's alpha: factor on the projected updates
+  # which side is projected: the shorter (std, as in the papers), the longer
+  # (reverse_std), both (full), or whichever leaves the smallest state (auto)
   proj_type: Literal["std", "reverse_std", "left", "right", "full", "auto"] = (
     "std"
   )
-  # How a basis is found: warm-started subspace iteration, or exactly.
+  # how a basis is found: by warm-started subspace iteration, or exactly
   projector: Literal["subspace", "svd"] = "subspace"
-  # When bases are renewed: a few at each step, or all at once.
+  # when bases are recomputed: some at each step, all at once, or adaptively, as
+  # they change
   refresh: Literal["staggered", "synchronous", "adaptive"] = "staggered"
-  # What happens to a matrix's moments when its basis is renewed.
-  # ldadam is for the methods around AdamW.
+  # what happens to the moments of a matrix when its basis is refreshed; ldadam
+  # is for methods around AdamW
   moments: Literal["rotate", "keep", "reset", "ldadam"] = "rotate"
-  # Update from which bases are random ones; 0: never, but with golore from
-  # half of the run on.
+  # update from which bases are random; 0: never, or for golore from half of the
+  # run on
   random_from: int = 0
-  # What GaLore's bases are stored in; the integers with a scale a block.
+  # dtype of GaLore's bases; integers have a scale per block
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
-  state_dtype: Literal["", "float32", "bfloat16"] = (
-    ""  # of GaLore's moments; empty: the weights', but float32 at least
-  )
-  lora_alpha: float = 32.0  # LoRA's product is multiplied by this over rank
+  # dtype of GaLore's moments; empty: the weights', at least float32
+  state_dtype: Literal["", "float32", "bfloat16"] = ""
+  lora_alpha: float = 32.0  # LoRA's product is multiplied by this over the rank
 
   def __post_init__(self):
     positive = ("learning_rate", "matrix_lr", "eps", "scale")
@@ -68,11 +72,15 @@ class SharedOptimizerConfig:
 class OptimizerConfig(SharedOptimizerConfig):
   """The optimizer, its schedule and GaLore's options."""
 
-  sampled: float = 0.125  # share of the matrices that GUM has at full rank
-  accumulate: int = 1  # parts of a batch whose gradients GaLore adds at rank r
+  # share of the matrices that follow their whole gradient under GUM
+  sampled: float = 0.125
+  # microbatches of a batch, whose gradients GaLore adds up at low rank
+  accumulate: int = 1
   reset_every: int = 100  # updates between two restarts of ReLoRA's factors
-  restart_warmup: int = 10  # updates in which its learning rate comes back
-  pruned: float = 0.9  # share of the factors' moments that a restart zeroes
+  # updates after a restart in which the learning rate rises again
+  restart_warmup: int = 10
+  # share of the moments of ReLoRA's factors that a restart zeroes
+  pruned: float = 0.9
 
   def __post_init__(self):
     super().__post_init__()
