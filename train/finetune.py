@@ -165,8 +165,8 @@ def timed(config: Config, feed: Feed, settings: list[str]) -> Config:
 
 def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
-  sinks.names(config.run.sinks)
-  found = multihost.first_then_others(lambda: read_task(config))
+  sinks.parse_names(config.run.sinks)
+  found = multihost.run_on_first_then_others(lambda: read_task(config))
   learner = make_learner(found, config)
   material = make_material(learner, found, config)
   config = timed(config, material.feed, flags.settings)
@@ -179,11 +179,15 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     parts = report.components(placed, config, placed.state.opt_state)
     print(f"\n{report.table(parts)}")
     return 0
-  multihost.first_alone(lambda: run_dir.check_run(out, config, flags.overwrite))
+  multihost.run_on_first(
+    lambda: run_dir.check_folder(out, config, flags.overwrite)
+  )
   _check_source(config.train.init, out)
-  multihost.first_alone(lambda: run_dir.claim_run(out, config, flags.overwrite))
+  multihost.run_on_first(
+    lambda: run_dir.write_config(out, config, flags.overwrite)
+  )
   digest = examples.digest(found)
-  multihost.first_alone(lambda: run_dir.claim_examples(out, digest))
+  multihost.run_on_first(lambda: run_dir.record_examples(out, digest))
   with jax.set_mesh(mesh), signals.stop_requests() as stopped:
     job, state = job_lib.prepare(
       config, out, learner, material, mesh, tx, placed
@@ -191,7 +195,7 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     introduce(learner, material, placed, config)
     print(f"folder     {out}")
     try:
-      stop = signals.agreed(stopped, mesh)
+      stop = signals.agreed_stop(stopped, mesh)
       return train(config, learner, placed, job, state, stop)
     except Diverged:
       if multihost.is_first():  # a result without scores
@@ -223,7 +227,7 @@ def train(
     outcome = loop.train(job, state, stopped)
   finally:
     job.close()
-  status = exit_status.stopped_status(job, outcome, start)
+  status = exit_status.report_end(job, outcome, start)
   if status is not None:
     return status
   conclude(config, learner, placed, job, outcome)
@@ -300,7 +304,7 @@ def conclude(
 
 def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
-  return exit_status.guarded(lambda: command(words))
+  return exit_status.report_errors(lambda: command(words))
 
 
 def command(words: list[str] | None = None) -> int:
@@ -311,12 +315,12 @@ def command(words: list[str] | None = None) -> int:
     TrainingError: it diverged, or could not be saved.
   """
   flags = arguments(words)
-  checkpoint.quiet()
+  checkpoint.silence_orbax()
   config = make_config(flags)
   default = f"{flags.task}-{config.optimizer.name}"
   out = flags.out or pathlib.Path("runs") / default
   multihost.connect(config.mesh)
-  with multihost.only_first_speaks():
+  with multihost.only_first_prints():
     return run(flags, config, out)
 
 

@@ -44,8 +44,8 @@ from train.step.setup import Setup
 
 def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
-  sinks.names(config.run.sinks)
-  multihost.first_alone(lambda: run_dir.check_run(out, config, overwrite))
+  sinks.parse_names(config.run.sinks)
+  multihost.run_on_first(lambda: run_dir.check_folder(out, config, overwrite))
   mesh = mesh_lib.make_mesh(
     config.mesh,
     config.data.batch,
@@ -56,15 +56,15 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
     watcher = subspace_watch.Watcher(
       config.run, config.optimizer, setup, config.parts
     )
-  corpus = multihost.first_then_others(
+  corpus = multihost.run_on_first_then_others(
     lambda: corpus_lib.prepare(config.data, config.model.vocab_size)
   )
 
   def claim() -> None:
-    run_dir.claim_run(out, config, overwrite)
-    run_dir.claim_text(out, corpus)
+    run_dir.write_config(out, config, overwrite)
+    run_dir.record_text(out, corpus)
 
-  multihost.first_alone(claim)
+  multihost.run_on_first(claim)
   with jax.set_mesh(mesh), signals.stop_requests() as stopped:
     job, state = job_lib.prepare(
       config,
@@ -77,10 +77,10 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
     introduce(config, corpus, setup, watcher, out)
     start = int(state.step)
     try:
-      outcome = loop.train(job, state, signals.agreed(stopped, mesh))
+      outcome = loop.train(job, state, signals.agreed_stop(stopped, mesh))
     finally:
       job.close()
-    status = exit_status.stopped_status(job, outcome, start)
+    status = exit_status.report_end(job, outcome, start)
     if status is not None:
       return status
     report(config, corpus, setup.placed, job, outcome.state)
@@ -210,8 +210,8 @@ def sample(
 def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
   flags = cli.parse(words)
-  checkpoint.quiet()
-  return exit_status.guarded(lambda: _command(flags))
+  checkpoint.silence_orbax()
+  return exit_status.report_errors(lambda: _command(flags))
 
 
 def _command(flags: argparse.Namespace) -> int:
@@ -224,7 +224,7 @@ def _command(flags: argparse.Namespace) -> int:
     return dry_run.main(config, flags.json)
   out = flags.out or pathlib.Path("runs") / default
   multihost.connect(config.mesh)
-  with multihost.only_first_speaks():
+  with multihost.only_first_prints():
     return run(config, out, flags.overwrite)
 
 

@@ -201,7 +201,7 @@ def stop_after_five_steps(given, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(
       signals,
-      "agreed",
+      "agreed_stop",
       lambda *_: lambda: calls.append(0) or len(calls) == 5,
     )
     assert finetune.main(given) == 130

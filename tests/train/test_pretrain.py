@@ -117,16 +117,16 @@ def test_a_run_does_not_go_on_with_other_text(flags, text_file, tmp_path):
   )
   prepare = lambda: corpus.prepare(settings.data, 300)
   out = tmp_path / "run"
-  run_dir.claim_run(out, settings, overwrite=False)
-  run_dir.claim_text(out, prepare())
-  run_dir.claim_text(out, prepare())
+  run_dir.write_config(out, settings, overwrite=False)
+  run_dir.record_text(out, prepare())
+  run_dir.record_text(out, prepare())
   before = (out / "tokenizer.json").read_text()
   data.write_text(text_file.read_text() + "\n\nMore of it.\n" * 40)
   with pytest.raises(UserError, match="belongs to a run on other text"):
-    run_dir.claim_text(out, prepare())
+    run_dir.record_text(out, prepare())
   assert (out / "tokenizer.json").read_text() == before
-  run_dir.claim_run(out, settings, overwrite=True)
-  run_dir.claim_text(out, prepare())
+  run_dir.write_config(out, settings, overwrite=True)
+  run_dir.record_text(out, prepare())
 
 
 def test_a_folder_of_another_run_is_left_alone(flags, tmp_path, capsys):
@@ -167,10 +167,10 @@ def test_every_field_says_what_it_means():
 
 def test_notes_are_read_beside_and_above_the_fields():
   found = field_help.field_notes(schema.RunConfig)
-  assert found["keep"] == "newest checkpoints that stay"
+  assert found["keep"] == "number of newest checkpoints to keep"
   proj_type = field_help.field_notes(schema.OptimizerConfig)["proj_type"]
-  assert proj_type.startswith("The projected side:")
-  assert proj_type.endswith("smallest state.")
+  assert proj_type.startswith("which side is projected:")
+  assert proj_type.endswith("smallest state (auto)")
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def _training_step(
   corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
   out = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
   with jax.set_mesh(mesh), contextlib.redirect_stdout(io.StringIO()):
-    run_dir.claim_run(out, config, overwrite=False)
+    run_dir.write_config(out, config, overwrite=False)
     setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
     job, state = job_lib.prepare(config, out, corpus, setup)
     stack.enter_context(contextlib.closing(job))

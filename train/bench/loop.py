@@ -63,14 +63,14 @@ def measure(config: schema.Config, rounds: int, length: int) -> Times:
   corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
   with tempfile.TemporaryDirectory() as name, jax.set_mesh(mesh):
     out = pathlib.Path(name)
-    run_dir.claim_run(out, config, overwrite=False)
+    run_dir.write_config(out, config, overwrite=False)
     setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
     watcher = subspace_watch.Watcher(config.run, config.optimizer, setup)
     job, state = job_lib.prepare(config, out, corpus, setup, watcher)
     with contextlib.closing(job):
       compiled = loop_lib.compile_step(job, state)
       batch = job.put(next(job.feed))
-      watch = loop_lib.Watch(job, 0, 0)
+      watch = loop_lib.Reporter(job, 0, 0)
       state = _bare(compiled, state, batch, length)  # a first one, to warm up
       for index in range(rounds):
         # Each of them comes first in every other round.
@@ -103,7 +103,7 @@ def _looped(
   job: job_lib.Job,
   state: train_step.TrainState,
   compiled: Callable,
-  watch: loop_lib.Watch,
+  watch: loop_lib.Reporter,
   numbers: range,
 ) -> train_step.TrainState:
   """The script's own loop; what it prints goes nowhere."""

@@ -118,7 +118,7 @@ def run(flags: argparse.Namespace) -> int:
   """Works through a table."""
   if not flags.budget > 0:
     raise UserError(f"--budget is {flags.budget}; give hours above 0")
-  checkpoint.quiet()
+  checkpoint.silence_orbax()
   os.nice(max(0, flags.nice - os.nice(0)))
   table = tables.TABLES[getattr(flags, "table", "quick")]
   tokens = flags.tokens or table.tokens
@@ -142,7 +142,7 @@ def act(flags: argparse.Namespace) -> int:
   if flags.command in ("run", "quick"):
     return run(flags)
   if flags.command == "time":
-    checkpoint.quiet()
+    checkpoint.silence_orbax()
     table = tables.TABLES[flags.table]
     tokens = flags.tokens or table.tokens
     speed.measure(
@@ -151,7 +151,7 @@ def act(flags: argparse.Namespace) -> int:
     print(f"wrote {flags.results / speed.FILE}")
     return 0
   if flags.command == "mechanism":
-    checkpoint.quiet()
+    checkpoint.silence_orbax()
     mechanism.run(flags.results)
   report.write(flags.results, flags.page)
   return 0
@@ -160,7 +160,7 @@ def act(flags: argparse.Namespace) -> int:
 def main(words: list[str] | None = None) -> int:
   """The command: 0 done, 2 wrong input, 130 stopped."""
   flags = parse(words)
-  return exit_status.guarded(lambda: act(flags))
+  return exit_status.report_errors(lambda: act(flags))
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def run_all(flags: argparse.Namespace) -> int:
       "stage": flags.command,
       "method": run.method.text,
       "checkpoint": checkpoint,
-      "examples": run_dir.examples_of(out),
+      "examples": run_dir.examples_digest(out),
       **result,
       "command": shown_command(flags, run.command),
     }
@@ -411,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(results.read(flags.results)))
     return 0
 
-  return exit_status.guarded(run)
+  return exit_status.report_errors(run)
 
 
 if __name__ == "__main__":

@@ -118,10 +118,10 @@ def train(
   config = config_of(run, parts)
   out = work / run.key
   try:
-    run_dir.check_run(out, config, overwrite=False)
-    run_dir.claim_run(out, config, overwrite=False)
+    run_dir.check_folder(out, config, overwrite=False)
+    run_dir.write_config(out, config, overwrite=False)
   except UserError:  # what is left there is of no use
-    run_dir.claim_run(out, config, overwrite=True)
+    run_dir.write_config(out, config, overwrite=True)
   corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
   mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
   with aside(out / "log.txt"), jax.set_mesh(mesh):
@@ -160,7 +160,7 @@ def _prepare(
   except UserError:
     if not (out / run_dir.FOLDER).exists():
       raise
-    run_dir.claim_run(out, config, overwrite=True)
+    run_dir.write_config(out, config, overwrite=True)
     return job_lib.prepare(config, out, corpus, setup)
 
 

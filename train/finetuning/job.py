@@ -204,7 +204,7 @@ def prepare(
     config.train.seed,
     lambda: learner.params,
   )
-  part, sharding = mesh_lib.part_of_batch(mesh), mesh_lib.batch_sharding(mesh)
+  part, sharding = mesh_lib.batch_part(mesh), mesh_lib.batch_sharding(mesh)
   put = lambda batch: {
     k: mesh_lib.put_batch(v, sharding) for k, v in batch.items()
   }

@@ -63,7 +63,7 @@ def record(
   corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
   with tempfile.TemporaryDirectory() as name, jax.set_mesh(mesh):
     out = pathlib.Path(name)
-    run_dir.claim_run(out, config, overwrite=False)
+    run_dir.write_config(out, config, overwrite=False)
     with contextlib.redirect_stdout(io.StringIO()):
       setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
       job, state = job_lib.prepare(config, out, corpus, setup)

@@ -101,7 +101,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def part_of_batch(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   """Which part of a batch this process feeds to its devices, of how many.
 
   Processes whose devices hold the same rows (the tensor axis runs across

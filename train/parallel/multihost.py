@@ -96,7 +96,7 @@ def gather(value: Any) -> list[Any]:
   ]
 
 
-def first_alone(action: Callable[[], None]) -> None:
+def run_on_first(action: Callable[[], None]) -> None:
   """Runs `action` in the first process while the others wait.
 
   Raises:
@@ -105,7 +105,7 @@ def first_alone(action: Callable[[], None]) -> None:
   _together(action if is_first() else lambda: None)
 
 
-def first_then_others(action: Callable[[], Any]) -> Any:
+def run_on_first_then_others(action: Callable[[], Any]) -> Any:
   """Runs `action` in the first process, then in the others.
 
   What the first one leaves in a cache, the others then find there.
@@ -137,7 +137,7 @@ def _together(action: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def only_first_speaks() -> Iterator[None]:
+def only_first_prints() -> Iterator[None]:
   """Sends what the other processes print to nowhere."""
   if is_first():
     yield

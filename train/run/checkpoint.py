@@ -140,7 +140,7 @@ def _set_aside(
         f" {aside.name} and that of {instead}"
       )
 
-  multihost.first_alone(rename)
+  multihost.run_on_first(rename)
 
 
 def _reason(error: BaseException) -> str:
@@ -156,7 +156,7 @@ def _reason(error: BaseException) -> str:
   return line if len(line) <= 160 else f"{line[:160]}..."
 
 
-def quiet() -> None:
+def silence_orbax() -> None:
   """Turns off what Orbax logs: each failure several times, at length.
 
   What matters to the run is said by `restore` and by `Checkpoints`.

@@ -9,7 +9,7 @@ from train.run.job import Job
 from train.run.loop import Outcome
 
 
-def stopped_status(job: Job, outcome: Outcome, start: int) -> int | None:
+def report_end(job: Job, outcome: Outcome, start: int) -> int | None:
   """Says how training ended; the exit status of one that was interrupted.
 
   Args:
@@ -42,7 +42,7 @@ def stopped_status(job: Job, outcome: Outcome, start: int) -> int | None:
   return None
 
 
-def guarded(action: Callable[[], int]) -> int:
+def report_errors(action: Callable[[], int]) -> int:
   """Runs a command: 0 done, 1 diverged, 2 wrong input, 130 interrupted."""
   try:
     return action()

@@ -89,7 +89,7 @@ def prepare(
   state, progress = restore_or_init(
     out, setup.updater, placed, config.train.seed, initial_params
   )
-  part = mesh_lib.part_of_batch(mesh)
+  part = mesh_lib.batch_part(mesh)
   sharding = mesh_lib.batch_sharding(mesh)
   put = lambda rows: mesh_lib.put_batch(rows, sharding)
   eval_step = train_step_lib.make_eval_step(placed, config.parts)

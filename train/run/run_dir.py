@@ -19,7 +19,7 @@ TEXT = "text.json"
 FOLDER = "checkpoints"
 
 
-def check_run(
+def check_folder(
   out: pathlib.Path, config: schema.SharedConfig, overwrite: bool
 ) -> None:
   """Refuses a folder that holds something else, before anything is written.
@@ -45,10 +45,10 @@ def check_run(
     )
 
 
-def claim_run(
+def write_config(
   out: pathlib.Path, config: schema.SharedConfig, overwrite: bool
 ) -> None:
-  """Writes the config into the run's folder, which `check_run` let pass."""
+  """Writes the config into the run's folder, which `check_folder` let pass."""
   atomic_files.make_folder(out, "--out")
   if overwrite:
     _delete_run(out)
@@ -56,14 +56,14 @@ def claim_run(
   atomic_files.write_text(out / CONFIG, text + "\n")
 
 
-def claim_text(out: pathlib.Path, corpus: Corpus) -> None:
+def record_text(out: pathlib.Path, corpus: Corpus) -> None:
   """Writes the tokenizer, and what tells the text of the run from others.
 
   Raises:
     UserError: the run that is there has read another text.
   """
   end = corpus.tokenizer.id_to_token(corpus.encoder.end)
-  _claim_data(
+  _record_data(
     out,
     {"digest": corpus.digest, "end_token": end},
     "on other text or with another tokenizer: what data.path or"
@@ -72,13 +72,13 @@ def claim_text(out: pathlib.Path, corpus: Corpus) -> None:
   atomic_files.write_text(out / "tokenizer.json", corpus.tokenizer.to_str())
 
 
-def claim_examples(out: pathlib.Path, digest: str) -> None:
+def record_examples(out: pathlib.Path, digest: str) -> None:
   """Writes what tells the examples of a fine-tuning run from others.
 
   Raises:
     UserError: the run that is there has read others.
   """
-  _claim_data(
+  _record_data(
     out,
     {"digest": digest},
     "on other examples: what data.path or data.validation name has changed"
@@ -86,12 +86,12 @@ def claim_examples(out: pathlib.Path, digest: str) -> None:
   )
 
 
-def examples_of(out: pathlib.Path) -> str:
-  """What `claim_examples` has written there."""
+def examples_digest(out: pathlib.Path) -> str:
+  """What `record_examples` has written there."""
   return _read(out / TEXT)["digest"]
 
 
-def _claim_data(
+def _record_data(
   out: pathlib.Path, described: dict[str, Any], other: str
 ) -> None:
   path = out / TEXT

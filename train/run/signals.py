@@ -38,7 +38,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
       signal.signal(number, handler)
 
 
-def agreed(
+def agreed_stop(
   stopped: Callable[[], bool], mesh: jax.sharding.Mesh
 ) -> Callable[[], bool]:
   """Makes all processes stop after the same step, whichever was asked to.

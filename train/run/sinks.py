@@ -104,7 +104,7 @@ SINKS: dict[str, tuple[str, Callable[..., Sink]]] = {
 }
 
 
-def names(setting: str) -> list[str]:
+def parse_names(setting: str) -> list[str]:
   """The sinks that `run.sinks` asks for.
 
   Raises:
@@ -137,4 +137,6 @@ def open_sinks(
     config: the run's fields, flat.
     resumed_at: step of the checkpoint from which the run goes on, or 0.
   """
-  return [SINKS[name][1](out, config, resumed_at) for name in names(setting)]
+  return [
+    SINKS[name][1](out, config, resumed_at) for name in parse_names(setting)
+  ]

@@ -96,7 +96,7 @@ def test_launchers_that_start_several_processes_are_known():
 def test_one_process_is_first_and_alone(capsys):
   assert multihost.is_first()
   assert multihost.gather({"text": "ü"}) == [{"text": "ü"}]
-  with multihost.only_first_speaks():
+  with multihost.only_first_prints():
     print("heard")
   assert capsys.readouterr().out == "heard\n"
 
@@ -104,8 +104,8 @@ def test_one_process_is_first_and_alone(capsys):
     raise UserError("no such thing")
 
   with pytest.raises(UserError, match="no such thing"):
-    multihost.first_alone(refuse)
-  assert multihost.first_then_others(lambda: 3) == 3
+    multihost.run_on_first(refuse)
+  assert multihost.run_on_first_then_others(lambda: 3) == 3
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), OSError(28, "full")])
@@ -118,14 +118,14 @@ def test_what_fails_in_one_process_ends_all(monkeypatch, error):
   told = []
   with monkeypatch.context() as patch:
     patch.setattr(multihost, "gather", lambda text: told.append(text) or [text])
-    for run in (multihost.first_alone, multihost.first_then_others):
+    for run in (multihost.run_on_first, multihost.run_on_first_then_others):
       with pytest.raises(type(error)) as raised:
         run(fail)
       assert raised.value is error
   assert told == [str(error)] * 2
   monkeypatch.setattr(multihost, "gather", lambda text: [told[0], text])
   monkeypatch.setattr(multihost, "is_first", lambda: False)
-  for run in (multihost.first_alone, multihost.first_then_others):
+  for run in (multihost.run_on_first, multihost.run_on_first_then_others):
     with pytest.raises(UserError) as raised:
       run(lambda: 3)
     assert str(raised.value) == str(error)
@@ -184,10 +184,10 @@ def test_each_process_feeds_the_rows_of_its_devices(
   found = []
   for index in range(len(parts)):
     monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-    found.append(mesh.part_of_batch(Grid(shape, per_process)))
+    found.append(mesh.batch_part(Grid(shape, per_process)))
   assert found == parts
 
 
 def test_a_tensor_axis_that_cuts_through_processes_is_refused():
   with pytest.raises(UserError, match=r"mesh.tensor=3 cuts through"):
-    mesh.part_of_batch(Grid((4, 1, 3), 4))
+    mesh.batch_part(Grid((4, 1, 3), 4))

@@ -200,7 +200,7 @@ def run(trainer, tmp_path_factory):
   """A run's folder with one checkpoint, and its parameters."""
   out = tmp_path_factory.mktemp("run")
   config = schema.Config("tiny", model=TINY)
-  run_dir.claim_run(out, config, overwrite=False)
+  run_dir.write_config(out, config, overwrite=False)
   (out / "tokenizer.json").write_text(TEXT)
   state = trainer.init(seed=5)
   saver = checkpoint.Checkpoints(out, keep=1)
@@ -243,7 +243,7 @@ def test_a_run_with_weights_in_eight_bits_is_exported(tmp_path):
   )
   state = small.init(seed=5)
   config = schema.Config("tiny", model=small.model)
-  run_dir.claim_run(tmp_path / "run", config, overwrite=False)
+  run_dir.write_config(tmp_path / "run", config, overwrite=False)
   (tmp_path / "run" / "tokenizer.json").write_text(TEXT)
   saver = checkpoint.Checkpoints(tmp_path / "run", keep=1)
   with jax.set_mesh(small.mesh):

@@ -28,7 +28,7 @@ def killed_when(event: str, ending: str) -> None:
 
 def killed_after(step: int) -> None:
   """`kill -9` as soon as the numbers of a step are recorded."""
-  record = loop.Watch.record
+  record = loop.Reporter.record
 
   def then_die(self, index, values):
     found = record(self, index, values)
@@ -37,7 +37,7 @@ def killed_after(step: int) -> None:
       os.kill(os.getpid(), signal.SIGKILL)
     return found
 
-  loop.Watch.record = then_die
+  loop.Reporter.record = then_die
 
 
 def fill_disk(filler: pathlib.Path) -> None:
@@ -53,7 +53,7 @@ def fill_disk(filler: pathlib.Path) -> None:
 
 def full_disk(folder: str, flags: list[str]) -> int:
   """The disk is full from step 5 on; then there is room, and a second run."""
-  filler, record = pathlib.Path(folder) / "filler", loop.Watch.record
+  filler, record = pathlib.Path(folder) / "filler", loop.Reporter.record
 
   def then_fill(self, index, values):
     found = record(self, index, values)
@@ -62,11 +62,11 @@ def full_disk(folder: str, flags: list[str]) -> int:
       fill_disk(filler)
     return found
 
-  loop.Watch.record = then_fill
+  loop.Reporter.record = then_fill
   print("status", pretrain.main(flags))
   left = pathlib.Path(folder).glob("run/checkpoints/*")
   print("checkpoints", *sorted(p.name for p in left if p.name.isdigit()))
-  loop.Watch.record = record
+  loop.Reporter.record = record
   status = pretrain.main(flags)
   print("status", status, "with a full disk")
   filler.unlink()

@@ -137,18 +137,18 @@ def drive(harm, argument, out, flags, *before):
 def test_a_signal_saves_and_the_same_command_goes_on(
   number, flags, whole, tmp_path, monkeypatch, capsys
 ):
-  out, record = tmp_path / "run", loop.Watch.record
+  out, record = tmp_path / "run", loop.Reporter.record
 
   def interrupt(self, index, values):
     if index == 5:
       signal.raise_signal(number)
     return record(self, index, values)
 
-  monkeypatch.setattr(loop.Watch, "record", interrupt)
+  monkeypatch.setattr(loop.Reporter, "record", interrupt)
   assert pretrain.main(["--out", str(out), *flags]) == 130
   assert "stopped after step 7, which is saved" in capsys.readouterr().out
   assert steps_of(out) == [6, 7]
-  monkeypatch.setattr(loop.Watch, "record", record)
+  monkeypatch.setattr(loop.Reporter, "record", record)
   assert pretrain.main(["--out", str(out), *flags]) == 0
   assert "continuing from the checkpoint of step 7" in capsys.readouterr().out
   assert_same_run(out, whole)

@@ -103,7 +103,7 @@ def test_compiling_with_a_step_is_no_time_of_training(capsys):
     log=types.SimpleNamespace(write=lambda *args, **values: None),
     watcher=None,
   )  # fmt: skip
-  watch, compiled = loop.Watch(job, 0, 0), jax.jit(slow_to_trace)
+  watch, compiled = loop.Reporter(job, 0, 0), jax.jit(slow_to_trace)
   state = jnp.zeros(())
   for step in (1, 2):
     state, _ = watch.step(compiled, step, state)
@@ -133,14 +133,14 @@ def test_throughput_leaves_out_pauses():
 
 
 def test_sinks_that_cannot_be_are_told_before_anything_starts(monkeypatch):
-  assert sinks.names("") == []
+  assert sinks.parse_names("") == []
   with pytest.raises(UserError, match=r"'mlflow' is unknown.*tensorboard"):
-    sinks.names("mlflow")
+    sinks.parse_names("mlflow")
   found = importlib.util.find_spec
   hide = lambda name: None if name == "tensorboardX" else found(name)
   monkeypatch.setattr(importlib.util, "find_spec", hide)
   with pytest.raises(UserError, match=r"tensorboardX.*\.\[tensorb"):
-    sinks.names("tensorboard")
+    sinks.parse_names("tensorboard")
 
 
 def scalars(path):

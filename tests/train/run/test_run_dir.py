@@ -16,32 +16,32 @@ BASE = presets.make("sotu_small", "galore")
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
   out = tmp_path / "run"
-  run_dir.check_run(out, BASE, overwrite=False)
+  run_dir.check_folder(out, BASE, overwrite=False)
   assert not out.exists()
-  run_dir.claim_run(out, BASE, overwrite=False)
-  run_dir.check_run(out, BASE, overwrite=False)
+  run_dir.write_config(out, BASE, overwrite=False)
+  run_dir.check_folder(out, BASE, overwrite=False)
   other = schema.override(BASE, ["optimizer.rank=8", "train.seed=5"])
   with pytest.raises(UserError) as raised:
-    run_dir.check_run(out, other, overwrite=False)
+    run_dir.check_folder(out, other, overwrite=False)
   for word in (str(out), "optimizer.rank: 48 there, 8 now", "train.seed: 0",
                "--overwrite", "--out"):  # fmt: skip
     assert word in str(raised.value)
-  run_dir.check_run(out, other, overwrite=True)
+  run_dir.check_folder(out, other, overwrite=True)
 
 
 def test_what_changes_no_number_may_change(tmp_path):
-  run_dir.claim_run(tmp_path, BASE, overwrite=False)
+  run_dir.write_config(tmp_path, BASE, overwrite=False)
   free = schema.override(BASE, ["run.keep=7", "mesh.fsdp=2"])
-  run_dir.check_run(tmp_path, free, overwrite=False)
+  run_dir.check_folder(tmp_path, free, overwrite=False)
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
-  run_dir.claim_run(tmp_path, BASE, overwrite=False)
+  run_dir.write_config(tmp_path, BASE, overwrite=False)
   (tmp_path / "metrics.jsonl").write_text("{}\n")
   (tmp_path / run_dir.FOLDER / "9").mkdir(parents=True)
   (tmp_path / "notes.md").write_text("mine")
   other = dataclasses.replace(BASE, train=schema.TrainConfig(steps=5))
-  run_dir.claim_run(tmp_path, other, overwrite=True)
+  run_dir.write_config(tmp_path, other, overwrite=True)
   assert {p.name for p in tmp_path.iterdir()} == {"config.json", "notes.md"}
   saved = json.loads((tmp_path / "config.json").read_text())
   assert saved["train.steps"] == 5
@@ -51,34 +51,34 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
   (tmp_path / "thesis.tex").write_text("words")
   for overwrite in (False, True):
     with pytest.raises(UserError, match="not empty"):
-      run_dir.check_run(tmp_path, BASE, overwrite)
+      run_dir.check_folder(tmp_path, BASE, overwrite)
   with pytest.raises(UserError, match="is a file"):
-    run_dir.check_run(tmp_path / "thesis.tex", BASE, False)
+    run_dir.check_folder(tmp_path / "thesis.tex", BASE, False)
 
 
 def test_a_broken_config_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(UserError, match=r"config.json cannot be read"):
-    run_dir.check_run(tmp_path, BASE, overwrite=False)
+    run_dir.check_folder(tmp_path, BASE, overwrite=False)
 
 
 def test_a_field_that_a_run_does_not_know_had_its_default(tmp_path):
-  run_dir.claim_run(tmp_path, BASE, overwrite=False)
+  run_dir.write_config(tmp_path, BASE, overwrite=False)
   path = tmp_path / "config.json"
   saved = json.loads(path.read_text())
   del saved["train.z_loss"]
   path.write_text(json.dumps(saved))
-  run_dir.check_run(tmp_path, BASE, overwrite=False)
+  run_dir.check_folder(tmp_path, BASE, overwrite=False)
   changed = schema.override(BASE, ["train.z_loss=0.1"])
   with pytest.raises(UserError, match=r"train.z_loss: 0.0 there, 0.1 now"):
-    run_dir.check_run(tmp_path, changed, overwrite=False)
+    run_dir.check_folder(tmp_path, changed, overwrite=False)
 
 
 def test_an_empty_value_is_shown_as_such(tmp_path):
-  run_dir.claim_run(tmp_path, BASE, overwrite=False)
+  run_dir.write_config(tmp_path, BASE, overwrite=False)
   other = schema.override(BASE, ["data.path=my.txt"])
   with pytest.raises(UserError, match=r'data.path: "" there, my.txt now'):
-    run_dir.check_run(tmp_path, other, overwrite=False)
+    run_dir.check_folder(tmp_path, other, overwrite=False)
 
 
 def test_files_have_the_permissions_of_any_other(tmp_path):
@@ -131,11 +131,11 @@ def test_a_fine_tuning_run_of_version_0_1_goes_on(
 ):
   """It wrote all fields of pre-training, too, which had to be the defaults."""
   config = recipes.make("cola", "galore")
-  run_dir.claim_run(tmp_path, config, overwrite=False)
+  run_dir.write_config(tmp_path, config, overwrite=False)
   saved = json.loads((tmp_path / "config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps(saved | {field: value}))
   if refused:
     with pytest.raises(UserError, match=f"{field}: {value} there"):
-      run_dir.check_run(tmp_path, config, overwrite=False)
+      run_dir.check_folder(tmp_path, config, overwrite=False)
   else:
-    run_dir.check_run(tmp_path, config, overwrite=False)
+    run_dir.check_folder(tmp_path, config, overwrite=False)
