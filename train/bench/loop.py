@@ -70,7 +70,7 @@ def measure(config: schema.Config, rounds: int, length: int) -> Times:
     with contextlib.closing(job):
       compiled = loop_lib.compile_step(job, state)
       batch = job.put(next(job.feed))
-      watch = loop_lib.Reporter(job, 0, 0)
+      reporter = loop_lib.Reporter(job, 0, 0)
       state = _bare(compiled, state, batch, length)  # a first one, to warm up
       for index in range(rounds):
         # Each of them comes first in every other round.
@@ -82,11 +82,11 @@ def measure(config: schema.Config, rounds: int, length: int) -> Times:
             if bare:
               state = _bare(compiled, state, batch, length)
             else:
-              state = _looped(job, state, compiled, watch, numbers)
+              state = _looped(job, state, compiled, reporter, numbers)
           if not bare:
             times.waited.append(job.feed.waited - waited)
       times.save = _save(job, state)
-      watch.progress.close()
+      reporter.progress.close()
   return times
 
 
@@ -103,13 +103,13 @@ def _looped(
   job: job_lib.Job,
   state: train_step.TrainState,
   compiled: Callable,
-  watch: loop_lib.Reporter,
+  reporter: loop_lib.Reporter,
   numbers: range,
 ) -> train_step.TrainState:
   """The script's own loop; what it prints goes nowhere."""
   with contextlib.redirect_stdout(io.StringIO()):
     outcome = loop_lib.advance(
-      job, state, compiled, watch, numbers, lambda: False
+      job, state, compiled, reporter, numbers, lambda: False
     )
     jax.block_until_ready(outcome.state)
   return outcome.state

@@ -1,4 +1,4 @@
-"""The training loop: steps, and between them records, evaluations, saves."""
+"""The training loop: steps, and between them logs, evaluations and saves."""
 
 import contextlib
 import math
@@ -24,92 +24,95 @@ class Outcome(NamedTuple):
   stopped: bool  # by a signal, before the last step
 
 
-class Watch:
-  """What the loop tells while it runs: numbers, speed, the time so far."""
+class Reporter:
+  """Runs steps, and shows and logs their metrics, speed and time."""
 
   def __init__(self, job: Job, start: int, skipped: int):
     self._job, self._begin = job, time.perf_counter()
-    self._mark = (self._begin, job.feed.waited)
+    self._last_wait = (self._begin, job.feed.waited)  # when, and how much
     self.progress = progress_lib.Progress(
       start, job.train.steps, job.run.log_every
     )
     self.speed = metrics.Throughput()
     self.say = self.progress.say
-    self._cold = 0  # the last step with which something was compiled
-    self._skipped = skipped  # steps so far that left the optimizer as it was
+    self._compiled_at = 0  # the last step that compiled something
+    self._skipped = skipped  # steps so far that did not update the optimizer
     self.resume()
 
   def step(
     self, compiled: Callable, step: int, state: train_step.TrainState
   ) -> tuple[train_step.TrainState, dict[str, jax.Array]]:
-    """Runs a step; now and then with a look at the subspaces."""
+    """Runs a step, and measures the subspaces where that is due."""
     rows, watcher = self._job.put(next(self._job.feed)), self._job.watcher
-    begin, known = time.perf_counter(), self._programs(compiled)
+    begin, programs = time.perf_counter(), self._programs(compiled)
     if watcher and watcher.is_due(step - 1 - self._skipped):
-      look = watcher.before(state, rows)
+      before = watcher.before(state, rows)
       state, values = compiled(state, rows)
-      values |= watcher.after(look, state)
+      values |= watcher.after(before, state)
     else:
       state, values = compiled(state, rows)
-    if self._programs(compiled) > known:
-      self._leave_out(time.perf_counter() - begin, step)
+    if self._programs(compiled) > programs:
+      self._exclude_compilation(time.perf_counter() - begin, step)
     return state, values
 
   def _programs(self, compiled: Callable) -> int:
-    """Programs that calls have compiled so far, none if that was done ahead."""
+    """Number of programs that calls compiled; those compiled ahead are none."""
     watcher = self._job.watcher
     return train_step.count_programs(compiled) + (
       watcher.programs() if watcher else 0
     )
 
-  def _leave_out(self, seconds: float, step: int) -> None:
-    """Takes the time of a compilation for no time of training."""
-    now, waited = self._mark
-    self._begin, self._mark = self._begin + seconds, (now + seconds, waited)
-    self._cold = step
+  def _exclude_compilation(self, seconds: float, step: int) -> None:
+    """Excludes compilation from training time."""
+    since, waited = self._last_wait
+    self._begin += seconds
+    self._last_wait = (since + seconds, waited)
+    self._compiled_at = step
     self.say(f"compiled   in {seconds:.1f} s, with step {step}")
 
   def resume(self) -> None:
-    """Measures the speed from now on: what came before were no steps."""
+    """Restarts the measurement of speed, after something else than steps."""
     self.speed.pause()
     self.speed.update(0)
 
   def seconds(self) -> float:
-    """Of training so far, those before an interruption included."""
+    """Seconds of training so far, including those before an interruption."""
     return self._job.seconds + time.perf_counter() - self._begin
 
   def wait_share(self) -> float:
-    """Share of the time since the last call that went into waiting for data."""
-    now = (time.perf_counter(), self._job.feed.waited)
-    (then, before), self._mark = self._mark, now
-    return (now[1] - before) / (now[0] - then)
+    """Fraction of the time since the last call spent waiting for data."""
+    now, waited = time.perf_counter(), self._job.feed.waited
+    (since, before), self._last_wait = self._last_wait, (now, waited)
+    return (waited - before) / (now - since)
 
   def record(self, step: int, values: dict[str, jax.Array]) -> bool:
-    """Fetches the numbers of a step, shows them, and logs some.
+    """Fetches the metrics of a step, shows them, and logs them if that is due.
 
     Returns:
-      Whether too many steps in a row were skipped, this one the last.
+      Whether this step was skipped and too many before it were, too.
     """
     fetched = {name: x.item() for name, x in jax.device_get(values).items()}
     in_row, skipped = fetched.pop("skips_in_row"), fetched.pop("skipped")
     tokens, job = fetched.pop("tokens"), self._job
-    seen = {k: fetched.pop(k) for k in values if k.startswith("subspace/")}
-    if step == self._cold:
-      self.resume()  # part of it ran beside the compiler
+    subspaces = {
+      name: fetched.pop(name) for name in values if name.startswith("subspace/")
+    }
+    if step == self._compiled_at:
+      self.resume()  # part of the step ran while the compiler worked
     else:
       self.speed.update(tokens)
     self._skipped = skipped
     if in_row:
-      self._tell_skip(step, fetched, in_row, skipped)
+      self._report_skip(step, fetched, in_row, skipped)
       return in_row >= job.train.max_skips
-    # A skipped step leaves the optimizer's schedule where it was.
+    # The schedule counts updates, and a skipped step makes none.
     lr = float(job.rates[step - 1 - skipped])
     rate = self.speed.rate
     mfu = flops.utilisation(rate, job.forward_flops)
     norm = fetched["grad_norm"]
     self.progress.update(step, fetched["loss"], lr, rate, tokens, norm, mfu)
-    if seen and job.watcher:
-      job.log.write(step, **job.watcher.values(seen))
+    if subspaces and job.watcher:
+      job.log.write(step, **job.watcher.values(subspaces))
     if step % job.run.log_every == 0 or step == job.train.steps:
       job.log.write(
         step,
@@ -123,26 +126,26 @@ class Watch:
       )
     return False
 
-  def _tell_skip(
+  def _report_skip(
     self, step: int, fetched: dict[str, float], in_row: int, skipped: int
   ) -> None:
     self.say(
       f"step {step:>5}  skipped: loss {fetched['loss']}, gradient norm"
       f" {fetched['grad_norm']} ({in_row} in a row, {skipped} in all)"
     )
-    known = {k: v for k, v in fetched.items() if math.isfinite(v)}
-    self._job.log.write(step, **known, skipped=skipped)
+    finite = {k: v for k, v in fetched.items() if math.isfinite(v)}
+    self._job.log.write(step, **finite, skipped=skipped)
 
 
 def train(
   job: Job, state: train_step.TrainState, stopped: Callable[[], bool]
 ) -> Outcome:
-  """The training loop, from the state's step to the last or to a stop.
+  """Trains from the state's step to the last step, or until a stop.
 
   Args:
     job: the run's parts.
     state: where to start; it is consumed.
-    stopped: whether a stop was asked for, the same in every process.
+    stopped: whether a stop was requested; the same in every process.
 
   Raises:
     Diverged: too many steps in a row had no finite gradient.
@@ -153,14 +156,14 @@ def train(
   if start >= steps:
     return Outcome(state, stopped=False)
   compiled = compile_step(job, state)
-  watch = Watch(job, start, int(state.skipped))
-  with contextlib.closing(watch.progress), jax.transfer_guard("disallow"):
+  reporter = Reporter(job, start, int(state.skipped))
+  with contextlib.closing(reporter.progress), jax.transfer_guard("disallow"):
     numbers = range(start + 1, steps + 1)
-    outcome = advance(job, state, compiled, watch, numbers, stopped)
-  waited, seconds = job.feed.waited, watch.seconds() - job.seconds
+    outcome = advance(job, state, compiled, reporter, numbers, stopped)
+  waited, seconds = job.feed.waited, reporter.seconds() - job.seconds
   print(
-    f"waited     {waited:.1f} s for data, {waited / seconds:.2%} of"
-    f" {seconds:,.1f} s of training"
+    f"trained    in {seconds:,.1f} s, of which {waited:.1f} s"
+    f" ({waited / seconds:.2%}) waiting for data"
   )
   return outcome
 
@@ -169,58 +172,58 @@ def advance(
   job: Job,
   state: train_step.TrainState,
   compiled: Callable,
-  watch: Watch,
+  reporter: Reporter,
   numbers: range,
   stopped: Callable[[], bool],
 ) -> Outcome:
-  """Makes the steps of these numbers, with all that is due between them."""
-  pending = None  # the step whose metrics are not fetched yet
+  """Runs the steps of these numbers, and whatever is due between them."""
+  pending = None  # the step whose metrics have not been fetched yet
   diverged = False
   for step in numbers:
-    state, values = watch.step(compiled, step, state)
+    state, values = reporter.step(compiled, step, state)
     stopping = stopped()
-    # Step t runs while the numbers of step t - 1 are fetched and shown.
+    # While step t runs, the metrics of step t - 1 are fetched and shown.
     if pending is not None:
-      diverged = watch.record(*pending)
+      diverged = reporter.record(*pending)
     pending = (step, values)
-    job.checkpoints.poll(watch.say)
-    due = actions(job, step, stopping or diverged)
+    job.checkpoints.poll(reporter.say)
+    due = due_actions(job, step, stopping or diverged)
     if not due:
       continue
-    diverged |= watch.record(*pending)
+    diverged |= reporter.record(*pending)
     pending = None
     if diverged:
       due.add("save")
-    settle(job, state, watch, due)
+    evaluate_and_save(job, state, reporter, due)
     if diverged:
       raise Diverged(_divergence(job, step))
     if stopping:
       return Outcome(state, stopped=step < job.train.steps)
   if pending is not None:
-    watch.record(*pending)
+    reporter.record(*pending)
   return Outcome(state, stopped=False)
 
 
-def settle(
-  job: Job, state: train_step.TrainState, watch: Watch, due: set[str]
+def evaluate_and_save(
+  job: Job, state: train_step.TrainState, reporter: Reporter, due: set[str]
 ) -> None:
-  """Evaluates and saves, whatever of it is due."""
+  """Evaluates and saves the state, as far as that is due."""
   loss = None
   if "evaluate" in due:
-    loss = job.evaluate(state, watch.say)
+    loss = job.evaluate(state, reporter.say)
     if job.run.keep_best and loss < job.checkpoints.best():
       due.add("save")
   if "save" in due and not train_step.all_finite(state.params):
     job.checkpoints.failure = "its weights are not finite"
-    watch.say(f"not saved: {job.checkpoints.failure}")
+    reporter.say(f"not saved: {job.checkpoints.failure}")
   elif "save" in due:
-    progress = checkpoint.Progress(watch.seconds(), job.feed.state())
-    job.checkpoints.save(state, progress, loss, watch.say)
-  watch.resume()
+    progress = checkpoint.Progress(reporter.seconds(), job.feed.state())
+    job.checkpoints.save(state, progress, loss, reporter.say)
+  reporter.resume()
 
 
-def actions(job: Job, step: int, stopping: bool) -> set[str]:
-  """What is due after `step` steps: `evaluate` and `save`."""
+def due_actions(job: Job, step: int, stopping: bool) -> set[str]:
+  """What is due after `step` steps, of `evaluate` and `save`."""
   last = step == job.train.steps
   due = set()
   if last or step % job.run.eval_every == 0:
@@ -234,7 +237,7 @@ def _divergence(job: Job, step: int) -> str:
   job.checkpoints.settle()
   return (
     f"step {step}: no finite gradient in {job.train.max_skips} steps in a"
-    f" row (train.max_skips). The weights from before them are saved as step"
+    f" row (train.max_skips). The weights from before are saved as step"
     f" {job.checkpoints.latest}. Try a smaller optimizer.learning_rate (now"
     f" {job.rates.max():g}), a longer optimizer.warmup or"
     " optimizer.clip, in another --out"
@@ -247,9 +250,9 @@ def compile_step(job: Job, state: train_step.TrainState) -> Callable:
   rows = job.batch_shape
   packed = any(x.dtype == jnp.int4 for x in jax.tree.leaves(state))
   if packed or rows is None:
-    # One program does not fit batches of several shapes; and one compiled
-    # ahead refuses 4-bit arguments (jax 0.10.2: it takes packed and unpacked
-    # layouts for different ones). `jit` sees to both.
+    # A program compiled ahead takes batches of one shape only, and refuses
+    # 4-bit arguments (jax 0.10.2 takes their packed and unpacked layouts for
+    # different ones). `jit` handles both.
     print("compiling  with the first step ...", flush=True)
     return job.train_step
   print("compiling  ...", flush=True)
