@@ -43,7 +43,7 @@ def test_a_streamed_run_that_fails_goes_on_to_the_same_numbers(
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   assert pretrain.main(["--out", str(whole), *flags]) == 0
   printed = capsys.readouterr().out
-  assert "streamed" in printed and "s for data" in printed
+  assert "streamed" in printed and "waiting for data" in printed
   take = prefetch.Loader.__next__
   taken = []
 

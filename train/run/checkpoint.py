@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: written in the background, restored on any mesh.
 
-A checkpoint is written beside its final name and renamed when it is whole,
-and older ones are deleted after that: a run that is killed at any moment
-keeps its last complete one.
+A checkpoint is written under a temporary name and renamed when it is complete.
+Older ones are deleted after that. So a run that is killed at any moment keeps
+its last complete checkpoint.
 """
 
 import concurrent.futures
@@ -26,21 +26,21 @@ from train.run.checksums import check_sums
 from train.run.run_dir import FOLDER
 from train.step.train_step import Placed, TrainState
 
-PROGRESS = "progress"  # name of the JSON that lies beside the state
+PROGRESS = "progress"  # name of the JSON that is saved with the state
 LOSS = "held_out_loss"
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name until it is whole
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name until it is complete
 FULL = os.strerror(errno.ENOSPC)
 
 
 class Progress(NamedTuple):
-  """What a resumed run needs beside the arrays; JSON-able."""
+  """What a resumed run needs besides the arrays; JSON-able."""
 
   seconds: float  # of training so far
   data: Any  # position of this process in the data
 
 
 class Damaged(Exception):
-  """A checkpoint that cannot be what was saved; its text says why."""
+  """A checkpoint is not what was saved; the text says why."""
 
 
 def steps_in(out: pathlib.Path) -> list[int]:
@@ -56,25 +56,25 @@ def restore(
 ) -> tuple[TrainState, Progress] | None:
   """Reads the newest good checkpoint onto the devices of `placed`.
 
-  A damaged one is named, set aside, and the one before it is tried.
+  A damaged one is reported and renamed, and the one before it is tried.
 
   Args:
     out: the run's folder.
-    placed: what was saved, and where it shall live now.
-    say: told about damaged checkpoints.
+    placed: shapes and shardings of the state.
+    say: prints what is wrong with damaged checkpoints.
 
   Returns:
-    The state and what was saved with it; None where there is no checkpoint.
+    The state and what was saved with it; None if there is no checkpoint.
 
   Raises:
     UserError: there are checkpoints, and none can be restored.
   """
-  reasons: dict[int, str] = {}
+  reasons: dict[int, str] = {}  # step to why it cannot be restored
   for step in reversed(steps_in(out)):
     found, reason = None, None
     try:
       found = _load(out / FOLDER / str(step), placed)
-    # Orbax and its storage raise whatever a broken file makes them meet.
+    # A broken file surfaces as many exception types.
     except Exception as error:
       reason = _reason(error)
     reason = next(filter(None, multihost.gather(reason)), None)
@@ -92,7 +92,7 @@ def restore(
 
 
 def _load(path: pathlib.Path, placed: Placed) -> tuple[TrainState, Progress]:
-  """Reads one checkpoint and compares it with its check sums."""
+  """Reads one checkpoint and verifies its checksums."""
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     placed.state,
@@ -104,20 +104,20 @@ def _load(path: pathlib.Path, placed: Placed) -> tuple[TrainState, Progress]:
     )
   state, progress = loaded["state"], loaded[PROGRESS]
   if check_sums(state, placed.shardings.step.mesh) != progress["check_sums"]:
-    raise Damaged("its arrays are not those that were saved")
+    raise Damaged("its arrays differ from those that were saved")
   return state, Progress(progress["seconds"], _own(progress["data"]))
 
 
 def _own(positions: list[Any]) -> Any:
-  """This process's of the positions in the data that were saved."""
+  """This process's position in the data, of those that were saved."""
   count = jax.process_count()
   if len(positions) == count:
     return positions[jax.process_index()]
   if all(position == positions[0] for position in positions):
-    return positions[0]  # they count the batches of all processes
+    return positions[0]  # it counts the batches of all processes
   raise Damaged(
-    f"{len(positions)} processes read the data, each a part of its own, and"
-    f" now there are {count}: go on with {len(positions)}"
+    f"it has the data positions of {len(positions)} processes, but there are"
+    f" {count} now; continue with {len(positions)} processes"
   )
 
 
@@ -132,41 +132,41 @@ def _set_aside(
   def rename() -> None:
     for step, reason in reasons.items():
       path = out / FOLDER / str(step)
-      aside = path.with_name(f"{step}.damaged")
-      shutil.rmtree(aside, ignore_errors=True)
-      path.rename(aside)
+      renamed = path.with_name(f"{step}.damaged")
+      shutil.rmtree(renamed, ignore_errors=True)
+      path.rename(renamed)
       say(
-        f"checkpoint {path} is damaged ({reason}); it is kept as"
-        f" {aside.name} and that of {instead}"
+        f"checkpoint {path} is damaged ({reason}); it is renamed to"
+        f" {renamed.name}, and {instead}"
       )
 
   multihost.run_on_first(rename)
 
 
 def _reason(error: BaseException) -> str:
-  """What an error says in one line; its type where it says nothing."""
+  """The message of an error in one line; its type if it has no message."""
   causes = [error]
   while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
     causes.append(cause)
   texts = [str(cause).strip() for cause in causes]
   if any(FULL in text for text in texts):
     return FULL
-  said = [text for text in reversed(texts) if text]
-  line = said[0].splitlines()[0] if said else type(error).__name__
+  messages = [text for text in reversed(texts) if text]
+  line = messages[0].splitlines()[0] if messages else type(error).__name__
   return line if len(line) <= 160 else f"{line[:160]}..."
 
 
 def silence_orbax() -> None:
-  """Turns off what Orbax logs: each failure several times, at length.
+  """Turns off Orbax's logs, which report each failure several times.
 
-  What matters to the run is said by `restore` and by `Checkpoints`.
+  `restore` and `Checkpoints` print what matters to the run.
   """
   for name in ("absl", "concurrent.futures", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _context() -> ocp.Context:
-  """Says that the progress is JSON, which Orbax would take for a tree."""
+  """A context that reads progress as JSON; Orbax would take it for a tree."""
   registry = ocp.handlers.local_registry(include_global_registry=True)
   registry.add(ocp.handlers.JsonHandler, checkpointable_name=PROGRESS)
   context = ocp.Context()
@@ -178,12 +178,13 @@ class Checkpoints:
   """Saves training states in a run's folder, in the background."""
 
   def __init__(self, out: pathlib.Path, keep: int, keep_best: int = 0):
-    """Opens the folder, and clears away what a killed save left there.
+    """Opens the folder, and removes what a killed save left there.
 
     Args:
       out: the run's folder.
-      keep: newest checkpoints that stay.
-      keep_best: of those with a held-out loss, best ones that stay too.
+      keep: number of newest checkpoints to keep.
+      keep_best: number of checkpoints with the lowest held-out loss to keep
+        besides.
     """
     self._folder = out.resolve() / FOLDER
     self._policy = _preservation(keep, keep_best)
@@ -191,7 +192,7 @@ class Checkpoints:
     self._writing: tuple[int, concurrent.futures.Future] | None = None
     self._orbax = self._open()
     self.latest = self._newest()  # step of the newest complete checkpoint
-    self.failure = ""  # why the last save failed; "": it did not
+    self.failure = ""  # why the last save failed; "" if it did not
 
   def _open(self) -> Any:
     return ocp.training.Checkpointer(
@@ -206,7 +207,7 @@ class Checkpoints:
     return None if newest is None else newest.step
 
   def best(self) -> float:
-    """The lowest held-out loss of the checkpoints; infinite without any."""
+    """The lowest held-out loss of the checkpoints; infinite if there is none."""
     losses = [
       c.metrics[LOSS] for c in self._orbax.checkpoints if c.metrics is not None
     ]
@@ -221,14 +222,14 @@ class Checkpoints:
   ) -> None:
     """Copies the state and writes it in the background.
 
-    A save that fails does not end the training: the failure is said, the
-    checkpoints before it stay, and the next save tries again.
+    A save that fails does not end the training: the failure is printed,
+    earlier checkpoints stay, and the next save tries again.
 
     Args:
       state: what to save; may be donated as soon as this returns.
-      progress: what goes with it.
-      loss: the held-out loss of this state, where it is known.
-      say: told about failures.
+      progress: what is saved with it.
+      loss: the held-out loss of this state, if it is known.
+      say: prints failures.
     """
     self.settle(say)
     step = int(jax.device_get(state.step))
@@ -247,18 +248,18 @@ class Checkpoints:
           step, {"state": state, PROGRESS: saved}, force=True, metrics=metrics
         )
       self._writing = (step, self._waiter.submit(response.result))
-    # A full disk or a lost mount comes in the dress of many libraries.
+    # A full disk or a lost mount surfaces as many exception types.
     except Exception as error:
       self._give_up(step, _reason(error), say)
 
   def poll(self, say: Callable[[str], None] = print) -> None:
-    """Tells about a save in the background that has ended with an error."""
-    # Several processes look at it together, before the next save.
+    """Reports a save in the background that has failed."""
+    # Several processes do so together, in `settle` before the next save.
     if self._writing and self._writing[1].done() and jax.process_count() == 1:
       self.settle(say)
 
   def settle(self, say: Callable[[str], None] = print) -> None:
-    """Waits for the write under way."""
+    """Waits for the save in the background, and reports it if it failed."""
     if self._writing is None:
       return
     (step, future), self._writing = self._writing, None
@@ -273,28 +274,32 @@ class Checkpoints:
   def _give_up(
     self, step: int, reason: str, say: Callable[[str], None]
   ) -> None:
-    """Says why a save failed and clears away what it left on the disk."""
+    """Reports why a save failed, and removes what it left on the disk."""
     self.failure = reason
     with contextlib.suppress(Exception):
       self._orbax.close()
     if multihost.is_first():
-      self._sweep()
+      self._remove_unfinished()
     self._orbax = self._open()
     self.latest = self._newest()
-    kept = "none is" if self.latest is None else f"that of {self.latest} is"
+    newest = (
+      "there is no complete one"
+      if self.latest is None
+      else f"the newest complete one is of step {self.latest}"
+    )
     say(
       f"the checkpoint of step {step} could not be written ({reason});"
-      f" {kept} complete. The next save tries again: make room for it in"
+      f" {newest}. The next save tries again: make room for it in"
       f" {self._folder}"
     )
 
-  def _sweep(self, tries: int = 20) -> None:
-    """Frees the room that failed saves take.
+  def _remove_unfinished(self, tries: int = 20) -> None:
+    """Removes the folders of failed saves.
 
-    Threads of theirs may still write: a folder is removed until it is gone.
+    Their threads may still be writing, so this is repeated until all are gone.
     """
-    while left := list(self._folder.glob(f"*{UNFINISHED}*")):
-      for path in left:
+    while unfinished := list(self._folder.glob(f"*{UNFINISHED}*")):
+      for path in unfinished:
         shutil.rmtree(path, ignore_errors=True)
       tries -= 1
       if not tries:
@@ -302,8 +307,8 @@ class Checkpoints:
       time.sleep(0.05)
 
   def close(self) -> None:
-    """Waits for the write under way and ends the background work."""
-    self.settle(say=lambda text: None)  # `failure` says it
+    """Waits for the save in the background and ends the background work."""
+    self.settle(say=lambda text: None)  # `failure` keeps the reason
     self._orbax.close()
     self._waiter.shutdown()
 

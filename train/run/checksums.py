@@ -1,4 +1,4 @@
-"""Sums over the bits of a state, to tell whether it came back whole."""
+"""Checksums of a state, to verify that it was restored as it was saved."""
 
 import functools
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def check_sums(state: Any, mesh: jax.sharding.Mesh) -> list[int]:
-  """A number for each array of `state`, from all its bits and their places.
+  """A number for each array of `state`, from its bits and their positions.
 
-  Whole numbers wrap around, so a sum does not depend on its order: it is the
-  same on every mesh. Costs one pass over the state, on its devices.
+  Integer sums wrap around and so do not depend on the sequence of terms: they
+  are the same on every mesh. They take one pass over the state, on its devices.
 
   Args:
     state: a tree of arrays.
-    mesh: where they live.
+    mesh: the devices that hold them.
   """
   whole = NamedSharding(mesh, PartitionSpec())
   return [int(x) for x in jax.device_get(_jitted(whole)(state))]
@@ -40,9 +40,9 @@ def _sum(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.int8)
   width = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
   bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-  place = jnp.zeros(x.shape, jnp.uint32)
+  position = jnp.zeros(x.shape, jnp.uint32)
   for axis, size in enumerate(x.shape):
     index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    place = place * jnp.uint32(size) + index
-  # Odd weights: a change of a single number always shows.
-  return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
+    position = position * jnp.uint32(size) + index
+  # The weights are odd, so that changing a single number changes the sum.
+  return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)

@@ -1,4 +1,4 @@
-"""How a run ends: its exit status, and the errors that end it early."""
+"""The exit status of a run, and the messages with which it ends."""
 
 import errno
 import sys
@@ -10,18 +10,18 @@ from train.run.loop import Outcome
 
 
 def report_end(job: Job, outcome: Outcome, start: int) -> int | None:
-  """Says how training ended; the exit status of one that was interrupted.
+  """Reports how training ended, unless its results are still to be reported.
 
   Args:
     job: the run's parts.
-    outcome: of its loop.
-    start: the step that it began with.
+    outcome: what the loop returned.
+    start: the step that it started from.
 
   Returns:
-    None where all steps are done.
+    The exit status if training was interrupted; None if all steps are done.
 
   Raises:
-    TrainingError: what was trained last could not be saved.
+    TrainingError: the last state could not be saved.
   """
   step = int(outcome.state.step)
   saved = job.checkpoints.latest
@@ -29,21 +29,26 @@ def report_end(job: Job, outcome: Outcome, start: int) -> int | None:
     raise TrainingError(
       f"step {step} is done, but its state could not be saved"
       f" ({job.checkpoints.failure}); the newest complete checkpoint is of"
-      f" step {saved}. Make room and run the same command: it continues there"
+      f" step {saved}. Make room and run the same command, which continues"
+      " from there"
     )
   if outcome.stopped:
     print(
       f"stopped after step {step}, which is saved; the same command continues"
-      " from there"
+      " the run"
     )
     return 130
   if start == step:
-    print(f"the run is complete: all {step} steps were trained before")
+    print(f"the run is complete: all {step} steps were done before")
   return None
 
 
 def report_errors(action: Callable[[], int]) -> int:
-  """Runs a command: 0 done, 1 diverged, 2 wrong input, 130 interrupted."""
+  """Runs a command and prints its errors in one line.
+
+  Returns:
+    The exit status: 0 done, 1 diverged, 2 wrong input, 130 interrupted.
+  """
   try:
     return action()
   except UserError as error:
@@ -57,7 +62,7 @@ def report_errors(action: Callable[[], int]) -> int:
       raise
     print(
       f"stopped: {error.filename or '--out'}: {error.strerror}; make room and"
-      " run the same command, it continues from the newest checkpoint",
+      " run the same command, which continues from the newest checkpoint",
       file=sys.stderr,
     )
     return 1

@@ -1,4 +1,4 @@
-"""Runs as they lie in their folders, to be compared: numbers and labels."""
+"""Reads finished runs from their folders: metrics, and labels to tell them."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ from train.run import metrics
 
 AXES = {"steps": "step", "tokens": "tokens", "hours": "hours"}
 
-# Fields that make no difference to what is drawn, unless nothing else does.
-QUIET = ("run.", "mesh.", "data.cache", "data.eval_rows")
-# Fields of the optimizer's group that say nothing about one without GaLore.
+# Fields that labels do not mention, unless nothing else differs.
+UNMENTIONED = ("run.", "mesh.", "data.cache", "data.eval_rows")
+# Fields of the optimizer's group that only methods with a subspace use.
 OF_GALORE = (
   "rank",
   "update_proj_gap",
@@ -25,13 +25,13 @@ OF_GALORE = (
   "refresh",
   "moments",
 )
-MOST = 5  # fields in a label
-LONGEST = 24  # characters of a value in it
+MAX_FIELDS = 5  # in a label
+MAX_LENGTH = 24  # of a value in a label
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run's folder, read."""
+  """What was read from a run's folder."""
 
   out: pathlib.Path
   config: dict[str, Any]  # flat: {"optimizer.rank": 48, ...}
@@ -40,12 +40,12 @@ class Run:
   def series(
     self, name: str, axis: str, needed: str = ""
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Places on the axis and values, of the records that have `name`.
+    """Positions on an axis and values, of the records that have a metric.
 
     Args:
-      name: of the number.
+      name: the metric.
       axis: `steps`, `tokens` or `hours`.
-      needed: a number without which a record does not count.
+      needed: another metric that a record must have to count.
     """
     found = [
       (r["step"], r[name])
@@ -53,29 +53,29 @@ class Run:
       if name in r and (needed or name) in r
     ]
     steps, values = np.array(found, float).reshape(-1, 2).T
-    return self._places(steps, axis), values
+    return self._positions(steps, axis), values
 
-  def _places(self, steps: np.ndarray, axis: str) -> np.ndarray:
+  def _positions(self, steps: np.ndarray, axis: str) -> np.ndarray:
     if axis == "steps":
       return steps
     if axis == "tokens":
       if "task.name" in self.config:
         raise UserError(
-          f"--x tokens: the batches of {self.out}, a run of fine-tuning, are as"
-          " long as their longest rows; use --x steps or --x hours"
+          f"--x tokens: {self.out} is a fine-tuning run, whose batches vary in"
+          " length; use --x steps or --x hours"
         )
       return steps * self.config["data.batch"] * self.config["data.length"]
     known = [(r["step"], r["seconds"]) for r in self.records if "seconds" in r]
     if not known:
       raise UserError(
-        f"--x hours: {self.out / metrics.FILE} does not tell the time; use"
-        " --x steps or --x tokens"
+        f"--x hours: {self.out / metrics.FILE} has no times; use --x steps or"
+        " --x tokens"
       )
     at, seconds = np.array([(0, 0.0), *known], float).T
     return np.interp(steps, at, seconds) / 3600
 
   def watched(self) -> list[str]:
-    """Names of the matrices whose subspace was looked at."""
+    """Names of the matrices whose subspaces were measured."""
     names = {
       key.split("/")[1]
       for record in self.records
@@ -89,12 +89,14 @@ def load(out: pathlib.Path) -> Run:
   """Reads a run's folder.
 
   Raises:
-    UserError: it is no run's, or holds nothing to draw.
+    UserError: it is not the folder of a run, or has no training steps.
   """
   try:
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise UserError(f"{out} is no folder of a run: no config.json") from None
+    raise UserError(
+      f"{out} is not the folder of a run: it has no config.json"
+    ) from None
   except (OSError, ValueError) as error:
     raise UserError(f"{out / 'config.json'} cannot be read: {error}") from None
   try:
@@ -102,17 +104,17 @@ def load(out: pathlib.Path) -> Run:
   except (OSError, ValueError) as error:
     raise UserError(f"{out / metrics.FILE} cannot be read: {error}") from None
   if not any("loss" in record for record in records):
-    raise UserError(f"{out / metrics.FILE} holds no training step to draw")
+    raise UserError(f"{out / metrics.FILE} holds no training steps")
   return Run(out, config, records)
 
 
 def labels(runs: list[Run]) -> list[str]:
-  """A label for each run: as few fields as tell them apart, or its folder."""
+  """Labels of runs: the fewest fields that tell them apart, or folders."""
   if len(runs) == 1:
     config = runs[0].config
     return [f"{config['preset']}, {config['optimizer.name']}"]
   fields = _enough(runs, _differing(runs))
-  if not fields or len(fields) > MOST:
+  if not fields or len(fields) > MAX_FIELDS:
     return _folders(runs)
   texts = _texts(runs, fields)
   return [
@@ -129,7 +131,7 @@ def _texts(runs: list[Run], fields: list[str]) -> list[str]:
 
 
 def _folders(runs: list[Run]) -> list[str]:
-  """The ends of the folders' paths that differ."""
+  """The shortest ends of the folders' paths that differ."""
   parts = [run.out.resolve().parts for run in runs]
   for count in range(1, max(map(len, parts)) + 1):
     ends = [str(pathlib.Path(*part[-count:])) for part in parts]
@@ -145,14 +147,14 @@ def _differing(runs: list[Run]) -> list[str]:
     for name in names
     if len({repr(run.config.get(name)) for run in runs}) > 1
   ]
-  telling = [name for name in fields if not name.startswith(QUIET)]
+  telling = [name for name in fields if not name.startswith(UNMENTIONED)]
   return telling or fields
 
 
 def _enough(runs: list[Run], fields: list[str]) -> list[str]:
-  """As few of the fields as make as many different labels as all of them.
+  """The fewest fields that give as many different labels as all fields do.
 
-  The method comes first: what differs because of it goes without saying.
+  The method comes first, because other fields often differ only with it.
   """
   kinds = lambda chosen: len(set(_texts(runs, chosen)))
   found = [name for name in fields if name == "optimizer.name"]
@@ -175,5 +177,5 @@ def _field(name: str, config: dict[str, Any]) -> str:
     return ""
   text = f"{value:g}" if isinstance(value, float) else str(value)
   text = text.rpartition("/")[2] or '""'  # of a path the file
-  text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+  text = text if len(text) <= MAX_LENGTH else text[: MAX_LENGTH - 1] + "…"
   return f"{short} {text}"

@@ -1,4 +1,4 @@
-"""A run's numbers: a JSON line every few steps, how fast it goes, a table."""
+"""A run's metrics: their log, the throughput, and figures as text."""
 
 import collections
 import contextlib
@@ -17,18 +17,18 @@ from train.common.units import format_mib
 from train.run.sinks import Sink
 
 FILE = "metrics.jsonl"
-ENOUGH = 64  # batches from which on the papers' count is shown
+MIN_BATCHES = 64  # for showing the perplexity as the papers count it
 
 
 class Throughput:
-  """Tokens a second over the last steps, compilation and pauses left out."""
+  """Tokens a second over the last steps, without compilation and pauses."""
 
   def __init__(self, window: int = 20):
     self._marks: collections.deque = collections.deque(maxlen=window + 1)
     self.rate = math.nan  # tokens a second; nan before two steps have passed
 
   def update(self, tokens: int, now: float | None = None) -> None:
-    """Notes that `tokens` more were seen by time `now` in seconds."""
+    """Adds `tokens` that were processed by the time `now`, in seconds."""
     total = self._marks[-1][0] + tokens if self._marks else 0
     self._marks.append((total, time.perf_counter() if now is None else now))
     (first, start), (last, end) = self._marks[0], self._marks[-1]
@@ -36,16 +36,17 @@ class Throughput:
       self.rate = (last - first) / (end - start)
 
   def pause(self) -> None:
-    """Leaves out what comes before the next step, an evaluation say."""
+    """Excludes the time until the next step, say of an evaluation."""
     self._marks.clear()
 
 
 class Log:
   """Appends records to `metrics.jsonl`, one JSON object a line.
 
-  A record of a training step holds step, loss, lr, grad_norm and
-  tokens_per_second; one of an evaluation what `held_out` gives; one of a look
-  at a subspace `subspace/MATRIX/NUMBER`, as `subspace_watch` explains.
+  The record of a training step holds step, loss, lr, grad_norm and
+  tokens_per_second, among others. That of an evaluation holds what `held_out`
+  returns, and that of a measured subspace `subspace/MATRIX/NUMBER`, which
+  `subspace_watch` explains.
   """
 
   def __init__(
@@ -56,18 +57,19 @@ class Log:
     Args:
       out: the run's folder.
       resumed_at: step of the checkpoint from which the run goes on, or 0.
-      sinks: take the same numbers.
+      sinks: get the same numbers.
     """
     self._sinks = sinks
-    # What a killed run wrote after its last checkpoint happens again.
+    # Steps after the last checkpoint of a killed run are repeated, so their
+    # records go.
     kept = [r for r in read(out / FILE) if r["step"] <= resumed_at]
     atomic_files.write_text(out / FILE, "".join(_line(r) for r in kept))
     self._file = (out / FILE).open("ab", buffering=0)
-    self._unwritten = b""  # what a full disk did not take
+    self._unwritten = b""  # bytes for which the disk had no room
 
   def write(self, step: int, **values: Any) -> None:
     """Writes one record and hands it to the operating system at once."""
-    # JSON has no nan: a rate that is not known yet is left out.
+    # JSON has no nan, which stands for rates that are not known yet.
     known = {k: v for k, v in values.items() if v == v}
     self._unwritten += _line({"step": step, **known}).encode()
     self._flush()
@@ -75,7 +77,7 @@ class Log:
       sink.write(step, known)
 
   def _flush(self) -> None:
-    """Writes what there is room for; the rest waits for the next record."""
+    """Writes what the disk has room for; the rest waits for the next record."""
     with contextlib.suppress(OSError):
       while self._unwritten:
         written = self._file.write(self._unwritten) or 0
@@ -97,7 +99,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The whole records of a metrics file; a torn last line is dropped."""
+  """The records of a metrics file; an incomplete last line is dropped."""
   if not path.exists():
     return []
   lines = path.read_text(encoding="utf-8").split("\n")
@@ -109,12 +111,12 @@ def held_out(
 ) -> dict[str, float]:
   """The figures of an evaluation.
 
-  `held_out_perplexity` is exp of the mean loss a token. The GaLore paper's
-  script, and those of Q-GaLore, Fira, APOLLO and LDAdam, print another one on
-  the same rows: they average over batches and count one batch too many, so
-  that with n batches the loss is n / (n + 1) of what it is. That figure is
-  `held_out_perplexity_papers`, to be compared with theirs and nothing else.
-  Where `held_out_batches`, n, is small it says more about n than the model.
+  `held_out_perplexity` is exp of the mean loss a token. The scripts of GaLore,
+  Q-GaLore, Fira, APOLLO and LDAdam print another figure for the same rows:
+  they average over batches and count one batch too many, so that with n
+  batches the loss is n / (n + 1) of its true value. That figure is
+  `held_out_perplexity_papers`, to be compared with theirs only. If n, which is
+  `held_out_batches`, is small, it depends more on n than on the model.
 
   Args:
     losses: summed loss of each batch, in nats.
@@ -134,9 +136,12 @@ def held_out(
 
 
 def held_out_text(found: dict[str, float]) -> str:
-  """The figures of an evaluation in a line, without the papers' if few."""
+  """The figures of an evaluation in one line.
+
+  The papers' perplexity is left out if there are few batches.
+  """
   parts = [f"held-out perplexity {found['held_out_perplexity']:,.2f}"]
-  if found["held_out_batches"] >= ENOUGH:
+  if found["held_out_batches"] >= MIN_BATCHES:
     parts.append(f"papers' count {found['held_out_perplexity_papers']:,.2f}")
   parts.append(f"{found['held_out_bits_per_byte']:.3f} bits/byte")
   return ", ".join(parts)
@@ -149,19 +154,19 @@ def _exp(loss: float) -> float:
 def refreshes_text(
   counts: Mapping[str, jax.Array], steps: int, gap: int
 ) -> str:
-  """What the adaptive policy saved, in a line; empty under other policies.
+  """How many refreshes the adaptive policy saved; "" under other policies.
 
   Args:
-    counts: refreshes of each matrix, see `galore_optax.refresh_counts`.
+    counts: refreshes of each matrix, from `galore_optax.refresh_counts`.
     steps: steps of the run so far.
     gap: steps between two refreshes at a fixed gap.
   """
   if not counts or not steps:
     return ""
   matrices = sum(x.size for x in counts.values())
-  # Compiled, so that what several hosts hold together can be counted.
+  # Jitted, because the counts may be sharded over several hosts.
   made = int(jax.jit(lambda all_: sum(x.sum() for x in all_.values()))(counts))
-  # At a fixed gap every matrix has its turn once in each, and all at step 0.
+  # At a fixed gap every matrix is refreshed at step 0 and once in each gap.
   fixed = matrices * (1 + steps // gap)
   return (
     f"refreshes  {made:,} of the {fixed:,} that a fixed gap of {gap} makes"
@@ -172,7 +177,7 @@ def refreshes_text(
 def memory_table(
   parameters: int, matrices: int, states: dict[str, int], note: str
 ) -> str:
-  """Optimizer-state bytes by method, next to the parameters; a note below."""
+  """A table of optimizer-state bytes by method, with a note below it."""
   adamw = states["adamw"]
   width = max(map(len, states))
   rows = [
@@ -184,7 +189,7 @@ def memory_table(
     ),
   ]
   head = (
-    f"{parameters:,} parameters, {matrices:,} of them in the block matrices,"
-    "\nwhich are the projected ones"
+    f"{parameters:,} parameters, of which {matrices:,} are in the block"
+    "\nmatrices, the ones that GaLore projects"
   )
   return "\n".join([head, *rows, *textwrap.wrap(note, 78)])

@@ -36,13 +36,13 @@ class Progress:
     """Shows step `step`.
 
     Args:
-      step: steps made.
-      loss: of the training batch, nats a token.
+      step: steps done.
+      loss: loss of the training batch in nats a token.
       lr: learning rate.
-      rate: tokens a second; nan where it is not known yet.
-      tokens: of a batch, for the time that is left.
-      norm: of the gradient.
-      mfu: model FLOPs utilisation, 0 to 1; nan where it is not known.
+      rate: tokens a second; nan if it is not known yet.
+      tokens: tokens of a batch, for the remaining time.
+      norm: norm of the gradient.
+      mfu: model FLOPs utilisation, 0 to 1; nan if it is not known.
     """
     left = format_clock((self._steps - step) * tokens / rate)
     shown = {
@@ -72,17 +72,17 @@ class Progress:
     self._bar.close()
 
 
-BAR = 6  # columns of the bar itself, at least
-# What a narrow terminal does without, first to go first.
+BAR = 6  # minimum columns of the bar itself
+# What a narrow terminal leaves out, in this sequence.
 DISPENSABLE = ("norm", "lr", "MFU", "tokens/s", "left")
 
 
 def fit(shown: dict[str, str], room: int) -> str:
-  """Names and values in at most `room` columns, the least needed left out.
+  """Names and values in at most `room` columns, the most important ones.
 
   Args:
-    shown: name to value; an empty value is left out.
-    room: columns, the bar's among them.
+    shown: name to value; empty values are left out.
+    room: available columns, including those of the bar.
   """
   known = {name: value for name, value in shown.items() if value}
   for name in ("", *DISPENSABLE):

@@ -1,7 +1,7 @@
-"""The folder of a run: whose it is, and what a run leaves in it.
+"""The folder of a run: its config, and the check that it is the right one.
 
-`config.json` says what the run is, `text.json` which text it reads,
-`checkpoints/` holds its newest and best states, `metrics.jsonl` its history.
+`config.json` holds the config, `text.json` identifies the training text,
+`checkpoints/` holds the newest and best states, `metrics.jsonl` the metrics.
 """
 
 import json
@@ -22,12 +22,12 @@ FOLDER = "checkpoints"
 def check_folder(
   out: pathlib.Path, config: schema.SharedConfig, overwrite: bool
 ) -> None:
-  """Refuses a folder that holds something else, before anything is written.
+  """Raises unless a run may use a folder; writes nothing.
 
   Args:
     out: the folder: new, empty, or of an earlier run with the same config.
     config: the run's config.
-    overwrite: an earlier run there may differ, it will be deleted.
+    overwrite: an earlier run there may differ, because it will be deleted.
 
   Raises:
     UserError: the folder holds something else, or a run that differs.
@@ -48,7 +48,7 @@ def check_folder(
 def write_config(
   out: pathlib.Path, config: schema.SharedConfig, overwrite: bool
 ) -> None:
-  """Writes the config into the run's folder, which `check_folder` let pass."""
+  """Writes the config into a folder that has passed `check_folder`."""
   atomic_files.make_folder(out, "--out")
   if overwrite:
     _delete_run(out)
@@ -57,10 +57,10 @@ def write_config(
 
 
 def record_text(out: pathlib.Path, corpus: Corpus) -> None:
-  """Writes the tokenizer, and what tells the text of the run from others.
+  """Writes the tokenizer and what identifies the training text.
 
   Raises:
-    UserError: the run that is there has read another text.
+    UserError: the run in this folder was trained on another text.
   """
   end = corpus.tokenizer.id_to_token(corpus.encoder.end)
   _record_data(
@@ -73,10 +73,10 @@ def record_text(out: pathlib.Path, corpus: Corpus) -> None:
 
 
 def record_examples(out: pathlib.Path, digest: str) -> None:
-  """Writes what tells the examples of a fine-tuning run from others.
+  """Writes what identifies the examples of a fine-tuning run.
 
   Raises:
-    UserError: the run that is there has read others.
+    UserError: the run in this folder was trained on other examples.
   """
   _record_data(
     out,
@@ -87,31 +87,32 @@ def record_examples(out: pathlib.Path, digest: str) -> None:
 
 
 def examples_digest(out: pathlib.Path) -> str:
-  """What `record_examples` has written there."""
+  """The digest that `record_examples` has written."""
   return _read(out / TEXT)["digest"]
 
 
 def _record_data(
-  out: pathlib.Path, described: dict[str, Any], other: str
+  out: pathlib.Path, identity: dict[str, Any], other: str
 ) -> None:
+  """Writes what identifies the data, unless other data was recorded."""
   path = out / TEXT
-  if path.exists() and _read(path) != described:
+  if path.exists() and _read(path) != identity:
     raise UserError(
-      f"--out {out} belongs to a run {other}. Restore it,"
-      " use another --out, or --overwrite to delete the run"
+      f"--out {out} belongs to a run {other}. Restore them, use another --out,"
+      " or --overwrite to delete the run"
     )
-  atomic_files.write_text(path, json.dumps(described, indent=2) + "\n")
+  atomic_files.write_text(path, json.dumps(identity, indent=2) + "\n")
 
 
 def _delete_run(out: pathlib.Path) -> None:
-  """Removes what a run writes, and nothing else that may lie there."""
+  """Removes what a run writes, and no other files of the folder."""
   for name in (FOLDER, *OWN_FOLDERS):
     shutil.rmtree(out / name, ignore_errors=True)
   for name in OWN_FILES:
     (out / name).unlink(missing_ok=True)
 
 
-# Everything that a run leaves in its folder, beside the checkpoints.
+# Everything that a run leaves in its folder besides the checkpoints.
 OWN_FILES = (
   CONFIG,
   TEXT,
@@ -135,7 +136,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _shown(fields: dict[str, Any], name: str) -> Any:
-  """A value as a message can show it."""
+  """A value as error messages show it."""
   value = fields.get(name, "absent")
   return '""' if value == "" else value
 
@@ -160,7 +161,7 @@ def _without_foreign(
 def _compare(
   out: pathlib.Path, saved: dict[str, Any], config: schema.SharedConfig
 ) -> None:
-  # A run from before a field existed had what is now its default.
+  # A run that is older than a field had what is now the field's default.
   defaults = schema.flatten(type(config)(preset=""))
   new = schema.fixed_fields(schema.flatten(config))
   old = schema.fixed_fields(defaults | _without_foreign(saved, new))

@@ -1,6 +1,6 @@
-"""Where else a run's numbers go: TensorBoard and Weights & Biases.
+"""Other receivers of a run's metrics: TensorBoard and Weights & Biases.
 
-Both are optional extras; `metrics.jsonl` has everything without them.
+Both are optional extras; `metrics.jsonl` has all metrics without them.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from train.common.errors import UserError
 
 
 class Sink(Protocol):
-  """Takes the numbers of a step."""
+  """Receives the metrics of a step."""
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """Takes named numbers of a step; steps never go back."""
+    """Receives named metrics of a step; steps never decrease."""
     ...
 
   def close(self) -> None:
-    """Hands over what is still held."""
+    """Writes whatever is still buffered."""
     ...
 
 
@@ -33,7 +33,7 @@ class TensorBoard:
   ):
     import tensorboardX  # an extra: only imported where it is asked for
 
-    # What a killed run wrote after its last checkpoint happens again.
+    # Steps after the last checkpoint of a killed run are repeated.
     self._writer = tensorboardX.SummaryWriter(
       str(out / "tensorboard"), purge_step=resumed_at + 1
     )
@@ -52,10 +52,10 @@ class TensorBoard:
 
 
 class Wandb:
-  """A W&B run that a resumed training goes on with.
+  """A W&B run, which a resumed training continues.
 
-  WANDB_MODE=offline keeps it in the run's folder until `wandb sync`;
-  WANDB_PROJECT names another project than galore-optax.
+  With WANDB_MODE=offline it stays in the run's folder until `wandb sync`.
+  WANDB_PROJECT sets the project, which is galore-optax by default.
   """
 
   def __init__(
@@ -81,7 +81,7 @@ class Wandb:
       ) from None
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """Logs the numbers; those of one step may come in several calls."""
+    """Logs the metrics; those of one step may come in several calls."""
     self._run.log(values, step=step)
 
   def close(self) -> None:
@@ -90,7 +90,7 @@ class Wandb:
 
 
 def _run_id(out: pathlib.Path, new: bool) -> str:
-  """The id under which the training in this folder is known to W&B."""
+  """The W&B id of the training in this folder."""
   file = out / "wandb" / "id"
   if new or not file.exists():
     file.parent.mkdir(exist_ok=True)
@@ -105,17 +105,17 @@ SINKS: dict[str, tuple[str, Callable[..., Sink]]] = {
 
 
 def parse_names(setting: str) -> list[str]:
-  """The sinks that `run.sinks` asks for.
+  """The names in `run.sinks`.
 
   Raises:
-    UserError: one is unknown, or not installed.
+    UserError: a sink is unknown, or not installed.
   """
-  found = [name.strip() for name in setting.split(",") if name.strip()]
-  for name in found:
+  names = [name.strip() for name in setting.split(",") if name.strip()]
+  for name in names:
     if name not in SINKS:
       raise UserError(
-        f"run.sinks: {name!r} is unknown; metrics.jsonl is always written,"
-        f" and there are {', '.join(SINKS)}"
+        f"run.sinks: {name!r} is unknown; metrics.jsonl is always written, and"
+        f" the others are {', '.join(SINKS)}"
       )
     package = SINKS[name][0]
     if importlib.util.find_spec(package) is None:
@@ -123,13 +123,13 @@ def parse_names(setting: str) -> list[str]:
         f"run.sinks={name} needs the package {package}, which is not"
         f" installed; `pip install -e '.[{name}]'`"
       )
-  return found
+  return names
 
 
 def open_sinks(
   setting: str, out: pathlib.Path, config: dict[str, Any], resumed_at: int
 ) -> list[Sink]:
-  """Opens what `run.sinks` asks for.
+  """Opens the sinks of `run.sinks`.
 
   Args:
     setting: names, separated by commas.

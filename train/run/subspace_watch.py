@@ -1,16 +1,17 @@
-"""How good a run's subspaces are: a look at a few matrices now and then.
+"""Measures how good a run's subspaces are, for a few matrices now and then.
 
-A look at a matrix gives, as `subspace/MATRIX/NUMBER` in metrics.jsonl:
-  energy         the share of the gradient's energy that the basis keeps with
-                 which the step projects, |P'G|^2 / |G|^2
-  energy_before  the same with the basis before this step's refresh
-  overlap        what is left of the old basis in the new, |P'P_old|^2 / r
-  stable_rank    of the gradient, |G|^2 / its largest singular value squared
-The second and third are there where the step has refreshed the matrix.
+A measurement of a matrix is logged as `subspace/MATRIX/NUMBER` in
+metrics.jsonl. The numbers, for a gradient G, are:
+  energy         |P'G|^2 / |G|^2, the share of the gradient's energy that is
+                 kept by the basis P that the step projects with
+  energy_before  the same for the basis before this step's refresh
+  overlap        |P'P_old|^2 / r, the share of the old basis kept in the new
+  stable_rank    |G|^2 / (largest singular value of G)^2
+The second and the third are logged only where the step refreshed the matrix.
 
-A look needs the gradient, which a step does not hand out: it costs about one
-more step's time and, as every layer is recomputed, little memory. So looks
-are rare; the other steps are not touched.
+A measurement needs the gradient, which a step does not return. It takes about
+the time of one more step and, as every layer is recomputed, little memory. So
+measurements are rare, and other steps are not affected.
 """
 
 import math
@@ -31,17 +32,17 @@ from train.parallel import mesh
 from train.step import train_step
 from train.step.setup import Setup
 
-# At most one step in so many is looked at by default.
+# By default at most one step in this many measures something.
 RARE = 50
-MOST = 12  # matrices
+MAX_MATRICES = 12
 
 
 class Matrix(NamedTuple):
-  """One layer's slice of a stacked, projected leaf."""
+  """One layer of a stacked leaf that is projected."""
 
   path: str  # of the leaf: layers/attn/q/kernel
   layer: int
-  number: int  # among all projected matrices, which decides its turn
+  index: int  # among all projected matrices, which decides its phase
   count: int  # of all projected matrices
 
   @property
@@ -56,21 +57,24 @@ def short_name(path: str) -> str:
 
 
 def matrices(description: galore_optax.diagnostics.Description) -> list[Matrix]:
-  """All projected matrices of the blocks, in the order of their refreshes."""
-  found = [
+  """All projected matrices of the blocks, in the sequence of refreshes."""
+  layers = [
     (row.path, layer)
     for row in description.rows
     if row.rank and len(row.shape) == 3
     for layer in range(row.shape[0])
   ]
-  return [Matrix(*x, i, len(found)) for i, x in enumerate(found)]
+  return [
+    Matrix(path, layer, index, len(layers))
+    for index, (path, layer) in enumerate(layers)
+  ]
 
 
 def candidates(
   config: schema.OptimizerConfig,
   description: galore_optax.diagnostics.Description,
 ) -> tuple[list[Matrix], str]:
-  """The matrices whose subspace says something, and if there is none why."""
+  """The matrices that can be measured, and if there are none, the reason."""
   method = methods.get(config.name)
   if method.unwatchable:
     return [], method.unwatchable
@@ -82,21 +86,22 @@ def choose(setting: str, known: list[Matrix], why_not: str) -> list[Matrix]:
   """The matrices that `run.watch` means.
 
   Args:
-    setting: `auto`: a query of the first layer, a feed-forward matrix in the
-      middle and one at the end; `none`; or names or regular expressions of
-      names, separated by commas: `attn.q.0,mlp.*.3`.
-    known: all projected matrices that can be looked at.
-    why_not: the reason, if there is none.
+    setting: `auto` for a query matrix of the first layer and a feed-forward
+      matrix each in the middle and at the end; `none`; or names or regular
+      expressions of names, separated by commas: `attn.q.0,mlp.*.3`.
+    known: all matrices that can be measured.
+    why_not: the reason, if there are none.
 
   Raises:
-    UserError: nothing is projected, a name fits none, or too many fit.
+    UserError: nothing can be measured, a name matches no matrix, or too many
+      match.
   """
   if setting == "none" or (setting == "auto" and not known):
     return []
   if not known:
     raise UserError(
-      f"run.watch={setting}: there is no matrix to look at,"
-      f" {why_not}; leave run.watch at auto"
+      f"run.watch={setting}: no matrix can be measured, because {why_not};"
+      " leave run.watch at auto"
     )
   names = {matrix.name: matrix for matrix in known}
   if setting == "auto":
@@ -106,39 +111,39 @@ def choose(setting: str, known: list[Matrix], why_not: str) -> list[Matrix]:
   chosen: dict[str, Matrix] = {}
   for pattern in filter(None, map(str.strip, setting.split(","))):
     chosen |= _matching(pattern, names)
-  if len(chosen) > MOST:
+  if len(chosen) > MAX_MATRICES:
     raise UserError(
-      f"run.watch={setting} fits {len(chosen)} matrices; at most {MOST} can"
-      " be watched"
+      f"run.watch={setting} matches {len(chosen)} matrices; at most"
+      f" {MAX_MATRICES} can be watched"
     )
   return list(chosen.values())
 
 
 def _matching(pattern: str, names: Mapping[str, Matrix]) -> dict[str, Matrix]:
   try:
-    hits = {n: m for n, m in names.items() if re.fullmatch(pattern, n)}
+    matching = {n: m for n, m in names.items() if re.fullmatch(pattern, n)}
   except re.error as error:
     raise UserError(
-      f"run.watch: {pattern!r} is no regular expression ({error})"
+      f"run.watch: {pattern!r} is not a regular expression ({error})"
     ) from None
-  if not hits:
-    some = ", ".join(list(names)[:: max(1, len(names) // 4)])
+  if not matching:
+    examples = ", ".join(list(names)[:: max(1, len(names) // 4)])
     raise UserError(
-      f"run.watch: {pattern!r} fits no projected matrix; they have names"
-      f" like {some}"
+      f"run.watch: {pattern!r} matches no projected matrix; they have"
+      f" names like {examples}"
     )
-  return hits
+  return matching
 
 
-class Look(NamedTuple):
-  """What a look keeps from before the step."""
+class Before(NamedTuple):
+  """What a measurement needs from before the step."""
 
   gradients: dict[str, jax.Array]  # name to (m, n)
   bases: dict[str, dict[str, jax.Array]]  # name to side to (m, r) or (n, r)
 
 
 class Watcher:
-  """Looks at the watched matrices, at steps that refresh one of them."""
+  """Measures the chosen matrices, at steps that refresh one of them."""
 
   def __init__(
     self,
@@ -156,7 +161,7 @@ class Watcher:
       parts: of a batch whose gradients are added up.
 
     Raises:
-      UserError: `run.watch` fits no matrix.
+      UserError: `run.watch` matches no matrix.
     """
     known, self.why_not = candidates(config, setup.plan)
     if known and not (known := _visible(known, setup.placed.state)):
@@ -165,26 +170,26 @@ class Watcher:
     self._model, self._config, self._parts = setup.placed.config, config, parts
     self._every = run.watch_every or self._period()
     where = mesh.replicated(setup.mesh)
-    self._first: Any = jax.jit(self._before, out_shardings=where)
-    self._second: Any = jax.jit(self._after, out_shardings=where)
+    self._jit_before: Any = jax.jit(self._before, out_shardings=where)
+    self._jit_after: Any = jax.jit(self._after, out_shardings=where)
 
   def _period(self) -> int:
-    """Steps between two looks at one matrix, by default."""
+    """Steps between two measurements of a matrix, by default."""
     gap = self._config.update_proj_gap
     return gap * math.ceil(RARE * len(self.matrices) / gap)
 
   def is_due(self, updates: int) -> bool:
-    """Whether the step after `updates` updates is to be looked at.
+    """Whether the step after `updates` updates measures something.
 
-    Those are step 0, where every basis is new, and from then on one step in
-    the period for each matrix: that of a refresh, if the period is a multiple
-    of the gap.
+    Step 0 does, where every basis is new. After that it is one step a period
+    for each matrix: one that refreshes it, if the period is a multiple of the
+    gap.
     """
     if not self.matrices or updates == 0:
       return bool(self.matrices)
     gap, together = self._config.update_proj_gap, self._synchronous
     return any(
-      (updates - (0 if together else m.number * gap // m.count)) % self._every
+      (updates - (0 if together else m.index * gap // m.count)) % self._every
       == 0
       for m in self.matrices
     )
@@ -195,7 +200,7 @@ class Watcher:
     return method.steps_together(self._config.refresh)
 
   def compile(self, state: train_step.TrainState, rows: Any) -> None:
-    """Compiles the looks ahead, so that the first one holds up no step.
+    """Compiles ahead, so that the first measurement does not delay a step.
 
     Args:
       state: the arrays, or their shapes and shardings.
@@ -203,32 +208,33 @@ class Watcher:
     """
     if not self.matrices:
       return
-    first = self._first.lower(state.params, state.opt_state, rows)
-    self._first = first.compile()
-    look = jax.tree.map(
-      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-      self._first.out_info,
-      self._first.output_shardings,
+    lowered = self._jit_before.lower(state.params, state.opt_state, rows)
+    self._jit_before = lowered.compile()
+    before = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      self._jit_before.out_info,
+      self._jit_before.output_shardings,
     )
-    self._second = self._second.lower(look, state.opt_state).compile()
+    self._jit_after = self._jit_after.lower(before, state.opt_state).compile()
 
   def programs(self) -> int:
-    """Programs that looks have compiled so far, none if that was done ahead."""
-    return sum(map(train_step.count_programs, (self._first, self._second)))
+    """Number of programs that calls compiled; those compiled ahead are none."""
+    functions = (self._jit_before, self._jit_after)
+    return sum(map(train_step.count_programs, functions))
 
-  def before(self, state: train_step.TrainState, rows: jax.Array) -> Look:
-    """Keeps gradients and bases of the state that the step will consume."""
-    return self._first(state.params, state.opt_state, rows)
+  def before(self, state: train_step.TrainState, rows: jax.Array) -> Before:
+    """Gradients and bases of a state, before the step consumes it."""
+    return self._jit_before(state.params, state.opt_state, rows)
 
   def after(
-    self, look: Look, state: train_step.TrainState
+    self, before: Before, state: train_step.TrainState
   ) -> dict[str, jax.Array]:
-    """The numbers of a look, with the bases that the step has used."""
-    return self._second(look, state.opt_state)
+    """The numbers, from the bases that the step has used."""
+    return self._jit_after(before, state.opt_state)
 
-  def values(self, found: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers as they are logged: those of no refresh left out."""
-    plain = {name: float(x) for name, x in found.items()}
+  def values(self, numbers: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers to log: without a refresh, `energy` and `stable_rank`."""
+    plain = {name: float(x) for name, x in numbers.items()}
     refreshed = {
       f"subspace/{m.name}/"
       for m in self.matrices
@@ -241,15 +247,15 @@ class Watcher:
       or name.rpartition("/")[0] + "/" in refreshed
     }
 
-  def _before(self, params: dict, opt_state: Any, rows: jax.Array) -> Look:
+  def _before(self, params: dict, opt_state: Any, rows: jax.Array) -> Before:
     parts = mesh.microbatches(rows, self._parts)
-    return Look(self._gradients(params, parts), self._bases(opt_state))
+    return Before(self._gradients(params, parts), self._bases(opt_state))
 
-  def _after(self, look: Look, opt_state: Any) -> dict[str, jax.Array]:
-    return compare(look, self._bases(opt_state))
+  def _after(self, before: Before, opt_state: Any) -> dict[str, jax.Array]:
+    return compare(before, self._bases(opt_state))
 
   def _gradients(self, params: dict, parts: jax.Array) -> dict[str, jax.Array]:
-    """Summed over the microbatches; only their direction matters here."""
+    """Gradients summed over microbatches; only their direction matters."""
     chosen = {
       m.name: self._read(_slice(_leaf(params, m.path), m.layer))
       for m in self.matrices
@@ -263,16 +269,16 @@ class Watcher:
     return jax.lax.scan(add, zeros, parts)[0]
 
   def _read(self, params: Any) -> Any:
-    """The weights that parameters stand for, none of them quantised."""
+    """The parameters, dequantised."""
     return galore_optax.dequantize_params(params, self._model.dtype)
 
   def _loss(self, chosen: dict, params: dict, rows: jax.Array) -> jax.Array:
     """The summed loss as a function of the watched matrices alone."""
     config, length = self._model, rows.shape[1] - 1
-    tokens = jnp.maximum(rows[:, :-1], 0)  # padding is no id
+    tokens = jnp.maximum(rows[:, :-1], 0)  # padding is negative
 
     def walk(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-      # Weights in few bits are read a layer at a time, as in the step.
+      # Quantised weights are read one layer at a time, as in the step.
       layer = self._read(_slice(params["layers"], i))
       for m in self.matrices:
         here = jnp.where(i == m.layer, chosen[m.name], _leaf(layer, m.path[7:]))
@@ -297,7 +303,7 @@ class Watcher:
 
 
 def _visible(known: list[Matrix], state: train_step.TrainState) -> list[Matrix]:
-  """Those whose bases a look finds layer by layer."""
+  """The matrices whose bases are kept layer by layer in the state."""
   bases = jax.eval_shape(galore_optax.find_bases, state.opt_state)
   return [
     m
@@ -308,12 +314,17 @@ def _visible(known: list[Matrix], state: train_step.TrainState) -> list[Matrix]:
 
 
 def compare(
-  look: Look, bases: Mapping[str, Mapping[str, jax.Array]]
+  before: Before, bases: Mapping[str, Mapping[str, jax.Array]]
 ) -> dict[str, jax.Array]:
-  """The numbers of a look; `refreshed` says whether the basis has changed."""
+  """The numbers of a measurement, and as `refreshed` whether a basis changed.
+
+  Args:
+    before: gradients and bases from before the step.
+    bases: from after it.
+  """
   found = {}
-  for name, g in look.gradients.items():
-    old, new = look.bases[name], bases[name]
+  for name, g in before.gradients.items():
+    old, new = before.bases[name], bases[name]
     changed = [jnp.any(new[side] != old[side]) for side in new]
     found |= {
       f"subspace/{name}/energy": galore_optax.captured_energy(g, new),
@@ -326,7 +337,7 @@ def compare(
 
 
 def _slice(stacked: Any, i: Any) -> Any:
-  """One layer of what is stacked, codes and scales among it."""
+  """One layer of a stacked leaf; of a quantised one, its codes and scales."""
   return jax.tree.map(lambda x: x[i], stacked)
 
 
@@ -337,6 +348,6 @@ def _leaf(tree: Any, path: str) -> Any:
 
 
 def _replace(tree: dict, path: str, leaf: Any) -> dict:
-  """The nested dicts with one leaf replaced."""
+  """A copy of nested dicts in which one leaf is replaced."""
   key, _, rest = path.partition("/")
   return tree | {key: _replace(tree[key], rest, leaf) if rest else leaf}

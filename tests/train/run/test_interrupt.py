@@ -311,7 +311,7 @@ def test_a_full_disk_ends_no_run_and_loses_no_checkpoint(
   said = done.stdout
   for n in (6, 8):
     assert f"the checkpoint of step {n} could not be written (No space" in said
-  assert "that of 4 is complete" in said
+  assert "the newest complete one is of step 4" in said
   assert "step 12/12" in said  # it went on to the end
   assert "status 1\ncheckpoints 4\n" in said
   assert "status 1 with a full disk\n" in said

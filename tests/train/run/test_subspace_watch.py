@@ -1,4 +1,4 @@
-"""Looks at the subspaces of a tiny model while it trains."""
+"""Measurements of the subspaces of a tiny model while it trains."""
 
 import dataclasses
 
@@ -36,8 +36,8 @@ def make_watcher(trainer, whole, **changes):
 
 
 @pytest.fixture(scope="module")
-def looks(trainer, whole, rows):
-  """Numbers of seven steps, a look at each, with the gradients they saw."""
+def measured(trainer, whole, rows):
+  """Numbers of seven measured steps, with their exact gradients."""
   watcher = make_watcher(trainer, whole)
   state, found = trainer.init(), []
   with jax.set_mesh(trainer.mesh):
@@ -49,27 +49,27 @@ def looks(trainer, whole, rows):
         ).sum()
       )(state.params)
       exact = jax.device_get(exact)
-      look = watcher.before(state, batch)
+      before = watcher.before(state, batch)
       state, _ = trainer.train_step(state, batch)
-      values = watcher.values(jax.device_get(watcher.after(look, state)))
-      found.append((index, exact, jax.device_get(look), values))
+      values = watcher.values(jax.device_get(watcher.after(before, state)))
+      found.append((index, exact, jax.device_get(before), values))
   return watcher, found
 
 
-def test_the_gradients_are_those_of_the_step(looks):
-  watcher, found = looks
-  for _, exact, look, _ in found[:2]:
+def test_the_gradients_are_those_of_the_step(measured):
+  watcher, found = measured
+  for _, exact, before, _ in found[:2]:
     for m in watcher.matrices:
       whole = exact
       for key in m.path.split("/"):
         whole = whole[key]
       np.testing.assert_allclose(
-        look.gradients[m.name], whole[m.layer], rtol=1e-4, atol=1e-5
+        before.gradients[m.name], whole[m.layer], rtol=1e-4, atol=1e-5
       )
 
 
-def test_looks_that_are_due_are_those_at_refreshes(looks):
-  watcher, found = looks
+def test_measurements_are_due_at_refreshes(measured):
+  watcher, found = measured
   refreshed = [
     index
     for index, *_, values in found
@@ -80,11 +80,11 @@ def test_looks_that_are_due_are_those_at_refreshes(looks):
   assert refreshed == due == [0, 2, 3, 5, 6]
 
 
-def test_numbers_are_those_of_numpy(looks):
-  watcher, found = looks
-  for _, _, look, values in found:
+def test_numbers_are_those_of_numpy(measured):
+  watcher, found = measured
+  for _, _, before, values in found:
     for m in watcher.matrices:
-      at, g = f"subspace/{m.name}/", look.gradients[m.name].astype(np.float64)
+      at, g = f"subspace/{m.name}/", before.gradients[m.name].astype(np.float64)
       squares = np.linalg.svd(g, compute_uv=False) ** 2
       rank = squares.sum() / squares[0]
       np.testing.assert_allclose(values[at + "stable_rank"], rank, rtol=1e-3)
@@ -98,13 +98,13 @@ def test_numbers_are_those_of_numpy(looks):
   assert at + "overlap" not in second and at + "energy" in second
 
 
-def test_looks_are_rare_by_default(trainer, whole):
+def test_measurements_are_rare_by_default(trainer, whole):
   watcher = make_watcher(trainer, whole, watch_every=0)
   due = [t for t in range(1000) if watcher.is_due(t)]
   assert due[0] == 0 and 10 < len(due) <= 1000 / subspace_watch.RARE + 1
 
 
-def test_quantised_weights_are_looked_at_as_the_model_reads_them(whole, rows):
+def test_quantised_weights_are_measured_as_the_model_reads_them(whole, rows):
   model = dataclasses.replace(TINY, weights="int8")
   trainer = make_trainer("q_galore", devices=1, model=model)
   watcher = make_watcher(trainer, dataclasses.replace(whole, model=model))
@@ -115,12 +115,12 @@ def test_quantised_weights_are_looked_at_as_the_model_reads_them(whole, rows):
       lambda p: train_step.token_losses(trainer.placed.graphdef, p, batch).sum()
     )(trainer.placed.read(state.params))
     exact = jax.device_get(exact["layers"]["mlp"]["up"]["kernel"][1])
-    look = jax.device_get(watcher.before(state, batch))
+    before = jax.device_get(watcher.before(state, batch))
     np.testing.assert_allclose(
-      look.gradients["mlp.up.1"], exact, rtol=1e-4, atol=1e-5
+      before.gradients["mlp.up.1"], exact, rtol=1e-4, atol=1e-5
     )
     state, _ = trainer.train_step(state, batch)
-    values = watcher.values(jax.device_get(watcher.after(look, state)))
+    values = watcher.values(jax.device_get(watcher.after(before, state)))
   at = "subspace/mlp.up.1/"
   assert values[at + "energy"] > 2 * values[at + "energy_before"]
 
@@ -133,16 +133,16 @@ def test_quantised_weights_are_looked_at_as_the_model_reads_them(whole, rows):
     ("contrib_galore", {}, "by name"),
   ],
 )
-def test_what_cannot_be_looked_at_has_a_reason(method, fields, why_not):
+def test_what_cannot_be_measured_has_a_reason(method, fields, why_not):
   chosen = schema.OptimizerConfig(name=method, **({"rank": 4} | fields))
   tx = optimizer.make_optimizer(chosen, 10)
   params = jax.eval_shape(lambda: llama.init(TINY, 0))
   plan = galore_optax.describe(tx, params)
-  known, said = subspace_watch.candidates(chosen, plan)
-  assert not known and why_not in said
-  assert subspace_watch.choose("auto", known, said) == []
+  known, reason = subspace_watch.candidates(chosen, plan)
+  assert not known and why_not in reason
+  assert subspace_watch.choose("auto", known, reason) == []
   with pytest.raises(UserError, match=f"attn.q.0.*{why_not}"):
-    subspace_watch.choose("attn.q.0", known, said)
+    subspace_watch.choose("attn.q.0", known, reason)
 
 
 def test_names_choose_matrices(trainer, whole):
@@ -160,11 +160,11 @@ def test_names_choose_matrices(trainer, whole):
   "watch, words",
   [
     ("attn.q.9", ["'attn.q.9'", "names like", "attn.k.0"]),
-    ("attn.(q", ["no regular expression"]),
+    ("attn.(q", ["not a regular expression"]),
     (".*", ["14 matrices", "at most 12"]),
   ],
 )
-def test_wrong_names_are_told(watch, words, trainer, whole):
+def test_wrong_names_are_reported(watch, words, trainer, whole):
   with pytest.raises(UserError) as raised:
     make_watcher(trainer, whole, watch=watch)
   assert all(word in str(raised.value) for word in words), raised.value
