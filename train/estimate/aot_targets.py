@@ -1,4 +1,4 @@
-"""Accelerators to compile for, none of which has to be there.
+"""Accelerators to compile for; none of them has to be present.
 
     tpu:v5e  tpu:v6e  tpu:v5p          one chip
     tpu:v5e:4x4                        a slice, by its topology
@@ -6,8 +6,8 @@
     gpu:h100:8                         a node of eight
     gpu:FILE.txtpb                     a GpuTargetConfigProto in text form
 
-The programs are made by the real compilers, XLA's for TPUs out of libtpu and
-its GPU backend out of the CUDA plugin; nothing is executed.
+The programs are compiled by the real compilers: XLA's TPU compiler in libtpu,
+and its GPU compiler in the CUDA plugin. Nothing is executed.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ import os
 import pathlib
 from typing import Any
 
-# Before jax is imported: no accelerator is looked for, none is claimed.
+# Set before jax is imported, so that it neither looks for accelerators nor
+# claims them.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
-  # Lets several compilations run beside each other.
+  # Allows several compilations at the same time.
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_MIN_LOG_LEVEL": "3",
   "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -35,8 +36,8 @@ from jax.experimental import topologies  # noqa: E402
 from train.common.errors import UserError  # noqa: E402
 from train.common.units import GIB  # noqa: E402
 
-# Memory a program can use, from the compiler's own message when it does not
-# fit; what the runtime keeps for itself is taken off already.
+# Memory in GiB that a program can use, from the compiler's message for one that
+# does not fit. It excludes what the runtime keeps for itself.
 TPU_USABLE = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}
 
 # Public figures of the cards, in the fields of a GpuTargetConfigProto.
@@ -119,22 +120,22 @@ class Target:
   """Devices that a program can be compiled for.
 
   Attributes:
-    name: as the user wrote it.
-    platform: `tpu` or `cuda`, for lowering.
-    devices: without hardware behind them.
-    usable: bytes of memory of one device, None where they are not known.
-    whose: whose compiler it is, for the report.
+    name: name as the user wrote it.
+    platform: platform for lowering, `tpu` or `cuda`.
+    devices: descriptions of devices, without hardware.
+    usable: usable bytes of memory of one device; None if they are not known.
+    compiler: name of the compiler, for the report.
   """
 
   name: str
   platform: str
   devices: list[Any]
   usable: int | None
-  whose: str
+  compiler: str
 
 
 def find(name: str) -> Target:
-  """The devices that a target names.
+  """The target of a given name.
 
   Raises:
     UserError: the name is unknown, or its compiler is not installed.
@@ -158,7 +159,7 @@ def _tpu(name: str, rest: str) -> Target:
   _need("libtpu", "tpu-aot", name)
   options: dict[str, Any] = {}
   if not shape:
-    # Without it a topology is made of whole hosts of four chips.
+    # Without this, a topology consists of whole hosts of four chips.
     shape = "1x1x1" if chip == "v5p" else "1x1"
     options["chips_per_host_bounds"] = [1, 1, 1]
   try:
@@ -177,7 +178,7 @@ def _tpu(name: str, rest: str) -> Target:
 def _gpu(name: str, rest: str) -> Target:
   card, _, count = rest.rpartition(":") if ":" in rest else (rest, "", "1")
   if not count.isdigit() or int(count) < 1:
-    raise UserError(f"--target {name!r}: {count!r} is no number of cards")
+    raise UserError(f"--target {name!r}: {count!r} is not a number of cards")
   _need("jax_cuda12_plugin", "gpu-aot", name)
   config = _gpu_config(name, card)
   try:
@@ -212,12 +213,12 @@ def _gpu_config(name: str, card: str) -> str:
 def _need(module: str, extra: str, name: str) -> None:
   if importlib.util.find_spec(module) is None:
     raise UserError(
-      f"--target {name!r} needs the compiler of that platform, which no"
-      f' device is needed for: pip install -e ".[train,{extra}]" in a virtual'
+      f"--target {name!r} needs the compiler of that platform, though no"
+      f' device: pip install -e ".[train,{extra}]" in a virtual'
       " environment of its own (jax loads one accelerator plugin at a time)"
     )
 
 
 def set_up() -> None:
-  """Keeps JAX from looking for devices of its own."""
+  """Keeps JAX from looking for accelerators."""
   jax.config.update("jax_platforms", "cpu")

@@ -1,8 +1,8 @@
-"""Collectives of a compiled program, read off its optimised HLO.
+"""The collectives of a compiled program, read from its optimised HLO.
 
-What devices send each other is not in a jaxpr: the compiler's partitioner
-decides it. The text of the compiled module says which collectives there are,
-of what shape, and in which loops and branches they stand.
+What devices send each other is not in a jaxpr, because the compiler's
+partitioner decides it. The text of the compiled module shows all collectives,
+their shapes, and the loops and branches that they are in.
 """
 
 import collections
@@ -39,13 +39,14 @@ class Collective:
 
   Attributes:
     kind: one of `KINDS`.
-    dtype: of the largest array it moves.
-    shape: of that array, on one device: what it gathered or is to reduce.
-    bytes: of all its arrays, likewise.
-    times: how often a step runs it, where it runs at all.
-    always: whether every step runs it; otherwise it stands in a branch, or in
-      a loop whose length the program decides.
-    source: the operation of the user's program that it was made for.
+    dtype: dtype of the largest array that it moves.
+    shape: shape of that array on one device, after a gather or before a
+      reduction.
+    bytes: bytes of all its arrays on one device.
+    times: number of runs in a step that runs it.
+    always: whether every step runs it. Otherwise it is in a branch, or in a
+      loop whose length depends on values.
+    source: the operation of the user's program that it belongs to.
   """
 
   kind: str
@@ -66,7 +67,7 @@ class _Instruction:
   rest: str
 
   def called(self) -> list[str]:
-    """Names of the computations that it runs."""
+    """Names of the computations that it calls."""
     found = []
     for text in _CALLED.findall(self.rest):
       names = text.strip("{}").split(",") if "{" in text else [text]
@@ -74,13 +75,13 @@ class _Instruction:
     return found
 
   def attribute(self, name: str) -> str:
-    """Name of the one computation that plays a part."""
+    """Name of the computation that is given as an attribute."""
     match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
     return match[1] if match else ""
 
 
 class Module:
-  """A module's computations, instruction by instruction."""
+  """The computations of a compiled module."""
 
   def __init__(self, text: str):
     """Reads the text of `compiled.as_text()`."""
@@ -95,51 +96,53 @@ class Module:
         current.append(_instruction(named[1], named[2]))
 
   def collectives(self, taken: int = 0) -> list[Collective]:
-    """Its collectives, each once.
+    """The collectives of the module, each once.
 
     Args:
-      taken: branches within each other that every step takes; a training step
-        takes one where its gradient is finite.
+      taken: number of nested branches that every step takes. A training step
+        takes one if its gradient is finite.
 
     Returns:
-      The collectives in the order of the text. One between a single device
-      and itself is none.
+      The collectives in the sequence of the text, without those of a single
+      device.
     """
     found: dict[Any, Collective] = {}
-    for place, x, times, depth, loose in self._walk(self.entry, 1, 0, False):
+    for computation, x, times, depth, dynamic in self._walk(
+      self.entry, 1, 0, False
+    ):
       kind = x.opcode.removesuffix("-start")
-      if kind not in KINDS or _alone(x.rest):
+      if kind not in KINDS or _is_single_device(x.rest):
         continue
-      # Parts of one that is spread over other work share its channel.
+      # An asynchronous collective has several instructions on one channel.
       channel = re.search(r"channel_id=(\d+)", x.rest)
-      key = channel[1] if channel else (place, x.name)
-      always = depth <= taken and not loose
+      key = channel[1] if channel else (computation, x.name)
+      always = depth <= taken and not dynamic
       if key not in found:
-        found[key] = self._collective(place, x, kind, times, always)
+        found[key] = self._collective(computation, x, kind, times, always)
     return list(found.values())
 
   def _walk(
-    self, name: str, times: int, depth: int, loose: bool
+    self, name: str, times: int, depth: int, dynamic: bool
   ) -> Iterator[tuple[str, _Instruction, int, int, bool]]:
-    """All instructions that run, with what they stand in."""
+    """All instructions, with their repetitions and depth of branches."""
     for x in self.computations.get(name, ()):
-      yield name, x, times, depth, loose
+      yield name, x, times, depth, dynamic
       if x.opcode == "while":
-        turns = self._turns(x)
-        inner = (times * (turns or 1), depth, loose or turns is None)
+        count = self._trip_count(x)
+        inner = (times * (count or 1), depth, dynamic or count is None)
       elif x.opcode == "conditional":
-        inner = (times, depth + 1, loose)
+        inner = (times, depth + 1, dynamic)
       else:
-        inner = (times, depth, loose)
+        inner = (times, depth, dynamic)
       for callee in x.called():
         yield from self._walk(callee, *inner)
 
-  def _turns(self, loop: _Instruction) -> int | None:
-    """How often a loop turns: what the compiler noted, or its bound."""
+  def _trip_count(self, loop: _Instruction) -> int | None:
+    """Iterations of a loop: as the compiler noted, or from its bound."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
       return int(noted[1])
     test = self.computations.get(loop.attribute("condition"), [])
-    # Counting from zero to a constant, as scans do.
+    # Scans count from zero to a constant.
     bounds = [
       x for x in test if x.opcode == "constant" and x.arrays[0][0] == "s32"
     ]
@@ -150,14 +153,14 @@ class Module:
     return int(match[1]) if match else None
 
   def _collective(
-    self, place: str, x: _Instruction, kind: str, times: int, always: bool
+    self, computation: str, x: _Instruction, kind: str, times: int, always: bool
   ) -> Collective:
     arrays = x.arrays
-    if kind == "reduce-scatter":  # what it reduces is larger than its result
-      types = {y.name: y.arrays for y in self.computations[place]}
+    if kind == "reduce-scatter":  # its operands are larger than its result
+      types = {y.name: y.arrays for y in self.computations[computation]}
       arrays = tuple(a for name in x.operands for a in types.get(name, ()))
     elif x.opcode.endswith("-start") and kind != "all-reduce":
-      arrays = arrays[1:2]  # operand, result, and what it needs to wait
+      arrays = arrays[1:2]  # of operand, result and synchronisation
     arrays = arrays or x.arrays
     dtype, shape = max(arrays, key=_bytes)
     source = re.search(r'op_name="([^"]*)"', x.rest)
@@ -173,7 +176,7 @@ class Module:
 
 
 def _instruction(name: str, text: str) -> _Instruction:
-  """Takes an instruction apart: type, opcode, operands, the rest."""
+  """Parses an instruction: type, opcode, operands, and the rest."""
   end = _end_of_type(text)
   match = _OPCODE.match(text, end)
   opcode, operands = (match[1], match[2]) if match else ("", "")
@@ -190,7 +193,7 @@ def _instruction(name: str, text: str) -> _Instruction:
 
 
 def _end_of_type(text: str) -> int:
-  """Where the type ends: a tuple's at its own parenthesis, layouts and all."""
+  """Where the type ends; for a tuple at its closing parenthesis."""
   if not text.startswith("("):
     return text.find(" ")
   depth = 0
@@ -209,8 +212,8 @@ def _bytes(array: tuple[str, tuple[int, ...]]) -> int:
   return math.prod(shape) * bits // 8
 
 
-def _alone(rest: str) -> bool:
-  """Whether every group of a collective is a single device."""
+def _is_single_device(rest: str) -> bool:
+  """Whether every group of a collective has a single device."""
   if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
     return groups[1] == "1"
   if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
@@ -224,13 +227,13 @@ def named(
   rank: int,
   shards: Iterable[int],
 ) -> str:
-  """Which of GaLore's arrays has a shape, of a whole matrix or a shard.
+  """Names the array of GaLore that has a given shape, whole or sharded.
 
   Args:
-    shape: of the last axes of an array on a device.
+    shape: last axes of an array on a device.
     matrices: shapes (m, n) of the gradients.
-    rank: of the bases.
-    shards: into how many parts the mesh divides an axis.
+    rank: rank of the bases.
+    shards: numbers of parts into which the mesh divides an axis.
 
   Returns:
     `G` for a gradient, `P or R` for an array with the rank as one side,
@@ -258,7 +261,7 @@ def totals(found: Iterable[Collective]) -> dict[str, dict[str, dict[str, int]]]:
 
   Returns:
     `every_step` and `when_due` to kind to `count` and `bytes`; a collective
-    in a loop counts as often as the loop turns.
+    in a loop counts once an iteration.
   """
   sums: dict[str, dict[str, dict[str, int]]] = {
     "every_step": collections.defaultdict(lambda: {"count": 0, "bytes": 0}),
@@ -272,7 +275,7 @@ def totals(found: Iterable[Collective]) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def lines(sums: dict[str, dict[str, dict[str, int]]]) -> list[str]:
-  """What `totals` found, as lines of text."""
+  """The result of `totals` as lines of text."""
   found = []
   for when, kinds in sums.items():
     for kind, x in kinds.items():

@@ -1,4 +1,4 @@
-"""What a run would take, counted before anything is allocated or read.
+"""Counts what a run would take, before anything is allocated or read.
 
 `python -m train.pretrain --preset llama_7b --dry-run` prints it; with `--json`
 as one object. Parameters, optimizer state and programs are traced as shapes,
@@ -39,7 +39,7 @@ GROUPS = {
 
 def main(config: schema.Config, as_json: bool) -> int:
   """Prints what the run would take; returns the exit status."""
-  # Devices are not touched: another run may be at work on them.
+  # Leaves the devices alone, because another run may be using them.
   jax.config.update("jax_platforms", "cpu")
   found = estimate(config)
   print(json.dumps(found) if as_json else render(found))
@@ -50,11 +50,11 @@ def estimate(config: schema.Config) -> dict[str, Any]:
   """Counts parameters, bytes and FLOPs of a run.
 
   Args:
-    config: the run. `mesh.data = 0`, which takes the devices that are left,
+    config: the run. `mesh.data = 0`, which means all remaining devices,
       counts as 1: this machine need not have the devices of the run.
 
   Returns:
-    What `--json` prints: nested dicts of numbers, bytes and FLOPs as such.
+    What `--json` prints: nested dicts of numbers, in bytes and FLOPs.
 
   Raises:
     UserError: the optimizer's options exclude one another, or the mesh does
@@ -87,7 +87,7 @@ def abstract_mesh(config: schema.MeshConfig) -> jax.sharding.AbstractMesh:
 
 
 def parameters(params: Any) -> dict[str, int]:
-  """Number of parameters: `total`, and by group."""
+  """Number of parameters, in total and by group."""
   counts: dict[str, int] = collections.defaultdict(int)
   for path, x in jax.tree_util.tree_leaves_with_path(params):
     parts = leaves.path_of(path).split("/")
@@ -125,11 +125,11 @@ def memory(
   placed: train_step.Placed,
   mesh: jax.sharding.AbstractMesh,
 ) -> dict[str, dict[str, int]]:
-  """Bytes of what lives on the devices: `whole`, and on one `device`.
+  """Bytes in device memory: on all devices (`whole`), and on one (`device`).
 
-  Activations are the most that a microbatch's loss and gradient keep at once,
-  on a device whose tensor axis has size 1: with more it is an upper bound.
-  Gradient accumulation keeps a float32 sum beside a microbatch's gradient.
+  Activations are the most that the loss and gradient of a microbatch keep at
+  once if the tensor axis has size 1; for a larger one they are an upper bound.
+  Gradient accumulation keeps a float32 sum besides the gradient.
   """
   state, where = placed.state, placed.shardings
   groups = weights(placed) | {
@@ -151,9 +151,10 @@ def memory(
 
 
 def weights(placed: train_step.Placed) -> dict[str, tuple[Any, Any]]:
-  """The weights by group, as shapes, with their shardings.
+  """Shapes and shardings of the weights, by group.
 
-  With factors that is what is kept, and the weights that a step makes of it.
+  Methods with factors have frozen and trained weights, and those that a step
+  makes of both.
   """
   params, where = placed.state.params, placed.shardings.params
   if placed.adapters is None:
@@ -168,9 +169,10 @@ def weights(placed: train_step.Placed) -> dict[str, tuple[Any, Any]]:
 def gradients(
   config: schema.Config, placed: train_step.Placed
 ) -> tuple[Any, Any]:
-  """The gradients that are alive at once, as shapes, and their shardings.
+  """Shapes and shardings of the gradients that are alive at the same time.
 
-  Layer by layer that is one layer's, and the embedding's or the head's.
+  If updates are layer by layer, these are the gradients of one layer and of
+  the embedding or the head, whichever is larger.
   """
   if not config.train.layerwise:
     return placed.weights, placed.weight_shardings
@@ -202,7 +204,7 @@ def shard_bytes(tree: Any, shardings: Any) -> int:
 def activation_bytes(
   config: schema.Config, placed: train_step.Placed, shards: int
 ) -> int:
-  """Bytes that one microbatch's loss and gradient keep at most."""
+  """Maximum bytes that the loss and gradient of a microbatch keep."""
   parts = shards * config.parts
   rows, rest = divmod(config.data.batch, parts)
   if rest:
@@ -218,7 +220,7 @@ def activation_bytes(
 
 
 def work(config: schema.Config, setup: setup_lib.Setup) -> dict[str, float]:
-  """FLOPs of matrix products: a token's, a step's, and the run's."""
+  """FLOPs of the matrix products of a token, a step, and the run."""
   placed, length = setup.placed, config.data.length
   forward = flops.forward_per_token(placed.graphdef, placed.weights, length)
   again = flops.recompute_per_token(
@@ -271,7 +273,7 @@ def _parameters(counts: dict[str, int]) -> list[str]:
 
 
 def plan_table(rows: list[dict[str, Any]]) -> list[str]:
-  """The lines of a table of `plan_rows`."""
+  """The rows of `plan_rows` as lines of a table."""
   width = max(len(row["path"]) for row in rows)
   lines = [f"{'leaf':<{width}}  {'shape':<18} {'side':<9} rank optimizer state"]
   for row in rows:
@@ -280,10 +282,10 @@ def plan_table(rows: list[dict[str, Any]]) -> list[str]:
       f"{row['path']:<{width}}  {shape:<18} {row['side']:<9}"
       f" {row['rank'] or '-':>4} {format_bytes(row['state_bytes']):>15}"
     )
-  # Of names and rules, which are the rest, the table tells enough.
+  # Other reasons are names and rules, which the table shows well enough.
   small = [row["path"] for row in rows if row["reason"].startswith("no small")]
   if small:
-    text = f"not smaller at this rank, so left at full: {small[0]}"
+    text = f"left at full rank, as this rank would save nothing: {small[0]}"
     lines.append(text + (f" and {len(small) - 1} more" if small[1:] else ""))
   return lines
 

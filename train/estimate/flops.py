@@ -1,9 +1,9 @@
-"""FLOPs of a model and an optimizer, and what devices can do at best.
+"""FLOPs of a model and an optimizer, and the peak FLOPs of devices.
 
-MFU is model FLOPs utilisation: three times the forward pass's matrix products
-(the backward pass takes two for each), whatever is recomputed, over the peak
-of the devices. Attention counts in full, as in the PaLM paper (arXiv
-2204.02311, appendix B), though half of it is masked.
+MFU is model FLOPs utilisation: three times the matrix products of the forward
+pass (the backward pass takes two for each one), without what is recomputed,
+divided by the peak of the devices. Attention counts in full, as in the PaLM
+paper (arXiv 2204.02311, appendix B), though half of it is masked.
 """
 
 import math
@@ -44,7 +44,7 @@ PEAKS: tuple[tuple[str, float], ...] = (
 
 
 def peak(device_kind: str) -> float:
-  """Best bfloat16 FLOPs a second of a device; nan where it is not known."""
+  """Peak bfloat16 FLOPs a second of a device; nan if it is not known."""
   for pattern, flops in PEAKS:
     if re.search(pattern + "(?! Ti)", device_kind):
       return flops
@@ -52,7 +52,7 @@ def peak(device_kind: str) -> float:
 
 
 def utilisation(tokens_per_second: float, forward: float) -> float:
-  """MFU of the devices in use; nan where their peak is not known.
+  """MFU of the devices in use; nan if their peak is not known.
 
   Args:
     tokens_per_second: of all devices together.
@@ -112,8 +112,8 @@ def update_every_step(
 ) -> int:
   """FLOPs of the optimizer's matrix products in a step without a refresh.
 
-  For GaLore those are the projections and the lifts, for Muon the iterations
-  of Newton and Schulz.
+  For GaLore these are the projections and the lifts, for Muon the
+  Newton-Schulz iterations.
   """
   state = jax.eval_shape(tx.init, params)
   traced = jax.make_jaxpr(tx.update)(params, state, params)
@@ -121,10 +121,10 @@ def update_every_step(
 
 
 def adapters_every_step(adapters: Adapters, params: Any) -> int:
-  """FLOPs of multiplying factors out, and of the gradient's way back.
+  """FLOPs of multiplying factors, and of the gradient of those products.
 
   Args:
-    adapters: how weights are divided.
+    adapters: how weights are divided into frozen and trained ones.
     params: `frozen` and `adapters`, or their shapes.
   """
 
@@ -136,15 +136,15 @@ def adapters_every_step(adapters: Adapters, params: Any) -> int:
 
 
 def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:
-  """FLOPs of finding every basis once, moments carried over included.
+  """FLOPs of refreshing every basis once, with the moments.
 
-  Subspace iteration: two products with the gradient and three passes of
-  CholeskyQR an iteration. SVD: 6 m n^2 + 20 n^3 for m >= n (Golub and Van
-  Loan, Matrix Computations, 4th ed., figure 8.6.1, thin, by R-SVD).
+  An iteration of subspace iteration takes two products with the gradient and
+  three passes of CholeskyQR. An SVD takes 6 m n^2 + 20 n^3 for m >= n (Golub
+  and Van Loan, Matrix Computations, 4th ed., figure 8.6.1, thin, by R-SVD).
 
   Args:
-    rows: of `galore_optax.describe`; those at full rank cost nothing.
-    config: how a basis is found and what becomes of the moments.
+    rows: rows of `galore_optax.describe`; those at full rank cost nothing.
+    config: how a basis is found, and how moments are carried into it.
   """
   method = methods.get(config.name)
   if method.random_bases:
@@ -159,13 +159,13 @@ def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:
     total += math.prod(stack) * sum(
       _find(m, n, size, row.rank, 0 if exact else method.iterations)
       + (rotates and _rotate(m, n, size, row))
-      for size in _spanned(row)
+      for size in _basis_lengths(row)
     )
   return total
 
 
-def _spanned(row: Any) -> list[int]:
-  """Lengths of the bases' vectors."""
+def _basis_lengths(row: Any) -> list[int]:
+  """Lengths of the vectors of each basis."""
   *_, m, n = row.shape
   return {"left": [m], "right": [n], "both": [m, n]}[row.side]
 

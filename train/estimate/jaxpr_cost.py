@@ -1,6 +1,6 @@
-"""What a traced program costs, read off its jaxpr: FLOPs and bytes alive.
+"""The cost of a traced program, from its jaxpr: FLOPs and live bytes.
 
-Tracing needs shapes only, so a 7B model is counted in a second on a laptop.
+Tracing needs shapes only, so counting a 7B model takes a second on a laptop.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Views of their operand, or so cheap that the compiler makes them anew inside
-# whatever reads them.
+# Operations that are views of their operand, or so cheap that the compiler
+# repeats them inside the operations that read them.
 _VIEWS = frozenset(
   (
     "broadcast_in_dim",
@@ -27,10 +27,10 @@ _VIEWS = frozenset(
     "transpose",
   )
 )
-_MADE_ON_THE_FLY = frozenset(("broadcast_in_dim", "iota"))
-# These read all of their operands while they write: unlike an elementwise
-# operation's, their result cannot lie where an operand lay.
-_APART = frozenset(
+_FUSED = frozenset(("broadcast_in_dim", "iota"))
+# Operations that still read their operands while they write. Unlike the result
+# of an elementwise operation, theirs cannot take the memory of an operand.
+_NOT_IN_PLACE = frozenset(
   ("concatenate", "conv_general_dilated", "dot_general", "gather", "sort")
 )
 _CALLS = frozenset(
@@ -47,7 +47,7 @@ _CALLS = frozenset(
 
 
 def sub_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
-  """The jaxprs that an equation runs: bodies, branches, callees."""
+  """The jaxprs inside an equation: bodies, branches, callees."""
   found = []
   for value in eqn.params.values():
     for part in value if isinstance(value, tuple | list) else (value,):
@@ -63,13 +63,14 @@ def count_flops(
 ) -> int:
   """FLOPs of the matrix products: 2 for a multiplication and an addition.
 
-  A scan's body counts as often as it runs, a loop of unknown length as one
-  turn. Elementwise work is left out, as is usual: it is some percent of a
-  large model's.
+  A scan's body counts as often as it runs, that of a loop of unknown length
+  once. Elementwise operations do not count, as is usual: they are some percent
+  of a large model's work.
 
   Args:
     jaxpr: the program.
-    branch: which of a conditional's branches counts: the dearest, or `min`.
+    branch: which branch of a conditional counts: `max` for the most expensive
+      one, or `min`.
   """
   total = 0
   for eqn in jaxpr.eqns:
@@ -96,7 +97,7 @@ def _product_flops(eqn: core.JaxprEqn) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Value:
-  """An array of a program without calls; identity is its name."""
+  """An array of a program without calls, known by its identity."""
 
   size: int  # bytes
 
@@ -106,17 +107,16 @@ class _Operation:
   name: str
   reads: list[_Value]
   writes: list[_Value]
-  inner: int  # bytes alive inside its own programs
+  inner: int  # live bytes inside its own jaxprs
 
 
 def peak_bytes(jaxpr: core.Jaxpr) -> int:
-  """Most bytes alive at once of what a program makes on its way.
+  """The maximum of live bytes of a program's intermediate arrays.
 
-  Its arguments and results are not counted: they have places of their own.
-  Operations run in the order of the trace. Views and broadcasts are free, and
-  an elementwise operation writes over an operand that nobody reads later.
-  That is close to what the compiler's buffers come to for a transformer's
-  loss and gradient, as a test that compares it with XLA's figure shows.
+  Arguments and results are not counted. Operations run in the sequence of the
+  trace. Views and broadcasts are free, and an elementwise operation overwrites
+  an operand that is not read later. For the loss and gradient of a transformer
+  this is close to the buffers that XLA assigns, as a test shows.
   """
   operations, results = _inline(jaxpr, [_Value(0) for _ in jaxpr.invars])
   owners: dict[_Value, _Value] = {}
@@ -131,19 +131,19 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
   for i, op in enumerate(operations):
     for value in op.writes:
       known = value in last and value not in free
-      made = known and op.name not in _MADE_ON_THE_FLY
+      made = known and op.name not in _FUSED
       sizes[value] = value.size if made else 0
     new = sum(sizes[v] for v in op.writes)
     ended = sum(sizes.get(v, 0) for v in {*map(own, op.reads)} if last[v] == i)
-    apart = op.inner or op.name in _APART
-    most = max(most, alive + _working(op, new) - (0 if apart else ended))
+    not_in_place = op.inner or op.name in _NOT_IN_PLACE
+    most = max(most, alive + _working(op, new) - (0 if not_in_place else ended))
     alive += new - ended
   return most
 
 
 def _working(op: _Operation, new: int) -> int:
-  """Bytes that an operation adds while it runs."""
-  # A rematerialised block's results are among those its own count has seen.
+  """Bytes that an operation needs while it runs."""
+  # The results of a rematerialised block are already in its own count.
   if op.name in ("checkpoint", "remat", "remat2"):
     return max(op.inner, new)
   return new + op.inner
@@ -152,7 +152,7 @@ def _working(op: _Operation, new: int) -> int:
 def _inline(
   jaxpr: core.Jaxpr, arguments: list[_Value]
 ) -> tuple[list[_Operation], list[_Value]]:
-  """The operations of a program with its calls written out, and its results."""
+  """The operations of a program with all calls inlined, and its results."""
   known: dict[Any, _Value] = dict(zip(jaxpr.invars, arguments, strict=True))
 
   def look_up(variables: list) -> Iterator[_Value]:

@@ -2,9 +2,9 @@
 
 `python -m train.estimate.state_table` prints the table.
 
-Counted exactly from the shapes of every array, scales and counters included;
-nothing is allocated. The papers' own columns are estimates in bfloat16 with
-weights left out, quoted from the GaLore paper (arXiv 2403.03507, Table 6b).
+They are counted exactly, from the shapes of all arrays including scales and
+counters; nothing is allocated. The rows of the paper are its own estimates for
+bfloat16, without weights (GaLore, arXiv 2403.03507, Table 6b).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from train.step import adapters, optimizer
 
 PRESETS = ("llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
 
-# Name of a row to the optimizer and what is set of it.
+# Name of a row to the optimizer and its options.
 BF16 = {"state_dtype": "bfloat16", "basis_dtype": "bfloat16"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
   "adamw": ("adamw", {}),
@@ -45,7 +45,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
   "lora": ("lora", {}),
 }
 
-# GB, as printed: full-rank Adam, GaLore, and LoRA with its kin. None for 7B.
+# In GB, as printed: full-rank Adam, GaLore, LoRA. There are none for 7B.
 PAPER = {
   "llama_60m": (0.23, 0.13, 0.17),
   "llama_130m": (0.51, 0.28, 0.37),
@@ -55,7 +55,7 @@ PAPER = {
 
 
 def table() -> dict[str, dict[str, int]]:
-  """Row to preset to bytes."""
+  """Bytes by row and preset."""
   found: dict[str, dict[str, int]] = {name: {} for name in ROWS}
   for preset in PRESETS:
     config = presets.make(preset, "galore")
@@ -72,7 +72,7 @@ def table() -> dict[str, dict[str, int]]:
 
 
 def render(found: dict[str, dict[str, int]]) -> str:
-  """The table in GB (1e9 bytes), as the papers print theirs."""
+  """The table in GB (1e9 bytes), as in the papers."""
   width = max(map(len, found)) + 2
   head = "".join(f"{p.removeprefix('llama_'):>10}" for p in PRESETS)
   lines = [f"{'GB of state':<{width}}{head}"]
@@ -89,7 +89,7 @@ def render(found: dict[str, dict[str, int]]) -> str:
 
 
 def main() -> int:
-  """Prints the table, or with `--json` the bytes."""
+  """Prints the table, or the bytes with `--json`."""
   parser = argparse.ArgumentParser(prog="python -m train.estimate.state_table")
   parser.add_argument("--json", action="store_true")
   flags = parser.parse_args()

@@ -207,7 +207,7 @@ class Checkpoints:
     return None if newest is None else newest.step
 
   def best(self) -> float:
-    """The lowest held-out loss of the checkpoints; infinite if there is none."""
+    """The lowest held-out loss of any checkpoint; infinite without one."""
     losses = [
       c.metrics[LOSS] for c in self._orbax.checkpoints if c.metrics is not None
     ]
