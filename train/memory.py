@@ -1,13 +1,12 @@
-r"""What a training step takes on a device, from the device's own compiler.
+r"""Memory of a training step on a device, from the device's own compiler.
 
     python -m train.memory --preset llama_7b --method q_galore --layerwise \
       --seq 2048 --batch 1 --target tpu:v5e
 
-compiles the real train step, refreshes included, for the target and prints
-what the compiler assigned: arguments, temporaries, their sum at the peak, and
-what fills it. Nothing is executed and no device is needed: these are the
-compiler's figures for the program. What a runtime adds (its own context,
-fragmentation, other programs) is not in them.
+compiles the train step, including refreshes, for the target. It prints the
+memory that the compiler assigned: arguments, temporaries, the peak, and what
+the peak consists of. Nothing is executed and no device is needed. The figures
+do not include what a runtime adds, such as its context and fragmentation.
 """
 
 import argparse
@@ -33,11 +32,11 @@ from train.step import train_step
 
 GIB = units.GIB
 PARTS = ("weights", "moments", "bases", "gradients", "activations")
-LONGEST = 2**17  # where `--fit` stops looking
+MAX_SIZE = 2**17  # where the search of `--fit` stops
 
 
 def main(words: list[str] | None = None) -> int:
-  """The command: 0 measured, 1 does not fit, 2 wrong input."""
+  """Runs the command; returns 0 if all fits, 1 if not, 2 for wrong input."""
   flags = parse(words)
   aot_targets.set_up()
   try:
@@ -91,10 +90,15 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   add(
     "--fit",
     metavar="SIZE",
-    help="find the longest rows (or largest batch) that fit, e.g. in 16GiB;"
-    " `device` for what the target has",
+    help="find the longest rows (or the largest batch) that fit in this size,"
+    " such as 16GiB; `device` for the memory of the target",
   )
-  add("--vary", choices=("seq", "batch"), default="seq", help="for --fit")
+  add(
+    "--vary",
+    choices=("seq", "batch"),
+    default="seq",
+    help="what --fit varies; default: seq",
+  )
   add("--json", action="store_true", help="print one JSON object")
   add("--plot", type=pathlib.Path, metavar="PNG", help="draw stacked bars")
   return parser.parse_args(words)
@@ -127,13 +131,13 @@ def measure(
   Args:
     config: the run.
     target: the devices.
-    limit: bytes to fit in; None for the device's own.
+    limit: bytes that are available; None for the memory of the device.
 
   Returns:
-    What `--json` prints. Where the compiler refuses because the program does
-    not fit, `peak_bytes` is what it says it would need and the figures it did
-    not get to are None. `collectives` are those of one step, see
-    `hlo.totals`; bytes are of the whole arrays on one device.
+    What `--json` prints. If the compiler refuses a program that does not fit,
+    `peak_bytes` is what it says the program needs, and unknown figures are
+    None. `collectives` are those of one step, from `collectives.totals`, with
+    the bytes of whole arrays on one device.
   """
   mesh = _mesh(config, target)
   found: dict[str, Any] = {
@@ -169,15 +173,15 @@ def _mesh(
 ) -> jax.sharding.Mesh:
   """The mesh of the config over the target's devices.
 
-  Devices that no axis asks for split the weights: that is what more of them
-  are for here.
+  If the config has no mesh, all devices share the weights (fsdp), because this
+  command is about memory.
   """
-  wanted = config.mesh
-  asked = (wanted.data or 1) * wanted.fsdp * wanted.tensor
-  if asked == 1 and len(target.devices) > 1:
-    wanted = dataclasses.replace(wanted, data=1, fsdp=len(target.devices))
+  sizes = config.mesh
+  requested = (sizes.data or 1) * sizes.fsdp * sizes.tensor
+  if requested == 1 and len(target.devices) > 1:
+    sizes = dataclasses.replace(sizes, data=1, fsdp=len(target.devices))
   return mesh_lib.make_mesh(
-    wanted,
+    sizes,
     config.data.batch,
     accumulate=config.parts,
     devices=target.devices,
@@ -187,7 +191,7 @@ def _mesh(
 def _compile(
   config: schema.Config, setup: setup_lib.Setup, target: aot_targets.Target
 ) -> dict[str, Any]:
-  """What the compiler assigns to the step, and sends, on each device."""
+  """Memory and collectives of the compiled step, on each device."""
   mesh, placed = setup.mesh, setup.placed
   rows = jax.ShapeDtypeStruct(
     (config.data.batch, config.data.length + 1),
@@ -195,7 +199,7 @@ def _compile(
     sharding=mesh_lib.batch_sharding(mesh),
   )
   state = jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     placed.state,
     placed.shardings,
   )
@@ -223,14 +227,14 @@ def _compile(
 
 
 def _collectives(compiled: Any, config: schema.Config) -> dict[str, Any]:
-  """Collectives of a step; those of a step that is skipped do not count."""
+  """Collectives of a step; those of a skipped step do not count."""
   usual = not config.train.layerwise and config.optimizer.accumulate == 1
   module = collectives.Module(compiled.as_text())
   return collectives.totals(module.collectives(taken=1 if usual else 0))
 
 
 def _needed(error: Exception) -> int:
-  """What a program that does not fit would need, from the compiler's words."""
+  """Bytes that a program needs, from the message that it does not fit."""
   match = re.search(r"\(?([\d.]+)([GM])\)? exceeds available", str(error))
   match = match or re.search(r"Used ([\d.]+)([GM]) of", str(error))
   if "RESOURCE_EXHAUSTED" not in str(error) or not match:
@@ -263,11 +267,11 @@ def _bases(opt_state: Any) -> list[Any]:
 def components(
   exact: dict[str, int], sizes: dict[str, Any]
 ) -> dict[str, int | None]:
-  """What fills the peak.
+  """What the peak consists of.
 
   Weights, moments and bases are counted exactly. The compiler does not say
-  what its temporaries are: of them the gradients that a step of this form has
-  to keep are set apart, the rest is activations and scratch.
+  what its temporaries are: those that are not the gradients which the step has
+  to keep count as activations and scratch.
   """
   if "temp_bytes" not in sizes:
     return {**exact, "activations": None}
@@ -282,10 +286,10 @@ def search(
   vary: str,
   limit: int | None,
 ) -> dict[str, Any]:
-  """The longest rows, or the largest batch, whose step fits.
+  """The measurement of the longest rows, or the largest batch, that fit.
 
-  Sizes are doubled until one does not fit, then the half way between is
-  tried: the answer is exact to a quarter.
+  Sizes are doubled until one does not fit. Then the size half way between the
+  last two is tried, so the true limit is less than half as large again.
 
   Raises:
     UserError: not even the smallest size fits.
@@ -296,7 +300,7 @@ def search(
     varied = schema.override(config, [f"data.{field}={size}"])
     found = measure(varied, target, limit)
     print(
-      f"{vary} {size}: {found['peak_bytes'] / GIB:.2f} GiB,"
+      f"{vary}={size}: {found['peak_bytes'] / GIB:.2f} GiB,"
       f" {'fits' if found['fits'] else 'does not fit'}",
       file=sys.stderr,
     )
@@ -306,10 +310,10 @@ def search(
   best = at(size)
   if not best["fits"]:
     raise UserError(
-      f"{vary} {size} takes {best['peak_bytes'] / GIB:.2f} GiB, which does not"
+      f"{vary}={size} takes {best['peak_bytes'] / GIB:.2f} GiB, which does not"
       f" fit {best['room_bytes'] / GIB:.2f} GiB"
     )
-  while size < LONGEST and (found := at(2 * size))["fits"]:
+  while size < MAX_SIZE and (found := at(2 * size))["fits"]:
     best, size = found, 2 * size
   if size > 1 and (found := at(size + size // 2))["fits"]:
     best = found
@@ -317,7 +321,7 @@ def search(
 
 
 def render(found: dict[str, Any]) -> str:
-  """The figures as a table."""
+  """A measurement as a table."""
   form = "layer by layer" if found["layerwise"] else "usual step"
   each = "" if found["devices"] == 1 else f", each of {found['devices']}"
   lines = [
@@ -343,14 +347,13 @@ def render(found: dict[str, Any]) -> str:
     lines.append("fits" if found["fits"] else "DOES NOT FIT")
   lines += collectives.lines(found["collectives"] or {})
   lines.append(
-    f"Assigned by the compiler in {found['compile_seconds']} s; nothing was"
-    " executed."
+    f"Compiled in {found['compile_seconds']} s; nothing was executed."
   )
   return "\n".join(lines)
 
 
 def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """Stacked bars of what fills the peak, one a method."""
+  """Draws stacked bars of what the peak consists of, one for each method."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -366,8 +369,8 @@ def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
     label = "activations, scratch" if part == "activations" else part
     axis.barh(names, sizes, left=left, label=label, height=0.6)
     left = [a + b for a, b in zip(left, sizes, strict=True)]
-  for place, (size, x) in enumerate(zip(left, found, strict=True)):
-    axis.text(size, place, f" {x['peak_bytes'] / GIB:.1f} GiB", va="center")
+  for row, (size, x) in enumerate(zip(left, found, strict=True)):
+    axis.text(size, row, f" {x['peak_bytes'] / GIB:.1f} GiB", va="center")
   if room := found[0]["room_bytes"]:
     axis.axvline(room / GIB, color="0.3", ls="--", lw=1)
   axis.set_xlim(right=1.15 * max(left))

@@ -76,7 +76,7 @@ def test_longest_rows_that_fit(cpu, capsys, monkeypatch):
   config = memory.configure(flags, "galore")
   assert memory.search(config, cpu, "seq", 15_500)["seq"] == 1536
   assert memory.search(config, cpu, "seq", 15_400)["seq"] == 1024
-  with pytest.raises(UserError, match="seq 256 takes"):
+  with pytest.raises(UserError, match="seq=256 takes"):
     memory.search(config, cpu, "seq", 1000)
 
 

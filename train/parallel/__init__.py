@@ -1,1 +1,1 @@
-"""Meshes of devices, and several processes."""
+"""Device meshes, and runs of several processes."""

@@ -1,9 +1,9 @@
-"""The device mesh, and how arrays are laid out on it.
+"""The device mesh, and how arrays are sharded over it.
 
-Three axes: `data` splits the batch, `fsdp` splits the batch and the weights
-(ZeRO-3), `tensor` splits heads, feed-forward units and the vocabulary. The
-model names its axes logically (`embed`, `mlp`, ...); `RULES` is the one place
-that says what a name means on the mesh.
+There are three axes: `data` divides the batch, `fsdp` divides the batch and
+the weights (ZeRO-3), `tensor` divides heads, feed-forward units and the
+vocabulary. The model gives its axes logical names (`embed`, `mlp`, ...), and
+`RULES` maps these names to axes of the mesh.
 """
 
 import math
@@ -22,11 +22,11 @@ from train.config.schema import MeshConfig
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Logical axis of a parameter -> mesh axis. `layers` (the stacked axis that
-# the model scans over) stays whole: every device takes part in every layer.
+# Logical axis of a parameter to mesh axis. `layers`, the stacked axis that the
+# model scans over, is not divided: every device takes part in every layer.
 RULES = (
-  # Of the embedding's table, whose rows are looked up: one split over both
-  # axes needs one all-reduce, one of rows and columns a whole copy.
+  # The rows of the embedding, which are looked up. Divided over both axes they
+  # need one all-reduce; with divided columns they would need a whole copy.
   ("table", ("fsdp", "tensor")),
   ("features", None),
   ("vocab", "tensor"),
@@ -47,13 +47,13 @@ def make_mesh(
   """Arranges devices as (data, fsdp, tensor).
 
   Args:
-    config: sizes of the axes; `data = 0` takes the devices that are left.
+    config: sizes of the axes; `data = 0` means all remaining devices.
     batch: rows in a global batch, which data * fsdp must divide.
-    devices: those to use; all by default.
-    accumulate: parts that each device cuts its rows into.
+    devices: devices to use; all by default.
+    accumulate: microbatches into which each device divides its rows.
 
   Returns:
-    A mesh whose axes are of type Auto: the compiler derives the collectives.
+    A mesh with axes of type Auto, for which the compiler derives collectives.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices, or do not
@@ -83,64 +83,64 @@ def make_mesh(
       f" use a multiple of {shards * accumulate}"
     )
   shape = (data, config.fsdp, config.tensor)
-  # Any sizes will do: an axis of the mesh may take a part of a torus's.
-  placed = mesh_utils.create_device_mesh(
+  # An axis of the mesh may be a part of a physical axis of the torus.
+  grid = mesh_utils.create_device_mesh(
     shape, devices, allow_split_physical_axes=True
   )
   auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return jax.sharding.Mesh(placed, AXES, axis_types=auto)
+  return jax.sharding.Mesh(grid, AXES, axis_types=auto)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Rows over data and fsdp; everything else whole."""
+  """The sharding of a batch: rows are divided over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The same array on every device."""
+  """The sharding of an array that every device has whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-  """Which part of a batch this process feeds to its devices, of how many.
+  """Which part of each batch this process reads, and the number of parts.
 
-  Processes whose devices hold the same rows (the tensor axis runs across
-  them) feed the same part.
+  Processes whose devices hold the same rows, because the tensor axis goes
+  across them, read the same part.
 
   Returns:
     The index of the part, from 0, and the number of parts.
 
   Raises:
-    UserError: processes share some of their rows and not others.
+    UserError: processes share only some of their rows.
   """
   rows: dict[int, set[int]] = {}
-  for place, device in np.ndenumerate(mesh.devices):
-    shard = place[0] * mesh.shape["fsdp"] + place[1]
+  for index, device in np.ndenumerate(mesh.devices):
+    shard = index[0] * mesh.shape["fsdp"] + index[1]
     rows.setdefault(device.process_index, set()).add(shard)
   parts = sorted({tuple(sorted(shards)) for shards in rows.values()})
   if len({len(part) for part in parts}) > 1 or len(sum(parts, ())) > len(
     set().union(*parts)
   ):
     raise UserError(
-      f"mesh.tensor={mesh.shape['tensor']} cuts through the"
-      f" {len(rows)} processes; let it divide the"
-      f" {mesh.size // len(rows)} devices of a process, or be a multiple"
+      f"mesh.tensor={mesh.shape['tensor']} does not fit {len(rows)} processes"
+      f" with {mesh.size // len(rows)} devices each; use a divisor or a multiple"
+      f" of {mesh.size // len(rows)}"
     )
   return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def put_batch(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """Moves this process's rows of a batch to its devices."""
-  # Explicit, though JAX takes it for an accident with several processes.
+  # JAX counts this as an implicit transfer if there are several processes.
   with jax.transfer_guard("allow"):
     return jax.make_array_from_process_local_data(sharding, rows)
 
 
 def microbatches(rows: jax.Array, count: int) -> jax.Array:
-  """Cuts a batch (B, ...) into (count, B / count, ...), inside a jit.
+  """Divides a batch (B, ...) into (count, B / count, ...), inside a jit.
 
-  Each device's rows are dealt out in turn, so that every part has rows of
-  every device and none moves between them.
+  Each microbatch has the same number of rows of every device, so that no rows
+  move between devices.
   """
   parts = rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1)
   if jax.sharding.get_abstract_mesh().empty:
@@ -150,11 +150,11 @@ def microbatches(rows: jax.Array, count: int) -> jax.Array:
 
 
 def constrain_batch(x: jax.Array, rows: int) -> jax.Array:
-  """Keeps activations (B * T, ...) split by rows inside a jitted function.
+  """Keeps activations (B * T, ...) divided by rows inside a jitted function.
 
-  Without it a weight sharded over fsdp can make the compiler split the
-  activations along d_model instead. Outside a mesh, and for batches that its
-  shards do not divide (a sample's one row), it does nothing.
+  Without it, a weight that is sharded over fsdp can make the compiler divide
+  activations along d_model instead. It does nothing outside of a mesh, and for
+  batches that the shards do not divide, such as the single row of a sample.
 
   Args:
     x: activations whose first axis is rows times positions.
@@ -167,20 +167,20 @@ def constrain_batch(x: jax.Array, rows: int) -> jax.Array:
 
 
 def batch_shards(mesh: Any) -> int:
-  """Parts into which a mesh cuts a batch; 1 if it is empty."""
+  """Number of parts into which a mesh divides a batch; 1 if it is empty."""
   return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
 
 def _shards(mesh: jax.sharding.Mesh, axis: str | tuple | None) -> int:
-  """Parts into which a mesh axis, or several together, cuts an array's."""
+  """Number of parts into which one or several mesh axes divide an axis."""
   names = (axis,) if isinstance(axis, str) else axis or ()
   return math.prod(mesh.shape[name] for name in names)
 
 
 def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> dict:
-  """Where each parameter lives, from the names of its axes and `RULES`.
+  """Shardings of the parameters, from the names of their axes and `RULES`.
 
-  An axis that the mesh does not divide stays whole.
+  An axis whose size the mesh does not divide is not divided.
 
   Args:
     params: boxes of abstract parameters, from `train.models.llama.abstract`.
@@ -191,7 +191,7 @@ def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> dict:
   """
   rules = dict(RULES)
 
-  def place(param: nnx.Param) -> NamedSharding:
+  def sharding(param: nnx.Param) -> NamedSharding:
     shape = param.get_value().shape
     names = param.get_metadata("out_sharding")
     axes = [rules[name] for name in names]
@@ -201,7 +201,7 @@ def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> dict:
     ]
     return NamedSharding(mesh, PartitionSpec(*fits))
 
-  placed = jax.tree.map(
-    place, params, is_leaf=lambda x: isinstance(x, nnx.Param)
+  shardings = jax.tree.map(
+    sharding, params, is_leaf=lambda x: isinstance(x, nnx.Param)
   )
-  return nnx.to_pure_dict(placed)
+  return nnx.to_pure_dict(shardings)

@@ -1,7 +1,7 @@
-"""Several processes as one run: joining them, and what only the first does.
+"""Runs of several processes: how they join, and what only the first one does.
 
-Every process runs the same program on its own devices. The first one alone
-prints and writes the run's files; checkpoints are written by all.
+Every process runs the same program on its own devices. Only the first one
+prints and writes the run's files. All of them write checkpoints.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from train.common.errors import UserError
 from train.config.schema import MeshConfig
 
-# What launchers set when they start more than one process.
+# Variables that launchers set if they start more than one process.
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
@@ -35,12 +35,12 @@ def several(environment: dict[str, str]) -> bool:
 
 
 def connect(config: MeshConfig) -> None:
-  """Joins the processes of the run; does nothing where there is only one.
+  """Joins the processes of the run; does nothing if there is only one.
 
-  Must come before the first use of a device.
+  It must be called before the first use of a device.
 
   Raises:
-    UserError: the processes do not find each other.
+    UserError: the processes cannot be joined.
   """
   if not config.coordinator and not several(dict(os.environ)):
     _check_alone()
@@ -68,12 +68,11 @@ def connect(config: MeshConfig) -> None:
 
 
 def _check_alone() -> None:
-  """Refuses devices that know of other processes, which were not joined."""
+  """Raises if the devices belong to several processes that were not joined."""
   if jax.process_count() > 1:
     raise UserError(
-      f"the devices here belong to one of {jax.process_count()} processes, and"
-      " nothing in the environment tells how to join them; set"
-      " mesh.coordinator=auto"
+      f"the devices belong to {jax.process_count()} processes, and nothing in"
+      " the environment says how to join them; set mesh.coordinator=auto"
     )
 
 
@@ -83,7 +82,7 @@ def is_first() -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-  """The JSON-able `value` of each process, in their order, on all of them."""
+  """The JSON-able `value` of every process, by process, on all of them."""
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -108,7 +107,7 @@ def run_on_first(action: Callable[[], None]) -> None:
 def run_on_first_then_others(action: Callable[[], Any]) -> Any:
   """Runs `action` in the first process, then in the others.
 
-  What the first one leaves in a cache, the others then find there.
+  So the others find in a cache what the first one has left there.
 
   Raises:
     Exception: what it raised; a UserError with its text in the processes that
@@ -121,24 +120,24 @@ def run_on_first_then_others(action: Callable[[], Any]) -> Any:
 
 
 def _together(action: Callable[[], Any]) -> Any:
-  """Runs `action` in every process; where one fails, all of them end."""
-  found, own = None, None
+  """Runs `action` in every process; if it fails in one, all of them raise."""
+  result, own = None, None
   try:
-    found = action()
-  except Exception as raised:  # whatever it is, the others wait to hear of it
+    result = action()
+  except Exception as raised:  # any error: the other processes wait for it
     own = raised
-  told = gather(own and (str(own) or type(own).__name__))
+  messages = gather(own and (str(own) or type(own).__name__))
   if own is not None:
     raise own
-  errors = [error for error in told if error]
+  errors = [message for message in messages if message]
   if errors:
     raise UserError(errors[0])
-  return found
+  return result
 
 
 @contextlib.contextmanager
 def only_first_prints() -> Iterator[None]:
-  """Sends what the other processes print to nowhere."""
+  """Silences the output of all processes but the first."""
   if is_first():
     yield
     return

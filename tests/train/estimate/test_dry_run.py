@@ -167,5 +167,5 @@ def test_matrices_too_small_for_the_rank_are_told():
     )
   ]  # fmt: skip
   last = dry_run.plan_table(rows)[-1]
-  assert last.endswith("left at full: layers/q and 1 more")
+  assert last.endswith("would save nothing: layers/q and 1 more")
   assert dry_run.plan_table(rows[2:])[-1].startswith("embed")
