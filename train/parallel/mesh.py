@@ -102,10 +102,10 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-  """Which part of each batch this process reads, and the number of parts.
+  """Which part of each batch this process reads, of how many.
 
-  Processes whose devices hold the same rows, because the tensor axis goes
-  across them, read the same part.
+  Processes whose devices hold the same rows, because the tensor axis crosses
+  them, read the same part.
 
   Returns:
     The index of the part, from 0, and the number of parts.
@@ -123,8 +123,8 @@ def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   ):
     raise UserError(
       f"mesh.tensor={mesh.shape['tensor']} does not fit {len(rows)} processes"
-      f" with {mesh.size // len(rows)} devices each; use a divisor or a multiple"
-      f" of {mesh.size // len(rows)}"
+      f" with {mesh.size // len(rows)} devices each; use a divisor or a"
+      f" multiple of {mesh.size // len(rows)}"
     )
   return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 

@@ -1,9 +1,9 @@
-"""LoRA and its kin in training: what is frozen, and what is trained instead.
+"""LoRA and its variants in training: frozen weights and trained adapters.
 
-With them the parameters of a training state are two trees, `frozen` and
-`adapters`. The optimizer knows of the adapters only; the model computes with
-the weights that both stand for. In a run of its own each of GaLore's peers is
-`optimizer.name`: lora, qlora, relora, low_rank.
+With them, the parameters of a training state are two trees, `frozen` and
+`adapters`. The optimizer only sees the adapters. The model computes with the
+weights that result from both. The methods are lora, qlora, relora and
+low_rank, as `optimizer.name`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from train.common.errors import UserError
 from train.methods import table as methods
 from train.methods.options import OptimizerConfig
 
-# The matrices that have factors: those of the blocks, which GaLore projects.
+# The matrices that get factors: those of the blocks, which GaLore projects.
 RULES = (
   ("^layers/.*kernel$", galore_optax.Projection()),
   ("", None),
@@ -27,14 +27,14 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-  """How a run's weights are divided, and when its factors start anew."""
+  """How weights are divided into frozen and trained ones, and restarted."""
 
   method: galore_optax.baselines.LowRank
   reset_every: int = 0  # updates between two restarts; 0: none
 
   def init(self, weights: Any, seed: int = 0) -> dict[str, Any]:
-    """`frozen` and `adapters` of the weights of a model."""
-    # Other random numbers than those of the weights.
+    """Divides the weights of a model into `frozen` and `adapters`."""
+    # Random numbers that differ from those of the weights.
     key = jax.random.fold_in(jax.random.key(seed), 1)
     frozen, adapters = self.method.init(key, weights)
     return {"frozen": frozen, "adapters": adapters}
@@ -46,7 +46,7 @@ class Adapters:
   def differentiable(
     self, params: dict[str, Any]
   ) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
-    """The weights, and from their gradient to that of the adapters."""
+    """The weights, and a function from their gradient to the adapters'."""
     frozen = params["frozen"]
     read = lambda adapters: self.method.apply(frozen, adapters)
     weights, back = jax.vjp(read, params["adapters"])
@@ -55,13 +55,13 @@ class Adapters:
   def restart_if_due(
     self, params: dict[str, Any], opt_state: Any, updates: Any, seed: int
   ) -> tuple[dict[str, Any], Any]:
-    """Merges the factors and starts them anew every so many updates.
+    """Merges and restarts the factors every `reset_every` updates.
 
     Args:
       params: `frozen` and `adapters`.
       opt_state: the optimizer's state of the adapters.
-      updates: how many the adapters have had, traced.
-      seed: of the run.
+      updates: number of updates of the adapters so far, traced.
+      seed: seed of the run.
     """
     if not self.reset_every:
       return params, opt_state
@@ -80,7 +80,7 @@ class Adapters:
     return jax.lax.cond(due, restart, lambda: (params, opt_state))
 
   def over_weights(self, tx: Any) -> Any:
-    """An optimizer of adapters as one whose `init` is given the weights."""
+    """An optimizer of adapters as one whose `init` takes the weights."""
     init = lambda weights: tx.init(self.init(weights)["adapters"])
     return types.SimpleNamespace(init=init)
 
@@ -88,15 +88,15 @@ class Adapters:
 def make(
   config: OptimizerConfig, full: Sequence[str] = ("",)
 ) -> Adapters | None:
-  """The adapters of a method that has any.
+  """The adapters of a method, or None if it trains the weights themselves.
 
   Args:
-    config: of the optimizer.
-    full: regular expressions of the leaves that are trained as they are; of
-      pre-training all that have no factors.
+    config: options of the optimizer.
+    full: regular expressions of leaves that are trained without factors; by
+      default all leaves that have none.
 
   Raises:
-    UserError: a number is out of range.
+    UserError: an option is out of range.
   """
   method = methods.get(config.name)
   if method.factors is None:
@@ -109,7 +109,7 @@ def make(
 
 
 def weights_text(params: dict[str, Any]) -> str:
-  """Bytes of the frozen and of the trained weights, in a line."""
+  """Bytes of the frozen and of the trained weights, in one line."""
   frozen, trained = (
     galore_optax.state_bytes(params[part]) for part in ("frozen", "adapters")
   )

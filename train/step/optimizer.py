@@ -15,7 +15,7 @@ from train.methods.options import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """The learning rate of each update; ReLoRA's warms up after restarts, too."""
+  """The learning rate of each update; ReLoRA's also rises after restarts."""
   schedule = _smooth_schedule(config, steps)
   if config.name != "relora":
     return schedule
@@ -25,7 +25,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def _smooth_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Linear warm-up to the peak, then `decay` to `final` of it."""
+  """A linear warm-up to the peak, then a decay to `final` of it."""
   if config.decay == "linear":
     return _linear_schedule(config, steps)
   return optax.warmup_cosine_decay_schedule(
@@ -38,7 +38,7 @@ def _smooth_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def _linear_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """A line up to the peak and one down; without a warm-up only the second."""
+  """A linear rise to the peak, if there is a warm-up, and a linear fall."""
   peak, warmup = config.learning_rate, round(config.warmup * steps)
   down = optax.linear_schedule(
     peak, config.final * peak, max(1, steps - warmup)
@@ -52,18 +52,18 @@ def _linear_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
   config: OptimizerConfig, steps: int, param_shardings: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-  """Clipping, the method, and the factor on the matrices' updates.
+  """Chains clipping, the method, and the factor on updates of matrices.
 
-  The factor comes last, where every method has made its update: before Adam
-  it would cancel out. It scales decoupled decay too, as a learning rate does.
+  The factor is applied to the finished updates, because it would cancel out
+  before Adam. It scales decoupled decay too, as a learning rate does.
 
   Args:
     config: the method and its options.
     steps: updates of the run, for the schedule.
-    param_shardings: where the parameters are, on a mesh.
+    param_shardings: shardings of the parameters, if they are on a mesh.
 
   Raises:
-    UserError: the options exclude one another.
+    UserError: options exclude one another.
   """
   method = methods.get(config.name)
   if config.accumulate > 1 and not method.accumulates:
@@ -88,18 +88,18 @@ def make_optimizer(
 def accounting(
   config: OptimizerConfig, params: Any, own: int
 ) -> dict[str, int]:
-  """Bytes of optimizer state, by method, without allocating any.
+  """Bytes of optimizer state by method, without allocating any.
 
   Args:
-    config: the run's optimizer, whose rank the GaLore methods share.
+    config: the run's optimizer, whose rank all GaLore methods get.
     params: parameters or their ShapeDtypeStructs.
-    own: bytes of the run's own state.
+    own: bytes of the run's own optimizer state.
 
   Returns:
-    `{"adamw": ..., "optax.contrib.galore": ..., "this run (NAME)": ...}`; the
-    projected leaves are the same block matrices in all of them. Optax keeps
-    moments in the weights' dtype. Where that is not float32, there is also
-    AdamW in float32, and GaLore in that dtype and on contrib's side.
+    `{"adamw": ..., "optax.contrib.galore": ..., "this run (NAME)": ...}`. All
+    of them project the same block matrices. Optax keeps moments in the weights'
+    dtype. If that is not float32, there are two more for a fair comparison:
+    AdamW in float32, and GaLore in that dtype with contrib's side.
   """
 
   def state_bytes(like: Any, **fields: Any) -> int:
@@ -107,13 +107,13 @@ def accounting(
     tx = make_optimizer(changed, steps=100)
     return galore_optax.state_bytes(jax.eval_shape(tx.init, like))
 
-  # What is GaLore's alone.
+  # Options that only GaLore has.
   peer: Any = {"accumulate": 1, "moments": "rotate"}
   found = {
     "adamw": state_bytes(params, name="adamw", **peer),
     "optax.contrib.galore": state_bytes(params, name="contrib_galore", **peer),
   }
-  dtype = coarse_dtype(params)
+  dtype = low_precision_dtype(params)
   if dtype and methods.get(config.name).projects:
     wide = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params
@@ -127,8 +127,8 @@ def accounting(
   return found
 
 
-def coarse_dtype(params: Any) -> str:
-  """The dtype of most weights if it is not float32, else nothing."""
+def low_precision_dtype(params: Any) -> str:
+  """The dtype of most weights, or "" if it is float32."""
   sizes: dict[str, int] = {}
   for x in jax.tree.leaves(params):
     sizes[str(x.dtype)] = sizes.get(str(x.dtype), 0) + x.size
@@ -137,17 +137,17 @@ def coarse_dtype(params: Any) -> str:
 
 
 def accounting_note(params: Any) -> str:
-  """What to know of the rows of `accounting` before they are compared."""
+  """What one has to know to compare the rows of `accounting`."""
   note = (
-    "All project the same matrices. optax.contrib.galore takes 2-D leaves only"
-    " (counted, and run, with the layers apart) and the longer side, as"
+    "All project the same matrices. optax.contrib.galore only takes 2-D leaves,"
+    " so layers are separate leaves for it, and it projects the longer side, as"
     " optimizer.proj_type=auto does."
   )
-  dtype = coarse_dtype(params)
+  dtype = low_precision_dtype(params)
   if dtype:
     note += (
-      f" adamw and optax.contrib.galore have the weights' {dtype} for their"
-      " moments, in which a b2 of 0.999 does not decay; GaLore has float32 or"
-      " 8 bits unless optimizer.state_dtype and basis_dtype say otherwise."
+      f" The moments of adamw and optax.contrib.galore are in {dtype}, like the"
+      " weights, in which a b2 of 0.999 does not decay. GaLore's are in float32"
+      " or 8 bits, unless optimizer.state_dtype and basis_dtype say otherwise."
     )
   return note

@@ -13,22 +13,22 @@ from train.config.schema import ModelConfig, TrainConfig
 from train.models import llama
 from train.parallel import mesh as mesh_lib
 
-# Elements of a chunk in which a leaf outside of the layers is updated, about:
-# enough to keep a device busy, little beside a layer of a model that has
-# leaves so large.
+# Approximate number of elements in a chunk in which leaves outside of the layers
+# are updated. It keeps a device busy, and is small compared with a layer of a
+# model whose leaves are that large.
 CHUNK = 2**22
 
-# Positions whose logits are in memory together, on each device.
+# Number of positions whose logits are in memory together on each device.
 LOSS_CHUNK = 1024
 
 
 def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
-  """The model as embedding, layers and head; its batch is rows (B, T + 1).
+  """The model as embedding, layers and head; a batch is rows (B, T + 1).
 
-  The loss is the mean cross-entropy of the predicted tokens in nats, and the
-  penalty of `train.z_loss`; beside it, without the penalty. The logits are
-  made, used and made again in the backward pass a chunk at a time: of a whole
-  row they would be the largest array of all.
+  The loss is the mean cross-entropy of the predicted tokens in nats plus the
+  penalty of `train.z_loss`. It is also returned without the penalty. Logits
+  are computed, used and recomputed in the backward pass in chunks, because
+  those of whole rows would be the largest array of all.
   """
   tied = config.tie_embeddings
 
@@ -61,7 +61,7 @@ def summed_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Summed loss in nats and number of predicted tokens of rows (B, T + 1).
 
-  Quantised weights are read one layer at a time.
+  Quantised weights are dequantised one layer at a time.
   """
   model = layered(config, TrainConfig())
   model = model._replace(
@@ -80,8 +80,8 @@ def fuse(
 ) -> galore_optax.Layerwise:
   """The step that updates each layer inside the backward pass.
 
-  `optimizer.clip` clips the gradient of each layer by itself there: it is
-  part of `tx`, which sees one layer at a time.
+  It clips the gradient of each layer separately, because clipping is part of
+  `tx`, which gets one layer at a time.
 
   Args:
     tx: the optimizer.
@@ -100,14 +100,14 @@ def fuse(
 
 
 def chunks(params: dict) -> dict[str, int]:
-  """In how many chunks of rows the large leaves outside the layers go."""
+  """Number of chunks of rows for each large leaf outside of the layers."""
   found = {}
   for name, leaf in (("embed", "embedding"), ("lm_head", "kernel")):
     if name not in params or params[name][leaf].size <= 2 * CHUNK:
       continue
     rows, columns = params[name][leaf].shape
     wanted = max(1, CHUNK // columns)
-    # A vocabulary of few divisors goes in fewer chunks rather than in many.
+    # Of the divisors of the vocabulary, the size closest to the wanted one.
     sizes = [n for n in range(1, rows + 1) if rows % n == 0]
     size = min(sizes, key=lambda n: abs(math.log(n / wanted)))
     if size < rows:
@@ -122,15 +122,15 @@ def _look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _look_up_forward(table: jax.Array, tokens: jax.Array) -> tuple:
-  # The table's shape, in something that can be saved and takes no memory.
+  # Keeps the table's shape for the backward pass without its memory.
   like = jax.eval_shape(lambda: table)
   return table[tokens], (tokens, _Shape(like.shape))
 
 
 def _look_up_backward(saved: tuple, dx: jax.Array) -> tuple:
   tokens, like = saved
-  # The zeros to which rows are added wait for the gradient: compilers would
-  # otherwise make them first and keep them through the whole backward pass.
+  # The zeros to which rows are added depend on the gradient. Compilers would
+  # otherwise create them first and keep them through the whole backward pass.
   dx, zero = jax.lax.optimization_barrier((dx, jnp.zeros((), dx.dtype)))
   return jnp.broadcast_to(zero, like.shape).at[tokens].add(dx), None
 
@@ -163,7 +163,8 @@ def _all_sums(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Summed losses and squared log-normalisers, and the number of tokens.
 
-  A chunk is some positions of every row: on a mesh, each device has its part.
+  A chunk has some positions of every row, so that on a mesh every device has a
+  part of it.
   """
   head = nnx.merge(_upper(config), upper)
 
@@ -192,9 +193,9 @@ def _all_sums(
 
 
 def _loss_chunks(batch: int, length: int) -> int:
-  """In how many chunks the positions of the rows go."""
-  own = LOSS_CHUNK * mesh_lib.batch_shards(jax.sharding.get_abstract_mesh())
-  count = min(-(-batch * length // own), length)
+  """Number of chunks into which the positions of the rows are divided."""
+  size = LOSS_CHUNK * mesh_lib.batch_shards(jax.sharding.get_abstract_mesh())
+  count = min(-(-batch * length // size), length)
   while length % count:
     count += 1
   return count

@@ -21,37 +21,38 @@ PADDING = -1  # id of the positions that fill up a row
 class TrainState(NamedTuple):
   """Everything that training changes on the devices.
 
-  The same tuple holds the arrays' shapes or their shardings in their place.
+  The same tuple is used for the shapes and the shardings of these arrays.
   """
 
-  step: Any  # (), int32: batches read so far, those of skipped steps too
-  skipped: Any  # (), int32: steps left out, their gradient was not finite
-  skips_in_row: Any  # (), int32: of them, those since the last good step
+  step: Any  # (), int32: batches read so far, including skipped steps
+  skipped: Any  # (), int32: steps skipped because of no finite gradient
+  skips_in_row: Any  # (), int32: steps skipped since the last update
   params: Any
   opt_state: Any
 
 
 class Placed(NamedTuple):
-  """A model laid out on a mesh before it takes any memory."""
+  """A model and its training state on a mesh, before they take any memory."""
 
   config: ModelConfig
   graphdef: nnx.GraphDef
   state: TrainState  # of ShapeDtypeStructs
   shardings: TrainState  # of NamedShardings
-  weights: dict  # of ShapeDtypeStructs: the parameters as the model reads them
+  weights: dict  # of ShapeDtypeStructs: parameters as the model reads them
   weight_shardings: dict  # of NamedShardings
-  adapters: Adapters | None = None  # of LoRA and its kin
+  adapters: Adapters | None = None  # of LoRA and its variants
 
   def read(self, params: dict) -> dict:
-    """The weights that parameters stand for, none of them quantised."""
+    """The weights that the model computes with, dequantised."""
     if self.adapters is not None:
       return self.adapters.read(params)
     return galore_optax.dequantize_params(params, self.config.dtype)
 
   def differentiable(self, params: dict) -> tuple[dict, dict, Callable]:
-    """The weights, what is trained, and from one's gradient to the other's.
+    """The weights, the trained parameters, and a function between gradients.
 
-    What is trained are the weights themselves, or the adapters.
+    The trained parameters are the weights themselves or the adapters. The
+    function maps a gradient of the weights to one of the trained parameters.
     """
     if self.adapters is None:
       weights = self.read(params)
@@ -60,7 +61,7 @@ class Placed(NamedTuple):
     return weights, params["adapters"], back
 
   def add(self, params: dict, updates: Any, key: jax.Array | None) -> dict:
-    """The parameters after updates of what is trained."""
+    """The parameters after an update of the trained ones."""
     if self.adapters is None:
       return galore_optax.apply_updates(params, updates, key)
     adapters = optax.apply_updates(params["adapters"], updates)
@@ -72,7 +73,7 @@ BLOCK_MATRICES = ("layers/.*kernel$",)
 
 
 def store(config: ModelConfig, params: dict) -> dict:
-  """Parameters as training keeps them, from those of a fresh model."""
+  """Parameters as training stores them, which may be quantised."""
   if config.weights == "full":
     return params
   return galore_optax.quantize_params(params, BLOCK_MATRICES, config.weights)
@@ -87,7 +88,7 @@ def token_losses(
     graphdef: the model's structure.
     params: its parameters.
     rows: (B, T + 1) int32 ids; each predicts its successor. Padding is
-      `PADDING`, at the end of a row, and is never predicted.
+      `PADDING`, at the end of a row; it is never predicted.
 
   Returns:
     (B, T) float32, 0 where the successor is padding.
@@ -112,10 +113,10 @@ def is_predicted(rows: jax.Array) -> jax.Array:
   return rows[:, 1:] != PADDING
 
 
-# What updates the weights: an Optax transformation, or GaLore's step that
-# updates layer by layer. Both have an `init`.
+# What updates the weights: an Optax transformation, or GaLore's layer-by-layer
+# step. Both have an `init`.
 Updater = optax.GradientTransformation | galore_optax.Layerwise
-# Of weights, a batch and the number of the step: gradient, loss, tokens.
+# From weights, a batch and the step's number to gradient, loss, token count.
 Gradient = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
 
 
@@ -162,7 +163,7 @@ def place(
 def _place_params(
   config: ModelConfig, adapters: Adapters | None, weights: dict, shardings: dict
 ) -> tuple[dict, dict]:
-  """Parameters as training keeps them, and where, from those of the weights."""
+  """Shapes and shardings of the parameters as training stores them."""
   if adapters is None:
     params = jax.eval_shape(lambda x: store(config, x), weights)
     return params, galore_optax.quantized_shardings(params, shardings)
@@ -176,7 +177,7 @@ def init_state(
   seed: int,
   params: dict | None = None,
 ) -> TrainState:
-  """A fresh state, built shard by shard where it will live.
+  """A new training state, built on the devices shard by shard.
 
   Args:
     tx: what updates the weights.
@@ -213,27 +214,28 @@ def make_train_step(
   low_rank_parts: int = 1,
   gradient: Gradient | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
-  """The training step, jitted; it consumes the state it is given.
+  """The jitted training step; it consumes the state that it is given.
 
   A step whose loss or gradient is not finite changes neither parameters nor
-  optimizer state; it is counted, and its batch is left behind.
+  optimizer state. It is counted as skipped, and training goes on with the next
+  batch.
 
   Args:
-    tx: the optimizer.
-    placed: where the state lives.
-    config: what a step is.
-    low_rank_parts: parts of a batch that `tx` adds up itself, at low rank.
-    gradient: function of the weights, a batch and the number of the step:
-      gradient, loss, tokens; None: that of the next-token loss.
+    tx: what updates the weights.
+    placed: the model, and where the state lives.
+    config: microbatches, z-loss, rounding and seed.
+    low_rank_parts: microbatches whose gradients `tx` adds up at low rank.
+    gradient: function of the weights, a batch and the number of the step that
+      returns gradient, loss and token count; None for the next-token loss.
 
   Returns:
-    A function of a state and rows (B, T + 1) int32 that gives the next state
+    A function of a state and rows (B, T + 1) int32 that returns the next state
     and a dict of scalars: `loss` in nats a token, `grad_norm` before
-    clipping, `tokens` predicted, and the state's `skipped` and
+    clipping, the number of predicted `tokens`, and the state's `skipped` and
     `skips_in_row`.
   """
   if isinstance(tx, galore_optax.Layerwise):
-    step = _in_parts(_reported(tx), low_rank_parts)
+    step = _in_parts(_without_z_loss(tx), low_rank_parts)
   elif low_rank_parts > 1:
     step = _in_parts(_part_of_step(tx, placed, config), low_rank_parts)
   else:
@@ -245,8 +247,8 @@ def make_train_step(
   )
 
 
-def _reported(tx: galore_optax.Layerwise) -> Callable:
-  """Its step; what is reported is the loss without the z-loss."""
+def _without_z_loss(tx: galore_optax.Layerwise) -> Callable:
+  """The layer-by-layer step; it reports the loss without the z-loss."""
 
   def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
     params, opt_state, found = tx.step(params, opt_state, rows)
@@ -256,15 +258,16 @@ def _reported(tx: galore_optax.Layerwise) -> Callable:
 
 
 def _in_parts(run: Callable, count: int) -> Callable:
-  """A step in parts of a batch, which the optimizer itself adds up.
+  """A step in microbatches whose gradients the optimizer itself adds up.
 
-  All parts but the last only add to its low-rank accumulators. What is not
-  finite is left out by whoever runs a part: there is no way back after it.
+  All microbatches but the last one only add to low-rank accumulators. `run`
+  has to leave out gradients that are not finite, because an accumulator
+  cannot be restored afterwards.
 
   Args:
-    run: function of parameters, optimizer state and rows, that returns the
-      new ones and a dict with `loss` and `grad_norm`.
-    count: number of parts.
+    run: function of parameters, optimizer state and rows that returns the new
+      ones and a dict with `loss` and `grad_norm`.
+    count: number of microbatches.
   """
 
   def train_step(
@@ -291,13 +294,13 @@ def _in_parts(run: Callable, count: int) -> Callable:
 def _part_of_step(
   tx: optax.GradientTransformation, placed: Placed, config: TrainConfig
 ) -> Callable:
-  """One part of a batch through the model and an accumulating optimizer."""
+  """A microbatch through the model and an optimizer that accumulates."""
   gradient = make_gradient(placed, config)
 
   def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
     weights = placed.read(params)
     grads, loss, _ = gradient(weights, rows)
-    # Not finite counts as zero in GaLore, part by part.
+    # GaLore replaces gradients that are not finite by zero.
     updates, opt_state = tx.update(grads, opt_state, weights)
     key = _rounding_key(config, _count_of(opt_state))
     params = galore_optax.apply_updates(params, updates, key)
@@ -308,13 +311,13 @@ def _part_of_step(
 
 
 def _count_of(opt_state: Any) -> jax.Array:
-  """Steps that GaLore has made."""
+  """Number of steps that GaLore has counted."""
   states = optax.tree.get_all_with_path(opt_state, "step")
   return states[0][1]
 
 
 def _rounding_key(config: TrainConfig, count: jax.Array) -> jax.Array | None:
-  """The random key with which a step rounds quantised weights."""
+  """The random key for rounding quantised weights; None to round to nearest."""
   if config.rounding == "nearest":
     return None
   return jax.random.fold_in(jax.random.key(config.seed), count)
@@ -329,7 +332,7 @@ def finish(
   norm: jax.Array,
   tokens: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """The state after a step, and what is told about it."""
+  """The state after a step, and the step's metrics."""
   skipped = state.skipped + ~finite
   in_row = jnp.where(finite, 0, state.skips_in_row + 1)
   metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
@@ -344,7 +347,7 @@ def _whole_step(
   config: TrainConfig,
   gradient: Gradient | None = None,
 ):
-  """The step that knows the whole gradient before the first weight moves."""
+  """The step that computes the whole gradient before it updates weights."""
   if gradient is None:
     of_tokens = make_gradient(placed, config)
     gradient = lambda weights, rows, step: of_tokens(weights, rows)
@@ -380,10 +383,10 @@ def _whole_step(
 def make_gradient(
   placed: Placed, config: TrainConfig
 ) -> Callable[[dict, jax.Array], tuple[dict, jax.Array, jax.Array]]:
-  """A function of parameters and rows: gradient, loss and token count.
+  """A function from parameters and rows to gradient, loss and token count.
 
-  The loss is the mean over all predicted tokens of the batch, wherever they
-  lie: a microbatch's share of it is its sum over the batch's count.
+  The loss is the mean over all predicted tokens of the batch. The share of a
+  microbatch is its summed loss, divided by the token count of the whole batch.
   """
 
   def share(
@@ -407,7 +410,7 @@ def make_gradient(
       (_, loss), grads = differentiate(params, part, tokens)
       return jax.tree.map(jnp.add, total, (grads, loss)), None
 
-    # In float32 whatever the weights' dtype: many small terms are added.
+    # In float32 for weights of any dtype, because many small terms are added.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     zeros = jax.lax.with_sharding_constraint(zeros, placed.weight_shardings)
     parts = mesh_lib.microbatches(rows, config.accumulate)
@@ -421,15 +424,15 @@ def make_gradient(
 def make_eval_step(
   placed: Placed, parts: int = 1
 ) -> Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]:
-  """The evaluation step, jitted.
+  """The jitted evaluation step.
 
   Args:
-    placed: where the state lives.
-    parts: of a batch, that are evaluated one after the other, as a step of
-      training takes no more than one at a time.
+    placed: the model, and where the state lives.
+    parts: microbatches that are evaluated one after the other, so that an
+      evaluation takes no more memory than a training step.
 
   Returns:
-    A function of parameters and rows (B, T + 1) that gives the summed loss
+    A function of parameters and rows (B, T + 1) that returns the summed loss
     in nats and the number of predicted tokens.
   """
 
@@ -444,7 +447,7 @@ def make_eval_step(
 
   def sums(params: dict, rows: jax.Array):
     if placed.config.weights != "full":
-      # Reads the weights of one layer at a time.
+      # Dequantises the weights of one layer at a time.
       return per_layer.summed_loss(placed.config, params, rows)
     losses = token_losses(placed.graphdef, params, rows)
     return losses.sum(), is_predicted(rows).sum()
@@ -453,7 +456,7 @@ def make_eval_step(
 
 
 def all_finite(params: dict) -> bool:
-  """Whether no weight is infinite or not a number."""
+  """Whether all weights are finite."""
   return bool(jax.device_get(_all_finite(params)))
 
 
@@ -462,8 +465,7 @@ def _all_finite(params: dict) -> jax.Array:
   floats = [
     x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)
   ]
-  hits = [jnp.isfinite(x).all() for x in floats]
-  return jnp.stack(hits).all()
+  return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
 def _mesh(placed: Placed) -> jax.sharding.Mesh:
@@ -471,6 +473,6 @@ def _mesh(placed: Placed) -> jax.sharding.Mesh:
 
 
 def count_programs(f: Callable) -> int:
-  """Programs that a jitted function has compiled; 0 for a compiled one."""
+  """Number of programs a jitted function has compiled; 0 for a compiled one."""
   size = getattr(f, "_cache_size", None)
   return size() if size else 0

@@ -60,7 +60,7 @@ def test_state_bytes_are_those_of_describe(giant):
   alike = states["galore, auto, bfloat16"] - states["optax.contrib.galore"]
   assert abs(alike) < 4096  # counters, one a matrix in contrib's
   note = giant["optimizer_state_note"]
-  assert "bfloat16 for their moments" in note and "0.999" in note
+  assert "are in bfloat16" in note and "0.999" in note
   fewer = estimate("llama_7b", "galore", "optimizer.rank=128", "data.batch=8")
   assert fewer["bytes"]["whole"]["optimizer_state"] < state / 2
 

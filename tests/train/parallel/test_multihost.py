@@ -189,5 +189,5 @@ def test_each_process_feeds_the_rows_of_its_devices(
 
 
 def test_a_tensor_axis_that_cuts_through_processes_is_refused():
-  with pytest.raises(UserError, match=r"mesh.tensor=3 cuts through"):
+  with pytest.raises(UserError, match=r"mesh.tensor=3 does not fit"):
     mesh.batch_part(Grid((4, 1, 3), 4))
