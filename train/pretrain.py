@@ -1,10 +1,9 @@
 """Pre-trains a LLaMA: `python -m train.pretrain`.
 
-With no arguments it trains the preset `sotu_small` with GaLore on the bundled
-text, on whatever devices JAX finds. `--help` shows the flags. The folder of
-the run gets config.json, metrics.jsonl, tokenizer.json, text.json,
-checkpoints/, run.png and sample.txt; the same command continues a run that was
-stopped.
+Without arguments it trains the preset `sotu_small` with GaLore on the bundled
+text, on all devices that JAX finds. `--help` lists the flags. The run's folder
+gets config.json, metrics.jsonl, tokenizer.json, text.json, checkpoints/,
+run.png and sample.txt. The same command continues a run that was stopped.
 """
 
 import argparse
@@ -60,11 +59,11 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
     lambda: corpus_lib.prepare(config.data, config.model.vocab_size)
   )
 
-  def claim() -> None:
+  def write_folder() -> None:
     run_dir.write_config(out, config, overwrite)
     run_dir.record_text(out, corpus)
 
-  multihost.run_on_first(claim)
+  multihost.run_on_first(write_folder)
   with jax.set_mesh(mesh), signals.stop_requests() as stopped:
     job, state = job_lib.prepare(
       config,
@@ -94,7 +93,7 @@ def introduce(
   watcher: subspace_watch.Watcher,
   out: pathlib.Path,
 ) -> None:
-  """Prints what is going to be trained, and on what."""
+  """Prints what is about to be trained, and on which data and devices."""
   count = sum(x.size for x in jax.tree.leaves(setup.placed.weights))
   shape = " x ".join(f"{n} {axis}" for axis, n in setup.mesh.shape.items())
   print(
@@ -111,13 +110,13 @@ def introduce(
   print("", *dry_run.plan_table(rows), "", sep="\n")
   names = ", ".join(matrix.name for matrix in watcher.matrices)
   if names:
-    print(f"subspaces  of {names} are watched (run.watch)")
+    print(f"subspaces  measured for {names} (run.watch)")
   elif config.run.watch != "none":
-    print(f"subspaces  not watched: {watcher.why_not}")
+    print(f"subspaces  not measured: {watcher.why_not}")
 
 
 def _method(config: schema.Config) -> str:
-  """The optimizer with what its name does not tell."""
+  """The optimizer and its settings, in one or two lines."""
   chosen, weights = config.optimizer, config.model.weights
   method = methods.get(chosen.name)
   text = f"{chosen.name}, learning rate {chosen.learning_rate:g}"
@@ -125,7 +124,7 @@ def _method(config: schema.Config) -> str:
   if method.factors:
     text += f", factors of rank {chosen.rank}"
   if chosen.b2 == method.options.get("b2"):
-    text += f"\n{'':11}b2 {chosen.b2:g}, as its authors have it; GaLore's is"
+    text += f"\n{'':11}b2 {chosen.b2:g}, as in its authors' code; GaLore's is"
     text += f" {schema.OptimizerConfig.b2:g}"
   return text
 
@@ -171,8 +170,8 @@ def report(
     picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
     print(f"checkpoint {job.out / run_dir.FOLDER}/{job.checkpoints.latest}")
     print(f"picture    {picture}")
-  # Last: it reads all weights at once, for which a chip that they were
-  # trained on layer by layer may have no room.
+  # This comes last, because it needs all weights at once, which may not fit on
+  # a chip that trained them layer by layer.
   if jax.process_count() == 1 and config.run.sample_tokens:
     print(f"\nsample: {sample(config, corpus, placed, job.out, state)}")
 
@@ -184,7 +183,7 @@ def sample(
   out: pathlib.Path,
   state: train_step.TrainState,
 ) -> str:
-  """A text by the trained model, also written to sample.txt."""
+  """A text sampled from the trained model, also written to sample.txt."""
   run = config.run
   try:
     text = sample_lib.sample_text(
@@ -200,15 +199,19 @@ def sample(
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     return (
-      f"none, the whole weights have no room here; python -m train.sample"
-      f" {out} makes one where they have"
+      f"none, because the whole weights do not fit on this device; run"
+      f" python -m train.sample {out} on one where they fit"
     )
   atomic_files.write_text(out / "sample.txt", text + "\n")
   return text
 
 
 def main(words: list[str] | None = None) -> int:
-  """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
+  """Runs the command.
+
+  Returns:
+    The exit status: 0 done, 1 diverged, 2 wrong input, 130 stopped.
+  """
   flags = cli.parse(words)
   checkpoint.silence_orbax()
   return exit_status.report_errors(lambda: _command(flags))

@@ -176,10 +176,13 @@ def test_notes_are_read_beside_and_above_the_fields():
 @pytest.mark.parametrize(
   ("name", "said"),
   [
-    ("q_galore", ["weights in int8", "b2 0.95, as its authors", "of attn.q.0"]),
-    ("apollo", ["2 x 32 x 48", "not watched: random projections"]),
+    (
+      "q_galore",
+      ["weights in int8", "b2 0.95, as in its authors", "for attn.q.0"],
+    ),
+    ("apollo", ["2 x 32 x 48", "not measured: random projections"]),
     ("q_apollo_mini", ["weights in int8", "random projections"]),
-    ("fira", ["2 x 32 x 48", "of attn.q.0"]),
+    ("fira", ["2 x 32 x 48", "for attn.q.0"]),
     ("adamw", []),
   ],
 )

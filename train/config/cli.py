@@ -15,8 +15,8 @@ def folder(text: str) -> pathlib.Path:
   """
   if "://" in text:
     raise argparse.ArgumentTypeError(
-      f"{text} is an address, and runs are written to folders; mount it, and"
-      " name the folder"
+      f"{text} is an address, but runs are written to folders; mount it and"
+      " give the folder"
     )
   return pathlib.Path(text)
 
@@ -25,28 +25,28 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   """Reads the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.pretrain",
-    description="Pre-trains a LLaMA with GaLore or one of its peers.",
+    description="Pre-trains a LLaMA with GaLore or another optimizer.",
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog="presets:\n"
     + presets.summary()
     + "\n\noptimizers:\n"
     + methods.summary()
-    + "\n\nfields for --set, with their values in the default run, and in"
-    " brackets what\nthey take:\n\n"
+    + "\n\nfields for --set, with their values in the default run and, in"
+    " parentheses,\ntheir types or choices:\n\n"
     + field_help.summary(presets.make("sotu_small", "galore")),
   )
-  _add_what(parser)
-  _add_where(parser)
+  _add_training_flags(parser)
+  _add_output_flags(parser)
   flags = parser.parse_args(words)
   if flags.layerwise:
     flags.settings.insert(0, "train.layerwise=true")
   if flags.json and not flags.dry_run:
-    parser.error("--json goes with --dry-run")
+    parser.error("--json needs --dry-run")
   return flags
 
 
-def _add_what(parser: argparse.ArgumentParser) -> None:
-  """The flags that say what is trained, and how."""
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags for what is trained, and how."""
   add = parser.add_argument
   add(
     "--preset",
@@ -65,7 +65,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     type=pathlib.Path,
     dest="source",
     metavar="FOLDER",
-    help="go on from these weights: LLaMA safetensors, or another run",
+    help="start from these weights: LLaMA safetensors, or another run",
   )
   add(
     "--layerwise",
@@ -78,18 +78,18 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     default=[],
     dest="settings",
     metavar="GROUP.FIELD=VALUE",
-    help="changes one field of the preset; may be repeated",
+    help="change one field of the preset; may be repeated",
   )
 
 
-def _add_where(parser: argparse.ArgumentParser) -> None:
-  """The flags that say where it goes, or that it is only counted."""
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags for the output folder and the dry run."""
   add = parser.add_argument
   add("--out", type=folder, help="default: runs/PRESET-OPTIMIZER")
   add("--overwrite", action="store_true", help="delete an earlier run in --out")
   add(
     "--dry-run",
     action="store_true",
-    help="only count what the run would take: bytes, FLOPs",
+    help="only count the bytes and FLOPs that the run would take",
   )
   add("--json", action="store_true", help="with --dry-run: one JSON object")

@@ -1,7 +1,7 @@
-"""What each field of the config means: the comments beside the fields.
+"""Help on the fields of a config, from the comments beside the fields.
 
-They are read out of the source, so that what `--help` says is what the reader
-of `train/config/schema.py` finds.
+The comments are read from the source, so that `--help` says the same as
+`train/config/schema.py`.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from train.config import schema
 
 WIDTH = 80
-COLUMN = 34  # where the notes start
+COLUMN = 34  # where the comments start
 
 
 def field_notes(cls: type) -> dict[str, str]:

@@ -1,22 +1,26 @@
 """Named runs.
 
-Each is a function of the optimizer's name that derives from another, so that
-what it changes is what is written in it. `sotu_small` is the default: minutes
-on two CPU cores. The `llama_*` family has the sizes and the recipe of the
-GaLore paper (arXiv 2403.03507, Table 5 and appendix C.1, with the values of
-its public scripts).
+Each preset is a function of the optimizer's name. It derives from another one
+and contains what it changes. `sotu_small` is the default and takes minutes on
+two CPU cores. The `llama_*` presets have the sizes and the recipe of the GaLore
+paper (arXiv 2403.03507, Table 5 and appendix C.1, with the values of its public
+scripts).
 
-They stream C4 from the hub and use its t5-base tokenizer, as the papers do.
-What differs unless asked for: rows are packed, where the papers give
-each document a row (`--set data.rows=padded`), and 40,000 rows of C4's
-validation split are evaluated, some ten million tokens. All methods take
-GaLore's rate, rank and alpha of a size; published are for Q-GaLore a rate of
-.015 (60M, 130M) and .004 (7B) and rank 1024 (1B), for Fira alpha .0625 (1B, 7B)
-and rank 64 (7B), for APOLLO rank 256 (7B). A padded row has one token
-more than the papers', for the last one's prediction. So the perplexities quoted
-below are what the papers report, not what these commands print. They
-are the mean loss over n batches times n/(n+1), by an off-by-one of the public
-scripts, and of full-rank runs that were tuned less than others since.
+Like the papers, they stream C4 from the hub and use the t5-base tokenizer. They
+differ from the papers in these ways:
+- Rows are packed. The papers give each document a row of its own, for which
+  there is `--set data.rows=padded`; such a row has one token more than theirs,
+  so that the last token is predicted too.
+- An evaluation reads 40,000 rows of C4's validation split, some ten million
+  tokens.
+- All methods use GaLore's learning rate, rank and alpha for a size. Others are
+  published: for Q-GaLore a rate of .015 (60M, 130M) and .004 (7B) and rank 1024
+  (1B), for Fira alpha .0625 (1B, 7B) and rank 64 (7B), for APOLLO rank 256 (7B).
+
+So the perplexities quoted below are what the papers report, not what these
+commands print. The papers' figures are exp of the mean loss times n/(n+1) for n
+batches, because of an off-by-one in the public scripts. Their full-rank runs
+are tuned less than those in later work.
 """
 
 import dataclasses
@@ -44,14 +48,15 @@ def sotu_small(optimizer: str) -> Config:
   """2.6M parameters on the bundled State of the Union speeches.
 
   `python -m train.pretrain` reads a million tokens in some four minutes on
-  two CPU cores. Held-out perplexity a token, seed 0: 2,147 untrained, 578 for
-  a unigram model, 45 with GaLore at the end (46 with a basis every 50 steps).
+  two CPU cores. The held-out perplexity a token for seed 0 is 2,147 untrained,
+  578 for a unigram model, and 45 with GaLore at the end (46 with a basis every
+  50 steps).
   """
   method = methods.get(optimizer)
-  # Some methods gain by sixty bases in a short run over ten
-  # (docs/results/evidence.md). Others keep ten: it was not tried, takes an SVD
-  # of every matrix, or, for GUM, a gap is how long a matrix follows its whole
-  # gradient.
+  # In a short run, some methods gain from sixty bases instead of ten
+  # (docs/results/evidence.md). Others keep ten, because more were not tried, or
+  # take an SVD of every matrix, or because for GUM the gap is also how long a
+  # matrix follows its whole gradient.
   gap = 8 if method.frequent else 50
   return Config(
     preset="sotu_small",
@@ -67,7 +72,7 @@ def sotu_small(optimizer: str) -> Config:
 
 
 def llama_60m(optimizer: str) -> Config:
-  """58M parameters, 1.3B tokens: the base of the papers' recipe.
+  """58M parameters, 1.3B tokens: the papers' smallest size.
 
   C4 validation perplexity in the GaLore paper's Table 2: full rank 34.06,
   GaLore (rank 128) 34.88, ReLoRA 37.04, LoRA 34.99, Low-Rank 78.18.
@@ -102,7 +107,7 @@ def llama_60m(optimizer: str) -> Config:
       scale=method.llama_scale,
       rank=128,
       update_proj_gap=200,
-      # As in the script for 130M of ReLoRA's authors.
+      # As in the script of ReLoRA's authors for 130M.
       reset_every=2000,
       restart_warmup=100,
       clip=0.0,
@@ -115,7 +120,7 @@ def llama_60m(optimizer: str) -> Config:
 def _resize(
   base: Config, name: str, *, rank: int, steps: int = 0, **model: Any
 ) -> Config:
-  """Another size of the family, with the recipe of `base`."""
+  """A preset of another size with the recipe of `base`."""
   base = dataclasses.replace(base, preset=name)
   base = _change(base, "model", **model)
   base = _change(base, "optimizer", rank=rank)
@@ -328,7 +333,7 @@ def make(preset: str, optimizer: str) -> Config:
 
 
 def summary() -> str:
-  """One line a preset, from its docstring."""
+  """One line for each preset, from its docstring."""
   return "\n".join(
     f"  {name:<12}{(make.__doc__ or '').splitlines()[0]}"
     for name, make in PRESETS.items()

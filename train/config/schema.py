@@ -1,8 +1,8 @@
-"""What a run is made of: frozen dataclasses and `--set a.b=c` overrides.
+"""The config of a run: frozen dataclasses and `--set a.b=c` overrides.
 
-Every field has a default, a comment that says its unit, and a check in
-`__post_init__`, so that a wrong value is reported before anything starts.
-`train/config/presets.py` fills them in.
+Every field has a default, a comment that `--help` shows, and a check in
+`__post_init__`, so that a wrong value is reported before anything starts. The
+values of a run come from `train/config/presets.py`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from train.methods import table as methods
 from train.methods.options import OptimizerConfig, SharedOptimizerConfig
 
 Dtype = Literal["float32", "bfloat16"]
-HUB = "hub:"  # what the name of a set or a tokenizer on the hub starts with
+HUB = "hub:"  # prefix of the names of datasets and tokenizers on the hub
 AttentionName = Literal["auto", "xla", "cudnn", "splash"]
 
 
@@ -311,7 +311,7 @@ class Config(SharedConfig):
 
   @property
   def parts(self) -> int:
-    """Parts of a batch, of which a step holds no two at a time."""
+    """Number of microbatches; a step processes one at a time."""
     return self.train.accumulate * self.optimizer.accumulate
 
   def __post_init__(self):
@@ -319,13 +319,13 @@ class Config(SharedConfig):
     if self.train.layerwise and self.train.accumulate > 1:
       raise UserError(
         f"train.accumulate is {self.train.accumulate}, but train.layerwise"
-        " never has a whole gradient to add to; use optimizer.accumulate,"
-        " which adds projected gradients"
+        " never has whole gradients to add up; use optimizer.accumulate, which"
+        " adds up projected gradients"
       )
     if self.train.accumulate > 1 and self.optimizer.accumulate > 1:
       raise UserError(
-        "train.accumulate and optimizer.accumulate both cut the batch in"
-        " parts; use one of them"
+        "train.accumulate and optimizer.accumulate both divide the batch into"
+        " microbatches; use one of them"
       )
     name = self.optimizer.name
     method = methods.get(name)
@@ -339,8 +339,8 @@ class Config(SharedConfig):
 
 AnyConfig = TypeVar("AnyConfig", bound=SharedConfig)
 
-# What a resumed run may change: it changes no number of the training, but for
-# rounding, and what drops out where a batch is cut in other parts.
+# What a resumed run may change. These fields do not affect the results, except
+# for rounding, and for dropout if a batch has other microbatches.
 FREE_GROUPS = ("preset", "mesh", "run")
 FREE_FIELDS = (
   "data.cache",
@@ -402,7 +402,7 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
 
 
 def _find(config: SharedConfig, name: str) -> tuple[str, str, Any]:
-  """Group, field and type that `name` means."""
+  """Group, field and type that a name stands for."""
   group, _, field = name.partition(".")
   groups = [n for n, v in vars(config).items() if dataclasses.is_dataclass(v)]
   if group not in groups:

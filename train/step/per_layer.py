@@ -13,9 +13,9 @@ from train.config.schema import ModelConfig, TrainConfig
 from train.models import llama
 from train.parallel import mesh as mesh_lib
 
-# Approximate number of elements in a chunk in which leaves outside of the layers
-# are updated. It keeps a device busy, and is small compared with a layer of a
-# model whose leaves are that large.
+# Approximate size of the chunks in which leaves outside of the layers are
+# updated: enough to keep a device busy, and small beside one layer of a model
+# whose leaves are that large.
 CHUNK = 2**22
 
 # Number of positions whose logits are in memory together on each device.
