@@ -15,7 +15,8 @@ differ from the papers in these ways:
   tokens.
 - All methods use GaLore's learning rate, rank and alpha for a size. Others are
   published: for Q-GaLore a learning rate of .015 (60M, 130M) and .004 (7B) and
-  rank 1024 (1B), for Fira alpha .0625 (1B, 7B) and rank 64 (7B), for APOLLO rank 256 (7B).
+  rank 1024 (1B), for Fira alpha .0625 (1B, 7B) and rank 64 (7B), for APOLLO
+  rank 256 (7B).
 
 So the perplexities quoted below are what the papers report, not what these
 commands print. The papers' figures are exp of the mean loss times n/(n+1) for n
