@@ -65,7 +65,9 @@ def measure(config: schema.Config, rounds: int, length: int) -> Times:
     out = pathlib.Path(name)
     run_dir.write_config(out, config, overwrite=False)
     setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
-    watcher = subspace_watch.Watcher(config.run, config.optimizer, setup)
+    watcher = subspace_watch.Watcher(
+      config.run, config.optimizer, setup, config.parts
+    )
     job, state = job_lib.prepare(config, out, corpus, setup, watcher)
     with contextlib.closing(job):
       compiled = loop_lib.compile_step(job, state)

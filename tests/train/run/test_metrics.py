@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train.common import units
 from train.common.errors import UserError
 from train.config import schema
 from train.run import loop, metrics, progress, sinks
@@ -214,23 +213,6 @@ def test_what_is_needed_most_stays_in_a_narrow_terminal(room):
   assert "loss 3.214" in text
   assert ("norm" in text) == (room >= 80)
   assert "left 3d04h" in text
-
-
-@pytest.mark.parametrize(
-  "seconds, text",
-  [(59.6, "1:00"), (3723, "1:02:03"), (2e5, "2d07h"), (math.nan, "-")],
-)
-def test_durations_read_well(seconds, text):
-  assert units.format_clock(seconds) == text
-
-
-@pytest.mark.parametrize(
-  "rate, text",
-  [(950.4, "950"), (9_999, "9999"), (12_345, "12.3k"), (1.25e6, "1.25M"),
-   (math.nan, "-")],
-)  # fmt: skip
-def test_rates_read_well(rate, text):
-  assert units.format_count(rate) == text
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys):
