@@ -139,8 +139,8 @@ def report(
   """Reports a finished run: memory table, picture, sample."""
   params = placed.weights
   sizes = [
-    (x.size, hit)
-    for x, hit in zip(
+    (x.size, is_matrix)
+    for x, is_matrix in zip(
       jax.tree.leaves(params),
       jax.tree.leaves(block_matrices(params)),
       strict=True,
@@ -148,7 +148,7 @@ def report(
   ]
   table = metrics.memory_table(
     sum(size for size, _ in sizes),
-    sum(size for size, hit in sizes if hit),
+    sum(size for size, is_matrix in sizes if is_matrix),
     optimizer.accounting(
       config.optimizer,
       params,

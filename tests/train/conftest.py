@@ -100,7 +100,9 @@ def make_trainer(
   chosen = schema.OptimizerConfig(name=name, **(settings | fields))
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    placed = train_step_lib.place(model, *llama.abstract(model), tx, grid)
+    placed = train_step_lib.abstract_state(
+      model, *llama.abstract(model), tx, grid
+    )
   return Trainer(
     grid,
     placed,

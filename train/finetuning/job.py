@@ -181,7 +181,7 @@ def lay_out(
   shared = complete(config)
   tx = optimizer.make_optimizer(shared.optimizer, config.train.steps, where)
   changed = reparametrise(learner, config)
-  return tx, train_step.place(
+  return tx, train_step.abstract_state(
     shared.model, learner.graphdef, learner.boxes, tx, mesh, changed
   )
 

@@ -39,7 +39,7 @@ class Method:
     accumulates: whether `optimizer.accumulate` applies: gradients are added up
       after the projection.
     random_bases: whether projections are random, so that no basis is found.
-    unwatchable: why its subspaces cannot be looked at; "" if they can.
+    unwatchable: why its subspaces cannot be measured; "" if they can.
     random_late: whether bases are random from half of the run on.
     around_adam: whether `optimizer.moments=ldadam` applies.
     published: whether it is the paper's algorithm: an exact SVD of all matrices

@@ -114,9 +114,3 @@ def weights_text(params: dict[str, Any]) -> str:
     galore_optax.state_bytes(params[part]) for part in ("frozen", "adapters")
   )
   return f"{frozen:,} bytes frozen, {trained:,} bytes trained"
-
-
-def initial(config: OptimizerConfig, tx: Any) -> Any:
-  """The optimizer as one whose `init` is given the weights of a model."""
-  adapters = make(config)
-  return tx if adapters is None else adapters.over_weights(tx)

@@ -51,7 +51,9 @@ def make(
   if train.layerwise:
     updater = per_layer.fuse(tx, model, train, nnx.to_pure_dict(boxes))
   changed = adapters.make(optimizer_config)
-  placed = train_step.place(model, graphdef, boxes, updater, mesh, changed)
+  placed = train_step.abstract_state(
+    model, graphdef, boxes, updater, mesh, changed
+  )
   of_weights = tx if changed is None else changed.over_weights(tx)
   plan = galore_optax.describe(of_weights, placed.weights)
   return Setup(mesh, tx, updater, placed, plan)

@@ -120,7 +120,7 @@ Updater = optax.GradientTransformation | galore_optax.Layerwise
 Gradient = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
 
 
-def place(
+def abstract_state(
   config: ModelConfig,
   graphdef: nnx.GraphDef,
   boxes: nnx.State,
@@ -128,7 +128,7 @@ def place(
   mesh: jax.sharding.Mesh,
   adapters: Adapters | None = None,
 ) -> Placed:
-  """Shapes and shardings of the whole training state.
+  """Shapes and shardings of a model and its training state.
 
   Args:
     config: how the model's weights are stored and read.
@@ -141,7 +141,7 @@ def place(
   weights = nnx.to_pure_dict(boxes)
   shardings = mesh_lib.param_shardings(boxes, mesh)
   count = jax.ShapeDtypeStruct((), jnp.int32)
-  params, stored = _place_params(config, adapters, weights, shardings)
+  params, stored = _abstract_params(config, adapters, weights, shardings)
   trained, where = weights, shardings
   if adapters is not None:
     trained, where = params["adapters"], stored["adapters"]
@@ -160,7 +160,7 @@ def place(
   )
 
 
-def _place_params(
+def _abstract_params(
   config: ModelConfig, adapters: Adapters | None, weights: dict, shardings: dict
 ) -> tuple[dict, dict]:
   """Shapes and shardings of the parameters as training stores them."""

@@ -105,7 +105,7 @@ def final(out):
   ).model
   mesh = mesh_lib.make_mesh(schema.MeshConfig(), 8)
   state, progress = checkpoint.restore(
-    out, train_step.place(model, *llama.abstract(model), tx, mesh)
+    out, train_step.abstract_state(model, *llama.abstract(model), tx, mesh)
   )
   assert int(state.step) == 12
   return state, progress

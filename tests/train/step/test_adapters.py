@@ -78,7 +78,7 @@ def trainer(name, devices=1, fsdp=1, tensor=1, accumulate=1):
   chosen = schema.OptimizerConfig(name=name, **FIELDS)
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    placed = train_step_lib.place(
+    placed = train_step_lib.abstract_state(
       TINY, *llama.abstract(TINY), tx, grid, adapters.make(chosen)
     )
   train = schema.TrainConfig(accumulate=accumulate)
@@ -268,7 +268,7 @@ def losses_in(out):
 def arrays_in(out, chosen):
   tx = optimizer.make_optimizer(chosen.optimizer, 12)
   parts = adapters.make(chosen.optimizer)
-  placed = train_step_lib.place(
+  placed = train_step_lib.abstract_state(
     chosen.model,
     *llama.abstract(chosen.model),
     tx,

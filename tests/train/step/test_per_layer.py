@@ -51,7 +51,7 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
     weights = jax.eval_shape(lambda: llama.init(model, 0))
     tx = per_layer.fuse(tx, model, config.train, weights)
   with jax.set_mesh(where):
-    placed = train_step.place(model, *llama.abstract(model), tx, where)
+    placed = train_step.abstract_state(model, *llama.abstract(model), tx, where)
     state = train_step.init_state(tx, placed, 0)
     train = train_step.make_train_step(tx, placed, config.train, parts)
     losses = []
@@ -183,7 +183,7 @@ def test_codes_are_what_is_kept(batch):
   where = mesh_lib.make_mesh(
     schema.MeshConfig(data=1), 8, devices=jax.devices()[:1]
   )
-  placed = train_step.place(model, *llama.abstract(model), tx, where)
+  placed = train_step.abstract_state(model, *llama.abstract(model), tx, where)
   kernel = placed.state.params["layers"]["attn"]["q"]["kernel"]
   assert kernel.codes.dtype == jnp.int8
   assert placed.state.params["embed"]["embedding"].dtype == jnp.float32
