@@ -35,9 +35,9 @@ PARTS = ("weights", "moments", "bases", "gradients", "activations")
 MAX_SIZE = 2**17  # where the search of `--fit` stops
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns 0 if all fits, 1 if not, 2 for wrong input."""
-  flags = parse(words)
+  flags = parse(argv)
   aot_targets.set_up()
   try:
     target = aot_targets.find(flags.target)
@@ -59,7 +59,7 @@ def main(words: list[str] | None = None) -> int:
   return 0 if all(x["fits"] is not False for x in found) else 1
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
   """Reads the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.memory",
@@ -101,7 +101,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   )
   add("--json", action="store_true", help="print one JSON object")
   add("--plot", type=pathlib.Path, metavar="PNG", help="draw stacked bars")
-  return parser.parse_args(words)
+  return parser.parse_args(argv)
 
 
 def configure(flags: argparse.Namespace, method: str) -> schema.Config:

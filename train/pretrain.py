@@ -206,13 +206,13 @@ def sample(
   return text
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Runs the command.
 
   Returns:
     The exit status: 0 done, 1 diverged, 2 wrong input, 130 stopped.
   """
-  flags = cli.parse(words)
+  flags = cli.parse(argv)
   checkpoint.silence_orbax()
   return exit_status.report_errors(lambda: _command(flags))
 

@@ -33,8 +33,8 @@ def cpu(monkeypatch):
 
 
 def test_figures_add_up(cpu, capsys):
-  words = [*TINY, "--method=adamw", "--target=cpu", "--json"]
-  assert memory.main(words) == 1  # more than the 1 MiB of the target
+  argv = [*TINY, "--method=adamw", "--target=cpu", "--json"]
+  assert memory.main(argv) == 1  # more than the 1 MiB of the target
   found = json.loads(capsys.readouterr().out)
   assert found["fits"] is False
   assert found["executed"] is False
@@ -50,8 +50,8 @@ def test_figures_add_up(cpu, capsys):
 
 def test_methods_side_by_side(cpu, capsys, tmp_path):
   picture = tmp_path / "bars.png"
-  words = [*TINY, "--method=galore,q_galore", "--target=cpu", "--layerwise"]
-  memory.main([*words, f"--plot={picture}"])
+  argv = [*TINY, "--method=galore,q_galore", "--target=cpu", "--layerwise"]
+  memory.main([*argv, f"--plot={picture}"])
   text = capsys.readouterr().out
   assert "llama_9m, galore, layer by layer, 1 x 16 tokens" in text
   assert "llama_9m, q_galore, layer by layer" in text
@@ -100,7 +100,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize(
-  ("words", "said"),
+  ("argv", "message"),
   [
     (["--target=tpu"], "--target 'tpu' is unknown"),
     (["--target=tpu:v2"], "v5e"),
@@ -109,12 +109,12 @@ def test_sizes(text, size):
     (["--target=gpu:h100", "--fit=much"], "16GiB"),
   ],
 )
-def test_wrong_words(words, said, capsys, monkeypatch):
+def test_wrong_arguments(argv, message, capsys, monkeypatch):
   monkeypatch.setattr(aot_targets, "_need", lambda *_: None)
-  if "--preset=llama_8b" in words or "--fit=much" in words:
+  if "--preset=llama_8b" in argv or "--fit=much" in argv:
     monkeypatch.setattr(aot_targets, "find", lambda name: None)
-  assert memory.main(words) == 2
-  assert said in capsys.readouterr().err
+  assert memory.main(argv) == 2
+  assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_published_sizes(monkeypatch):
 def test_the_target_s_own_compiler(name, module, capsys):
   if importlib.util.find_spec(module) is None:
     pytest.skip(f"needs {module} (extras tpu-aot, gpu-aot)")
-  words = [*TINY, "--method=q_galore", "--layerwise", f"--target={name}"]
-  assert memory.main([*words, "--json"]) == 0
+  argv = [*TINY, "--method=q_galore", "--layerwise", f"--target={name}"]
+  assert memory.main([*argv, "--json"]) == 0
   found = json.loads(capsys.readouterr().out)
   assert found["temp_bytes"] > 0
 

@@ -21,7 +21,7 @@ def folder(text: str) -> pathlib.Path:
   return pathlib.Path(text)
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
   """Reads the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.pretrain",
@@ -37,7 +37,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   )
   _add_training_flags(parser)
   _add_output_flags(parser)
-  flags = parser.parse_args(words)
+  flags = parser.parse_args(argv)
   if flags.layerwise:
     flags.settings.insert(0, "train.layerwise=true")
   if flags.json and not flags.dry_run:

@@ -53,8 +53,8 @@ def _own_notes(cls: type) -> dict[str, str]:
     while lines[above - 1].lstrip().startswith("#"):
       above -= 1
     rows = range(above + 1, field.end_lineno + 1)
-    words = [comments[row] for row in rows if row in comments]
-    notes[field.target.id] = " ".join(words)
+    texts = [comments[row] for row in rows if row in comments]
+    notes[field.target.id] = " ".join(texts)
   return notes
 
 

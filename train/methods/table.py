@@ -289,7 +289,7 @@ _RECORDS = (
     one_layer="draws matrices among all layers; use sumo",
     small={"learning_rate": 8e-3, "scale": 0.2},
     llama_rate=GALORE_RATE,
-    # As published: bases, draws and momentum begin anew together.
+    # As published: bases, draws and momentum start again together.
     options={"refresh": "synchronous"},
   ),
   Method(

@@ -121,8 +121,8 @@ def contrib_galore(
       params,
     )
 
-  # For a leaf that it is told to leave alone it keeps arrays of size zero,
-  # which Orbax does not save. So it only gets the leaves that it projects.
+  # For leaves that it does not project it keeps arrays of size zero, which
+  # Orbax does not save. So it only gets the leaves that it projects.
   return unstacked(
     optax.partition(
       {"galore": projected, "adamw": adamw(c, lr, shardings)}, labels

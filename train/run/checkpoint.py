@@ -87,7 +87,7 @@ def restore(
   listed = "; ".join(f"step {n}: {reason}" for n, reason in reasons.items())
   raise UserError(
     f"no checkpoint in {out / FOLDER} can be restored ({listed}). Pass"
-    " --overwrite to start anew, or name another --out"
+    " --overwrite to start again, or name another --out"
   )
 
 

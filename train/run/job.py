@@ -82,7 +82,7 @@ def prepare(
     out: its folder.
     corpus: the text that it reads.
     setup: its model and optimizer.
-    watcher: looks at subspaces; None for no looks.
+    watcher: measures subspaces; None for no measurements.
     initial_params: see `restore_or_init`.
   """
   mesh, placed = setup.mesh, setup.placed

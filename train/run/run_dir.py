@@ -130,7 +130,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     saved = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(
-      f"{path} cannot be read ({error}); --overwrite starts the run anew"
+      f"{path} cannot be read ({error}); --overwrite starts the run again"
     ) from None
   return saved
 

@@ -38,7 +38,7 @@ def test_fields_that_are_checked_together_change_together():
 
 
 @pytest.mark.parametrize(
-  "setting, words",
+  "setting, fragments",
   [
     ("optimizer.rang=3", ["optimizer", "'rang'", "rank", "update_proj_gap"]),
     ("optimiser.rank=3", ["'optimiser'", "model", "optimizer", "mesh"]),
@@ -61,10 +61,12 @@ def test_fields_that_are_checked_together_change_together():
     ("run.prompt=", ["run.prompt is empty"]),
   ],
 )
-def test_a_bad_override_says_what_would_work(setting, words):
+def test_a_bad_override_says_what_would_work(setting, fragments):
   with pytest.raises(UserError) as raised:
     schema.override(BASE, [setting])
-  assert all(word in str(raised.value) for word in words), raised.value
+  assert all(fragment in str(raised.value) for fragment in fragments), (
+    raised.value
+  )
 
 
 def test_unknown_names_list_the_known_ones():

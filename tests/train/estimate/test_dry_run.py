@@ -90,7 +90,7 @@ def test_a_refresh_costs_what_its_program_does(side):
   state = jax.eval_shape(tx.init, params)
   program = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
   dear, cheap = (jaxpr_cost.count_flops(program, f) for f in (max, min))
-  # The loop over iterations has no known length: it counts as one turn.
+  # The loop over iterations has no known length, so it counts once.
   one = flops.refresh(rows, settings) / methods.get("galore").iterations
   assert dear - cheap == pytest.approx(one, rel=0.05)
 
@@ -120,22 +120,22 @@ def test_the_command_reads_no_data_and_writes_nothing(
   tmp_path, monkeypatch, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  words = ["--preset", "llama_60m", "--dry-run", "--set", "data.path=/no/such"]
-  assert pretrain.main(words) == 0
+  argv = ["--preset", "llama_60m", "--dry-run", "--set", "data.path=/no/such"]
+  assert pretrain.main(argv) == 0
   text = capsys.readouterr().out
   assert max(map(len, text.splitlines())) <= 80
   for part in ("58,073,600", "layers/mlp/down/kernel", "optax.contrib.galore",
                "activations", "1.31 Gtokens", "40% MFU"):  # fmt: skip
     assert part in text, part
-  assert pretrain.main([*words, "--json"]) == 0
+  assert pretrain.main([*argv, "--json"]) == 0
   found = json.loads(capsys.readouterr().out)
   assert found["parameters"]["total"] == 58_073_600
   assert not list(tmp_path.iterdir())
 
 
 def test_wrong_input_is_told(capsys):
-  words = ["--preset", "llama_9m", "--dry-run", "--set", "mesh.fsdp=7"]
-  assert pretrain.main(words) == 2
+  argv = ["--preset", "llama_9m", "--dry-run", "--set", "mesh.fsdp=7"]
+  assert pretrain.main(argv) == 2
   assert "multiple of 7" in capsys.readouterr().err
   with pytest.raises(SystemExit) as raised:
     pretrain.main(["--json"])

@@ -65,9 +65,11 @@ def test_two_processes_train_to_the_losses_of_one(
   address = f"127.0.0.1:{free_port()}"
   mixed = [*flags, "--set", "mesh.fsdp=2"]
   running = [start(index, address, two, mixed) for index in (0, 1)]
-  (said, error), (silent, other) = [p.communicate(timeout=300) for p in running]
+  (output, error), (silent, other) = [
+    p.communicate(timeout=300) for p in running
+  ]
   assert [p.returncode for p in running] == [0, 0], error + other
-  assert "devices    4 cpu: 2 data x 2 fsdp x 1 tensor" in said
+  assert "devices    4 cpu: 2 data x 2 fsdp x 1 tensor" in output
   assert not [x for x in silent.splitlines() if not x.startswith("[Gloo]")]
   monkeypatch.setattr(jax, "devices", lambda found=jax.devices: found()[:1])
   assert pretrain.main(["--out", str(one), *flags]) == 0
@@ -115,15 +117,17 @@ def test_what_fails_in_one_process_ends_all(monkeypatch, error):
   def fail():
     raise error
 
-  told = []
+  messages = []
   with monkeypatch.context() as patch:
-    patch.setattr(multihost, "gather", lambda text: told.append(text) or [text])
+    patch.setattr(
+      multihost, "gather", lambda text: messages.append(text) or [text]
+    )
     for run in (multihost.run_on_first, multihost.run_on_first_then_others):
       with pytest.raises(type(error)) as raised:
         run(fail)
       assert raised.value is error
-  assert told == [str(error)] * 2
-  monkeypatch.setattr(multihost, "gather", lambda text: [told[0], text])
+  assert messages == [str(error)] * 2
+  monkeypatch.setattr(multihost, "gather", lambda text: [messages[0], text])
   monkeypatch.setattr(multihost, "is_first", lambda: False)
   for run in (multihost.run_on_first, multihost.run_on_first_then_others):
     with pytest.raises(UserError) as raised:
@@ -158,7 +162,7 @@ class Device:
 
 
 class Grid:
-  """The part of a mesh that says which device lies where."""
+  """The part of a mesh that says which device is where."""
 
   def __init__(self, shape, per_process):
     count = int(np.prod(shape))

@@ -138,11 +138,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
 ):
   save(tmp_path, (at(state, 4), 3.0), (at(state, 8), 2.0))
   damage(tmp_path / FOLDER / "8")
-  said = []
-  restored, _ = checkpoint.restore(tmp_path, trainer.placed, said.append)
+  printed = []
+  restored, _ = checkpoint.restore(tmp_path, trainer.placed, printed.append)
   assert int(restored.step) == 4
   jax.tree.map(np.testing.assert_array_equal, state.params, restored.params)
-  (text,) = said
+  (text,) = printed
   assert "checkpoints/8 is damaged" in text and "step 4 is used" in text
   assert "\n" not in text
   assert kept(tmp_path) == ["4", "8.damaged"]

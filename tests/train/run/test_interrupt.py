@@ -221,8 +221,8 @@ def test_a_damaged_newest_checkpoint_gives_way(flags, whole, tmp_path, capsys):
   largest = max(files, key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:100])
   assert pretrain.main(["--out", str(out), *flags]) == 0
-  said = capsys.readouterr().out
-  (line,) = [x for x in said.splitlines() if "is damaged" in x]
+  output = capsys.readouterr().out
+  (line,) = [x for x in output.splitlines() if "is damaged" in x]
   assert "checkpoints/12 is damaged" in line and "step 8 is used" in line
   assert_same_run(out, whole)
 
@@ -264,11 +264,11 @@ def test_bad_steps_are_skipped_and_too_many_in_a_row_end_the_run(
   poison(monkeypatch, (3, 5, 6, 7, 8))
   order = ["--out", str(out), *flags, "--set", "train.max_skips=3"]
   assert pretrain.main(order) == 1
-  told = capsys.readouterr()
-  assert "step     3  skipped: loss" in told.out
-  assert "(1 in a row, 1 in all)" in told.out
-  assert "(3 in a row, 4 in all)" in told.out
-  (error,) = told.err.splitlines()
+  output = capsys.readouterr()
+  assert "step     3  skipped: loss" in output.out
+  assert "(1 in a row, 1 in all)" in output.out
+  assert "(3 in a row, 4 in all)" in output.out
+  (error,) = output.err.splitlines()
   assert "no finite gradient in 3 steps in a row (train.max_skips)" in error
   assert "saved as step 8" in error and "optimizer.learning_rate" in error
   # The batches went on meanwhile, so the same command gets past them.
@@ -308,14 +308,16 @@ def test_a_full_disk_ends_no_run_and_loses_no_checkpoint(
   done = drive("full-disk", tmp_path, out, flags, *before,
                "bash", "-c", copy, str(out), str(saved))  # fmt: skip
   assert done.returncode == 0, done.stderr
-  said = done.stdout
+  output = done.stdout
   for n in (6, 8):
-    assert f"the checkpoint of step {n} could not be written (No space" in said
-  assert "the newest complete one is of step 4" in said
-  assert "step 12/12" in said  # it went on to the end
-  assert "status 1\ncheckpoints 4\n" in said
-  assert "status 1 with a full disk\n" in said
+    assert (
+      f"the checkpoint of step {n} could not be written (No space" in output
+    )
+  assert "the newest complete one is of step 4" in output
+  assert "step 12/12" in output  # it went on to the end
+  assert "status 1\ncheckpoints 4\n" in output
+  assert "status 1 with a full disk\n" in output
   assert "step 12 is done, but its state could not be saved" in done.stderr
   assert "make room and run the same command" in done.stderr
-  assert said.count("continuing from the checkpoint of step 4") >= 1
+  assert output.count("continuing from the checkpoint of step 4") >= 1
   assert_same_run(saved, whole)

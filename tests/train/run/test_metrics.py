@@ -24,10 +24,10 @@ class Memory:
   """A sink that keeps what it is given."""
 
   def __init__(self):
-    self.seen, self.closed = [], False
+    self.received, self.closed = [], False
 
   def write(self, step, values):
-    self.seen.append((step, values))
+    self.received.append((step, values))
 
   def close(self):
     self.closed = True
@@ -40,7 +40,7 @@ def test_what_is_not_known_is_left_out_everywhere(tmp_path):
   log.close()
   text = (tmp_path / "metrics.jsonl").read_text()
   assert json.loads(text) == {"step": 1, "loss": 2.5}
-  assert sink.seen == [(1, {"loss": 2.5})] and sink.closed
+  assert sink.received == [(1, {"loss": 2.5})] and sink.closed
 
 
 def test_a_resumed_log_forgets_what_happens_again(tmp_path):
@@ -74,7 +74,7 @@ def test_evaluation_weighs_tokens_and_knows_the_papers_count():
   text = metrics.held_out_text(found)
   assert f"perplexity {math.exp(3.2):.2f}" in text
   assert "papers" not in text and "1.154 bits/byte" in text
-  # Of two batches it says little; of many it is told.
+  # It says little for two batches, and is shown for many.
   many = metrics.held_out([30.0] * 64, [10] * 64, text_bytes=400)
   assert many["held_out_batches"] == metrics.ENOUGH
   shown = f"papers' count {math.exp(3 * 64 / 65):.2f}"
@@ -110,8 +110,8 @@ def test_compiling_with_a_step_is_no_time_of_training(capsys):
     watch.record(step, jax.tree.map(jnp.asarray, counts | loss))
   assert watch.seconds() < 0.4 and watch.speed.rate > 100 / 0.4
   assert watch.wait_share() == 0
-  said = capsys.readouterr().out
-  assert "with step 1" in said and "with step 2" not in said
+  output = capsys.readouterr().out
+  assert "with step 1" in output and "with step 2" not in output
 
 
 def test_a_hopeless_loss_has_a_perplexity_still():

@@ -157,14 +157,16 @@ def test_names_choose_matrices(trainer, whole):
 
 
 @pytest.mark.parametrize(
-  "watch, words",
+  "watch, fragments",
   [
     ("attn.q.9", ["'attn.q.9'", "names like", "attn.k.0"]),
     ("attn.(q", ["not a regular expression"]),
     (".*", ["14 matrices", "at most 12"]),
   ],
 )
-def test_wrong_names_are_reported(watch, words, trainer, whole):
+def test_wrong_names_are_reported(watch, fragments, trainer, whole):
   with pytest.raises(UserError) as raised:
     make_watcher(trainer, whole, watch=watch)
-  assert all(word in str(raised.value) for word in words), raised.value
+  assert all(fragment in str(raised.value) for fragment in fragments), (
+    raised.value
+  )

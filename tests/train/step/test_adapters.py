@@ -1,4 +1,4 @@
-"""Training with LoRA and its kin: the step, the run, what is refused."""
+"""Training with LoRA and its variants: the step, the run, what is refused."""
 
 import dataclasses
 import functools
@@ -206,15 +206,15 @@ def test_a_step_that_is_skipped_restarts_nothing(rows):
 
 def test_the_factor_on_the_matrices_is_that_on_their_factors():
   here = trainer("lora")
-  hit = leaves.block_matrices(here.placed.state.params["adapters"])
+  is_matrix = leaves.block_matrices(here.placed.state.params["adapters"])
   flat = {
     leaves.path_of(path): x
-    for path, x in jax.tree_util.tree_leaves_with_path(hit)
+    for path, x in jax.tree_util.tree_leaves_with_path(is_matrix)
   }
   assert flat["layers/attn/q/kernel/a"] and flat["layers/mlp/up/kernel/b"]
   for name in ("embed/embedding", "lm_head/kernel", "layers/attn_norm/scale"):
     assert not flat[name]
-  assert leaves.decayed(hit)["layers/attn_norm/scale"] is False
+  assert leaves.decayed(is_matrix)["layers/attn_norm/scale"] is False
 
 
 def test_the_rate_warms_up_after_restarts():
@@ -284,8 +284,8 @@ def test_a_run_goes_on_bit_by_bit_and_goes_out(
   name, flags, one_device, tmp_path, capsys
 ):
   out = tmp_path / "run"
-  words = ["--out", str(out), "--optimizer", name, *flags]
-  assert pretrain.main(words) == 0
+  argv = ["--out", str(out), "--optimizer", name, *flags]
+  assert pretrain.main(argv) == 0
   text = capsys.readouterr().out
   assert f"optimizer  {name}, " in text and "factors of rank 4" in text
   assert "bytes frozen, " in text and (out / "sample.txt").exists()
@@ -294,7 +294,7 @@ def test_a_run_goes_on_bit_by_bit_and_goes_out(
   losses = losses_in(out)
   for later in ("8", "12"):
     shutil.rmtree(out / run_dir.FOLDER / later)
-  assert pretrain.main(words) == 0
+  assert pretrain.main(argv) == 0
   assert "continuing from the checkpoint of step 4" in capsys.readouterr().out
   assert losses_in(out) == losses and len(losses) == 12
   same(arrays_in(out, chosen)[0], state)
@@ -349,7 +349,7 @@ def test_a_dry_run_counts_what_is_trained(capsys):
   for name in NAMES:
     chosen = schema.override(presets.make("sotu_small", name), sets)
     with pytest.MonkeyPatch.context() as patch:
-      # The same for all of them, and not what is looked at.
+      # The same for all of them, and not tested here.
       patch.setattr(flops, "forward_per_token", lambda *_: 1.0)
       patch.setattr(flops, "recompute_per_token", lambda *_: 0.0)
       patch.setattr(dry_run, "activation_bytes", lambda *_: 0)

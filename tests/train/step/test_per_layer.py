@@ -190,14 +190,14 @@ def test_codes_are_what_is_kept(batch):
 
 
 @pytest.mark.parametrize(
-  ("settings", "words"),
+  ("settings", "fragment"),
   [
     (["train.layerwise=true", "train.accumulate=2"], "optimizer.accumulate"),
     (["train.accumulate=2", "optimizer.accumulate=2"], "one of them"),
   ],
 )
-def test_two_ways_to_accumulate_are_refused(settings, words):
-  with pytest.raises(UserError, match=words):
+def test_two_ways_to_accumulate_are_refused(settings, fragment):
+  with pytest.raises(UserError, match=fragment):
     schema.override(presets.make("sotu_small", "galore"), settings)
 
 

@@ -290,13 +290,13 @@ def _update(**fields):
 def test_the_factor_scales_the_matrices_and_nothing_else():
   params, plain = _update()
   _, scaled = _update(matrix_lr=0.25)
-  hits = leaves.block_matrices(params)
-  assert sum(jax.tree.leaves(hits)) == 7
+  is_matrix = leaves.block_matrices(params)
+  assert sum(jax.tree.leaves(is_matrix)) == 7
   jax.tree.map(
-    lambda hit, a, b: np.testing.assert_allclose(
-      b, a * (0.25 if hit else 1), rtol=1e-6
+    lambda matrix, a, b: np.testing.assert_allclose(
+      b, a * (0.25 if matrix else 1), rtol=1e-6
     ),
-    hits,
+    is_matrix,
     plain,
     scaled,
   )
@@ -365,12 +365,12 @@ def test_accounting_counts_what_the_states_take():
   # the block matrices only.
   matrices = [
     x
-    for x, hit in zip(
+    for x, matrix in zip(
       jax.tree.leaves(params),
       jax.tree.leaves(leaves.block_matrices(params)),
       strict=True,
     )
-    if hit
+    if matrix
   ]
   saved = found["adamw"] - found["optax.contrib.galore"]
   long_side = [
