@@ -129,7 +129,7 @@ def _resize(
 
 
 def llama_9m(optimizer: str) -> Config:
-  """9M parameters; no published run, the recipe of 60M with rank d/4."""
+  """9M parameters: not published; the recipe of 60M with rank d/4."""
   return _resize(
     llama_60m(optimizer),
     "llama_9m",
@@ -142,14 +142,14 @@ def llama_9m(optimizer: str) -> Config:
 
 
 def llama_20m(optimizer: str) -> Config:
-  """20M parameters; no published run, the recipe of 60M with rank d/4."""
+  """20M parameters: not published; the recipe of 60M with rank d/4."""
   return _resize(
     llama_9m(optimizer), "llama_20m", rank=64, d_model=256, d_ff=688
   )
 
 
 def llama_35m(optimizer: str) -> Config:
-  """35M parameters; no published run, the recipe of 60M with rank d/4."""
+  """35M parameters: not published; the recipe of 60M with rank d/4."""
   return _resize(
     llama_60m(optimizer),
     "llama_35m",
@@ -161,21 +161,21 @@ def llama_35m(optimizer: str) -> Config:
 
 
 def llama_40m(optimizer: str) -> Config:
-  """43M parameters; no published run, the recipe of 60M with rank d/4."""
+  """43M parameters: not published; the recipe of 60M with rank d/4."""
   return _resize(
     llama_35m(optimizer), "llama_40m", rank=104, d_model=416, n_layers=8
   )
 
 
 def llama_71m(optimizer: str) -> Config:
-  """71M parameters; no published run, the recipe of 60M."""
+  """71M parameters: not published; the recipe of 60M."""
   return _resize(
     llama_60m(optimizer), "llama_71m", rank=128, d_ff=1368, n_layers=12
   )
 
 
 def llama_100m(optimizer: str) -> Config:
-  """100M parameters; no published run, the recipe of 60M with rank d/4."""
+  """100M parameters: not published; the recipe of 60M with rank d/4."""
   return _resize(
     llama_71m(optimizer),
     "llama_100m",
@@ -208,7 +208,7 @@ def llama_130m(optimizer: str) -> Config:
 
 
 def llama_250m(optimizer: str) -> Config:
-  """247M parameters; no published run, the recipe of 130M."""
+  """247M parameters: not published; the recipe of 130M."""
   return _resize(
     llama_130m(optimizer),
     "llama_250m",
@@ -259,7 +259,7 @@ def llama_1b(optimizer: str) -> Config:
 
 
 def llama_3b(optimizer: str) -> Config:
-  """2.7B parameters; no published run, the recipe of 1B with rank d/4."""
+  """2.7B parameters: not published; the recipe of 1B with rank d/4."""
   return _resize(
     llama_1b(optimizer),
     "llama_3b",

@@ -134,7 +134,7 @@ class DataConfig(SharedDataConfig):
   # a tokenizer.json or .model file, or hub:NAME; empty: trained on the text
   tokenizer: str = ""
   # token that ends every document; empty: the tokenizer's own
-  end_token: str = ""  # closes every document; "": the tokenizer's own
+  end_token: str = ""
   # documents of a stream that are shuffled together
   shuffle_buffer: int = 10_000
 
@@ -163,7 +163,7 @@ class SharedTrainConfig:
 
   steps: int = 400  # training steps, each of one batch; skipped steps count
   # folder of weights to start from, or of a run; empty: fresh weights
-  init: str = ""  # folder of weights to start from, or a run; "": fresh ones
+  init: str = ""
   seed: int = 0  # seed of the weights and of the data order
   accumulate: int = 1  # microbatches of a batch, whose gradients are added up
   # stop after this many steps in a row without a finite gradient

@@ -239,7 +239,7 @@ _RECORDS = (
   ),
   Method(
     "apollo",
-    "APOLLO: random projections scale the channels of the gradient",
+    "APOLLO: random projections scale the channels of gradients",
     transforms.apollo,
     projects=True,
     random_bases=True,
