@@ -1,7 +1,7 @@
-"""Pictures of runs: `python -m train.plot RUN...`.
+"""Draws figures of runs: `python -m train.plot RUN...`.
 
-One figure for any number of runs: loss, held-out perplexity, learning rate,
-gradient norm, speed, and the subspaces of the watched matrices.
+A figure shows one or several runs: loss, held-out perplexity or scores,
+learning rate, gradient norm, speed, and the subspaces of the watched matrices.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display needed, and none touched
+matplotlib.use("Agg")  # needs no display
 import numpy as np
 from matplotlib import colors, ticker
 from matplotlib import pyplot as plt
@@ -22,8 +22,8 @@ from train.run import history
 from train.run.history import Run
 
 FILE = "run.png"
-SMOOTH = 1 / 40  # of the points: width of the running mean of a loss
-# Scores of tasks, as an evaluation logs them.
+SMOOTH = 1 / 40  # width of the running mean, as a share of the points
+# Names of the scores that evaluations of fine-tuning tasks log.
 SCORES = (
   "accuracy",
   "f1",
@@ -41,14 +41,14 @@ def draw(out: pathlib.Path, title: str) -> pathlib.Path:
   """Draws one run into its own folder.
 
   Args:
-    out: the run's folder, with config.json and metrics.jsonl.
-    title: the figure's title.
+    out: The run's folder, with config.json and metrics.jsonl.
+    title: The figure's title.
 
   Returns:
-    The PNG it wrote.
+    The path of the PNG.
 
   Raises:
-    UserError: there is nothing to draw.
+    UserError: The run has no training step to draw.
   """
   return overlay([history.load(out)], out / FILE, "steps", title)
 
@@ -56,19 +56,19 @@ def draw(out: pathlib.Path, title: str) -> pathlib.Path:
 def overlay(
   runs: list[Run], path: pathlib.Path, axis: str, title: str = ""
 ) -> pathlib.Path:
-  """Draws runs on top of each other.
+  """Draws several runs into the same panels.
 
   Args:
-    runs: those to draw, in the order of the legend.
-    path: the picture; its suffix says which kind.
+    runs: The runs, in the sequence of the legend.
+    path: The figure; the suffix of its name selects the file format.
     axis: `steps`, `tokens` or `hours`.
-    title: the figure's title, if any.
+    title: The figure's title, empty for none.
 
   Returns:
     `path`.
 
   Raises:
-    UserError: the picture cannot be written, or the axis is not known.
+    UserError: The figure cannot be written, or a run does not have this axis.
   """
   panels = _panels(runs)
   columns = 3
@@ -80,18 +80,18 @@ def overlay(
     layout="constrained",
     sharex=True,
   )
-  for panel, place in zip(panels, axes.flat, strict=False):
-    panel(place, runs, axis)
-    place.grid(alpha=0.25)
-    place.spines[["top", "right"]].set_visible(False)
-    place.set_xlabel(history.AXES[axis])
-    place.tick_params(labelbottom=True)
-    place.xaxis.set_major_locator(ticker.MaxNLocator(6))
+  for draw_panel, panel in zip(panels, axes.flat, strict=False):
+    draw_panel(panel, runs, axis)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel(history.AXES[axis])
+    panel.tick_params(labelbottom=True)
+    panel.xaxis.set_major_locator(ticker.MaxNLocator(6))
     if axis == "tokens":
-      place.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-  for place in axes.flat[len(panels) :]:
-    place.set_visible(False)
-  _entitle(figure, runs, title)
+      panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+  for panel in axes.flat[len(panels) :]:
+    panel.set_visible(False)
+  _add_title_and_legend(figure, runs, title)
   try:
     figure.savefig(path, dpi=120)
   except (OSError, ValueError) as error:
@@ -101,16 +101,17 @@ def overlay(
   return path
 
 
-Panel = Callable[[plt.Axes, list[Run], str], None]
+DrawPanel = Callable[[plt.Axes, list[Run], str], None]
 
 
-def _panels(runs: list[Run]) -> list[Panel]:
-  """What there is to draw."""
-  panels: list[Panel] = [_loss]
+def _panels(runs: list[Run]) -> list[DrawPanel]:
+  """Functions that draw the panels for which the runs have data."""
+  panels: list[DrawPanel] = [_loss]
   panels += [_perplexity] if _has(runs, "held_out_perplexity") else []
   panels += [_score(name) for name in SCORES if _has(runs, name)]
-  panels.append(_plain("lr", "learning rate"))
-  panels += [_norm, _plain("tokens_per_second", "tokens/s", bottom=0)]
+  panels.append(_series("lr", "learning rate"))
+  speed = _series("tokens_per_second", "tokens per second", bottom=0)
+  panels += [_norm, speed]
   panels += [_bits] if _has(runs, "held_out_bits_per_byte") else []
   if any(run.watched() for run in runs):
     panels += [_energy, _overlap, _rank]
@@ -127,8 +128,10 @@ def _color(runs: list[Run], index: int) -> str | tuple:
   return plt.get_cmap("viridis")(index / (len(runs) - 1))
 
 
-def _entitle(figure: plt.Figure, runs: list[Run], title: str) -> None:
-  """The title, and the legend of several runs under the panels."""
+def _add_title_and_legend(
+  figure: plt.Figure, runs: list[Run], title: str
+) -> None:
+  """Adds the title, and below the panels the legend of several runs."""
   if title:
     figure.suptitle(title)
   if len(runs) == 1:
@@ -148,38 +151,39 @@ def _entitle(figure: plt.Figure, runs: list[Run], title: str) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-  """A centred running mean whose width grows with the run: it has no lag."""
+  """A centered running mean, without lag; its width grows with the run."""
   half = round(SMOOTH * len(values) / 2)
   sums = np.concatenate([[0.0], np.cumsum(values)])
-  at = np.arange(len(values))
-  reach = np.minimum(half, np.minimum(at, at[::-1]))  # shorter at the ends
-  return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+  i = np.arange(len(values))
+  reach = np.minimum(half, np.minimum(i, i[::-1]))  # shorter at the ends
+  return (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)
 
 
-def _loss(place: plt.Axes, runs: list[Run], axis: str) -> None:
-  """Training loss, smoothed over the raw one, and the held-out loss."""
+def _loss(panel: plt.Axes, runs: list[Run], axis: str) -> None:
+  """Draws the training loss, raw and smoothed, and the held-out loss."""
   for i, run in enumerate(runs):
     color = _color(runs, i)
-    at, values = run.series("loss", axis)
-    place.plot(at, values, color=color, lw=0.8, alpha=0.25)
-    place.plot(at, smooth(values), color=color, lw=1.5)
-    at, values = run.series("held_out_loss", axis)
-    place.plot(at, values, color=color, ls="", marker="o", ms=3)
+    xs, values = run.series("loss", axis)
+    panel.plot(xs, values, color=color, lw=0.8, alpha=0.25)
+    panel.plot(xs, smooth(values), color=color, lw=1.5)
+    xs, values = run.series("held_out_loss", axis)
+    panel.plot(xs, values, color=color, ls="", marker="o", ms=3)
   of_tasks = any("task.name" in run.config for run in runs)
-  place.set_ylabel("loss" if of_tasks else "loss (nats a token)")
+  panel.set_ylabel("loss" if of_tasks else "loss (nats per token)")
   kinds = [
     plt.Line2D([], [], color="0.3", lw=1.5),
     plt.Line2D([], [], color="0.3", ls="", marker="o", ms=3),
   ]
-  place.legend(kinds, ["training, smoothed", "held-out"], frameon=False)
+  panel.legend(kinds, ["training, smoothed", "held-out"], frameon=False)
 
 
-def _perplexity(place: plt.Axes, runs: list[Run], axis: str) -> None:
+def _perplexity(panel: plt.Axes, runs: list[Run], axis: str) -> None:
+  """Draws the held-out perplexity; the legend names each run's last value."""
   lines, texts = [], []
   for i, run in enumerate(runs):
-    at, values = run.series("held_out_perplexity", axis)
+    xs, values = run.series("held_out_perplexity", axis)
     if len(values):
-      lines += place.plot(at, values, color=_color(runs, i), marker="o", ms=3)
+      lines += panel.plot(xs, values, color=_color(runs, i), marker="o", ms=3)
       texts.append(f"{values[-1]:,.2f}")
   known = {
     record["unigram_perplexity"]
@@ -189,123 +193,139 @@ def _perplexity(place: plt.Axes, runs: list[Run], axis: str) -> None:
   }
   if len(known) == 1:
     level = known.pop()
-    lines.append(place.axhline(level, color="0.4", ls="--", lw=1))
+    lines.append(panel.axhline(level, color="0.4", ls="--", lw=1))
     texts.append(f"unigram model {level:,.0f}")
-  place.set_yscale("log")
-  _label_decades(place)
-  place.set_ylabel("held-out perplexity (log)")
+  panel.set_yscale("log")
+  _label_decades(panel)
+  panel.set_ylabel("held-out perplexity (log)")
   if lines:
-    place.legend(lines, texts, title="at the end", edgecolor="none")
+    panel.legend(lines, texts, title="final value", edgecolor="none")
 
 
-def _label_decades(place: plt.Axes) -> None:
-  """Ticks at 1, 2 and 5 of each decade of a log axis, as plain numbers."""
-  place.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-  place.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-  place.yaxis.set_minor_formatter(ticker.NullFormatter())
+def _label_decades(panel: plt.Axes) -> None:
+  """Labels 1, 2 and 5 of each decade of a log axis with plain numbers."""
+  panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+  panel.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _plain(name: str, label: str, bottom: float | None = None) -> Panel:
-  """A panel of one line a run."""
+def _series(name: str, label: str, bottom: float | None = None) -> DrawPanel:
+  """A panel with a line per run of a logged number."""
 
-  def panel(place: plt.Axes, runs: list[Run], axis: str) -> None:
+  def draw_panel(panel: plt.Axes, runs: list[Run], axis: str) -> None:
     for i, run in enumerate(runs):
-      place.plot(*run.series(name, axis), color=_color(runs, i), lw=1.2)
-    place.set_ylabel(label)
+      panel.plot(*run.series(name, axis), color=_color(runs, i), lw=1.2)
+    panel.set_ylabel(label)
     if bottom is not None:
-      place.set_ylim(bottom=bottom)
+      panel.set_ylim(bottom=bottom)
 
-  return panel
+  return draw_panel
 
 
-def _norm(place: plt.Axes, runs: list[Run], axis: str) -> None:
+def _norm(panel: plt.Axes, runs: list[Run], axis: str) -> None:
+  """Draws the gradient norm, raw and smoothed."""
   for i, run in enumerate(runs):
-    at, values = run.series("grad_norm", axis)
-    place.plot(at, values, color=_color(runs, i), lw=0.8, alpha=0.3)
-    place.plot(at, smooth(values), color=_color(runs, i), lw=1.2)
-  place.set_ylabel("gradient norm")
-  low, high = place.get_ylim()
+    xs, values = run.series("grad_norm", axis)
+    panel.plot(xs, values, color=_color(runs, i), lw=0.8, alpha=0.3)
+    panel.plot(xs, smooth(values), color=_color(runs, i), lw=1.2)
+  panel.set_ylabel("gradient norm")
+  low, high = panel.get_ylim()
   if low > 0 and high > 20 * low:
-    place.set_yscale("log")
-    _label_decades(place)
+    panel.set_yscale("log")
+    _label_decades(panel)
 
 
-def _score(name: str) -> Panel:
-  """A panel of a task's score."""
+def _score(name: str) -> DrawPanel:
+  """A panel of a fine-tuning task's score."""
 
-  def panel(place: plt.Axes, runs: list[Run], axis: str) -> None:
+  def draw_panel(panel: plt.Axes, runs: list[Run], axis: str) -> None:
     for i, run in enumerate(runs):
-      at, values = run.series(name, axis)
-      place.plot(at, values, color=_color(runs, i), marker="o", ms=3)
-    place.set_ylabel(f"held-out {name.replace('_', ' ')}")
+      xs, values = run.series(name, axis)
+      panel.plot(xs, values, color=_color(runs, i), marker="o", ms=3)
+    panel.set_ylabel(f"held-out {name.replace('_', ' ')}")
 
-  return panel
+  return draw_panel
 
 
-def _bits(place: plt.Axes, runs: list[Run], axis: str) -> None:
+def _bits(panel: plt.Axes, runs: list[Run], axis: str) -> None:
+  """Draws the held-out loss in bits per byte."""
   for i, run in enumerate(runs):
-    at, values = run.series("held_out_bits_per_byte", axis)
-    place.plot(at, values, color=_color(runs, i), marker="o", ms=3)
-  place.set_ylabel("held-out bits a byte")
+    xs, values = run.series("held_out_bits_per_byte", axis)
+    panel.plot(xs, values, color=_color(runs, i), marker="o", ms=3)
+  panel.set_ylabel("held-out bits per byte")
 
 
-def _energy(place: plt.Axes, runs: list[Run], axis: str) -> None:
-  """At refreshes: with the new basis, and in one run with the old one too."""
-  alone = len(runs) == 1
-  _subspace(place, runs, axis, "energy", refreshed=True)
-  _legend(place, runs)
-  if alone:
-    _subspace(place, runs, axis, "energy_before", ls=":")
-  place.set_ylabel("gradient energy in the subspace")
-  place.set_ylim(0, 1.02)
-  old = ", old one dotted" if alone else ""
-  place.set_title(f"new basis{old}", fontsize="medium")
+def _energy(panel: plt.Axes, runs: list[Run], axis: str) -> None:
+  """Draws the gradient energy that a basis captures at its refresh.
+
+  For a single run, also the energy that the old basis captures then.
+  """
+  _subspace(panel, runs, axis, "energy", refreshed=True)
+  _matrix_legend(panel, runs)
+  title = "at refreshes, with the new basis"
+  if len(runs) == 1:
+    _subspace(panel, runs, axis, "energy_before", ls=":")
+    title = "at refreshes: new basis solid, old dotted"
+  panel.set_ylabel("captured share of gradient energy")
+  panel.set_ylim(0, 1.02)
+  panel.set_title(title, fontsize="medium")
 
 
-def _overlap(place: plt.Axes, runs: list[Run], axis: str) -> None:
-  _subspace(place, runs, axis, "overlap")
-  place.set_ylabel("overlap of new and old subspace")
-  place.set_ylim(0, 1.02)
+def _overlap(panel: plt.Axes, runs: list[Run], axis: str) -> None:
+  """Draws the overlap of new and old bases."""
+  _subspace(panel, runs, axis, "overlap")
+  panel.set_ylabel("overlap of new and old basis")
+  panel.set_ylim(0, 1.02)
 
 
-def _rank(place: plt.Axes, runs: list[Run], axis: str) -> None:
-  _subspace(place, runs, axis, "stable_rank")
-  place.set_ylabel("stable rank of the gradient")
-  place.set_ylim(bottom=0)
+def _rank(panel: plt.Axes, runs: list[Run], axis: str) -> None:
+  """Draws the stable rank of the gradients."""
+  _subspace(panel, runs, axis, "stable_rank")
+  panel.set_ylabel("stable rank of the gradient")
+  panel.set_ylim(bottom=0)
 
 
 def _subspace(
-  place: plt.Axes,
+  panel: plt.Axes,
   runs: list[Run],
   axis: str,
   name: str,
   refreshed: bool = False,
   ls: str = "",
 ) -> None:
-  """A line a watched matrix: by colour in one run, by tint in several."""
-  names = _watched(runs)
+  """Draws a line per watched matrix, for a number of its subspace.
+
+  Args:
+    panel: The axes to draw on.
+    runs: The runs. Matrices have colors of their own in a single run, and tints
+      of the run's color in several.
+    axis: `steps`, `tokens` or `hours`.
+    name: Name of the number.
+    refreshed: Whether to draw only the steps of refreshes.
+    ls: Line style, if not the matrix's own.
+  """
   for i, run in enumerate(runs):
-    for k, matrix in enumerate(names):
+    for k, matrix in enumerate(_watched(runs)):
       key = f"subspace/{matrix}/"
       needed = key + "overlap" if refreshed else ""
-      at, values = run.series(key + name, axis, needed)
+      xs, values = run.series(key + name, axis, needed)
       if not len(values):
         continue
-      look = _look(runs, _color(runs, i), k)
-      look |= {"ls": ls} if ls else {}
-      place.plot(at, values, **look)
+      style = _matrix_style(runs, _color(runs, i), k)
+      style |= {"ls": ls} if ls else {}
+      panel.plot(xs, values, **style)
 
 
 def _watched(runs: list[Run]) -> list[str]:
-  """The matrices that any of the runs has looked at."""
+  """Names of the matrices that any of the runs watched."""
   return sorted({matrix for run in runs for matrix in run.watched()})
 
 
-def _look(runs: list[Run], color: Any, k: int) -> Any:
-  """How the k-th matrix is drawn, in a run of this colour."""
+def _matrix_style(runs: list[Run], color: Any, k: int) -> Any:
+  """Line style of the k-th watched matrix, for a run of this color."""
   if len(runs) == 1:
     return {"color": f"C{k % 10}", "ls": "-", "marker": ".", "lw": 1.2}
-  # Towards white, but for the last one to be seen.
+  # Tints go towards white, but the last one remains visible.
   share = 0.55 * k / max(1, len(_watched(runs)) - 1)
   tint = [x + share * (1 - x) for x in colors.to_rgb(color)]
   marker = MARKERS[k % len(MARKERS)]
@@ -313,41 +333,52 @@ def _look(runs: list[Run], color: Any, k: int) -> Any:
   return {"color": tint, "ls": style, "marker": marker, "ms": 3.5, "lw": 1.2}
 
 
-def _legend(place: plt.Axes, runs: list[Run]) -> None:
-  """The matrices; which run a line is of tells the legend of the figure."""
+def _matrix_legend(panel: plt.Axes, runs: list[Run]) -> None:
+  """Adds a legend of the matrices; the figure's legend names the runs."""
   names = _watched(runs)
   if len(names) > 6:
     return
-  looks = [_look(runs, "0.15", k) for k in range(len(names))]
-  handles = [plt.Line2D([], [], **look) for look in looks]
-  place.legend(handles, names, frameon=False, fontsize="small")
+  styles = [_matrix_style(runs, "0.15", k) for k in range(len(names))]
+  handles = [plt.Line2D([], [], **style) for style in styles]
+  panel.legend(handles, names, frameon=False, fontsize="small")
 
 
-def main(words: list[str] | None = None) -> int:
-  """The command: 0 done, 2 wrong input."""
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command: 0 when done, 2 for wrong input."""
   parser = argparse.ArgumentParser(
     prog="python -m train.plot",
-    description="Draws runs on top of each other. The legend names as few"
-    " fields of their configs as tell them apart.",
+    description="Draws one or several runs into one figure. The legend labels"
+    " each run with the config fields in which the runs differ.",
   )
   parser.add_argument(
-    "runs", nargs="+", type=pathlib.Path, metavar="RUN", help="a run's folder"
+    "runs",
+    nargs="+",
+    type=pathlib.Path,
+    metavar="RUN",
+    help="folder of a run, as given to --out of train.pretrain",
   )
   parser.add_argument(
     "--out",
     type=pathlib.Path,
-    help="the picture; by default RUN/run.png for one run, runs.png for more",
+    metavar="FILE",
+    help="file of the figure, such as a .png, .svg or .pdf (default:"
+    " RUN/run.png for one run, runs.png for several)",
   )
-  parser.add_argument("--x", choices=history.AXES, default="steps")
-  flags = parser.parse_args(words)
+  parser.add_argument(
+    "--x",
+    choices=history.AXES,
+    default="steps",
+    help="quantity on the horizontal axis (default: %(default)s)",
+  )
+  flags = parser.parse_args(arguments)
   try:
-    found = [history.load(out) for out in flags.runs]
-    one = len(found) == 1
+    runs = [history.load(out) for out in flags.runs]
+    single = len(runs) == 1
     path = flags.out or (
-      flags.runs[0] / FILE if one else pathlib.Path("runs.png")
+      flags.runs[0] / FILE if single else pathlib.Path("runs.png")
     )
-    title = history.labels(found)[0] if one else ""
-    print(overlay(found, path, flags.x, title))
+    title = history.labels(runs)[0] if single else ""
+    print(overlay(runs, path, flags.x, title))
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

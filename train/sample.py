@@ -1,8 +1,8 @@
-"""Text from a model: `python -m train.sample RUN_OR_FOLDER --prompt ...`.
+"""Samples text from a model: `python -m train.sample MODEL --prompt ...`.
 
-The prompts go through the model once, which fills a cache of keys and values;
-then each new token costs one position. Both are one compiled program each:
-their shapes do not depend on how far the text has come.
+The prompts pass through the model once, which fills a cache of keys and values.
+After that, each new token takes the model one position. Both steps are compiled
+once, because their shapes do not depend on the length of the text so far.
 """
 
 import argparse
@@ -24,18 +24,25 @@ from train.config.schema import ModelConfig
 from train.models import llama
 from train.pretrained import llama_checkpoint, llama_names
 
-CHUNK = 16  # tokens drawn before they are fetched and shown
+CHUNK = 16  # tokens drawn between two fetches from the device
 
 
 class Sampling(NamedTuple):
-  """How a token is drawn from the logits; each may be a traced number."""
+  """How a token is drawn from the logits. Each field may be a traced number.
 
-  temperature: Any = 1.0  # divides the logits; 0: always the likeliest
-  top_k: Any = 0  # so many likeliest tokens; 0: all
-  top_p: Any = 1.0  # the fewest likeliest tokens whose probabilities reach it
+  Attributes:
+    temperature: Divides the logits; 0 always takes the most likely token.
+    top_k: Number of most likely tokens to draw from; 0 draws from all.
+    top_p: Draws from the fewest most likely tokens whose probabilities add up
+      to at least this.
+  """
+
+  temperature: Any = 1.0
+  top_k: Any = 0
+  top_p: Any = 1.0
 
   def check(self) -> "Sampling":
-    """Itself, if it makes sense; raises UserError if not."""
+    """Returns itself if all values are valid; raises UserError otherwise."""
     if not 0 <= self.temperature < float("inf"):
       raise UserError(f"--temperature is {self.temperature}; use 0 or above")
     if self.top_k < 0:
@@ -46,48 +53,56 @@ class Sampling(NamedTuple):
 
 
 class Text(NamedTuple):
-  """Rows under way, all of the same state of progress."""
+  """A batch of texts during generation.
+
+  Attributes:
+    cache: Keys and values of the positions so far.
+    length: Positions in the cache (B,).
+    token: Newest token of each text (B,), not in the cache yet.
+    key: Random key of the next draw.
+  """
 
   cache: llama.Cache
-  length: jax.Array  # (B,): positions in the cache
-  token: jax.Array  # (B,): the newest, not in the cache yet
+  length: jax.Array
+  token: jax.Array
   key: jax.Array
 
 
 def draw(logits: jax.Array, how: Sampling, key: jax.Array) -> jax.Array:
-  """One token a row.
+  """Draws one token for each row.
 
   Args:
-    logits: (B, V).
-    how: temperature first, then top-k, then top-p among what is left.
-    key: the random key; each row has its own stream.
+    logits: Logits (B, V).
+    how: Temperature, top-k and top-p, applied in this sequence.
+    key: Random key, from which each row gets its own.
 
   Returns:
-    (B,) int32.
+    Tokens (B,), int32.
   """
-  # Drawn in the order of their likelihood, so that of equal ones as many stay
-  # as were asked for.
-  order = jnp.argsort(logits, descending=True)
-  scaled = jnp.take_along_axis(logits, order, 1)
+  # The tokens are sorted by likelihood, so that top-k keeps exactly k of them
+  # even if some are equally likely.
+  by_likelihood = jnp.argsort(logits, descending=True)
+  scaled = jnp.take_along_axis(logits, by_likelihood, 1)
   scaled = scaled / jnp.maximum(how.temperature, 1e-6)
   rank = jnp.arange(logits.shape[1])
   scaled = jnp.where((how.top_k == 0) | (rank < how.top_k), scaled, -jnp.inf)
   shares = jax.nn.softmax(scaled)
   before = jnp.cumsum(shares, axis=1) - shares
-  # The first is kept whatever the rounding of the sums.
-  kept = (before < how.top_p) | (rank == 0)
+  # The most likely token stays in, however the sums are rounded.
+  allowed = (before < how.top_p) | (rank == 0)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits)))
-  place = jax.vmap(jax.random.categorical)(
-    keys, jnp.where(kept, scaled, -jnp.inf)
+  drawn = jax.vmap(jax.random.categorical)(
+    keys, jnp.where(allowed, scaled, -jnp.inf)
   )
-  place = jnp.where(how.temperature == 0, 0, place)
-  return jnp.take_along_axis(order, place[:, None], 1)[:, 0].astype(jnp.int32)
+  drawn = jnp.where(how.temperature == 0, 0, drawn)
+  tokens = jnp.take_along_axis(by_likelihood, drawn[:, None], 1)
+  return tokens[:, 0].astype(jnp.int32)
 
 
 def _next(
   config: ModelConfig, params: dict, x: jax.Array, text: Text, how: Sampling
 ) -> Text:
-  """Draws the token after the last position, whose features (B, D) are x."""
+  """Draws the next token from the last position's features x (B, D)."""
   key, drawn = jax.random.split(text.key)
   logits = llama.head(config, params, x, len(x))[:, 0]
   return text._replace(token=draw(logits, how, drawn), key=key)
@@ -103,22 +118,22 @@ def prefill(
   how: Sampling,
   key: jax.Array,
 ) -> Text:
-  """Takes the prompts in and draws the token after each.
+  """Runs the model on the prompts and draws the first token after each.
 
   Args:
-    config: the model's.
-    params: its parameters.
-    prompts: (B, P) ids, filled up at the end with any token: a place that is
-      filled up is written over before a position that sees it is.
-    lengths: (B,) tokens of each prompt, at least 1.
-    room: positions of the cache.
-    how: how tokens are drawn.
-    key: the random key.
+    config: Config of the model.
+    params: Parameters of the model.
+    prompts: Token ids (B, P), padded at the end with any token: generation
+      overwrites a padded position of the cache before any token attends to it.
+    lengths: Number of tokens of each prompt (B,), at least 1.
+    room: Number of positions of the cache.
+    how: How tokens are drawn.
+    key: Random key.
   """
   rows, width = prompts.shape
   cache = llama.empty_cache(config, rows, room)
-  places = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-  x, cache = llama.extend(config, params, prompts, places, cache)
+  positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
+  x, cache = llama.extend(config, params, prompts, positions, cache)
   last = x.reshape(rows, width, -1)[jnp.arange(rows), lengths - 1]
   text = Text(cache, lengths, jnp.zeros(rows, jnp.int32), key)
   return _next(config, params, last, text, how)
@@ -128,25 +143,25 @@ def prefill(
 def decode(
   config: ModelConfig, params: dict, text: Text, how: Sampling, count: int
 ) -> tuple[Text, jax.Array]:
-  """Draws `count` tokens a row after the newest.
+  """Draws `count` more tokens for each text.
 
   Returns:
-    The text, and the tokens (B, count) that were the newest in turn: the one
-    that came in first, the one that goes out in `text` not yet.
+    The text, and tokens (B, count). These begin with the newest token of the
+    given text, and do not yet contain the newest of the returned one.
   """
 
   def step(text: Text, _: None) -> tuple[Text, jax.Array]:
     x, cache = llama.extend(
       config, params, text.token[:, None], text.length[:, None], text.cache
     )
-    moved = text._replace(cache=cache, length=text.length + 1)
-    return _next(config, params, x, moved, how), text.token
+    longer = text._replace(cache=cache, length=text.length + 1)
+    return _next(config, params, x, longer, how), text.token
 
   text, tokens = jax.lax.scan(step, text, length=count)
   if not jax.sharding.get_abstract_mesh().empty:
-    # So that every process of several can read them.
-    whole = jax.sharding.PartitionSpec()
-    tokens = jax.lax.with_sharding_constraint(tokens, whole)
+    # Replicated, so that each of several processes can read them.
+    replicated = jax.sharding.PartitionSpec()
+    tokens = jax.lax.with_sharding_constraint(tokens, replicated)
   return text, tokens.T
 
 
@@ -158,18 +173,18 @@ def stream(
   how: Sampling,
   seed: int,
 ) -> Iterator[np.ndarray]:
-  """Continues each prompt by `count` tokens, some at a time.
+  """Continues each prompt by `count` tokens, a few at a time.
 
   Args:
-    config: the model's.
-    params: its parameters.
-    prompts: token ids, one sequence a row, of any lengths from 1.
-    count: tokens to draw.
-    how: how they are drawn.
-    seed: of the random numbers.
+    config: Config of the model.
+    params: Parameters of the model.
+    prompts: Token ids of each prompt, at least one.
+    count: Number of tokens to draw for each.
+    how: How tokens are drawn.
+    seed: Random seed.
 
   Yields:
-    (B, n) int32 ids that follow those before.
+    The next token ids (B, n), int32.
   """
   lengths = np.array([len(ids) for ids in prompts], np.int32)
   rows = np.zeros((len(prompts), lengths.max()), np.int32)
@@ -192,7 +207,7 @@ def generate(
   how: Sampling,
   seed: int = 0,
 ) -> np.ndarray:
-  """The `count` tokens that follow each prompt, (B, count) int32."""
+  """The `count` tokens that follow each prompt: (B, count), int32."""
   if not count:
     return np.zeros((len(prompts), 0), np.int32)
   chunks = stream(config, params, prompts, count, how, seed)
@@ -208,19 +223,19 @@ def sample_text(
   how: Sampling,
   seed: int,
 ) -> str:
-  """The prompt with `count` more tokens, as text."""
+  """The prompt, continued by `count` tokens, as text."""
   ids = encode(tokenizer, prompt)
   drawn = generate(config, params, [ids], count, how, seed)[0]
   return tokenizer.decode(ids + drawn.tolist())
 
 
 def encode(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
-  """The prompt's tokens.
+  """Encodes a prompt.
 
   Raises:
-    UserError: there are none.
+    UserError: The prompt has no tokens.
   """
-  # As the training text was encoded: nothing is put before or after it.
+  # Like the training text, without special tokens before or after it.
   ids = tokenizer.encode(prompt, add_special_tokens=False).ids
   if not ids:
     raise UserError(f"the prompt {prompt!r} has no tokens; give it a few words")
@@ -228,12 +243,12 @@ def encode(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
 
 
 def beginning(
-  tokenizer: tokenizers.Tokenizer, found: llama_names.Weights
+  tokenizer: tokenizers.Tokenizer, weights: llama_names.Weights
 ) -> list[int]:
-  """The token that a text begins with, where config and tokenizer say so."""
-  token = found.extra.get("config.json", {}).get("bos_token_id")
-  put = tokenizer.encode("a").ids[:1]
-  return put if put == [token] else []
+  """The token that begins every text, if config and tokenizer agree on one."""
+  token = weights.extra.get("config.json", {}).get("bos_token_id")
+  first = tokenizer.encode("a").ids[:1]
+  return first if first == [token] else []
 
 
 def say(
@@ -242,95 +257,134 @@ def say(
   ids: list[int],
   ends: Sequence[int],
 ) -> None:
-  """Prints one text as it grows, to its end token at most."""
+  """Prints a text while it is generated, up to its end token.
+
+  Args:
+    chunks: Token ids (1, n) that continue the text.
+    tokenizer: The model's tokenizer.
+    ids: Tokens of the prompt, which are not printed.
+    ends: Tokens that end a text.
+  """
   shown = ""
   for chunk in chunks:
     new = chunk[0].tolist()
     end = next((i for i, token in enumerate(new) if token in ends), None)
     ids = ids + new[:end]
     text = tokenizer.decode(ids)
-    # A character of several tokens is not whole yet where a text ends in it.
-    whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    print(whole[len(shown) :], end="", flush=True)
-    shown = whole
+    # The last character may lack some of its tokens; it is printed later.
+    complete = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    print(complete[len(shown) :], end="", flush=True)
+    shown = complete
     if end is not None:
       break
   print()
 
 
 def until(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-  """The tokens before the first that ends a text."""
+  """The tokens before the first end token."""
   return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
-def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-  """Reads the command line."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+  """Parses the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.sample",
-    description="Continues prompts with a trained model.",
+    description="Continues prompts with a trained model, and prints the texts.",
   )
   parser.add_argument(
     "source",
     type=pathlib.Path,
-    metavar="RUN_OR_FOLDER",
-    help="a run, a folder of LLaMA safetensors, or a .gguf file",
+    metavar="MODEL",
+    help="folder of a run, folder of LLaMA safetensors, or .gguf file",
   )
   parser.add_argument(
-    "--prompt", action="append", required=True, help="may be repeated"
+    "--prompt",
+    action="append",
+    required=True,
+    metavar="TEXT",
+    help="text to continue; repeat the option for several texts",
   )
-  parser.add_argument("--tokens", type=int, default=100, help="to draw")
-  parser.add_argument("--temperature", type=float, default=0.8)
-  parser.add_argument("--top-k", type=int, default=0, help="0: all")
-  parser.add_argument("--top-p", type=float, default=1.0)
-  parser.add_argument("--seed", type=int, default=0)
+  add = parser.add_argument
+  add(
+    "--tokens",
+    type=int,
+    default=100,
+    help="most tokens to draw for a prompt (default: %(default)s)",
+  )
+  add(
+    "--temperature",
+    type=float,
+    default=0.8,
+    help="divides the logits; 0 always takes the most likely token"
+    " (default: %(default)s)",
+  )
+  add(
+    "--top-k",
+    type=int,
+    default=0,
+    help="draw only from this many most likely tokens; 0: from all (default)",
+  )
+  add(
+    "--top-p",
+    type=float,
+    default=1.0,
+    help="draw only from the fewest most likely tokens whose probabilities"
+    " reach this sum; 1: from all (default)",
+  )
+  add("--seed", type=int, default=0, help="random seed (default: 0)")
   parser.add_argument(
-    "--step", type=int, default=0, help="checkpoint of a run; 0: the newest"
+    "--step",
+    type=int,
+    default=0,
+    help="step of the run's checkpoint to use; 0: the newest (default)",
   )
   parser.add_argument(
     "--dtype",
     choices=("float32", "bfloat16"),
     default="",
-    help="of weights and computation; default: the run's, else float32",
+    help="dtype of weights and computation (default: the run's, else float32)",
   )
-  return parser.parse_args(words)
+  return parser.parse_args(arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
-  """Reads the model and prints the texts."""
+  """Loads the model and prints the continued texts."""
   how = Sampling(flags.temperature, flags.top_k, flags.top_p).check()
   if flags.tokens < 1:
     raise UserError(f"--tokens is {flags.tokens}; use 1 or more")
-  found = llama_checkpoint.load(flags.source, flags.step)
-  if not found.tokenizer:
-    raise UserError(f"{flags.source} has no tokenizer.json; put it there")
-  tokenizer = tokenizers.Tokenizer.from_str(found.tokenizer)
-  first = beginning(tokenizer, found)
+  weights = llama_checkpoint.load(flags.source, flags.step)
+  if not weights.tokenizer:
+    raise UserError(
+      f"{flags.source} has no tokenizer.json; copy the model's into it"
+    )
+  tokenizer = tokenizers.Tokenizer.from_str(weights.tokenizer)
+  first = beginning(tokenizer, weights)
   rows = [first + encode(tokenizer, prompt) for prompt in flags.prompt]
-  config = found.model
+  config = weights.model
   if max(map(max, rows)) >= config.vocab_size:
     raise UserError(
-      f"{flags.source}: the tokenizer has more entries than the model's"
-      f" {config.vocab_size}; they do not belong together"
+      f"{flags.source}: the tokenizer has more tokens than the model, which"
+      f" has {config.vocab_size}; use the tokenizer of this model"
     )
   if flags.dtype:
     config = dataclasses.replace(
       config, dtype=flags.dtype, param_dtype=flags.dtype
     )
-    found = dataclasses.replace(found, model=config)
-  params = jax.device_put(llama_names.to_params(found))
+    weights = dataclasses.replace(weights, model=config)
+  params = jax.device_put(llama_names.to_params(weights))
   chunks = stream(config, params, rows, flags.tokens, how, flags.seed)
   if len(rows) == 1:
-    say(chunks, tokenizer, rows[0], found.end_ids)
+    say(chunks, tokenizer, rows[0], weights.end_ids)
     return
   for ids, drawn in zip(rows, np.concatenate(list(chunks), 1), strict=True):
-    kept = until(drawn.tolist(), found.end_ids)
-    print(tokenizer.decode(ids + kept), end="\n\n")
+    continuation = until(drawn.tolist(), weights.end_ids)
+    print(tokenizer.decode(ids + continuation), end="\n\n")
 
 
-def main(words: list[str] | None = None) -> int:
-  """The command: 0 done, 2 wrong input."""
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command: 0 when done, 2 for wrong input."""
   try:
-    run(parse_arguments(words))
+    run(parse(arguments))
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

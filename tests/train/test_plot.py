@@ -1,4 +1,4 @@
-"""Pictures of made-up runs."""
+"""Figures of made-up runs."""
 
 import json
 import math
@@ -37,11 +37,14 @@ def make_run(
       records.append({"step": step, "held_out_loss": loss, **perplexity})
     if subspace and step % 20 == 0:
       for k, matrix in enumerate(watched):
-        at, low = f"subspace/{matrix}/", 0.1 * k
-        look = {at + "energy": 0.8 - low, at + "stable_rank": 3.0}
+        key, low = f"subspace/{matrix}/", 0.1 * k
+        watch = {key + "energy": 0.8 - low, key + "stable_rank": 3.0}
         if step % 40 == 0:
-          look |= {at + "energy_before": 0.6 - low, at + "overlap": 0.5 - low}
-        records.append({"step": step, **look})
+          watch |= {
+            key + "energy_before": 0.6 - low,
+            key + "overlap": 0.5 - low,
+          }
+        records.append({"step": step, **watch})
   lines = "".join(json.dumps(record) + "\n" for record in records)
   (out / "metrics.jsonl").write_text(lines)
   return out
@@ -49,7 +52,7 @@ def make_run(
 
 @pytest.fixture
 def figures(monkeypatch):
-  """The figures that are drawn, kept open."""
+  """The figures that are drawn; they stay open for the test."""
   drawn, close = [], plt.close
   monkeypatch.setattr(plt, "close", drawn.append)
   yield drawn
@@ -58,7 +61,7 @@ def figures(monkeypatch):
 
 
 def panels(figure):
-  return {place.get_ylabel(): place for place in figure.axes}
+  return {axes.get_ylabel(): axes for axes in figure.axes}
 
 
 def test_one_run_goes_into_its_folder(tmp_path, figures, capsys):
@@ -69,7 +72,7 @@ def test_one_run_goes_into_its_folder(tmp_path, figures, capsys):
   (figure,) = figures
   assert figure.get_suptitle() == "sotu_small, galore"
   drawn = panels(figure)
-  energy = drawn["gradient energy in the subspace"].lines
+  energy = drawn["captured share of gradient energy"].lines
   # Refreshes only: with the new basis, and with the old.
   assert [list(line.get_xdata()) for line in energy] == [[0, 40, 80]] * 2
   assert energy[0].get_ydata()[0] == 0.8 and energy[1].get_ydata()[0] == 0.6
@@ -84,17 +87,17 @@ def test_several_runs_share_panels_and_name_their_differences(
   second = make_run(tmp_path / "b", "optimizer.rank=16", "run.log_every=7")
   third = make_run(tmp_path / "c", optimizer="adamw", subspace=False)
   path = tmp_path / "all.svg"
-  words = [str(first), str(second), str(third), "--out", str(path)]
-  assert plot.main([*words, "--x", "tokens"]) == 0
+  arguments = [str(first), str(second), str(third), "--out", str(path)]
+  assert plot.main([*arguments, "--x", "tokens"]) == 0
   assert path.read_text().lstrip().startswith("<?xml")
   (figure,) = figures
   texts = [text.get_text() for text in figure.legends[0].get_texts()]
-  # The learning rates differ, too, but the methods tell that.
+  # The learning rates differ too, but follow from the methods.
   assert texts == ["galore, rank 48", "galore, rank 16", "adamw"]
   drawn = panels(figure)
   assert len(drawn["learning rate"].lines) == 3
   assert drawn["learning rate"].lines[0].get_xdata()[-1] == 100 * 16 * 128
-  assert len(drawn["overlap of new and old subspace"].lines) == 2
+  assert len(drawn["overlap of new and old basis"].lines) == 2
 
 
 def test_hours_are_those_of_training(tmp_path, figures):
@@ -104,7 +107,7 @@ def test_hours_are_those_of_training(tmp_path, figures):
   np.testing.assert_allclose(evaluations.get_xdata(), [0, 0.5, 1.0])
 
 
-def test_runs_that_differ_in_nothing_have_the_names_of_their_folders(tmp_path):
+def test_runs_with_equal_configs_are_labeled_by_folder(tmp_path):
   found = [history.load(make_run(tmp_path / name)) for name in ("a", "b")]
   assert history.labels(found) == ["a", "b"]
 
@@ -130,18 +133,18 @@ def test_matrices_of_several_runs_differ_in_tint_dashes_and_marker(
   ]
   out = tmp_path / "both.png"
   assert plot.main([*map(str, folders), "--out", str(out)]) == 0
-  place = panels(figures[0])["gradient energy in the subspace"]
-  looks = [
+  panel = panels(figures[0])["captured share of gradient energy"]
+  styles = [
     (tuple(line.get_color()), line.get_linestyle(), line.get_marker())
-    for line in place.lines
+    for line in panel.lines
   ]
-  assert len(looks) == len({color for color, *_ in looks}) == 6
-  assert [look[1:] for look in looks[:3]] == [look[1:] for look in looks[3:]]
-  told = [text.get_text() for text in place.get_legend().get_texts()]
-  assert told == sorted(names)
+  assert len(styles) == len({color for color, *_ in styles}) == 6
+  assert [x[1:] for x in styles[:3]] == [x[1:] for x in styles[3:]]
+  names_shown = [text.get_text() for text in panel.get_legend().get_texts()]
+  assert names_shown == sorted(names)
 
 
-def test_runs_that_differ_in_how_they_are_shown_say_so(tmp_path):
+def test_runs_that_differ_only_in_run_fields_are_labeled_by_them(tmp_path):
   found = [
     history.load(make_run(tmp_path / str(n), f"run.log_every={n}"))
     for n in (5, 6)
@@ -163,7 +166,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys):
   (empty / "metrics.jsonl").write_text("")
   torn = make_run(tmp_path / "torn")
   (torn / "metrics.jsonl").write_text("{nonsense\n")
-  for words, message in (
+  for arguments, message in (
     ([tmp_path], "no folder of a run"),
     ([good, tmp_path / "none"], "none is no folder of a run"),
     ([empty], "holds no training step"),
@@ -172,7 +175,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys):
     ([good, "--out", tmp_path / "no" / "a.png"], "cannot be written"),
     ([good, "--out", tmp_path / "a.foo"], "'foo' is not supported"),
   ):
-    assert plot.main([str(word) for word in words]) == 2
+    assert plot.main([str(word) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error, error

@@ -22,13 +22,13 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def params():
-  # Larger than at the start, so that the logits are far apart.
+  # Larger than initial weights, so that logits are far apart.
   return jax.tree.map(lambda x: x * 3, llama.init(CONFIG, 0))
 
 
 @pytest.fixture(scope="module")
 def full(params):
-  """The model without a cache, on rows of one length: logits of each place."""
+  """Logits of each position by the model without a cache."""
   graphdef, _ = llama.abstract(CONFIG)
   run = jax.jit(llama.apply, static_argnums=0)
 
@@ -56,7 +56,7 @@ def test_greedy_tokens_are_those_of_the_model_without_a_cache(greedy, full):
 def test_logits_with_a_cache_are_those_without(params, full):
   ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
   cache, found = llama.empty_cache(CONFIG, 1, 16), []
-  # Some at once, then one by one, as prompts and their continuations are.
+  # Some at once, then one by one, like prompts and their continuations.
   for part in ([0, 1, 2, 3, 4], [5], [6], [7], [8, 9]):
     tokens = jnp.asarray([[ids[i] for i in part]])
     x, cache = llama.extend(CONFIG, params, tokens, jnp.array([part]), cache)
@@ -69,7 +69,7 @@ def test_a_row_does_not_depend_on_its_neighbours(params, greedy):
   assert alone[0].tolist() == greedy[0].tolist()
 
 
-def test_the_seed_decides(params):
+def test_the_seed_decides_the_tokens(params):
   how = Sampling(1.5)
   draw = lambda seed: sample.generate(CONFIG, params, PROMPTS, 20, how, seed)
   first = draw(3)
@@ -93,20 +93,20 @@ def shares(how, count=4000):
     (Sampling(), [0.05, 0.5, 0.15, 0.3]),
     (Sampling(0.5), [0.00685, 0.68493, 0.06164, 0.24658]),
     (Sampling(top_k=2), [0, 0.625, 0, 0.375]),
-    # 0.5 + 0.3 falls short of 0.85: a third token is taken in.
+    # 0.5 + 0.3 is less than 0.85, so a third token is added.
     (Sampling(top_p=0.85), [0, 0.52632, 0.15789, 0.31579]),
     (Sampling(top_p=0.75), [0, 0.625, 0, 0.375]),
-    # Of the two that are left, the first has .625.
+    # Of the two remaining tokens, the first has 0.625.
     (Sampling(top_k=2, top_p=0.6), [0, 1, 0, 0]),
     (Sampling(top_p=1e-9), [0, 1, 0, 0]),
     (GREEDY, [0, 1, 0, 0]),
   ],
 )
-def test_tokens_are_drawn_with_the_probabilities_that_are_left(how, expected):
+def test_tokens_are_drawn_with_the_remaining_probabilities(how, expected):
   np.testing.assert_allclose(shares(how), expected, atol=0.03)
 
 
-def test_of_equal_tokens_as_many_stay_as_were_asked_for():
+def test_top_k_keeps_k_of_equally_likely_tokens():
   keys = jax.random.split(jax.random.key(0), 200)
   draw = lambda key: sample.draw(jnp.zeros((1, 6)), Sampling(top_k=2), key)
   assert len(set(np.asarray(jax.vmap(draw)(keys)).ravel().tolist())) == 2
@@ -154,7 +154,7 @@ def test_a_text_ends_at_its_end_token(capsys):
   assert sample.until([4, 5, 0, 6], (0,)) == [4, 5]
 
 
-def test_characters_are_printed_when_they_are_whole(capsys):
+def test_characters_are_printed_when_they_are_complete(capsys):
   trained = tokenizer.train(["plain"], 257)
   ids = trained.encode("a é").ids
   chunks = (np.array([[token]]) for token in ids[1:])
@@ -163,7 +163,7 @@ def test_characters_are_printed_when_they_are_whole(capsys):
 
 
 @pytest.mark.parametrize(
-  "flags, said",
+  "flags, message",
   [
     (["--prompt", "", "--tokens", "4"], "has no tokens"),
     (["--prompt", "we", "--tokens", "0"], "--tokens is 0"),
@@ -172,9 +172,9 @@ def test_characters_are_printed_when_they_are_whole(capsys):
     (["--prompt", "we", "--temperature", "-1"], "--temperature is -1.0"),
   ],
 )
-def test_the_command_refuses_what_makes_no_sense(folder, capsys, flags, said):
+def test_the_command_rejects_invalid_values(folder, capsys, flags, message):
   assert sample.main([str(folder), *flags]) == 2
-  assert said in capsys.readouterr().err
+  assert message in capsys.readouterr().err
 
 
 def test_sharded_parameters_give_the_same_tokens(params, greedy):

@@ -1,1 +1,1 @@
-"""Benchmarks, each side by side with its peers in one process and one run."""
+"""Benchmarks, each measured together with its peers in one process."""

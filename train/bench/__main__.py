@@ -1,57 +1,59 @@
-"""Benchmarks, each side by side with its peers in one process and one run.
+"""Benchmarks, each measured together with its peers in one process.
 
     python -m train.bench step      the optimizer's step on LLaMA-shaped trees
     python -m train.bench refresh   bases: cost and captured energy
     python -m train.bench compile   tracing and compiling
     python -m train.bench shard     bytes and collectives on eight devices
-    python -m train.bench cost      the cost model, and what the machine can do
+    python -m train.bench cost      measured times beside the cost model's
     python -m train.bench chips     LLaMA-7B on slices of TPUs, compiled only
     python -m train.bench loop      the training loop beside its bare step
-    python -m train.bench all       all of them but `loop`, and the report
+    python -m train.bench all       all of them except `loop`, then the report
     python -m train.bench report    docs/results/benchmarks.md from the records
 
-Where the processor computes, times are processor seconds, which a busy machine
-disturbs less than the clock; the ratios are what to read.
+On a CPU backend, times are processor seconds, which other processes disturb
+less than wall-clock time. Compare the ratios rather than the seconds.
 """
 
 import argparse
-import importlib
 import importlib.util
 import pathlib
 import subprocess
 import sys
 from typing import Any
 
-from train.bench import report
+from train.bench import record as record_lib
+from train.bench import relaunch, report
+from train.bench.report import BENCHMARKS
 from train.common.errors import UserError
-from train.measure import machine
-
-BENCHMARKS = ("step", "refresh", "compile", "shard", "cost", "chips")
 
 
-def main(words: list[str] | None = None) -> int:
-  """The command: 0 measured, 1 a benchmark of `all` failed, 2 wrong input."""
-  words = sys.argv[1:] if words is None else words
-  if words[:1] == ["loop"]:
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command; returns its exit status.
+
+  Returns:
+    0 when measured, 1 if a benchmark of `all` failed, 2 for wrong input.
+  """
+  arguments = sys.argv[1:] if arguments is None else arguments
+  if arguments[:1] == ["loop"]:
     from train.bench import loop
 
-    return loop.main(words[1:])
-  flags = parse(words)
+    return loop.main(arguments[1:])
+  flags = parse(arguments)
   try:
     if flags.benchmark == "report":
       report.write(flags.out, flags.page)
       return 0
     if flags.benchmark == "all":
       return run_all(flags)
-    run(flags, words)
+    run(flags, arguments)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   return 0
 
 
-def parse(words: list[str]) -> argparse.Namespace:
-  """Reads the command line; `--quick` changes what is not given."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+  """Parses the command line; `--quick` changes the defaults."""
   parser = argparse.ArgumentParser(
     prog="python -m train.bench",
     description=__doc__,
@@ -59,7 +61,7 @@ def parse(words: list[str]) -> argparse.Namespace:
   )
   commands = parser.add_subparsers(dest="benchmark", required=True)
   for name in BENCHMARKS:
-    module = _module(name)
+    module: Any = report.module(name)
     command = commands.add_parser(
       name,
       description=module.__doc__,
@@ -68,102 +70,114 @@ def parse(words: list[str]) -> argparse.Namespace:
     command.add_argument("--out", type=pathlib.Path, help=_OUT)
     _add_common(command)
     module.add_arguments(command)
-    if "--quick" in words and name in words:
+    if "--quick" in arguments and name in arguments:
       command.set_defaults(**module.QUICK)
   for name in ("all", "report"):
     command = commands.add_parser(name, help=_HELP[name])
-    command.add_argument("--out", type=pathlib.Path, default=machine.FOLDER)
-    command.add_argument("--page", type=pathlib.Path, default=report.PAGE)
+    command.add_argument(
+      "--out",
+      type=pathlib.Path,
+      default=record_lib.FOLDER,
+      help="folder of the records and figures (default: %(default)s)",
+    )
+    command.add_argument(
+      "--page",
+      type=pathlib.Path,
+      default=report.PAGE,
+      help="Markdown page with the tables (default: %(default)s)",
+    )
     if name == "all":
       _add_common(command)
       command.add_argument("--torch", action="store_true", help=_TORCH)
       command.add_argument("--only", default=",".join(BENCHMARKS), help=_ONLY)
       command.add_argument("--tpu-python", metavar="PATH", help=_TPU)
-  commands.add_parser("loop", help="python -m train.bench loop --help")
-  return parser.parse_args(words)
+  commands.add_parser("loop", help="see python -m train.bench loop --help")
+  return parser.parse_args(arguments)
 
 
-_OUT = "folder for the record and the picture; default: print only"
-_TORCH = "galore-torch and torch's AdamW among the step's peers"
-_TPU = "interpreter with the TPU compiler, for `chips` (extra tpu-aot)"
-_ONLY = "of the benchmarks, separated by commas"
+_OUT = "folder for the record and its figure (default: only print)"
+_TORCH = "let `step` also measure galore-torch and PyTorch's AdamW"
+_TPU = "Python interpreter with the TPU compiler, for `chips` (extra tpu-aot)"
+_ONLY = "the benchmarks to run, separated by commas"
 _HELP = {
-  "all": "every benchmark in a process of its own, and the report",
-  "report": "renders the tables of the page from the records",
+  "all": "run every benchmark in its own process, then write the report",
+  "report": "rewrite the page's tables from the records",
 }
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--quick", action="store_true", help="smaller, to try")
+  parser.add_argument(
+    "--quick", action="store_true", help="a smaller version, as a trial"
+  )
   parser.add_argument(
     "--single-threaded",
     action="store_true",
-    help="one thread for XLA and for BLAS",
+    help="use one thread for XLA and one for BLAS",
   )
 
 
-def _module(name: str) -> Any:
-  return importlib.import_module(f"train.bench.{name}")
-
-
-def run(flags: argparse.Namespace, words: list[str]) -> list[dict[str, Any]]:
-  """Measures one benchmark, and keeps what it found if a folder is given."""
+def run(
+  flags: argparse.Namespace, arguments: list[str]
+) -> list[dict[str, Any]]:
+  """Measures one benchmark; saves its records if a folder is given."""
   if flags.single_threaded:
-    machine.restart_with_one_thread(words)
-  module = _module(flags.benchmark)
-  machine.restart_with_devices(words, getattr(module, "DEVICES", 1))
-  found = []
-  for part, chosen in getattr(module, "parts", lambda _: [("", {})])(flags):
-    vars(flags).update(chosen)
+    relaunch.with_one_thread(arguments)
+  module: Any = report.module(flags.benchmark)
+  relaunch.with_devices(arguments, getattr(module, "DEVICES", 1))
+  records = []
+  for part, settings in getattr(module, "parts", lambda _: [("", {})])(flags):
+    vars(flags).update(settings)
     results = module.measure(flags)
-    own = _chosen(words, chosen)
-    found.append(machine.make(flags.benchmark, own, flags, results, part))
+    own = _arguments_of_part(arguments, settings)
+    records.append(record_lib.make(flags.benchmark, own, flags, results, part))
     if flags.out:
-      path = machine.save(found[-1], flags.out)
+      path = record_lib.save(records[-1], flags.out)
       report.draw(path)
       print(f"\nwrote {path}", flush=True)
-  return found
+  return records
 
 
-def _chosen(words: list[str], chosen: dict[str, str]) -> list[str]:
-  """The words of a command that measures a part only."""
-  own = [word for k, v in chosen.items() for word in (f"--{k}", v)]
-  return machine.without(words, chosen) + own
+def _arguments_of_part(
+  arguments: list[str], settings: dict[str, str]
+) -> list[str]:
+  """The arguments of a command that measures only this part."""
+  own = [x for k, v in settings.items() for x in (f"--{k}", v)]
+  return record_lib.without(arguments, settings) + own
 
 
 def run_all(flags: argparse.Namespace) -> int:
-  """Every benchmark in a process of its own, then the report."""
-  chosen = flags.only.split(",")
-  if unknown := set(chosen) - set(BENCHMARKS):
+  """Runs every benchmark in its own process, then writes the report."""
+  names = flags.only.split(",")
+  if unknown := set(names) - set(BENCHMARKS):
     raise UserError(
-      f"--only: {', '.join(sorted(unknown))} unknown; take"
+      f"--only: {', '.join(sorted(unknown))} unknown; choose from"
       f" {', '.join(BENCHMARKS)}"
     )
   failed = []
-  for name in chosen:
+  for name in names:
     if name == "chips" and not (flags.tpu_python or _has_tpu_compiler()):
-      print(f"\n=== chips left out, its record stays: needs {_TPU}")
+      print(f"\n=== chips skipped, its record is kept; it needs a {_TPU}")
       continue
-    words = _words(flags, name)
     print(f"\n=== {name}", flush=True)
-    command = [sys.executable, "-m", "train.bench", *words]
+    own = _arguments_of_benchmark(flags, name)
+    command = [sys.executable, "-m", "train.bench", *own]
     if subprocess.run(command, check=False).returncode:
       failed.append(name)
   report.write(flags.out, flags.page)
   if failed:
-    print(f"\nfailed, their records are as before: {', '.join(failed)}")
+    print(f"\nfailed, their old records are kept: {', '.join(failed)}")
   return 1 if failed else 0
 
 
-def _words(flags: argparse.Namespace, name: str) -> list[str]:
-  """The command line of one of the benchmarks of `all`."""
-  words = [name, f"--out={flags.out}"]
-  words += ["--quick"] * flags.quick
-  words += ["--single-threaded"] * flags.single_threaded
-  words += ["--torch"] * (flags.torch and name == "step")
+def _arguments_of_benchmark(flags: argparse.Namespace, name: str) -> list[str]:
+  """The arguments with which `all` runs one benchmark."""
+  arguments = [name, f"--out={flags.out}"]
+  arguments += ["--quick"] * flags.quick
+  arguments += ["--single-threaded"] * flags.single_threaded
+  arguments += ["--torch"] * (flags.torch and name == "step")
   if name == "chips" and flags.tpu_python:
-    words.append(f"--python={flags.tpu_python}")
-  return words
+    arguments.append(f"--python={flags.tpu_python}")
+  return arguments
 
 
 def _has_tpu_compiler() -> bool:

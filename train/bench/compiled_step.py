@@ -1,4 +1,4 @@
-"""One optimizer with its compiled step and live state."""
+"""An optimizer's step: compiled, with its state, ready to be timed."""
 
 import dataclasses
 import gc
@@ -13,44 +13,17 @@ from train.bench import trees
 from train.measure import timing
 
 
-@dataclasses.dataclass
-class Runner:
-  """What is timed step by step.
-
-  Attributes:
-    trace: seconds that tracing and lowering took.
-    compile: seconds that compiling took.
-    temporaries: bytes that the compiled step takes besides its arguments.
-    state_bytes: bytes of the optimizer's state.
-    lines: lines of the compiled program.
-    call: makes a step.
-    restart: makes a new state, so that the next step is a first one.
-  """
-
-  trace: float
-  compile: float
-  temporaries: int
-  state_bytes: int
-  lines: int
-  call: Callable[[], Any]
-  restart: Callable[[], None]
-
-  def run(self) -> float:
-    """Runs one step; seconds."""
-    return timing.seconds(self.call)
-
-
 def step_of(tx: optax.GradientTransformation, *, swapped: bool = False) -> Any:
   """The step that a user compiles: the update, added to the parameters.
 
   Args:
-    tx: the optimizer.
-    swapped: whether results come in another order than the arguments. Buffers
-      that are donated are paired in order with results of their shape, so that
-      moments are then written where the parameters were, and all is copied.
+    tx: The optimizer.
+    swapped: Whether the results come in another sequence than the arguments.
+      XLA pairs donated buffers with results of the same shape in sequence, so
+      it then writes moments where parameters were, and copies everything.
 
   Returns:
-    From gradients, state and parameters to the new state and parameters.
+    A function from gradients, state and parameters to new state and parameters.
   """
 
   def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
@@ -63,7 +36,13 @@ def step_of(tx: optax.GradientTransformation, *, swapped: bool = False) -> Any:
 
 @dataclasses.dataclass
 class Compiled:
-  """A step that is compiled, and what that took."""
+  """A compiled step.
+
+  Attributes:
+    trace: Seconds of tracing and lowering.
+    compile: Seconds of compiling.
+    program: The compiled step, from gradients, state and parameters.
+  """
 
   trace: float
   compile: float
@@ -71,8 +50,13 @@ class Compiled:
 
   @property
   def temporaries(self) -> int:
-    """Bytes besides arguments and results."""
+    """Bytes that the program takes besides arguments and results."""
     return self.program.memory_analysis().temp_size_in_bytes
+
+  @property
+  def lines(self) -> int:
+    """Lines of the compiled program's HLO."""
+    return len(self.program.as_text().splitlines())
 
 
 def compile_step(
@@ -94,31 +78,37 @@ def compile_step(
   return Compiled(traced - begin, timing.clock() - traced, program)
 
 
-def start(
-  make: Callable[[], Any], tree: dict, grads: dict, *, swapped: bool = False
-) -> Runner:
-  """Compiles an optimizer's step and makes its parameters and state."""
-  compiled = compile_step(make, tree, swapped=swapped)
-  params = trees.random_like(tree, 0, 0.02)
-  init = jax.jit(make().init)
-  live: list[Any] = [params, init(params)]
-  size = state_bytes(live[1])
+class LiveStep:
+  """A compiled step with the parameters and the state that it updates.
 
-  def call() -> list[Any]:
-    found = compiled.program(grads, live[1], live[0])
-    live[:] = found if swapped else reversed(found)
-    return live
+  Attributes:
+    compiled: The compiled step.
+    state_bytes: Bytes of the optimizer's state.
+  """
 
-  def restart() -> None:
-    live[1] = None
-    live[1] = jax.block_until_ready(init(live[0]))
+  def __init__(
+    self,
+    make: Callable[[], Any],
+    tree: dict,
+    grads: dict,
+    *,
+    swapped: bool = False,
+  ):
+    """Compiles an optimizer's step, and makes its parameters and state."""
+    self.compiled = compile_step(make, tree, swapped=swapped)
+    self._grads, self._swapped = grads, swapped
+    self._init = jax.jit(make().init)
+    self._params = trees.random_like(tree, 0, 0.02)
+    self._state: Any = self._init(self._params)
+    self.state_bytes = state_bytes(self._state)
 
-  return Runner(
-    compiled.trace,
-    compiled.compile,
-    compiled.temporaries,
-    size,
-    len(compiled.program.as_text().splitlines()),
-    call,
-    restart,
-  )
+  def call(self) -> Any:
+    """Makes one step; returns the new state and parameters."""
+    results = self.compiled.program(self._grads, self._state, self._params)
+    self._state, self._params = reversed(results) if self._swapped else results
+    return self._state, self._params
+
+  def restart(self) -> None:
+    """Makes a new state, so that the next step is a first step."""
+    self._state = None  # frees its memory before the new one is made
+    self._state = jax.block_until_ready(self._init(self._params))

@@ -1,17 +1,17 @@
-"""What GaLore costs, by the model of it and by measurement.
+"""What GaLore costs: measured times beside those of the cost model.
 
-Each part is measured while one of depth, width and rank grows, next to what
-this machine's matrix products and memory allow, measured in the same run; and
-GaLore's whole training step is measured next to AdamW's.
+Each part is measured while one of depth, width and rank grows. The model's
+times follow from this machine's peak rates of matrix products and memory, which
+are measured in the same run. GaLore's whole training step is measured beside
+AdamW's.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
-import io
 import pathlib
-import tempfile
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +24,9 @@ from galore_optax.subspace import projection
 from train.bench import model
 from train.common.errors import UserError
 from train.config import presets, schema
-from train.data import corpus as corpus_lib
-from train.measure import figure, timing
-from train.measure.timing import short
-from train.parallel import mesh as mesh_lib
-from train.run import job as job_lib
-from train.run import loop, run_dir
-from train.step import setup as setup_lib
+from train.measure import figure, timing, trial
+from train.measure import tables as tables_lib
+from train.measure.tables import short
 
 BASE = model.Site()
 SWEEPS = {
@@ -47,26 +43,43 @@ PARTS = ("project", "lift", "inner", "refresh")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of this benchmark."""
+  """Adds the options of this benchmark."""
   add = parser.add_argument
-  add("--preset", default="sotu_small", help="of the pre-training step")
-  add("--set", action="append", default=[], dest="settings", help="a field")
-  add("--steps", type=int, default=100, help="of each optimizer; 0 for none")
-  add("--largest", type=int, default=2048, help="short side of a matrix")
+  add("--preset", default="sotu_small", help="preset of the training step")
+  add(
+    "--set",
+    action="append",
+    default=[],
+    dest="settings",
+    metavar="FIELD=VALUE",
+    help="change a field of the preset; may be repeated",
+  )
+  add(
+    "--steps",
+    type=int,
+    default=100,
+    help="training steps of each optimizer; 0 leaves them out",
+  )
+  add(
+    "--largest",
+    type=int,
+    default=2048,
+    help="short side of the largest matrix to measure",
+  )
 
 
 QUICK = {"steps": 12, "largest": 512}
 
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
-  """Limits of the machine, the parts, and a whole pre-training step."""
+  """Peak rates of the machine, times of the parts and of a training step."""
   if flags.largest < BASE.m:
-    raise UserError(f"--largest {flags.largest}: at least {BASE.m}")
-  results: dict[str, Any] = {"limits": limits(), "sweeps": {}}
+    raise UserError(f"--largest is {flags.largest}; use at least {BASE.m}")
+  results: dict[str, Any] = {"limits": peak_rates(), "sweeps": {}}
   for name, sites in SWEEPS.items():
     chosen = [site for site in sites if site.m <= flags.largest]
     results["sweeps"][name] = [_point(site) for site in chosen]
-  results["limits_after"] = limits()
+  results["limits_after"] = peak_rates()
   results["overhead"] = model.overheads()
   if flags.steps:
     results["pretraining"] = pretraining(flags)
@@ -74,14 +87,14 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
   return results
 
 
-def limits() -> dict[str, float]:
-  """FLOPs and bytes a second that the machine reaches at best."""
+def peak_rates() -> dict[str, float]:
+  """The most FLOPs and bytes per second that this machine reaches."""
   best_flops = 0.0
   for size in (1024, 2048):
     a = jax.random.normal(jax.random.key(0), (size, size))
     run = functools.partial(jax.jit(_product), a, a)
-    found = timing.interleave({"": run}, timing.Budget(5, 3, 5.0))[""]
-    best_flops = max(best_flops, 2.0 * size**3 / min(found))
+    times = timing.interleave({"": run}, timing.Budget(5, 3, 5.0))[""]
+    best_flops = max(best_flops, 2.0 * size**3 / min(times))
   size = 2**26
   live = [jnp.ones(size), jnp.ones(size)]
   add = jax.jit(lambda x, y: x + 0.5 * y, donate_argnums=0)
@@ -90,8 +103,8 @@ def limits() -> dict[str, float]:
     live[0] = add(live[0], live[1])
     return live[0]
 
-  found = timing.interleave({"": stream}, timing.Budget(7, 3, 5.0))[""]
-  return {"flops": best_flops, "bytes": 3.0 * model.FLOAT * size / min(found)}
+  times = timing.interleave({"": stream}, timing.Budget(7, 3, 5.0))[""]
+  return {"flops": best_flops, "bytes": 3.0 * model.FLOAT * size / min(times)}
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -99,14 +112,14 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _point(site: model.Site) -> dict[str, Any]:
-  """Seconds of each part, and FLOPs that the compiler counts."""
+  """Seconds of each part, and the FLOPs that the compiler counts for it."""
   runs, counted = _runs(site)
   times = timing.interleave(runs, timing.Budget(9, 3, 4.0))
   point: dict[str, Any] = {"site": dataclasses.asdict(site), "parts": {}}
   for part in PARTS:
     flops, moved = getattr(site, "project" if part == "lift" else part)()
     point["parts"][part] = {
-      "seconds": timing.median(times[part]),
+      "seconds": statistics.median(times[part]),
       "flops": flops,
       "bytes": moved,
       "counted_flops": counted.get(part),
@@ -115,7 +128,7 @@ def _point(site: model.Site) -> dict[str, Any]:
 
 
 def _runs(site: model.Site) -> tuple[dict[str, Callable], dict[str, float]]:
-  """What is timed for each part, compiled; and the compiler's FLOPs."""
+  """A compiled function for each part, and the FLOPs the compiler counts."""
   m, n, r, layers = site.m, site.n, site.r, site.layers
   g = jax.random.normal(jax.random.key(0), (layers, m, n))
   start = find_lib.start_basis(jax.random.key(1), m, r)
@@ -147,7 +160,7 @@ def _runs(site: model.Site) -> tuple[dict[str, Callable], dict[str, float]]:
   }
   runs["inner"] = _repeated(adam, low)
   counted = {}
-  for name in ("project", "lift"):  # loops are counted as one turn
+  for name in ("project", "lift"):  # the compiler counts loop bodies once
     counted[name] = float(programs[name].cost_analysis().get("flops", 0.0))
   return runs, counted
 
@@ -169,14 +182,12 @@ def _repeated(adam: optax.GradientTransformation, low: jax.Array) -> Callable:
 
 
 def pretraining(flags: argparse.Namespace) -> dict[str, Any]:
-  """GaLore's and AdamW's whole training steps on the same batch, in turn."""
+  """Times GaLore's and AdamW's training steps on a batch, in alternation."""
   names = ("adamw", "galore")
   with contextlib.ExitStack() as stack:
     runs = {name: _training_step(flags, name, stack) for name in names}
-    with contextlib.redirect_stdout(io.StringIO()):
-      times = timing.interleave(
-        runs, timing.Budget(flags.steps, flags.steps, 0.0)
-      )
+    budget = timing.Budget(flags.steps, flags.steps, 0.0)
+    times = timing.interleave(runs, budget)
   config = _config(flags, "galore")
   return {
     "preset": flags.preset,
@@ -184,7 +195,7 @@ def pretraining(flags: argparse.Namespace) -> dict[str, Any]:
     "gap": config.optimizer.update_proj_gap,
     "tokens": config.data.batch * config.data.length,
     "steps": flags.steps,
-    "median": {name: timing.median(x) for name, x in times.items()},
+    "median": {name: statistics.median(x) for name, x in times.items()},
     "mean": {name: sum(x) / len(x) for name, x in times.items()},
   }
 
@@ -197,40 +208,32 @@ def _config(flags: argparse.Namespace, optimizer: Any) -> schema.Config:
 def _training_step(
   flags: argparse.Namespace, optimizer: str, stack: contextlib.ExitStack
 ) -> Callable[[], Any]:
-  """The compiled step of `train.pretrain`, repeated on one batch."""
-  config = _config(flags, optimizer)
-  mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
-  corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
-  out = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-  with jax.set_mesh(mesh), contextlib.redirect_stdout(io.StringIO()):
-    run_dir.write_config(out, config, overwrite=False)
-    setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
-    job, state = job_lib.prepare(config, out, corpus, setup)
-    stack.enter_context(contextlib.closing(job))
-    compiled = loop.compile_step(job, state)
-    batch = job.put(next(job.feed))
-  live = [state]
+  """A function that repeats the step of `train.pretrain` on one batch."""
+  run = stack.enter_context(trial.start(_config(flags, optimizer)))
+  compiled, state = run.compile_step(), run.state
+  batch = run.job.put(next(run.job.feed))
 
-  def run() -> Any:
-    with jax.set_mesh(mesh):
-      live[0], metrics = compiled(live[0], batch)
-    return live[0], metrics
+  def step() -> Any:
+    nonlocal state
+    with jax.set_mesh(run.setup.mesh):
+      state, metrics = compiled(state, batch)
+    return state, metrics
 
-  return run
+  return step
 
 
-PART_HEAD = ["grows", "matrix", *(f"{x} ms" for x in PARTS)]
-PART_HEAD += [f"{x}, of the limit" for x in PARTS]
+PART_HEAD = ["sweep", "matrix", *(f"{x} ms" for x in PARTS)]
+PART_HEAD += [f"{x}, model / measured" for x in PARTS]
 
 
-def _best(results: dict[str, Any]) -> dict[str, float]:
-  """The limits, of before and after the higher ones."""
+def _peak(results: dict[str, Any]) -> dict[str, float]:
+  """The machine's peak rates: the higher of those before and after."""
   before, after = results["limits"], results["limits_after"]
   return {key: max(before[key], after[key]) for key in before}
 
 
 def _part_rows(results: dict[str, Any]) -> list[list[str]]:
-  rows, best = [], _best(results)
+  rows, peak = [], _peak(results)
   for sweep, points in results["sweeps"].items():
     for point in points:
       site = model.Site(**point["site"])
@@ -238,16 +241,16 @@ def _part_rows(results: dict[str, Any]) -> list[list[str]]:
       count = f"{site.layers} x " if site.layers > 1 else ""
       name = f"{count}{site.m} x {site.n}, r {site.r}"
       times = [short(1e3 * parts[x]["seconds"]) for x in PARTS]
-      near = [
-        f"{model.bound(parts[x], best) / parts[x]['seconds']:.0%}"
+      shares = [
+        f"{model.least_seconds(parts[x], peak) / parts[x]['seconds']:.0%}"
         for x in PARTS
       ]
-      rows.append([sweep, name, *times, *near])
+      rows.append([sweep, name, *times, *shares])
   return rows
 
 
 def _growth_rows(results: dict[str, Any]) -> list[list[str]]:
-  """From the first to the last point of a sweep: FLOPs or bytes, and time."""
+  """How FLOPs (bytes for `inner`) and times grow over each sweep."""
   rows = []
   for sweep, points in results["sweeps"].items():
     if len(points) < 2:
@@ -265,13 +268,13 @@ def _share_rows(results: dict[str, Any]) -> list[list[str]]:
   return [
     [
       f"{x['model'].upper()}, r {x['rank']}",
-      *(f"{entry['share']:.2%}" for entry in x["tokens"].values()),
+      *(f"{flops['share']:.2%}" for flops in x["tokens"].values()),
     ]
     for x in results["overhead"]
   ]
 
 
-GROWTH_HEAD = ["sweep, first to last", "predicted x", "measured x"]
+GROWTH_HEAD = ["first to last of a sweep", "model x", "measured x"]
 
 
 def _share_head(results: dict[str, Any]) -> list[str]:
@@ -280,21 +283,23 @@ def _share_head(results: dict[str, Any]) -> list[str]:
 
 
 def _sentences(results: dict[str, Any]) -> list[str]:
-  """What the machine reaches, and the step as a whole."""
+  """The machine's peak rates, FLOPs counted, and the whole training step."""
   before, after = results["limits"], results["limits_after"]
   lines = [
-    f"Matrix products {before['flops'] / 1e9:.0f} GFLOP/s and memory"
-    f" {before['bytes'] / 1e9:.1f} GB/s a processor second"
-    f" ({after['flops'] / 1e9:.0f} and {after['bytes'] / 1e9:.1f} at the end).",
+    f"Peak rates per processor second: {before['flops'] / 1e9:.0f} GFLOP of"
+    f" matrix products and {before['bytes'] / 1e9:.1f} GB of memory traffic"
+    f" ({after['flops'] / 1e9:.0f} and {after['bytes'] / 1e9:.1f} when measured"
+    " again at the end).",
     _counted(results),
   ]
   if x := results.get("pretraining"):
     ratio = x["mean"]["galore"] / x["mean"]["adamw"]
-    middle = x["median"]["galore"] / x["median"]["adamw"]
+    median = x["median"]["galore"] / x["median"]["adamw"]
     lines.append(
       f"A training step of {x['preset']} ({x['tokens']:,} tokens, rank"
-      f" {x['rank']}, T = {x['gap']}, {x['steps']} steps of each in turn):"
-      f" GaLore / AdamW {ratio:.3f} in the mean, {middle:.3f} in the median."
+      f" {x['rank']}, T = {x['gap']}, {x['steps']} steps of each, alternating)"
+      f" takes GaLore {ratio:.3f} of AdamW's time in the mean, and"
+      f" {median:.3f} in the median."
     )
   return lines
 
@@ -308,8 +313,8 @@ def _counted(results: dict[str, Any]) -> str:
     if name in ("project", "lift") and part["counted_flops"]
   ]
   return (
-    "FLOPs that the compiler counts for project and lift, over the model's:"
-    f" {min(ratios):.3f} to {max(ratios):.3f}."
+    "FLOPs of project and lift that the compiler counts, relative to the cost"
+    f" model's: {min(ratios):.3f} to {max(ratios):.3f}."
   )
 
 
@@ -324,30 +329,30 @@ def _page_tables(results: dict[str, Any], table: Callable) -> str:
 
 
 def text(results: dict[str, Any]) -> str:
-  """All of it for the terminal."""
-  return _page_tables(results, timing.text_table)
+  """Sentences and tables for the terminal."""
+  return _page_tables(results, tables_lib.text_table)
 
 
 def tables(results: dict[str, Any]) -> str:
-  """All of it for the page."""
-  return _page_tables(results, timing.markdown_table)
+  """Sentences and tables for the page."""
+  return _page_tables(results, tables_lib.markdown_table)
 
 
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-  """Time by depth, width and rank, next to what the limits allow."""
-  sweeps, best = results["sweeps"], _best(results)
+  """Draws times by depth, width and rank, beside the cost model's."""
+  sweeps, peak = results["sweeps"], _peak(results)
   keys = {"depth": "layers", "width": "m", "rank": "r"}
   with figure.axes(path, len(sweeps)) as axes:
     for axis, (sweep, points) in zip(axes, sweeps.items(), strict=True):
       xs = [point["site"][keys[sweep]] for point in points]
       for i, part in enumerate(PARTS):
         parts = [point["parts"][part] for point in points]
-        least = [1e3 * model.bound(x, best) for x in parts]
+        least = [1e3 * model.least_seconds(x, peak) for x in parts]
         times = [1e3 * x["seconds"] for x in parts]
         axis.loglog(xs, times, "o-", ms=3, lw=1, color=f"C{i}", label=part)
         axis.loglog(xs, least, ":", lw=1, color=f"C{i}")
       axis.set_xticks(xs, [str(x) for x in xs])
       axis.minorticks_off()
       axis.set_xlabel({"depth": "layers", "width": "m = 4 r"}.get(sweep, sweep))
-      axis.set_ylabel("CPU ms (dotted: the limit)")
+      axis.set_ylabel("CPU ms (dotted: cost model)")
     axes[0].legend(frameon=False, fontsize=7)

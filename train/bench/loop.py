@@ -1,23 +1,21 @@
-"""What the training loop costs beside the bare step.
+"""Compares the training loop with its bare compiled step.
 
     python -m train.bench loop --set data.batch=32
 
 compiles the step of a run once and alternates between two ways of repeating
-it: the loop of `train.pretrain` (data, metrics, progress, log), and nothing
-but the compiled step on a batch that lies on the devices. It prints tokens a
-second of both, their ratio, and the share of the loop's time that went into
-waiting for data. Evaluations and checkpoints are pauses of the loop and are
-left out; the time that a save holds up the loop is printed apart.
+it: the loop of `train.pretrain` (data, metrics, progress, log), and only the
+compiled step on one batch that is already on the devices. It prints the tokens
+per second of both, their ratio, and the share of the loop's time that it waited
+for data. Evaluations and checkpoints are excluded; the time for which a save
+holds up the loop is printed separately.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import io
-import pathlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,20 +24,22 @@ import numpy as np
 
 from train.common.errors import UserError
 from train.config import presets, schema
-from train.data import corpus as corpus_lib
-from train.parallel import mesh as mesh_lib
-from train.run import checkpoint, run_dir, subspace_watch
+from train.measure import tables, trial
+from train.run import checkpoint
 from train.run import job as job_lib
 from train.run import loop as loop_lib
-from train.step import setup as setup_lib
 from train.step import train_step
 
 
 @dataclasses.dataclass
 class Times:
-  """Seconds of each round, by what ran, and the loop's waits for data.
+  """Times of each round.
 
-  Seconds are pairs: of the clock, and of the processor.
+  Attributes:
+    bare: Wall-clock and processor seconds of the bare steps.
+    loop: Wall-clock and processor seconds of the loop.
+    waited: Seconds for which the loop waited for data.
+    save: Seconds for which a save holds up the loop.
   """
 
   bare: list[tuple[float, float]] = dataclasses.field(default_factory=list)
@@ -50,52 +50,42 @@ class Times:
 
 @contextlib.contextmanager
 def timed(into: list[tuple[float, float]]) -> Iterator[None]:
-  """Appends the seconds that the block takes, of clock and processor."""
+  """Appends the block's wall-clock and processor seconds to a list."""
   begin, busy = time.perf_counter(), time.process_time()
   yield
   into.append((time.perf_counter() - begin, time.process_time() - busy))
 
 
 def measure(config: schema.Config, rounds: int, length: int) -> Times:
-  """Runs both in turn, `rounds` times `length` steps each."""
+  """Alternates bare steps and the loop, `rounds` times `length` steps each."""
   times = Times()
-  mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
-  corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
-  with tempfile.TemporaryDirectory() as name, jax.set_mesh(mesh):
-    out = pathlib.Path(name)
-    run_dir.write_config(out, config, overwrite=False)
-    setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
-    watcher = subspace_watch.Watcher(
-      config.run, config.optimizer, setup, config.parts
-    )
-    job, state = job_lib.prepare(config, out, corpus, setup, watcher)
-    with contextlib.closing(job):
-      compiled = loop_lib.compile_step(job, state)
-      batch = job.put(next(job.feed))
-      reporter = loop_lib.Reporter(job, 0, 0)
-      state = _bare(compiled, state, batch, length)  # a first one, to warm up
-      for index in range(rounds):
-        # Each of them comes first in every other round.
-        ways = [True, False] if index % 2 else [False, True]
-        numbers = range(index * length + 1, (index + 1) * length + 1)
-        for bare in ways:
-          waited = job.feed.waited
-          with timed(times.bare if bare else times.loop):
-            if bare:
-              state = _bare(compiled, state, batch, length)
-            else:
-              state = _looped(job, state, compiled, reporter, numbers)
-          if not bare:
-            times.waited.append(job.feed.waited - waited)
-      times.save = _save(job, state)
-      reporter.progress.close()
+  with trial.start(config, watch=True) as run:
+    job, state, compiled = run.job, run.state, run.compile_step()
+    batch = job.put(next(job.feed))
+    reporter = loop_lib.Reporter(job, 0, 0)
+    state = _bare(compiled, state, batch, length)  # warm-up
+    for index in range(rounds):
+      # Each way comes first in every other round.
+      ways = [True, False] if index % 2 else [False, True]
+      steps = range(index * length + 1, (index + 1) * length + 1)
+      for bare in ways:
+        waited = job.feed.waited
+        with timed(times.bare if bare else times.loop):
+          if bare:
+            state = _bare(compiled, state, batch, length)
+          else:
+            state = _looped(job, state, compiled, reporter, steps)
+        if not bare:
+          times.waited.append(job.feed.waited - waited)
+    times.save = _save(job, state)
+    reporter.progress.close()
   return times
 
 
 def _bare(
   compiled: Callable, state: train_step.TrainState, batch: jax.Array, count: int
-):
-  """The compiled step and nothing else."""
+) -> train_step.TrainState:
+  """Repeats the compiled step and does nothing else."""
   for _ in range(count):
     state, _ = compiled(state, batch)
   return jax.block_until_ready(state)
@@ -106,21 +96,21 @@ def _looped(
   state: train_step.TrainState,
   compiled: Callable,
   reporter: loop_lib.Reporter,
-  numbers: range,
+  steps: range,
 ) -> train_step.TrainState:
-  """The script's own loop; what it prints goes nowhere."""
+  """Runs the training script's loop, without its printed output."""
   with contextlib.redirect_stdout(io.StringIO()):
     outcome = loop_lib.advance(
-      job, state, compiled, reporter, numbers, lambda: False
+      job, state, compiled, reporter, steps, lambda: False
     )
     jax.block_until_ready(outcome.state)
   return outcome.state
 
 
 def _save(job: job_lib.Job, state: train_step.TrainState) -> float:
-  """Seconds that a save holds up the loop; the writing goes on behind."""
+  """Seconds for which a save holds up the loop; it writes in the background."""
   progress = checkpoint.Progress(0.0, job.feed.state())
-  job.checkpoints.save(state, progress)  # the first compiles its check sums
+  job.checkpoints.save(state, progress)  # the first one compiles its checksums
   job.checkpoints.settle()
   again = state._replace(step=state.step + 1)
   seconds: list[tuple[float, float]] = []
@@ -130,13 +120,13 @@ def _save(job: job_lib.Job, state: train_step.TrainState) -> float:
 
 
 def report(config: schema.Config, times: Times, length: int) -> str:
-  """The table, and the figure that matters below it."""
+  """The table of tokens per second, and the ratios below it."""
   tokens = config.data.batch * config.data.length * length
-  rows = [f"{'tokens/s':22}{'median':>12}{'worst':>12}{'best':>12}"]
+  rows = []
   for name, pairs in (("bare step", times.bare), ("loop", times.loop)):
     rates = [tokens / seconds for seconds, _ in pairs]
-    figures = (statistics.median(rates), min(rates), max(rates))
-    rows.append(f"{name:22}" + "".join(f"{x:>12,.0f}" for x in figures))
+    numbers = (statistics.median(rates), min(rates), max(rates))
+    rows.append([name, *(f"{x:,.0f}" for x in numbers)])
   by_round = [
     f"{bare[0] / looped[0]:.3f}"
     for bare, looped in zip(times.bare, times.loop, strict=True)
@@ -145,41 +135,50 @@ def report(config: schema.Config, times: Times, length: int) -> str:
   looped, looped_busy = np.sum(times.loop, axis=0)
   return "\n".join(
     [
-      *rows,
+      tables.text_table(["tokens per second", "median", "worst", "best"], rows),
       "",
-      f"loop / bare step      {bare / looped:.3f} over all rounds; by round"
+      "loop / bare step",
+      f"  wall-clock time       {bare / looped:.3f} over all rounds; by round"
       f" {', '.join(by_round)}",
-      f"  in processor time   {bare_busy / looped_busy:.3f}, which a busy"
-      " machine disturbs less; of use where the device is the processor",
-      f"waiting for data      {sum(times.waited) / looped:.2%} of the loop's"
+      f"  processor time        {bare_busy / looped_busy:.3f} (for training on"
+      " the CPU: other processes disturb it less)",
+      f"waiting for data        {sum(times.waited) / looped:.2%} of the loop's"
       " time",
-      f"a save holds the loop {times.save:.3f} s",
+      f"a save holds up by      {times.save:.3f} s",
     ]
   )
 
 
-def main(words: list[str] | None = None) -> int:
-  """Parses the command line and prints the table."""
+def main(arguments: list[str] | None = None) -> int:
+  """Parses the command line and prints the table; returns the exit status."""
   parser = argparse.ArgumentParser(
     prog="python -m train.bench loop",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--preset", default="sotu_small")
-  parser.add_argument("--optimizer", default="galore")
-  parser.add_argument("--set", action="append", default=[], dest="settings")
-  parser.add_argument("--rounds", type=int, default=6)
-  parser.add_argument("--steps", type=int, default=20, help="in a round")
-  flags = parser.parse_args(words)
+  add = parser.add_argument
+  add("--preset", default="sotu_small", help="as for train.pretrain")
+  add("--optimizer", default="galore", help="as for train.pretrain")
+  add(
+    "--set",
+    action="append",
+    default=[],
+    dest="settings",
+    metavar="FIELD=VALUE",
+    help="change a field of the config; may be repeated",
+  )
+  add("--rounds", type=int, default=6, help="how often each way is timed")
+  add("--steps", type=int, default=20, help="steps of a round")
+  flags = parser.parse_args(arguments)
   count = flags.rounds * flags.steps
-  pauses = [
+  no_pauses = [
     f"train.steps={count + 1}",
     f"run.eval_every={count + 1}",
     f"run.checkpoint_every={count + 1}",
   ]
   try:
     config = presets.make(flags.preset, flags.optimizer)
-    config = schema.override(config, [*flags.settings, *pauses])
+    config = schema.override(config, [*flags.settings, *no_pauses])
     times = measure(config, flags.rounds, flags.steps)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)

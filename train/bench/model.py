@@ -1,10 +1,10 @@
-"""The cost model: FLOPs and bytes of GaLore's parts.
+"""The cost model: FLOPs and bytes of each part of GaLore.
 
-A matrix (m, n) at rank r takes 2 m n r FLOPs to project and as many to lift,
-at every step; a refresh takes, in each of k iterations, 4 m n r for two
-products with the gradient and 3 (4 m r^2 + 4/3 r^3) to make the basis
-orthonormal, once in T steps. The gradient itself takes 6 FLOPs a weight and
-token.
+Projecting a matrix (m, n) at rank r takes 2 m n r FLOPs at every step, and
+lifting takes as many. A refresh, once in T steps, takes k iterations. Each of
+them takes 4 m n r FLOPs for two products with the gradient, and
+3 (4 m r^2 + 4/3 r^3) to make the basis orthonormal. The gradient itself takes
+6 FLOPs per weight and token.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ class Site:
   """A stack of matrices that is projected.
 
   Attributes:
-    m: short side.
-    n: long side.
-    r: rank.
-    layers: matrices.
+    m: Short side.
+    n: Long side.
+    r: Rank.
+    layers: Number of matrices.
   """
 
   m: int = 512
@@ -34,17 +34,20 @@ class Site:
   layers: int = 1
 
   def project(self) -> tuple[float, float]:
-    """FLOPs and bytes of P^T G; those of lifting are the same."""
+    """FLOPs and bytes of P^T G; lifting takes as many."""
     m, n, r = self.m, self.n, self.r
     moved = m * n + m * r + r * n
     return self.layers * 2.0 * m * n * r, self.layers * FLOAT * float(moved)
 
   def inner(self) -> tuple[float, float]:
-    """Adam at low rank: two moments read and written, one update."""
+    """FLOPs (neglected) and bytes of Adam on the projected gradients.
+
+    Adam reads the gradient, reads and writes two moments, writes the update.
+    """
     return 0.0, self.layers * FLOAT * 6.0 * self.r * self.n
 
   def refresh(self) -> tuple[float, float]:
-    """Subspace iterations of all matrices."""
+    """FLOPs and bytes of the subspace iterations of all matrices."""
     m, n, r = self.m, self.n, self.r
     passes = 3 * (4 * m * r**2 + 4 / 3 * r**3)
     flops = ITERATIONS * (4 * m * n * r + passes)
@@ -52,46 +55,52 @@ class Site:
     return self.layers * flops, self.layers * FLOAT * float(moved)
 
 
-def flops_a_step(size: trees.Size, gap: int, tokens: int) -> dict[str, float]:
-  """FLOPs of GaLore and of the gradient for a step of a LLaMA.
+def flops_per_step(size: trees.Size, gap: int, tokens: int) -> dict[str, float]:
+  """FLOPs of GaLore and of the gradient in one step of a LLaMA.
 
   Args:
-    size: of the model.
-    gap: steps between refreshes.
-    tokens: of a step.
+    size: The model.
+    gap: Steps between refreshes.
+    tokens: Tokens of a batch.
 
   Returns:
-    `project_and_lift`, `refresh` spread over the gap, `gradient`, and `share`,
-    GaLore's part over the gradient's.
+    FLOPs of `project_and_lift`, of `refresh` averaged over the gap, and of the
+    `gradient`; and `share`, GaLore's FLOPs over the gradient's.
   """
   attention = Site(size.dim, size.dim, size.rank, 4 * size.layers)
   mlp = Site(size.dim, size.hidden, size.rank, 3 * size.layers)
   sites = (attention, mlp)
-  every = sum(2 * site.project()[0] for site in sites)
-  rare = sum(site.refresh()[0] for site in sites) / gap
+  each_step = sum(2 * site.project()[0] for site in sites)
+  refresh = sum(site.refresh()[0] for site in sites) / gap
   weights = sum(site.layers * site.m * site.n for site in sites)
-  gradient = 6.0 * (weights + size.vocab * size.dim) * tokens  # and the head
+  weights += size.vocab * size.dim  # the head; the embedding is a look-up
+  gradient = 6.0 * weights * tokens
   return {
-    "project_and_lift": every,
-    "refresh": rare,
+    "project_and_lift": each_step,
+    "refresh": refresh,
     "gradient": gradient,
-    "share": (every + rare) / gradient,
+    "share": (each_step + refresh) / gradient,
   }
 
 
 def overheads() -> list[dict[str, Any]]:
-  """GaLore's share of a step's FLOPs: model by tokens, at T = 200."""
+  """GaLore's share of a step's FLOPs, by model and tokens, at T = 200."""
   rows = []
   for name in ("60m", "130m", "350m", "1b", "7b"):
     size = trees.SIZES[name]
     shares = {
-      str(tokens): flops_a_step(size, 200, tokens)
+      str(tokens): flops_per_step(size, 200, tokens)
       for tokens in (256, 2048, 16384, 131072)
     }
     rows.append({"model": name, "rank": size.rank, "tokens": shares})
   return rows
 
 
-def bound(part: dict[str, Any], best: dict[str, float]) -> float:
-  """The least seconds that the machine's limits allow for a part."""
-  return max(part["flops"] / best["flops"], part["bytes"] / best["bytes"])
+def least_seconds(part: dict[str, Any], peak: dict[str, float]) -> float:
+  """The least time that a part can take at the machine's peak rates.
+
+  Args:
+    part: Its `flops` and `bytes`.
+    peak: The machine's `flops` and `bytes` per second.
+  """
+  return max(part["flops"] / peak["flops"], part["bytes"] / peak["bytes"])

@@ -1,11 +1,11 @@
 """Finding a basis: what it costs, and how much of a gradient it keeps.
 
-Every method against the exact SVD, which is what optax.contrib.galore and
-galore-torch compute: on gradients recorded from a short run of a small LLaMA,
-early and late in it, and on matrices with singular values i^-alpha. `cold`
-starts from a basis that knows nothing, `warm` from that of the refresh before
-(recorded gradients) or from one that has turned half away (mean squared cosine
-0.5, synthetic ones).
+Compares every method with the exact SVD, which is what optax.contrib.galore and
+galore-torch compute. The gradients are recorded early and late in a short run
+of a small LLaMA, or are synthetic, with singular values i^-alpha. `cold` starts
+from a random basis. `warm` starts from the basis of the refresh before, or for
+synthetic gradients from a basis whose mean squared cosine to the best one is
+0.5.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import galore
+from galore_optax import captured_energy, galore
 from galore_optax.subspace import find as find_lib
 from galore_optax.subspace import projection
 from train.bench import options
-from train.measure import figure, gradients, timing
-from train.measure.timing import short
+from train.common import units
+from train.measure import bases, figure, gradients, timing
+from train.measure import tables as tables_lib
+from train.measure.tables import short
 
 ALPHAS = (0.25, 0.5, 1.0)
 ITERATIONS = (1, 2, 3, 4)
@@ -35,27 +37,49 @@ SHAPES = (
   (2048, 5461, 512),
 )
 DEFAULT_ITERATIONS = inspect.signature(galore).parameters["iterations"].default
-FLOOR = 1e-4  # what a picture shows of the energy that is lost
+FLOOR = 1e-4  # the least loss of energy that the figure shows
 SVD = "svd"
 RANDOM = "random"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of this benchmark."""
+  """Adds the options of this benchmark."""
   add = parser.add_argument
-  add("--sizes", default=_words(SHAPES), help="m x n x rank, with m <= n")
-  add("--preset", default="sotu_small", help="of the recorded run")
-  add("--set", action="append", default=[], dest="settings", help="a field")
-  add("--early", type=int, nargs=2, default=(1, 51), help="steps: old, new")
-  add("--late", type=int, nargs=2, default=(250, 300), help="steps: old, new")
-  add("--gradients", type=pathlib.Path, help="keeps them here, or takes them")
+  add(
+    "--sizes",
+    default=_as_text(SHAPES),
+    help="m x n x rank of synthetic gradients, with m <= n",
+  )
+  add("--preset", default="sotu_small", help="preset of the recorded run")
+  add(
+    "--set",
+    action="append",
+    default=[],
+    dest="settings",
+    metavar="FIELD=VALUE",
+    help="change a field of the preset; may be repeated",
+  )
+  for name, steps in (("early", (1, 51)), ("late", (250, 300))):
+    add(
+      f"--{name}",
+      type=int,
+      nargs=2,
+      default=steps,
+      metavar=("OLD", "NEW"),
+      help=f"steps of two {name} gradients (default: %(default)s)",
+    )
+  add(
+    "--gradients",
+    type=pathlib.Path,
+    help=".npz file of recorded gradients: read if it exists, else written",
+  )
 
 
-def _words(sizes: tuple[tuple[int, int, int], ...]) -> str:
+def _as_text(sizes: tuple[tuple[int, int, int], ...]) -> str:
   return ",".join("x".join(map(str, size)) for size in sizes)
 
 
-QUICK = {"sizes": _words(SHAPES[:2]), "early": (1, 5), "late": (10, 15)}
+QUICK = {"sizes": _as_text(SHAPES[:2]), "early": (1, 5), "late": (10, 15)}
 
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
@@ -68,9 +92,9 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     costs.append({"shape": [m, n], "rank": rank, **cost(g, stale)})
     for alpha in ALPHAS:
       g, name = synthetic.gradient(alpha), f"i^-{alpha:g}, {m} x {n}"
-      found = energies(g, stale, _best(alpha, m, rank))
-      quality.append(_case(name, rank, [found]))
-  when = gradients.Moments(tuple(flags.early), tuple(flags.late))
+      relative = energies(g, stale, _best_energy(alpha, m, rank))
+      quality.append(_case(name, rank, [relative]))
+  when = gradients.Steps(tuple(flags.early), tuple(flags.late))
   recorded = gradients.load_or_record(
     flags.gradients, flags.preset, flags.settings, when
   )
@@ -98,7 +122,7 @@ def _find(
 def find(
   method: str, iterations: int, g: jax.Array, old: jax.Array, side: str
 ) -> jax.Array:
-  """A basis by a method's name."""
+  """Finds a basis with the method of this name."""
   if method == RANDOM:
     drawn = projection.RandomBasis(jnp.uint32(0), old.shape).draw()
     return jnp.linalg.qr(drawn)[0]
@@ -117,7 +141,7 @@ def cost(g: np.ndarray, old: np.ndarray) -> dict[str, Any]:
   budget = timing.Budget(most=9, least=1, limit=6.0)
   times = timing.interleave(runs, budget)
   return {
-    "seconds": {name: timing.median(x) for name, x in times.items()},
+    "seconds": {name: statistics.median(x) for name, x in times.items()},
     "temporaries": {
       method: _temporaries(method, grad, start) for method in (SVD, "subspace")
     },
@@ -125,13 +149,13 @@ def cost(g: np.ndarray, old: np.ndarray) -> dict[str, Any]:
 
 
 def _temporaries(method: str, grad: jax.Array, start: jax.Array) -> int:
-  """Bytes besides arguments and result; a library's own are not among them."""
+  """Bytes besides arguments and result, without those of LAPACK itself."""
   lowered: Any = _finder(method, "left").lower(grad, start, jnp.int32(1))
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def _best(alpha: float, m: int, rank: int) -> float:
-  """The largest share of energy that a rank can keep of i^-alpha."""
+def _best_energy(alpha: float, m: int, rank: int) -> float:
+  """The share of energy that the best basis keeps of i^-alpha."""
   energy = np.arange(1, m + 1) ** (-2 * alpha)
   return float(energy[:rank].sum() / energy.sum())
 
@@ -139,78 +163,69 @@ def _best(alpha: float, m: int, rank: int) -> float:
 def energies(
   g: np.ndarray, old: np.ndarray | jax.Array, best: float | None = None
 ) -> dict[str, float]:
-  """Captured energy of each method's basis, relative to the best there is.
+  """Captured energy of each method's basis, relative to the best basis's.
 
   Args:
-    g: one matrix (m, n).
-    old: the basis that a warm start has, of the short side.
-    best: share of energy that the best basis keeps; by SVD if not given.
+    g: A matrix (m, n).
+    old: The basis of the short side that a warm start begins with.
+    best: Share of energy that the best basis keeps; computed by an exact SVD if
+      it is not given.
 
   Returns:
-    Method and start to energy, and `orthogonality`, the largest entry of
-    P^T P - I over all iterated bases.
+    Relative energy by method and start, and `orthogonality`, the largest entry
+    of |P^T P - I| over all iterated bases.
   """
   side = "left" if g.shape[0] <= g.shape[1] else "right"
   grad, warm = jnp.asarray(g), jnp.asarray(old)
   cold = find_lib.start_basis(jax.random.key(1), *old.shape)
   if best is None:
     best = _energy(grad, find(SVD, 0, grad, warm, side), side)
-  found = {
-    RANDOM: _energy(grad, find(RANDOM, 0, grad, warm, side), side) / best
+  energy = {
+    RANDOM: _energy(grad, find(RANDOM, 0, grad, warm, side), side) / best,
+    "stale": _energy(grad, warm, side) / best,
   }
-  found["stale"] = _energy(grad, warm, side) / best
   worst = 0.0
   for start, basis in (("cold", cold), ("warm", warm)):
     for k in ITERATIONS:
       new = find("subspace", k, grad, basis, side)
-      found[f"{start} {k}"] = _energy(grad, new, side) / best
-      worst = max(
-        worst, float(jnp.abs(_gram(new) - jnp.eye(new.shape[1])).max())
-      )
-  return found | {"orthogonality": worst}
+      energy[f"{start} {k}"] = _energy(grad, new, side) / best
+      worst = max(worst, bases.orthogonality_error(new))
+  return energy | {"orthogonality": worst}
 
 
-@functools.partial(jax.jit, static_argnames="side")
-def _kept(g: jax.Array, basis: jax.Array, side: str) -> jax.Array:
-  low = projection.project(g, {side: basis})
-  return jnp.sum(low * low) / jnp.sum(g * g)
+_captured_energy = jax.jit(captured_energy)
 
 
 def _energy(g: jax.Array, basis: jax.Array, side: str) -> float:
-  return float(_kept(g, basis, side))
-
-
-@jax.jit
-def _gram(basis: jax.Array) -> jax.Array:
-  return jnp.matmul(basis.T, basis, precision="highest")
+  return float(_captured_energy(g, {side: basis}))
 
 
 def _case(
-  name: str, rank: int, found: list[dict[str, float]]
+  name: str, rank: int, energy: list[dict[str, float]]
 ) -> dict[str, Any]:
-  """One row of the table: the median and the least over some matrices."""
-  keys = [key for key in found[0] if key != "orthogonality"]
+  """A row of the table: the median and the least energy of some matrices."""
+  keys = [key for key in energy[0] if key != "orthogonality"]
   return {
     "name": name,
     "rank": rank,
-    "matrices": len(found),
-    "median": {k: statistics.median(x[k] for x in found) for k in keys},
-    "least": {k: min(x[k] for x in found) for k in keys},
-    "orthogonality": max(x["orthogonality"] for x in found),
+    "matrices": len(energy),
+    "median": {k: statistics.median(x[k] for x in energy) for k in keys},
+    "least": {k: min(x[k] for x in energy) for k in keys},
+    "orthogonality": max(x["orthogonality"] for x in energy),
   }
 
 
 def _recorded(
-  found: dict[str, np.ndarray], when: gradients.Moments
+  recorded: dict[str, np.ndarray], when: gradients.Steps
 ) -> list[dict[str, Any]]:
-  """Energies on a run's gradients, by shape and by time."""
+  """Energies on a run's gradients, by stage of the run and shape."""
   groups: dict[tuple[str, tuple], list[dict[str, float]]] = {}
-  for key, new in found.items():
+  for key, new in recorded.items():
     prefix, _, path = key.partition("/")
     if not prefix.endswith(".new"):
       continue
     name = prefix.removesuffix(".new")
-    old = found[f"{name}.old/{path}"]
+    old = recorded[f"{name}.old/{path}"]
     for g, before in zip(new, old, strict=True):
       rank = min(g.shape) // 4
       side = "left" if g.shape[0] <= g.shape[1] else "right"
@@ -227,7 +242,7 @@ def _recorded(
   ]
 
 
-COST_HEAD = ["shape, rank", "method", "SVD / it", "CPU ms", "XLA temp. MiB"]
+COST_HEAD = ["shape, rank", "method", "SVD / method", "CPU ms", "XLA temp. MiB"]
 
 
 def _cost_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -243,14 +258,20 @@ def _cost_rows(results: dict[str, Any]) -> list[list[str]]:
           f"{method}{' (default)' if default else ''}",
           short(x["seconds"][SVD] / seconds),
           short(1e3 * seconds),
-          "-" if temporaries is None else timing.mib(temporaries),
+          "-" if temporaries is None else units.format_mib(temporaries, 1),
         ]
       )
   return rows
 
 
 STARTS = [f"{start} {k}" for start in ("cold", "warm") for k in ITERATIONS]
-QUALITY_HEAD = ["gradient, rank", RANDOM, "stale", *STARTS, "off orthogonal"]
+QUALITY_HEAD = [
+  "gradient, rank",
+  RANDOM,
+  "stale",
+  *STARTS,
+  "orthogonality error",
+]
 
 
 def _quality_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -267,8 +288,8 @@ def text(results: dict[str, Any]) -> str:
   """Both tables for the terminal."""
   return "\n\n".join(
     (
-      timing.text_table(COST_HEAD, _cost_rows(results)),
-      timing.text_table(QUALITY_HEAD, _quality_rows(results)),
+      tables_lib.text_table(COST_HEAD, _cost_rows(results)),
+      tables_lib.text_table(QUALITY_HEAD, _quality_rows(results)),
     )
   )
 
@@ -277,15 +298,15 @@ def tables(results: dict[str, Any]) -> str:
   """Both tables for the page."""
   return "\n\n".join(
     (
-      timing.markdown_table(COST_HEAD, _cost_rows(results)),
-      timing.markdown_table(QUALITY_HEAD, _quality_rows(results)),
+      tables_lib.markdown_table(COST_HEAD, _cost_rows(results)),
+      tables_lib.markdown_table(QUALITY_HEAD, _quality_rows(results)),
     )
   )
 
 
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-  """Energy that is lost, by iterations; and cost next to the SVD's."""
-  # Spectra look the same at every size: the largest stands for all.
+  """Draws lost energy by iterations, and the cost beside the SVD's."""
+  # Spectra look alike at every size: only those of the largest are drawn.
   synthetic = [x for x in results["quality"] if x["name"].startswith("i^")]
   recorded = [x for x in results["quality"] if x not in synthetic]
   shown = [*synthetic[-len(ALPHAS) :], *recorded]
@@ -301,7 +322,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
       axis.set_ylim(0.7 * FLOOR, 5)
       axis.set_xticks(ITERATIONS)
       axis.set_xlabel(f"iterations from a {start} start")
-      axis.set_ylabel(f"share of energy lost, at least {FLOOR:g}", fontsize=8)
+      axis.set_ylabel(f"share of energy lost (floor: {FLOOR:g})", fontsize=8)
     warm.legend(frameon=False, fontsize=6, ncols=2, loc="upper right")
     _draw_costs(results, costs)
 

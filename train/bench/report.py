@@ -1,92 +1,70 @@
-"""The benchmarks' page: tables between markers, from the kept records.
+"""Rewrites the tables of the benchmarks' page from the kept records.
 
-    <!-- step: begin -->
-    ...
-    <!-- step: end -->
-
-What lies between is replaced; everything else on the page is written by hand.
+The section `<!-- step: begin -->` of the page holds the tables of `step`, and
+likewise for the other benchmarks (see train/measure/page.py).
 """
 
 import importlib
 import pathlib
-import re
+from types import ModuleType
+from typing import Any
 
-from train.common.errors import UserError
-from train.measure import machine
+from train.bench import record as record_lib
+from train.measure import page as page_lib
 
 PAGE = pathlib.Path("docs/results/benchmarks.md")
-_MARKED = re.compile(
-  r"(<!-- (?P<name>\w+): begin -->\n).*?(<!-- (?P=name): end -->)",
-  re.DOTALL,
-)
+BENCHMARKS = ("step", "refresh", "compile", "shard", "cost", "chips")
+
+
+def module(benchmark: str) -> ModuleType:
+  """The module that measures a benchmark and renders its record."""
+  return importlib.import_module(f"train.bench.{benchmark}")
 
 
 def write(folder: pathlib.Path, page: pathlib.Path) -> None:
-  """Renders the tables of a page, and the pictures beside the records.
+  """Rewrites the tables of a page, and the figures beside the records.
 
   Args:
-    folder: holds the records.
-    page: a Markdown file with markers.
+    folder: The folder of the records.
+    page: A Markdown file with marked sections.
 
   Raises:
-    UserError: the page has no markers, or cannot be read or written.
+    UserError: The page cannot be read, or has no section of a benchmark.
   """
-  try:
-    text = page.read_text(encoding="utf-8")
-  except OSError as error:
-    raise UserError(f"--page {page}: cannot read ({error})") from None
-  new, count = render(text, folder)
-  if not count:
-    raise UserError(
-      f"--page {page}: no place for tables, such as a line"
-      " <!-- step: begin --> and a line <!-- step: end -->"
-    )
-  page.write_text(new, encoding="utf-8")
+  render = lambda name: section(name, folder)
+  count = page_lib.rewrite(page, render, BENCHMARKS[0])
   drawn = [draw(path) for path in sorted(folder.glob("*.json"))]
-  print(f"wrote {page}, {count} places; drew {sum(drawn)} pictures")
+  print(f"wrote {count} sections of {page}; drew {sum(drawn)} figures")
+
+
+def section(name: str, folder: pathlib.Path) -> str | None:
+  """The tables of a benchmark; None if there is no benchmark of this name."""
+  if name not in BENCHMARKS:
+    return None
+  records = [record_lib.load(path) for path in _paths(folder, name)]
+  if not records:
+    return f"Not measured yet: `python -m train.bench {name}`."
+  return "\n\n".join(_tables(record) for record in records)
 
 
 def draw(path: pathlib.Path) -> bool:
-  """Draws a record beside its file; whether there is a picture of its kind."""
-  kept = machine.load(path)
-  module = importlib.import_module(f"train.bench.{kept['benchmark']}")
-  if not getattr(module, "draw", None):
+  """Draws a record's figure beside its file; False if it has no figure."""
+  record = record_lib.load(path)
+  draw_results = getattr(module(record["benchmark"]), "draw", None)
+  if draw_results is None:
     return False
-  module.draw(kept["results"], path.with_suffix(".png"))
+  draw_results(record["results"], path.with_suffix(".png"))
   return True
 
 
-def render(text: str, folder: pathlib.Path) -> tuple[str, int]:
-  """The page's text with the tables of all records that there are.
-
-  Args:
-    text: the page.
-    folder: holds the records.
-
-  Returns:
-    The new text, and how many places were found.
-  """
-
-  def fill(found: re.Match) -> str:
-    name = found["name"]
-    paths = _paths(folder, name)
-    body = "\n".join(_tables(name, machine.load(path)) for path in paths)
-    if not paths:
-      body = f"Not measured yet: `python -m train.bench {name}`.\n"
-    return f"{found[1]}\n{body}\n{found[3]}"
-
-  return _MARKED.subn(fill, text)
-
-
 def _paths(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """The records of a benchmark: one, or its parts in their order."""
-  module = importlib.import_module(f"train.bench.{name}")
-  parts = getattr(module, "part_names", lambda: [""])()
-  paths = [folder / machine.name(name, part) for part in parts]
+  """The records of a benchmark: its only one, or one for each part."""
+  parts = getattr(module(name), "part_names", lambda: [""])()
+  paths = [folder / record_lib.file_name(name, part) for part in parts]
   return [path for path in paths if path.is_file()]
 
 
-def _tables(name: str, kept: dict) -> str:
-  """A record's tables and where they come from."""
-  module = importlib.import_module(f"train.bench.{name}")
-  return f"{module.tables(kept['results'])}\n\n{machine.origin(kept)}\n"
+def _tables(record: dict[str, Any]) -> str:
+  """A record's tables, and where they come from."""
+  tables = module(record["benchmark"]).tables(record["results"])
+  return f"{tables}\n\n{record_lib.origin(record)}"

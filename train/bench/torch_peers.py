@@ -1,4 +1,4 @@
-"""The public PyTorch implementations on the same shapes and gradients."""
+"""AdamW of PyTorch and of galore-torch, on the same shapes and gradients."""
 
 import dataclasses
 import importlib.util
@@ -17,22 +17,22 @@ MODULES = ("torch", "galore_torch")
 
 @dataclasses.dataclass
 class Peer:
-  """A PyTorch optimizer on its parameters.
+  """A PyTorch optimizer on its own parameters.
 
   Attributes:
-    optimizer: the optimizer; parameters hold their gradients.
+    optimizer: The optimizer. Its parameters hold their gradients.
   """
 
   optimizer: Any
 
   def call(self) -> None:
-    """One step."""
+    """Makes one step."""
     self.optimizer.step()
 
   def state_bytes(self) -> int:
-    """Bytes of its state, bases included; there is none before a step."""
-    entries = self.optimizer.state.values()
-    tensors = (x for entry in entries for x in _tensors(entry.values()))
+    """Bytes of its state with all bases; 0 before the first step."""
+    states = self.optimizer.state.values()
+    tensors = (x for state in states for x in _tensors(state.values()))
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -48,27 +48,27 @@ def _tensors(values: Any) -> Iterator[Any]:
 
 
 def require() -> None:
-  """Raises if they are asked for and are not installed.
+  """Checks that PyTorch and galore-torch are installed.
 
   Raises:
-    UserError: names the packages and what installs them.
+    UserError: They are not.
   """
   absent = [x for x in MODULES if importlib.util.find_spec(x) is None]
   if absent:
     raise UserError(
-      f"--torch: {' and '.join(absent)} not installed;"
-      ' pip install -e ".[train,bench]", or leave --torch out'
+      f"--torch: {' and '.join(absent)} not installed; run"
+      ' pip install -e ".[train,bench]", or leave out --torch'
     )
 
 
 def start(grads: dict, rank: int, gap: int) -> dict[str, Peer]:
-  """AdamW and GaLore's AdamW on fresh parameters.
+  """PyTorch's AdamW and galore-torch's AdamW on new parameters.
 
   Args:
-    grads: Gradients; stacked ones are given to both as separate matrices, as
-      GaLore's knows no others.
-    rank: of the projections, on the matrices of the blocks.
-    gap: steps between refreshes.
+    grads: Gradients. Stacks are split into separate matrices for both, because
+      galore-torch takes no others.
+    rank: Rank of the projections, on the matrices of the blocks.
+    gap: Steps between refreshes.
   """
   require()
   import torch
@@ -80,22 +80,22 @@ def start(grads: dict, rank: int, gap: int) -> dict[str, Peer]:
   adamw: Any = torch.optim.AdamW
   plain = adamw(low + full, lr=1e-3, weight_decay=0.1, foreach=True)
   low, full = _parameters(grads)
-  site = {"rank": rank, "update_proj_gap": gap, "scale": 0.25}
-  groups = [{"params": full}, {"params": low, "proj_type": "std", **site}]
+  options = {"rank": rank, "update_proj_gap": gap, "scale": 0.25}
+  groups = [{"params": full}, {"params": low, "proj_type": "std", **options}]
   galore = GaLoreAdamW(groups, lr=1e-3, weight_decay=0.1)
   return {"torch AdamW": Peer(plain), "galore-torch": Peer(galore)}
 
 
 def _parameters(grads: dict) -> tuple[list[Any], list[Any]]:
-  """Parameters with gradients: those to project, and the others."""
+  """Parameters with gradients: those to project, and all others."""
   import torch
 
   low: list[Any] = []
   full: list[Any] = []
   for keys, grad in jax.tree_util.tree_leaves_with_path(grads):
-    chosen = low if trees.in_blocks(keys, grad) else full
+    into = low if trees.in_blocks(keys, grad) else full
     for x in grad if grad.ndim == 3 else [grad]:
       parameter = torch.nn.Parameter(torch.zeros(*x.shape))
       parameter.grad = torch.from_numpy(np.array(x, np.float32))
-      chosen.append(parameter)
+      into.append(parameter)
   return low, full

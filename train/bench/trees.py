@@ -1,4 +1,4 @@
-"""LLaMA-shaped parameters without the model, and the optimizers to compare."""
+"""LLaMA-shaped parameters without a model, and the optimizers to compare."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ BLOCKS = ("attn", "mlp")  # the matrices that are projected
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """Sizes of a LLaMA and the rank it is trained at in the GaLore paper."""
+  """Sizes of a LLaMA, and the rank at which the GaLore paper trains it."""
 
   dim: int
   hidden: int
@@ -34,14 +34,14 @@ SIZES = {
 
 
 def shapes(size: Size, stacked: bool) -> dict:
-  """Shapes of the parameters of a size."""
+  """Shapes of the parameters of a LLaMA of this size."""
   return llama_tree(size.dim, size.hidden, size.layers, size.vocab, stacked)
 
 
 def llama_tree(
   dim: int, hidden: int, layers: int, vocab: int, stacked: bool
 ) -> dict:
-  """Shapes of a LLaMA's parameters, one leaf a matrix or stacked by layers."""
+  """Shapes of a LLaMA's parameters: a leaf per matrix, or stacked by layer."""
 
   def block(stack: tuple[int, ...]) -> dict:
     return {
@@ -64,19 +64,19 @@ def llama_tree(
 
 
 def is_shape(x: Any) -> bool:
-  """Whether a node of a tree of shapes is one of them."""
+  """Whether a node of a tree of shapes is a shape."""
   return isinstance(x, tuple)
 
 
 def abstract(tree: dict) -> dict:
-  """The arrays of a tree of shapes, without memory behind them."""
+  """Abstract float32 arrays (`ShapeDtypeStruct`) of a tree of shapes."""
   return jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, "float32"), tree, is_leaf=is_shape
   )
 
 
 def random_like(tree: dict, seed: int, scale: float) -> dict:
-  """Normal arrays of these shapes."""
+  """Normally distributed arrays of a tree of shapes."""
   leaves, treedef = jax.tree.flatten(tree, is_leaf=is_shape)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
   draw = jax.jit(
@@ -98,7 +98,7 @@ def contrib_galore(
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.contrib.galore` on the matrices that ours projects.
 
-  Those that are stacked it cannot project: they keep full-size moments.
+  It cannot project stacked matrices: these keep full-size moments.
   """
 
   def dimensions(params: Any) -> Any:
@@ -122,7 +122,7 @@ def contrib_galore(
 
 
 def contrib_muon() -> optax.GradientTransformationExtraArgs:
-  """`optax.contrib.muon` on the same matrices, stacks included."""
+  """`optax.contrib.muon` on the same matrices, including stacks."""
 
   def dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
@@ -142,20 +142,26 @@ def contrib_muon() -> optax.GradientTransformationExtraArgs:
 
 OURS = "galore_adamw"
 OURS_AUTO = "galore_adamw, auto"
-# Told where the parameters are.
-OURS_TOLD = "galore_adamw, told"
-OURS_AUTO_TOLD = "galore_adamw, auto, told"
-TOLD = (OURS_TOLD, OURS_AUTO_TOLD)
+# The same with `param_shardings`.
+OURS_SHARDED = "galore_adamw, shardings"
+OURS_AUTO_SHARDED = "galore_adamw, auto, shardings"
+NEED_SHARDINGS = (OURS_SHARDED, OURS_AUTO_SHARDED)
 
 
 def optimizers(
   rank: int, gap: int, shardings: Any = None
 ) -> dict[str, Callable[[], Any]]:
-  """Name to what makes the optimizer, ours and its peers."""
+  """Functions that make the optimizers, ours and its peers, by name.
 
-  def ours(**more: Any) -> Any:
+  Args:
+    rank: Rank of the projections.
+    gap: Steps between refreshes.
+    shardings: The parameters' shardings; those in `NEED_SHARDINGS` use them.
+  """
+
+  def ours(**options: Any) -> Any:
     return galore_adamw(
-      1e-3, rank=rank, update_proj_gap=gap, weight_decay=0.1, **more
+      1e-3, rank=rank, update_proj_gap=gap, weight_decay=0.1, **options
     )
 
   return {
@@ -165,6 +171,8 @@ def optimizers(
     "contrib.muon": contrib_muon,
     OURS: ours,
     OURS_AUTO: lambda: ours(proj_type="auto"),
-    OURS_TOLD: lambda: ours(param_shardings=shardings),
-    OURS_AUTO_TOLD: lambda: ours(proj_type="auto", param_shardings=shardings),
+    OURS_SHARDED: lambda: ours(param_shardings=shardings),
+    OURS_AUTO_SHARDED: lambda: ours(
+      proj_type="auto", param_shardings=shardings
+    ),
   }

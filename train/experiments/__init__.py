@@ -1,1 +1,1 @@
-"""The papers' tables in small, on real text: `python -m train.experiments`."""
+"""Small versions of the papers' tables, on real text."""

@@ -1,4 +1,4 @@
-"""The papers' tables in small: `python -m train.experiments`.
+"""Small versions of the papers' tables: `python -m train.experiments`.
 
   python -m train.experiments run methods --tokens 256k --budget 2
   python -m train.experiments report
@@ -6,14 +6,14 @@
   python -m train.experiments mechanism
   python -m train.experiments quick
 
-`run` trains what a table lacks, one run after the other, and adds a line a run
-to docs/results/evidence/TABLE.jsonl. It can be stopped (Ctrl-C, SIGTERM,
-kill -9) at any time: the same command goes on where it was; started twice, it
-trains two runs at a time. `report` rewrites the tables and figures of
-docs/results/evidence.md from those lines. `time` measures
-steps of all methods side by side, for the tables. `mechanism` looks
-at the singular values of gradients, for the same page. `quick` tries the whole
-on a tiny model, in minutes.
+`run` makes the runs that a table lacks, one after the other, and adds a line
+per run to docs/results/evidence/TABLE.jsonl. It can be stopped at any time
+(Ctrl-C, SIGTERM, kill -9), and the same command resumes it. Started twice, it
+makes two runs at a time. `report` rewrites the tables and figures of
+docs/results/evidence.md from those lines. `time` measures the training steps of
+all methods in one process, for the tables. `mechanism` records singular values
+of gradients, for the same page. `quick` tries all of this on a tiny model, in
+minutes.
 """
 
 import argparse
@@ -37,45 +37,70 @@ WORK = pathlib.Path("runs/experiments")
 
 
 def count(text: str) -> int:
-  """Reads `1000000`, `256k` or `1m`."""
+  """Parses a count such as `1000000`, `256k` or `1m`."""
   scale = {"k": 1000, "m": 1_000_000}.get(text[-1:].lower(), 1)
   number = text[:-1] if scale > 1 else text
   try:
-    found = round(float(number) * scale)
+    value = round(float(number) * scale)
   except ValueError:
-    found = 0
-  if found < 1:
-    raise argparse.ArgumentTypeError(f"{text!r} is no number such as 256k")
-  return found
+    value = 0
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 256k")
+  return value
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
-  """Reads the command line."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+  """Parses the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.experiments",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   commands = parser.add_subparsers(dest="command", required=True)
-  run = commands.add_parser("run", help="train what a table lacks")
-  run.add_argument("table", choices=tables.TABLES, help="see tables.py")
+  run = commands.add_parser("run", help="make the runs that a table lacks")
+  run.add_argument(
+    "table",
+    choices=tables.TABLES,
+    help="which table (train/experiments/tables.py)",
+  )
   _add_running(run)
   _add_results(run)
-  timing = commands.add_parser("time", help="time the steps of a table")
-  timing.add_argument("table", choices=tables.TABLES, help="see tables.py")
+  timing = commands.add_parser(
+    "time", help="time the training steps of a table's variants"
+  )
+  timing.add_argument(
+    "table",
+    choices=tables.TABLES,
+    help="which table (train/experiments/tables.py)",
+  )
   _add_text(timing)
   _add_results(timing)
-  quick = commands.add_parser("quick", help="try it on a tiny model")
+  quick = commands.add_parser(
+    "quick", help="try the experiments on a tiny model"
+  )
   _add_running(quick)
-  quick.add_argument("--results", type=pathlib.Path, default=WORK / "quick")
+  quick.add_argument(
+    "--results",
+    type=pathlib.Path,
+    default=WORK / "quick",
+    help=_RESULTS,
+  )
   for name, what in (
-    ("report", "rewrite the page from what was found"),
-    ("mechanism", "look at gradients, then report"),
+    ("report", "rewrite the page from the records"),
+    ("mechanism", "record spectra of gradients, then report"),
   ):
     command = commands.add_parser(name, help=what)
     _add_results(command)
-    command.add_argument("--page", type=pathlib.Path, default=report.PAGE)
-  return parser.parse_args(words)
+    command.add_argument(
+      "--page",
+      type=pathlib.Path,
+      default=report.PAGE,
+      help="Markdown page with the tables (default: %(default)s)",
+    )
+  return parser.parse_args(arguments)
+
+
+_RESULTS = "folder of the records of finished runs (default: %(default)s)"
 
 
 def _add_results(command: argparse.ArgumentParser) -> None:
@@ -83,7 +108,7 @@ def _add_results(command: argparse.ArgumentParser) -> None:
     "--results",
     type=pathlib.Path,
     default=results.FOLDER,
-    help="of finished runs",
+    help=_RESULTS,
   )
 
 
@@ -95,29 +120,41 @@ def _add_running(command: argparse.ArgumentParser) -> None:
     type=float,
     default=float("inf"),
     metavar="HOURS",
-    help="stops after so long; the run under way is saved",
+    help="stop after this time; the unfinished run is saved",
   )
   add(
     "--work",
     type=pathlib.Path,
     default=WORK,
-    help="for checkpoints; runners of one table share it",
+    help="folder for checkpoints, shared by processes that work on one table"
+    " (default: %(default)s)",
   )
-  add("--nice", type=int, default=10, help="lowers the priority to this")
+  add(
+    "--nice",
+    type=int,
+    default=10,
+    help="niceness to run with; higher gives way to other processes",
+  )
 
 
 def _add_text(command: argparse.ArgumentParser) -> None:
   known = "; ".join(f"{name}: {what}" for name, what in texts.TEXTS.items())
   command.add_argument(
-    "--tokens", type=count, help="of one run, such as 256k; a million"
+    "--tokens",
+    type=count,
+    help="tokens of each run, such as 256k (default: the table's full size)",
   )
-  command.add_argument("--text", default="speeches", help=f"{known}; or a file")
+  command.add_argument(
+    "--text",
+    default="speeches",
+    help=f"the text to train on: {known}; or a file (default: %(default)s)",
+  )
 
 
 def run(flags: argparse.Namespace) -> int:
-  """Works through a table."""
+  """Makes the missing runs of a table."""
   if not flags.budget > 0:
-    raise UserError(f"--budget is {flags.budget}; give hours above 0")
+    raise UserError(f"--budget is {flags.budget}; use hours above 0")
   checkpoint.silence_orbax()
   os.nice(max(0, flags.nice - os.nice(0)))
   table = tables.TABLES[getattr(flags, "table", "quick")]
@@ -137,8 +174,8 @@ def run(flags: argparse.Namespace) -> int:
   return status
 
 
-def act(flags: argparse.Namespace) -> int:
-  """Does what was asked for."""
+def execute(flags: argparse.Namespace) -> int:
+  """Runs the chosen command; returns its exit status."""
   if flags.command in ("run", "quick"):
     return run(flags)
   if flags.command == "time":
@@ -157,10 +194,10 @@ def act(flags: argparse.Namespace) -> int:
   return 0
 
 
-def main(words: list[str] | None = None) -> int:
-  """The command: 0 done, 2 wrong input, 130 stopped."""
-  flags = parse(words)
-  return exit_status.report_errors(lambda: act(flags))
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command: 0 when done, 2 for wrong input, 130 if stopped."""
+  flags = parse(arguments)
+  return exit_status.report_errors(lambda: execute(flags))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,30 @@
-"""Figures of the tables: perplexity by entry and by rank, loss curves."""
+"""Figures of the tables: perplexities by variant and by rank, loss curves."""
 
 import math
 import pathlib
 import statistics
+from typing import Any
 
-from train.experiments.plan import Plan, Record
-from train.experiments.tables import OURS, RANKS, Entry
+from train.common import units
+from train.experiments.plan import Plan, Record, perplexity
+from train.experiments.tables import OURS, RANKS, Variant
 from train.measure import figure
 
 
 def names(plan: Plan) -> list[tuple[str, str]]:
-  """Files and titles of the figures that the runs are enough for."""
+  """Files and titles of the figures for which there are enough runs."""
   stem = f"{plan.table.name}-{pathlib.Path(plan.text).stem}-{plan.tokens}"
-  found = []
+  files = []
   if _chosen(plan):
     title = "loss of the chosen runs" if plan.table.is_long else "perplexity"
-    found.append((f"{stem}.png", title))
+    files.append((f"{stem}.png", title))
   if len(_ranks(plan)) > 1:
-    found.append((f"{stem}-rank.png", "perplexity by rank"))
-  return found
+    files.append((f"{stem}-rank.png", "perplexity by rank"))
+  return files
 
 
 def draw(plan: Plan, folder: pathlib.Path) -> None:
-  """Draws them."""
+  """Draws the figures that `names` lists."""
   for name, _ in names(plan):
     folder.mkdir(parents=True, exist_ok=True)
     if name.endswith("-rank.png"):
@@ -33,118 +35,138 @@ def draw(plan: Plan, folder: pathlib.Path) -> None:
       _draw_perplexities(plan, folder / name)
 
 
-def _chosen(plan: Plan) -> list[tuple[Entry, list[Record]]]:
-  """The finished runs of each entry at the point chosen for it."""
-  found = []
-  for entry in filter(plan.complete, plan.table.entries):
-    done = [r for r in plan.seeds(entry) if r["status"] == "done"]
-    if done:
-      found.append((entry, done))
-  return found
+def _done(plan: Plan, variant: Variant) -> list[Record]:
+  """The runs at a variant's final point, without those that diverged."""
+  if not plan.complete(variant):
+    return []
+  return [r for r in plan.chosen_records(variant) if r["status"] == "done"]
+
+
+def _chosen(plan: Plan) -> list[tuple[Variant, list[Record]]]:
+  """Each finished variant with the runs at its chosen point."""
+  pairs = ((variant, _done(plan, variant)) for variant in plan.table.variants)
+  return [(variant, records) for variant, records in pairs if records]
+
+
+def _perplexity(record: Record) -> float:
+  return perplexity(record["test_loss"])
+
+
+def _state_mib(record: Record) -> float:
+  return record["bytes"]["optimizer"] / units.MIB
 
 
 def _draw_perplexities(plan: Plan, path: pathlib.Path) -> None:
-  """A dot a seed, the first row's mean as a line; and means by state."""
+  """Draws perplexities by variant and seed, and their means by state size."""
   chosen = _chosen(plan)
-  values = [[_perplexity(r) for r in records] for _, records in chosen]
-  means = [statistics.mean(x) for x in values]
-  labels = [entry.label for entry, _ in chosen]
-  tall = 1.2 + 0.24 * len(chosen)
-  with figure.axes(path, count=2, width=5.6, height=tall) as (seeds, states):
-    for i, (found, mean) in enumerate(zip(values, means, strict=True)):
-      seeds.plot(found, [i] * len(found), "o", color="0.6", ms=4)
-      seeds.plot(mean, i, "|", color="C0", ms=12, mew=2)
-    seeds.set_yticks(range(len(labels)), labels, fontsize="small")
-    seeds.invert_yaxis()
-    sizes = [r[0]["bytes"]["optimizer"] / 2**20 for _, r in chosen]
-    spreads = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in values]
-    states.errorbar(sizes, means, spreads, fmt="o", color="C0", ms=4, lw=0.7)
-    for x, y, (entry, _) in zip(sizes, means, chosen, strict=True):
-      if entry == plan.table.entries[0] or _unbeaten(x, y, sizes, means):
-        left = x > 0.8 * max(sizes)
-        states.annotate(
-          entry.name,
-          (x, y),
-          xytext=(-4 if left else 4, 3),
-          textcoords="offset points",
-          ha="right" if left else "left",
-          fontsize="small",
-        )
-    states.set_xlabel("optimizer state, MiB")
-    states.set_xlim(left=0)
-    seeds.set_xlabel("perplexity")
-    states.set_ylabel("perplexity")
-    for axis in (seeds, states):
-      axis.grid(alpha=0.25)
-    if chosen[0][0] == plan.table.entries[0]:
-      seeds.axvline(means[0], color="C1", lw=1)
-      states.axhline(means[0], color="C1", lw=1)
+  height = 1.2 + 0.24 * len(chosen)
+  with figure.axes(path, count=2, width=5.6, height=height) as (left, right):
+    _draw_seeds(plan, chosen, left)
+    _draw_states(plan, chosen, right)
 
 
-def _unbeaten(
+def _draw_seeds(plan: Plan, chosen: list, axis: Any) -> None:
+  for i, (_, records) in enumerate(chosen):
+    values = list(map(_perplexity, records))
+    axis.plot(values, [i] * len(values), "o", color="0.6", ms=4)
+    axis.plot(statistics.mean(values), i, "|", color="C0", ms=12, mew=2)
+  labels = [variant.label for variant, _ in chosen]
+  axis.set_yticks(range(len(labels)), labels, fontsize="small")
+  axis.invert_yaxis()
+  axis.set_xlabel("test perplexity (dots: seeds, bar: mean)")
+  axis.grid(alpha=0.25)
+  if chosen[0][0] == plan.table.variants[0]:
+    first = statistics.mean(map(_perplexity, chosen[0][1]))
+    axis.axvline(first, color="C1", lw=1)
+
+
+def _draw_states(plan: Plan, chosen: list, axis: Any) -> None:
+  values = [list(map(_perplexity, records)) for _, records in chosen]
+  means = list(map(statistics.mean, values))
+  stds = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in values]
+  sizes = [_state_mib(records[0]) for _, records in chosen]
+  axis.errorbar(sizes, means, stds, fmt="o", color="C0", ms=4, lw=0.7)
+  for size, mean, (variant, _) in zip(sizes, means, chosen, strict=True):
+    first = variant == plan.table.variants[0]
+    if first or _is_best_of_its_size(size, mean, sizes, means):
+      left = size > 0.8 * max(sizes)
+      axis.annotate(
+        variant.name,
+        (size, mean),
+        xytext=(-4 if left else 4, 3),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        fontsize="small",
+      )
+    if first:
+      axis.axhline(mean, color="C1", lw=1)
+  axis.set_xlabel("optimizer state, MiB")
+  axis.set_xlim(left=0)
+  axis.set_ylabel("test perplexity (mean ± std)")
+  axis.grid(alpha=0.25)
+
+
+def _is_best_of_its_size(
   size: float, mean: float, sizes: list[float], means: list[float]
 ) -> bool:
-  """Whether nothing is as small and better: those have a name in the figure."""
+  """Whether no variant with as little state has a lower perplexity."""
   others = zip(sizes, means, strict=True)
   return not any(x <= size and y < mean for x, y in others)
 
 
-def _perplexity(record: Record) -> float:
-  return math.exp(min(record["test_loss"], 700))
-
-
 def _draw_curves(plan: Plan, path: pathlib.Path) -> None:
-  curves = [(entry, records[0]) for entry, records in _chosen(plan)]
-  with figure.axes(path, count=2, width=5.6) as (training, held_out):
-    for i, (entry, record) in enumerate(curves):
+  """Draws training and validation losses of the first seed's runs."""
+  curves = [(variant, records[0]) for variant, records in _chosen(plan)]
+  with figure.axes(path, count=2, width=5.6) as (training, validation):
+    for i, (variant, record) in enumerate(curves):
       style = {"color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
       steps, losses = zip(*record["curve"], strict=True)
-      training.plot(steps, losses, lw=1.1, label=entry.label, **style)
+      training.plot(steps, losses, lw=1.1, label=variant.label, **style)
       steps, losses = zip(*record["validation_curve"], strict=True)
-      held_out.plot(steps, losses, marker="o", ms=3, lw=1.1, **style)
-    for axis, label in ((training, "training loss"), (held_out, "validation")):
+      validation.plot(steps, losses, marker="o", ms=3, lw=1.1, **style)
+    for axis, name in ((training, "training"), (validation, "validation")):
       axis.set_xlabel("step")
-      axis.set_ylabel(f"{label} (nats a token)")
+      axis.set_ylabel(f"{name} loss (nats per token)")
       axis.grid(alpha=0.25)
     low = min(min(loss for _, loss in r["curve"]) for _, r in curves)
     training.set_ylim(low - 0.1, min(low + 3, training.get_ylim()[1]))
     training.legend(frameon=False, fontsize="x-small", ncols=2)
 
 
-def _ranks(plan: Plan) -> list[tuple[int, list[float], int]]:
-  """Rank, perplexities of the seeds, bytes of state."""
-  by_name = {entry.name: entry for entry in plan.table.entries}
+def _ranks(plan: Plan) -> list[tuple[int, list[Record]]]:
+  """Each rank of the ablations with its runs at the chosen point."""
+  if plan.table.name != "ablations":
+    return []
+  by_name = {variant.name: variant for variant in plan.table.variants}
   found = []
   for rank in RANKS:
-    entry = by_name.get(f"rank_{rank}") or (OURS if rank == 64 else None)
-    if entry is None or plan.table.name != "ablations":
-      continue
-    if not plan.complete(entry):
-      continue
-    done = [r for r in plan.seeds(entry) if r["status"] == "done"]
-    if done:
-      values = [_perplexity(r) for r in done]
-      found.append((rank, values, done[0]["bytes"]["optimizer"]))
+    variant = by_name.get(f"rank_{rank}") or (OURS if rank == 64 else None)
+    records = _done(plan, variant) if variant else []
+    if records:
+      found.append((rank, records))
   return found
 
 
 def _draw_ranks(plan: Plan, path: pathlib.Path) -> None:
-  found = _ranks(plan)
-  ranks = [rank for rank, _, _ in found]
+  """Draws perplexity and state by rank, beside those of full rank."""
+  by_rank = _ranks(plan)
+  ranks = [rank for rank, _ in by_rank]
   with figure.axes(path, count=2) as (quality, memory):
-    for rank, values, _ in found:
+    means = []
+    for rank, records in by_rank:
+      values = list(map(_perplexity, records))
       quality.plot([rank] * len(values), values, "o", color="0.6", ms=3)
-    means = [sum(values) / len(values) for _, values, _ in found]
+      means.append(math.fsum(values) / len(values))
     quality.plot(ranks, means, marker="o", color="C0", label="GaLore")
-    for entry, records in _chosen(plan):
-      if entry.name == "adamw":
-        full = statistics.mean(map(_perplexity, records))
-        quality.axhline(full, color="C1", label=entry.label)
-        size = records[0]["bytes"]["optimizer"] / 2**20
-        memory.axhline(size, color="C1")
+    sizes = [_state_mib(records[0]) for _, records in by_rank]
+    memory.plot(ranks, sizes, marker="o")
+    for variant, records in _chosen(plan):
+      if variant.name == "adamw":
+        full_rank = statistics.mean(map(_perplexity, records))
+        quality.axhline(full_rank, color="C1", label=variant.label)
+        memory.axhline(_state_mib(records[0]), color="C1")
     quality.legend(frameon=False, fontsize="small")
-    quality.set_ylabel("perplexity")
-    memory.plot(ranks, [size / 2**20 for *_, size in found], marker="o")
+    quality.set_ylabel("test perplexity")
     memory.set_ylabel("optimizer state, MiB")
     memory.set_ylim(bottom=0)
     for axis in (quality, memory):

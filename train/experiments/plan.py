@@ -1,33 +1,36 @@
-"""Which runs a table takes, in which order, and what they have decided.
+"""Which runs a table needs, in which sequence, and which point they choose.
 
-The search is the same for every entry, on the first seed: from the best that is
-there to its neighbours, multipliers of the matrices' learning rate and learning
-rates, each down and up, until it has a worse one on all four sides. One seed
-does not tell close ones apart: a second that comes near the best by the
-validation text is run with the other seeds, too, and that with the better mean
-is chosen; its neighbours are tried if they were not. What comes next depends on
-what was found, so the plan is made anew after each run.
+Every variant is searched in the same way, on the first seed. A point is a
+learning rate and a multiplier of the matrices' learning rate. From the best
+point so far, the search tries the neighboring multipliers and learning rates,
+below and above, until the best point has a worse neighbor on all four sides.
+
+One seed cannot tell close points apart. So the contenders, whose validation
+loss comes near the best, are run with the other seeds too, and the point with
+the best mean is chosen. Its neighbors are then tried as well. What comes next
+depends on the results, so the plan is made again after each run.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 from typing import Any
 
-from train.experiments.tables import Entry, Line, Table
+from train.experiments.tables import SearchRange, Table, Variant
 
 Record = dict[str, Any]
 Point = tuple[float, float]  # learning rate, multiplier
-USUAL = 8  # runs of a search
+USUAL = 8  # runs that a search takes, for estimates
 NEAR = 0.01  # nats of validation loss that the first seed cannot tell apart
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training."""
+  """One training run."""
 
-  entry: Entry
+  variant: Variant
   settings: tuple[str, ...]  # of model and batches
   rate: float
   multiplier: float
@@ -38,41 +41,46 @@ class Run:
 
   @property
   def key(self) -> str:
-    """What tells it from other runs: all but names."""
-    told = (
-      self.entry.optimizer,
-      self.settings + self.entry.settings,
-      self.entry.gaps,
-      f"{self.rate:g}",
-      f"{self.multiplier:g}",
-      self.seed,
-      self.tokens,
-      self.text,
-    )
-    text = json.dumps(told)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    """A digest of what distinguishes this run from others, except for names."""
+    return _key(self)
 
   def describe(self) -> str:
-    """Half a line."""
+    """The run in a few words, for messages."""
     return (
-      f"{self.entry.name}, rate {self.rate:g}, multiplier {self.multiplier:g},"
-      f" seed {self.seed}"
+      f"{self.variant.name}, rate {self.rate:g}, multiplier"
+      f" {self.multiplier:g}, seed {self.seed}"
     )
+
+
+@functools.lru_cache(maxsize=100_000)  # a plan asks for the same keys often
+def _key(run: Run) -> str:
+  identity = (
+    run.variant.optimizer,
+    run.settings + run.variant.settings,
+    run.variant.gaps,
+    f"{run.rate:g}",
+    f"{run.multiplier:g}",
+    run.seed,
+    run.tokens,
+    run.text,
+  )
+  text = json.dumps(identity)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A table at one size on one text, with the runs that are there."""
+  """A table at one size on one text, with the records of finished runs."""
 
   table: Table
   tokens: int
   text: str
-  found: dict[str, Record]  # by the key of the run
+  records: dict[str, Record]  # by the run's key
 
-  def run(self, entry: Entry, point: Point, seed: int) -> Run:
-    """The run of an entry at a learning rate and multiplier."""
+  def run(self, variant: Variant, point: Point, seed: int) -> Run:
+    """The run of a variant at a point."""
     return Run(
-      entry,
+      variant,
       self.table.settings,
       *point,
       seed,
@@ -81,163 +89,174 @@ class Plan:
       self.table.evaluations,
     )
 
-  def record(self, entry: Entry, point: Point, seed: int) -> Record | None:
-    """What was found there, if it was run."""
-    return self.found.get(self.run(entry, point, seed).key)
+  def record(self, variant: Variant, point: Point, seed: int) -> Record | None:
+    """The record of a variant at a point, if that run has finished."""
+    return self.records.get(self.run(variant, point, seed).key)
 
-  def search(self, entry: Entry) -> tuple[list[Point], Point | None]:
-    """The points of an entry that were tried, and the next to try."""
-    if entry.at:
+  def search(self, variant: Variant) -> tuple[list[Point], Point | None]:
+    """The points of a variant that were tried, and the next one to try."""
+    if variant.at:
       return [], None
-    tried = self.tried(entry)
+    tried = self.tried(variant)
     if not tried:
       return [], (self.table.rates.start, self.table.multipliers.start)
-    first = self.near(entry)
-    wanted = self._around(first[0])
-    if not self._unrepeated(entry):
-      wanted += self._around(self._best(entry, first))
+    contenders = self.contenders(variant)
+    wanted = self._neighbors(contenders[0])
+    if not self._missing_seeds(variant):
+      wanted += self._neighbors(self._best(variant, contenders))
     return tried, next((point for point in wanted if point not in tried), None)
 
-  def tried(self, entry: Entry) -> list[Point]:
-    """All points that are there, also of a search from another start."""
-    rates = self.table.rates.values()
-    multipliers = self.table.multipliers.values()
+  def tried(self, variant: Variant) -> list[Point]:
+    """All points with a record, even from a search with another start."""
     seed = self.table.seeds[0]
     return [
       (rate, multiplier)
-      for rate in rates
-      for multiplier in multipliers
-      if self.record(entry, (rate, multiplier), seed)
+      for rate in self.table.rates.values()
+      for multiplier in self.table.multipliers.values()
+      if self.record(variant, (rate, multiplier), seed)
     ]
 
-  def _around(self, point: Point) -> list[Point]:
-    """The neighbours of a point, multipliers first."""
+  def _neighbors(self, point: Point) -> list[Point]:
+    """The neighbors of a point, multipliers first."""
     rate, multiplier = point
+    multipliers = _beside(multiplier, self.table.multipliers)
+    rates = _beside(rate, self.table.rates)
     return [
-      *((rate, near) for near in _near(multiplier, self.table.multipliers)),
-      *((near, multiplier) for near in _near(rate, self.table.rates)),
+      *((rate, other) for other in multipliers),
+      *((other, multiplier) for other in rates),
     ]
 
-  def near(self, entry: Entry) -> list[Point]:
-    """Points about as good as the best by the first seed, which comes first.
+  def contenders(self, variant: Variant) -> list[Point]:
+    """The points among which all seeds decide, best of the first seed first.
 
-    And what has all seeds already, for these say more than the first.
+    Those are the points about as good as the best of the first seed, and points
+    that have all seeds already, which say more than the first alone.
     """
-    if entry.at:
-      return [entry.at]
+    if variant.at:
+      return [variant.at]
     seed = self.table.seeds[0]
     losses = {
-      point: _loss(self.record(entry, point, seed) or {})
-      for point in self.tried(entry)
+      point: _loss(self.record(variant, point, seed) or {})
+      for point in self.tried(variant)
     }
     best = min(losses.values(), default=math.inf)
-    order = sorted(losses, key=lambda point: (losses[point], point))
-    most = self.table.near if math.isfinite(best) else 1
+    ranking = sorted(losses, key=lambda point: (losses[point], point))
+    most = self.table.contenders if math.isfinite(best) else 1
     return [
       point
-      for i, point in enumerate(order)
+      for i, point in enumerate(ranking)
       if (i < most and losses[point] <= best + NEAR)
-      or (losses[point] < math.inf and self._repeated(entry, point))
+      or (losses[point] < math.inf and self._has_all_seeds(variant, point))
     ]
 
-  def _best(self, entry: Entry, points: list[Point]) -> Point:
-    """The least mean loss of the validation text; more seeds come first."""
+  def _best(self, variant: Variant, points: list[Point]) -> Point:
+    """The point with the most seeds; of several, the least mean loss."""
 
     def rank(point: Point) -> tuple[int, float]:
-      losses = [_loss(record) for record in self._records(entry, point)]
+      losses = [_loss(record) for record in self._records(variant, point)]
       return -len(losses), sum(losses) / max(1, len(losses))
 
     return min(points, key=rank)
 
-  def _records(self, entry: Entry, point: Point) -> list[Record]:
-    known = (self.record(entry, point, seed) for seed in self.table.seeds)
+  def _records(self, variant: Variant, point: Point) -> list[Record]:
+    """The records of a point, seed by seed."""
+    known = (self.record(variant, point, seed) for seed in self.table.seeds)
     return [record for record in known if record]
 
-  def chosen(self, entry: Entry) -> Point | None:
-    """The best of what was tried; None: nothing was."""
-    near = self.near(entry)
-    return self._best(entry, near) if near else None
+  def chosen(self, variant: Variant) -> Point | None:
+    """The best point that was tried; None if there is none."""
+    contenders = self.contenders(variant)
+    return self._best(variant, contenders) if contenders else None
 
-  def _repeated(self, entry: Entry, point: Point) -> bool:
-    return len(self._records(entry, point)) == len(self.table.seeds)
+  def _has_all_seeds(self, variant: Variant, point: Point) -> bool:
+    return len(self._records(variant, point)) == len(self.table.seeds)
 
-  def complete(self, entry: Entry) -> bool:
-    """Whether the search has ended, and what is close has all seeds."""
-    return self.searched(entry) and not self._unrepeated(entry)
+  def complete(self, variant: Variant) -> bool:
+    """Whether the search has ended and all contenders have all seeds."""
+    return self.searched(variant) and not self._missing_seeds(variant)
 
-  def searched(self, entry: Entry) -> bool:
-    """Whether the search has ended, but for what other seeds may tell."""
-    return self.search(entry)[1] is None
+  def searched(self, variant: Variant) -> bool:
+    """Whether no point is left to try, by the seeds that there are."""
+    return self.search(variant)[1] is None
 
-  def planned(self, entry: Entry) -> int:
-    """How many runs an entry takes; until its search has ended a guess."""
-    tried, wanted = self.search(entry)
+  def planned(self, variant: Variant) -> int:
+    """Number of runs of a variant; an estimate until its search has ended."""
+    tried, wanted = self.search(variant)
     grid = len(self.table.multipliers.values()) + len(self.table.rates.values())
     guess = max(len(tried) + 1, min(USUAL, grid - 1))
-    repeats = (len(self.table.seeds) - 1) * max(1, len(self.near(entry)))
-    return (guess if wanted else len(tried) + bool(entry.at)) + repeats
+    repeats = (len(self.table.seeds) - 1) * max(
+      1, len(self.contenders(variant))
+    )
+    return (guess if wanted else len(tried) + bool(variant.at)) + repeats
 
   @property
   def total(self) -> int:
-    """How many runs the table takes, as far as that is known."""
-    return sum(map(self.planned, self.table.entries))
+    """Number of runs that the table takes, as far as it is known."""
+    return sum(map(self.planned, self.table.variants))
 
-  def seeds(self, entry: Entry) -> list[Record]:
-    """What was found at the chosen point, seed by seed."""
-    point = self.chosen(entry)
-    return self._records(entry, point) if point else []
+  def chosen_records(self, variant: Variant) -> list[Record]:
+    """The records of the chosen point, seed by seed."""
+    point = self.chosen(variant)
+    return self._records(variant, point) if point else []
 
   def missing(self) -> list[Run]:
-    """What can be run now; the first is what should be."""
+    """All runs that can be made now; the first is the one to make next."""
     return [
       run
       for group in self.table.groups
       for run in self._searches(group) or self._repeats(group)
     ]
 
-  def _searches(self, group: tuple[Entry, ...]) -> list[Run]:
-    """A run of each entry whose search has not ended, the least tried first."""
-    found = [(entry, *self.search(entry)) for entry in group]
-    found.sort(key=lambda each: len(each[1]))
+  def _searches(self, group: tuple[Variant, ...]) -> list[Run]:
+    """The next run of each unfinished search, the least advanced first."""
+    searches = [(variant, *self.search(variant)) for variant in group]
+    searches.sort(key=lambda search: len(search[1]))
     seed = self.table.seeds[0]
-    return [self.run(entry, point, seed) for entry, _, point in found if point]
+    return [
+      self.run(variant, point, seed) for variant, _, point in searches if point
+    ]
 
-  def _repeats(self, group: tuple[Entry, ...]) -> list[Run]:
-    """The other seeds, one after the other for all entries."""
-    runs = [run for entry in group for run in self._unrepeated(entry)]
+  def _repeats(self, group: tuple[Variant, ...]) -> list[Run]:
+    """The missing runs on other seeds, one seed after the other."""
+    runs = [run for variant in group for run in self._missing_seeds(variant)]
     return sorted(runs, key=lambda run: self.table.seeds.index(run.seed))
 
-  def _unrepeated(self, entry: Entry) -> list[Run]:
-    """What is missing at the points that come near the best."""
+  def _missing_seeds(self, variant: Variant) -> list[Run]:
+    """The runs that the contenders of a variant still lack."""
     runs = [
-      self.run(entry, point, seed)
-      for point in self.near(entry)
+      self.run(variant, point, seed)
+      for point in self.contenders(variant)
       for seed in self.table.seeds
     ]
-    return [run for run in runs if run.key not in self.found]
+    return [run for run in runs if run.key not in self.records]
 
   def done(self) -> int:
-    """How many of the table's runs are there."""
+    """Number of the table's runs that have finished."""
     first, *others = self.table.seeds
     return sum(
-      self.run(entry, point, seed).key in self.found
-      for entry in self.table.entries
+      self.run(variant, point, seed).key in self.records
+      for variant in self.table.variants
       for seed, points in (
-        (first, [entry.at] if entry.at else self.tried(entry)),
-        *((other, self.near(entry)) for other in others),
+        (first, [variant.at] if variant.at else self.tried(variant)),
+        *((other, self.contenders(variant)) for other in others),
       )
       for point in points
     )
 
 
-def _near(value: float, line: Line) -> list[float]:
-  """What stands beside a value, the lower first."""
-  values = line.values()
-  at = values.index(value)
-  return [values[i] for i in (at - 1, at + 1) if 0 <= i < len(values)]
+def _beside(value: float, searched: SearchRange) -> list[float]:
+  """The values next to a value of a search range, the lower first."""
+  values = searched.values()
+  index = values.index(value)
+  return [values[i] for i in (index - 1, index + 1) if 0 <= i < len(values)]
 
 
 def _loss(record: Record) -> float:
-  """What is selected by; a run that diverged is worse than any other."""
+  """The validation loss, which decides; infinite for a run that diverged."""
   loss = record.get("validation_loss")
   return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def perplexity(loss: float) -> float:
+  """The perplexity of a loss in nats per token; finite for any finite loss."""
+  return math.exp(min(loss, 700))

@@ -1,41 +1,35 @@
-"""The page of evidence: tables between markers, from the finished runs.
+"""Rewrites the tables of the evidence page from the records of finished runs.
 
-    <!-- methods: begin -->
-    ...
-    <!-- methods: end -->
-
-What lies between is replaced; everything else on the page is written by hand.
-`<!-- methods_grid: begin -->` marks the place of a table's whole search.
+The section `<!-- methods: begin -->` of the page holds the table `methods`,
+`<!-- methods_grid: begin -->` all points of its search, and
+`<!-- mechanism: begin -->` the spectra of gradients. See train/measure/page.py.
 """
 
 import collections
 import math
 import pathlib
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from train.common import atomic_files
-from train.common.errors import UserError
+from train.common import units
 from train.experiments import figures, mechanism, results, speed, stability
-from train.experiments.plan import Plan, Point, Record
-from train.experiments.tables import TABLES, Entry, Line, Table
+from train.experiments.plan import Plan, Point, Record, perplexity
+from train.experiments.tables import TABLES, SearchRange, Table, Variant
+from train.measure import page as page_lib
+from train.measure.tables import markdown_table
 
 PAGE = pathlib.Path("docs/results/evidence.md")
 GRID = "_grid"
-_MARKED = re.compile(
-  r"(<!-- (?P<name>\w+): begin -->\n).*?(<!-- (?P=name): end -->)", re.DOTALL
-)
 HEAD = (
   "",
   "perplexity",
-  "against the first row",
-  "on the seeds without the search",
+  "difference to the first row",
+  "difference without the search's seed",
   "seeds",
   "optimizer state, MiB",
-  "of the first row",
+  "state / first row's",
   "weights, MiB",
-  "step, of the first row's",
+  "step time / first row's",
   "learning rate",
   "multiplier",
   "points searched",
@@ -46,239 +40,221 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
   """Rewrites the tables of a page, and its figures in `evidence/` beside it.
 
   Args:
-    folder: of the results.
-    page: a Markdown file with markers.
+    folder: Folder of the records.
+    page: A Markdown file with marked sections.
 
   Raises:
-    UserError: the page cannot be read, or has no markers of a table.
+    UserError: The page cannot be read, or has no section of a table.
   """
-  try:
-    text = page.read_text(encoding="utf-8")
-  except OSError as error:
-    raise UserError(f"--page {page}: cannot read ({error})") from None
-  found = results.read_all(folder)
-  new, places = render(text, folder, found)
-  if not places:
-    raise UserError(
-      f"--page {page}: no place for tables, such as a line"
-      " <!-- methods: begin --> and a line <!-- methods: end -->"
-    )
-  looks = mechanism.load(folder)
-  if looks:
-    mechanism.draw(looks, page.parent / "evidence")
+  records = results.read_all(folder)
+  render = lambda name: section(name, folder, records)
+  count = page_lib.rewrite(page, render, "methods")
+  if measured := mechanism.load(folder):
+    mechanism.draw(measured, page.parent / "evidence")
   for table in TABLES.values():
-    for plan in plans(table, folder, found):
+    for plan in plans(table, folder, records):
       figures.draw(plan, page.parent / "evidence")
-  atomic_files.write_text(page, new)
-  print(f"wrote {page}, {places} places, from {len(found)} runs")
+  print(f"wrote {count} sections of {page} from {len(records)} runs")
 
 
-def render(
-  text: str, folder: pathlib.Path, found: dict[str, Record]
-) -> tuple[str, int]:
-  """The page's text with tables of what was found, and how many places.
+def section(
+  name: str, folder: pathlib.Path, records: dict[str, Record]
+) -> str | None:
+  """The text of a section of the page; None if its name is unknown.
 
   Args:
-    text: the page.
-    folder: of the results.
-    found: all runs by their keys.
+    name: The section's name.
+    folder: Folder of the records.
+    records: The records of all runs by key.
   """
-  places = 0
-
-  def fill(hit: re.Match) -> str:
-    nonlocal places
-    name = hit["name"].removesuffix(GRID)
-    if name == "mechanism":
-      body = _mechanism(folder)
-    elif name in TABLES:
-      whole = lambda plan: section(plan, folder)
-      part = grid if hit["name"].endswith(GRID) else whole
-      body = _sections(TABLES[name], folder, found, part)
-    else:
-      return hit[0]
-    places += 1
-    return f"{hit[1]}\n{body}\n\n{hit[3]}"
-
-  return _MARKED.sub(fill, text), places
-
-
-def plans(
-  table: Table, folder: pathlib.Path, found: dict[str, Record]
-) -> list[Plan]:
-  """A plan for each text and size that runs of the table have, longest first.
-
-  What is shared with another table does not make a size of this one.
-  """
-  own = results.read(folder / f"{table.name}.jsonl")
-  sizes = sorted({(-r["tokens"], r["text"]) for r in own})
-  return [Plan(table, -size, text, found) for size, text in sizes]
-
-
-def _sections(
-  table: Table,
-  folder: pathlib.Path,
-  found: dict[str, Record],
-  part: Callable[[Plan], str],
-) -> str:
-  parts = [part(plan) for plan in plans(table, folder, found)]
+  if name == "mechanism":
+    measured = mechanism.load(folder)
+    if not measured:
+      return "Not measured yet: `python -m train.experiments mechanism`."
+    return mechanism.text(measured)
+  table = TABLES.get(name.removesuffix(GRID))
+  if table is None:
+    return None
+  render: Callable[[Plan], str] = (
+    grid if name.endswith(GRID) else lambda plan: evidence(plan, folder)
+  )
+  parts = [render(plan) for plan in plans(table, folder, records)]
   if not parts:
     return f"Not measured yet: `python -m train.experiments run {table.name}`."
   return "\n\n".join(parts)
 
 
-def _mechanism(folder: pathlib.Path) -> str:
-  found = mechanism.load(folder)
-  if not found:
-    return "Not measured yet: `python -m train.experiments mechanism`."
-  return mechanism.text(found)
+def plans(
+  table: Table, folder: pathlib.Path, records: dict[str, Record]
+) -> list[Plan]:
+  """A plan for each text and size of the table's own runs, longest runs first.
+
+  A run that is shared with another table does not add a size to this one.
+  """
+  own = results.read(folder / f"{table.name}.jsonl")
+  sizes = sorted({(-r["tokens"], r["text"]) for r in own})
+  return [Plan(table, -size, text, records) for size, text in sizes]
 
 
-def section(plan: Plan, folder: pathlib.Path) -> str:
-  """A table, its pictures and where it comes from."""
-  pictures = [
+def evidence(plan: Plan, folder: pathlib.Path) -> str:
+  """A table with its title, its origin and its figures."""
+  images = [
     f"![{title}](evidence/{path})" for path, title in figures.names(plan)
   ]
   times = speed.ratios(folder, plan.table.name)
   parts = [_title(plan), table(plan, times)]
   if plan.table.is_long:
-    parts.append(_markdown(stability.HEAD, stability.rows(plan)))
-  return "\n\n".join([*parts, origin(plan), *pictures])
+    parts.append(markdown_table(stability.HEAD, stability.rows(plan)))
+  return "\n\n".join([*parts, origin(plan), *images])
 
 
 def _title(plan: Plan) -> str:
-  full = plan.tokens >= plan.table.tokens
-  short = (
-    "" if full else f", {plan.tokens / plan.table.tokens:.0%} of full size"
-  )
+  share = plan.tokens / plan.table.tokens
+  size = "" if share >= 1 else f", {share:.0%} of full size"
   text = plan.text if plan.text.isalnum() else pathlib.Path(plan.text).name
-  return f"**{plan.table.title}, {plan.tokens:,} tokens a run{short}, {text}**"
+  return f"**{plan.table.title}, {plan.tokens:,} tokens per run{size}, {text}**"
 
 
 def table(plan: Plan, times: Mapping[str, float] | None = None) -> str:
-  """Perplexity on the text that nothing was selected by, and what it took.
+  """The table of test perplexities and of what each variant takes.
 
   Args:
-    plan: the table with its runs.
-    times: of a step by the names of entries, of the first one's.
+    plan: The table and its runs.
+    times: Step times relative to the first variant's, by name of the variant.
   """
-  base = plan.table.entries[0]
-  first = plan.seeds(base) if plan.complete(base) else []
-  rows = [_row(plan, entry, first, times or {}) for entry in plan.table.entries]
-  return _markdown(HEAD, rows)
+  base = plan.table.variants[0]
+  first = plan.chosen_records(base) if plan.complete(base) else []
+  rows = [
+    _row(plan, variant, first, times or {}) for variant in plan.table.variants
+  ]
+  return markdown_table(HEAD, rows)
 
 
 def _row(
-  plan: Plan, entry: Entry, first: list[Record], times: Mapping[str, float]
+  plan: Plan, variant: Variant, first: list[Record], times: Mapping[str, float]
 ) -> list[str]:
-  found, point = plan.seeds(entry), plan.chosen(entry)
-  if point is None or not found:
-    return [entry.label, "not measured yet", *[""] * (len(HEAD) - 2)]
-  whole = plan.complete(entry)
-  done = [r for r in found if r["status"] == "done"]
-  size = found[0]["bytes"]["optimizer"]
+  """A variant's row; what is not fully searched shows no perplexity."""
+  records, point = plan.chosen_records(variant), plan.chosen(variant)
+  if point is None or not records:
+    return [variant.label, "not measured yet", *[""] * (len(HEAD) - 2)]
+  tried = len(plan.tried(variant))
+  rest = [
+    *_sizes(records[0], first),
+    f"{times[variant.name]:.2f}" if variant.name in times else "",
+  ]
+  if not plan.complete(variant):
+    note = "seeds not done" if plan.searched(variant) else "search not done"
+    seeds = f"0 of {len(plan.table.seeds)}"
+    unknown = ["", ""]
+    points = f"{tried} so far"
+    return [variant.label, note, *unknown, seeds, *rest, *unknown, points]
+  done = [r for r in records if r["status"] == "done"]
   others = [r for r in done if r["seed"] != plan.table.seeds[0]]
-  note = "seeds not done" if plan.searched(entry) else "search not done"
   return [
-    entry.label,
-    # Nothing that is not tuned stands beside what is.
-    _perplexity(found, done) if whole else note,
-    _paired(done, first) if whole else "",
-    _paired(others, first) if whole else "",
-    f"{len(found) if whole else 0} of {len(plan.table.seeds)}",
-    f"{size / 2**20:.2f}",
-    f"{size / first[0]['bytes']['optimizer']:.0%}" if first else "",
-    f"{found[0]['bytes']['weights'] / 2**20:.2f}",
-    f"{times[entry.name]:.2f}" if entry.name in times else "",
-    f"{point[0]:g}{_edge(point[0], plan.table.rates)}" if whole else "",
-    f"{point[1]:g}{_edge(point[1], plan.table.multipliers)}" if whole else "",
-    f"{len(plan.tried(entry))}{'' if whole else ' so far'}",
+    variant.label,
+    _perplexity(records, done),
+    _relative(done, first),
+    _relative(others, first),
+    f"{len(records)} of {len(plan.table.seeds)}",
+    *rest,
+    f"{point[0]:g}{_edge(point[0], plan.table.rates)}",
+    f"{point[1]:g}{_edge(point[1], plan.table.multipliers)}",
+    str(tried),
   ]
 
 
-def _perplexity(found: list[Record], done: list[Record]) -> str:
+def _sizes(record: Record, first: list[Record]) -> list[str]:
+  """MiB of state, its ratio to the first row's, and MiB of weights."""
+  state = record["bytes"]["optimizer"]
+  return [
+    units.format_mib(state),
+    f"{state / first[0]['bytes']['optimizer']:.0%}" if first else "",
+    units.format_mib(record["bytes"]["weights"]),
+  ]
+
+
+def _perplexity(records: list[Record], done: list[Record]) -> str:
   if not done:
     return "diverged"
   values = [perplexity(r["test_loss"]) for r in done]
-  lost = len(found) - len(done)
+  lost = len(records) - len(done)
   note = f", {lost} diverged" if lost else ""
-  return f"{_spread(values, '{:.2f}')}{note}"
+  return f"{_mean_and_std(values, '{:.2f}')}{note}"
 
 
-def perplexity(loss: float) -> float:
-  """Of a loss in nats a token; finite whatever the loss is."""
-  return math.exp(min(loss, 700))
-
-
-def _paired(done: list[Record], first: list[Record]) -> str:
-  """How much lower or higher, seed by seed on the same batches."""
+def _relative(done: list[Record], first: list[Record]) -> str:
+  """Difference in perplexity to the first row's runs with the same seed."""
   base = {r["seed"]: r["test_loss"] for r in first if r["status"] == "done"}
   shared = [r for r in done if r["seed"] in base]
   changes = [100 * math.expm1(r["test_loss"] - base[r["seed"]]) for r in shared]
-  return f"{_spread(changes, '{:+.1f}')} %" if changes else ""
+  return f"{_mean_and_std(changes, '{:+.1f}')} %" if changes else ""
 
 
-def _spread(values: Sequence[float], style: str) -> str:
+def _mean_and_std(values: Sequence[float], style: str) -> str:
+  """The mean, and the standard deviation if there are several values."""
   mean = style.format(statistics.mean(values))
   if len(values) < 2:
     return mean
   return f"{mean} ± {statistics.stdev(values):.2g}"
 
 
-def _edge(value: float, line: Line) -> str:
-  """A star where a better value may lie outside of what is searched."""
-  values = line.values()
+def _edge(value: float, searched: SearchRange) -> str:
+  """A star for a value at the edge of its range, where the search ends."""
+  values = searched.values()
   at_edge = len(values) > 1 and value in (values[0], values[-1])
   return "\\*" if at_edge else ""
 
 
 def grid(plan: Plan) -> str:
-  """Every point that was tried, with its validation perplexity."""
+  """The table of all points that were tried, with validation perplexities."""
   rows = [
     [
-      entry.label,
+      variant.label,
       f"{point[0]:g}",
       f"{point[1]:g}",
-      *_scores(plan, entry, point),
+      *_scores(plan, variant, point),
     ]
-    for entry in plan.table.entries
-    for point in plan.tried(entry)
+    for variant in plan.table.variants
+    for point in plan.tried(variant)
   ]
   first = plan.table.seeds[0]
   head = ("", "learning rate", "multiplier", f"seed {first}", "all seeds", "")
-  return f"{_title(plan)}\n\n{_markdown(head, rows)}"
+  return f"{_title(plan)}\n\n{markdown_table(head, rows)}"
 
 
-def _scores(plan: Plan, entry: Entry, point: Point) -> list[str]:
-  """Of the first seed and, where there are others, of all; what it was for."""
-  records_ = [plan.record(entry, point, seed) for seed in plan.table.seeds]
-  found = [
+def _scores(plan: Plan, variant: Variant, point: Point) -> list[str]:
+  """Perplexity of the first seed and of all seeds, and whether it is chosen."""
+  by_seed = [plan.record(variant, point, seed) for seed in plan.table.seeds]
+  values = [
     perplexity(r["validation_loss"]) if r["status"] == "done" else math.inf
-    for r in records_
+    for r in by_seed
     if r
   ]
-  shown = [f"{x:.2f}" if math.isfinite(x) else "diverged" for x in found]
-  several = math.isfinite(sum(found)) and len(found) > 1
-  chosen = "chosen" if plan.complete(entry) else "best so far"
+  first = f"{values[0]:.2f}" if math.isfinite(values[0]) else "diverged"
+  several = math.isfinite(sum(values)) and len(values) > 1
+  label = "chosen" if plan.complete(variant) else "best so far"
   return [
-    shown[0],
-    f"{_spread(found, '{:.2f}')}, {len(found)} seeds" if several else "",
-    chosen if point == plan.chosen(entry) else "",
+    first,
+    f"{_mean_and_std(values, '{:.2f}')}, {len(values)} seeds"
+    if several
+    else "",
+    label if point == plan.chosen(variant) else "",
   ]
 
 
 def origin(plan: Plan) -> str:
-  """Where the numbers of a table come from, and how many are missing."""
-  own = [r for r in plan.found.values() if _belongs(r, plan)]
-  machines_ = sorted({_machine(r) for r in own})
+  """Where the numbers of a table come from, and how many runs are missing."""
+  own = [r for r in plan.records.values() if _belongs(r, plan)]
+  machines = sorted({_machine(r) for r in own})
   steps = sorted({r["steps"] for r in own})
   command = f"python -m train.experiments run {plan.table.name}"
   command += f" --tokens {plan.tokens} --text {plan.text}"
   dates = sorted({r["date"] for r in own})
   commits = collections.Counter(r["versions"].get("commit", "") for r in own)
   return (
-    f"`{command}`: {plan.done()} of about {plan.total} runs are there."
-    f" {plan.tokens:,} tokens and {'/'.join(map(str, steps))} steps a run;"
-    f" seeds {', '.join(map(str, plan.table.seeds))}; {'; '.join(machines_)};"
+    f"`{command}`: {plan.done()} of about {plan.total} runs are done."
+    f" {plan.tokens:,} tokens and {'/'.join(map(str, steps))} steps per run;"
+    f" seeds {', '.join(map(str, plan.table.seeds))}; {'; '.join(machines)};"
     f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))};"
     f" {_commits(commits)}."
     " ± is the standard deviation over seeds; \\* marks a value at the edge of"
@@ -287,26 +263,22 @@ def origin(plan: Plan) -> str:
 
 
 def _commits(counts: Mapping[str, int]) -> str:
-  named = ", ".join(sorted(commit[:7] for commit in counts if commit))
+  named = ", ".join(sorted({commit[:7] for commit in counts if commit}))
   unnamed = counts.get("", 0)
   return " and ".join(
     ([f"commits {named}"] if named else [])
-    + ([f"{unnamed} runs whose commit was not noted"] if unnamed else [])
+    + ([f"{unnamed} runs of unrecorded commits"] if unnamed else [])
   )
 
 
-def _belongs(found: Record, plan: Plan) -> bool:
-  return (found["tokens"], found["text"]) == (plan.tokens, plan.text)
+def _belongs(record: Record, plan: Plan) -> bool:
+  return (record["tokens"], record["text"]) == (plan.tokens, plan.text)
 
 
-def _machine(found: Record) -> str:
-  machine, versions = found["machine"], found["versions"]
+def _machine(record: Record) -> str:
+  machine, versions = record["machine"], record["versions"]
+  cores = machine["cores"]
   return (
-    f"{machine['processor']}, {machine['cores']} cores,"
+    f"{machine['processor']}, {cores} core{'s' * (cores != 1)},"
     f" jax {versions['jax']}, optax {versions['optax']}"
   )
-
-
-def _markdown(head: Sequence[str], rows: list[list[str]]) -> str:
-  lines = [list(head), ["---", *["--:"] * (len(head) - 1)], *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)

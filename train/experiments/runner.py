@@ -11,7 +11,7 @@ from train.common.errors import UserError
 from train.config.schema import DataConfig
 from train.data import corpus
 from train.experiments import results, sweep, tables, texts, training
-from train.experiments.plan import Plan, Record, Run
+from train.experiments.plan import Plan, Record, Run, perplexity
 from train.run import signals
 
 STOPPED = 130
@@ -102,8 +102,8 @@ def _train(
 def _outcome(record: Record) -> str:
   if record["status"] == "diverged":
     return "diverged"
-  perplexity = math.exp(min(record["validation_loss"], 700))
-  return f"perplexity {perplexity:.2f} on the validation text"
+  reached = perplexity(record["validation_loss"])
+  return f"perplexity {reached:.2f} on the validation text"
 
 
 def _clock() -> str:

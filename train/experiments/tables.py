@@ -1,16 +1,16 @@
-"""What is compared: the tables, as plain data.
+"""The tables of the evidence page, as plain data.
 
-A table is a list of entries, each a method with the settings that make it what
-it is. All of a table share model, text, batches and the search for a learning
-rate. Nothing here says how long a run is: that is one number, `--tokens`.
+A table compares variants: methods with the settings that define them. All
+variants of a table share model, text, batches and the search for a learning
+rate. The length of a run is given by `--tokens`.
 """
 
 from typing import NamedTuple
 
 Settings = tuple[str, ...]
 
-# A LLaMA of 3.4M parameters, 2.4M of them in the matrices of its blocks, on
-# top of the preset `sotu_small`.
+# Changes to the preset that make a LLaMA of 3.4M parameters, 2.4M of them in
+# the matrices of its blocks.
 PRESET = "sotu_small"
 MODEL: Settings = (
   "model.d_model=256",
@@ -21,7 +21,7 @@ MODEL: Settings = (
   "optimizer.rank=64",
   "optimizer.scale=1",
 )
-# For `quick`, which shows that the runner works and nothing else.
+# For `quick`, which only shows that the runner works.
 TINY: Settings = (
   "model.vocab_size=512",
   "model.d_model=64",
@@ -37,8 +37,8 @@ TOKENS = 1_000_000
 SEEDS = (0, 1, 2)
 
 
-class Line(NamedTuple):
-  """Numbers that are searched from `start` on, each a factor from the next."""
+class SearchRange(NamedTuple):
+  """Numbers to search, from `start` on, each a factor from the next."""
 
   start: float
   low: float
@@ -46,61 +46,83 @@ class Line(NamedTuple):
   factor: float = 2.0
 
   def values(self) -> list[float]:
-    """All of them, from the lowest."""
-    found = [self.start]
-    while found[0] / self.factor >= self.low:
-      found.insert(0, found[0] / self.factor)
-    while found[-1] * self.factor <= self.high:
-      found.append(found[-1] * self.factor)
-    return found
+    """All numbers of the range in ascending order."""
+    numbers = [self.start]
+    while numbers[0] / self.factor >= self.low:
+      numbers.insert(0, numbers[0] / self.factor)
+    while numbers[-1] * self.factor <= self.high:
+      numbers.append(numbers[-1] * self.factor)
+    return numbers
 
 
-RATES = Line(3.2e-2, 1e-3, 1.28e-1)
-TUNED = 3.2e-2  # what GaLore has come to in `methods`
-MULTIPLIERS = Line(1 / 16, 1 / 1024, 4.0)
-EVERY_STEP = 10**6  # more bases than steps: a gap is one step at least
+RATES = SearchRange(3.2e-2, 1e-3, 1.28e-1)
+TUNED = 3.2e-2  # the rate chosen for GaLore in `methods`
+MULTIPLIERS = SearchRange(1 / 16, 1 / 1024, 4.0)
+EVERY_STEP = 10**6  # more gaps than steps: a gap is at least one step
 
 
-class Entry(NamedTuple):
-  """A row of a table."""
+class Variant(NamedTuple):
+  """A method with its settings: a row of a table.
+
+  Attributes:
+    name: Short name.
+    label: Name in the printed table.
+    optimizer: Optimizer of the preset.
+    settings: Fields of the config that define the variant.
+    gaps: Approximate number of bases that a matrix has in a run; ReLoRA has
+      half as many cycles.
+    at: Learning rate and multiplier, if they are fixed and not searched.
+  """
 
   name: str
   label: str
   optimizer: str
   settings: Settings = ()
-  gaps: int = 10  # bases of a matrix (cycles of ReLoRA: half) in a run, about
-  # Learning rate and multiplier, where they are not searched.
+  gaps: int = 10
   at: tuple[float, float] | None = None
 
 
 class Table(NamedTuple):
-  """Entries that are compared with each other."""
+  """Variants that are compared with each other.
+
+  Attributes:
+    name: Name on the command line, and of the file of records.
+    title: Title of the printed table.
+    groups: The variants, in groups that are finished one after the other.
+    settings: Fields of the config that all variants share.
+    rates: Learning rates to search.
+    multipliers: Multipliers of the matrices' learning rate to search.
+    seeds: Seeds; the search is made on the first one.
+    tokens: Tokens of a run of full size.
+    evaluations: How often a run is evaluated on the validation text.
+    contenders: Most points among which all seeds decide.
+  """
 
   name: str
   title: str
-  groups: tuple[tuple[Entry, ...], ...]  # the more telling comparisons first
+  groups: tuple[tuple[Variant, ...], ...]
   settings: Settings = MODEL
-  rates: Line = RATES
-  multipliers: Line = MULTIPLIERS
+  rates: SearchRange = RATES
+  multipliers: SearchRange = MULTIPLIERS
   seeds: tuple[int, ...] = SEEDS
   tokens: int = TOKENS
-  evaluations: int = 2  # of the validation text in a run
-  near: int = 3  # points at most that all seeds decide between
+  evaluations: int = 2
+  contenders: int = 3
 
   @property
   def is_long(self) -> bool:
-    """Whether how a run went matters, and not only where it ended."""
+    """Whether the table also reports the stability of its runs."""
     return self.evaluations > 2
 
   @property
-  def entries(self) -> tuple[Entry, ...]:
-    """All rows, in the order of their groups."""
-    return tuple(entry for group in self.groups for entry in group)
+  def variants(self) -> tuple[Variant, ...]:
+    """All variants, group by group."""
+    return tuple(variant for group in self.groups for variant in group)
 
 
-BASELINE = Entry("adamw", "AdamW, full rank", "adamw")
-OURS = Entry("galore", "GaLore, our defaults", "galore")
-FAITHFUL = Entry("galore_faithful", "GaLore, as published", "galore_faithful")
+BASELINE = Variant("adamw", "AdamW, full rank", "adamw")
+OURS = Variant("galore", "GaLore, our defaults", "galore")
+FAITHFUL = Variant("galore_faithful", "GaLore, as published", "galore_faithful")
 
 METHODS = Table(
   "methods",
@@ -112,57 +134,59 @@ METHODS = Table(
     ),
     (
       FAITHFUL,
-      # Its published alpha is more than a multiplier: the residual has none.
-      Entry("fira", "Fira", "fira", ("optimizer.scale=0.25",)),
-      Entry("galore_8bit", "8-bit GaLore", "galore_8bit"),
-      Entry("contrib_galore", "optax.contrib.galore", "contrib_galore"),
-      Entry("lora", "LoRA", "lora"),
-      Entry("relora", "ReLoRA, no warm start", "relora"),
-      Entry("low_rank", "Low-Rank", "low_rank"),
+      # Its alpha is not only a multiplier: it does not scale the residual.
+      Variant("fira", "Fira", "fira", ("optimizer.scale=0.25",)),
+      Variant("galore_8bit", "8-bit GaLore", "galore_8bit"),
+      Variant("contrib_galore", "optax.contrib.galore", "contrib_galore"),
+      Variant("lora", "LoRA", "lora"),
+      Variant("relora", "ReLoRA, no warm start", "relora"),
+      Variant("low_rank", "Low-Rank", "low_rank"),
     ),
     (
-      Entry("apollo", "APOLLO", "apollo"),
-      Entry(
+      Variant("apollo", "APOLLO", "apollo"),
+      Variant(
         "apollo_mini", "APOLLO-Mini", "apollo_mini", ("optimizer.scale=128",)
       ),
-      Entry("q_galore", "Q-GaLore, 8-bit weights", "q_galore"),
-      Entry("adamw_8bit", "8-bit AdamW, full rank", "adamw_8bit"),
-      Entry("muon", "Muon, full rank", "muon"),
-      Entry("adafactor", "Adafactor, full rank", "adafactor"),
-      Entry("galore_adafactor", "GaLore around Adafactor", "galore_adafactor"),
-      Entry("sumo", "SUMO: GaLore around an exact Muon", "sumo"),
+      Variant("q_galore", "Q-GaLore, 8-bit weights", "q_galore"),
+      Variant("adamw_8bit", "8-bit AdamW, full rank", "adamw_8bit"),
+      Variant("muon", "Muon, full rank", "muon"),
+      Variant("adafactor", "Adafactor, full rank", "adafactor"),
+      Variant(
+        "galore_adafactor", "GaLore around Adafactor", "galore_adafactor"
+      ),
+      Variant("sumo", "SUMO: GaLore around an exact Muon", "sumo"),
     ),
     (
-      Entry(
+      Variant(
         "ldadam_moments",
-        "GaLore, moments carried over as LDAdam does",
+        "GaLore, moments rotated as in LDAdam",
         "galore",
         ("optimizer.moments=ldadam",),
       ),
-      Entry(
+      Variant(
         "ldadam",
-        "LDAdam: bases anew at every step",
+        "LDAdam: new bases at every step",
         "ldadam",
         ("optimizer.update_proj_gap=1",),
       ),
-      Entry("golore", "GoLore: random bases from half of the run", "golore"),
-      # Its momentum starts from zero with each period.
-      Entry("gum", "GUM: SUMO without bias", "gum", gaps=2),
-      Entry("fira_1", "Fira, alpha 1: all of the gradient", "fira"),
-      Entry("adamw_b2", "AdamW, b2 = 0.95", "adamw", ("optimizer.b2=0.95",)),
+      Variant("golore", "GoLore: random bases from half of the run", "golore"),
+      # Its momentum starts from zero in each period, so that periods are long.
+      Variant("gum", "GUM: SUMO without bias", "gum", gaps=2),
+      Variant("fira_1", "Fira, alpha 1: all of the gradient", "fira"),
+      Variant("adamw_b2", "AdamW, b2 = 0.95", "adamw", ("optimizer.b2=0.95",)),
     ),
   ),
 )
 
 
-def _change(name: str, label: str, *settings: str, gaps: int = 10) -> Entry:
-  """GaLore with our defaults but for these settings."""
-  whole = tuple(f"optimizer.{s}" if "." not in s else s for s in settings)
-  return Entry(name, label, "galore", whole, gaps)
+def _change(name: str, label: str, *settings: str, gaps: int = 10) -> Variant:
+  """GaLore with our defaults, except for these settings."""
+  fields = tuple(f"optimizer.{s}" if "." not in s else s for s in settings)
+  return Variant(name, label, "galore", fields, gaps)
 
 
 RANKS = (1, 4, 16, 64, 128)
-RANK_ENTRIES = tuple(
+RANK_VARIANTS = tuple(
   _change(f"rank_{rank}", f"rank {rank}", f"optimizer.rank={rank}")
   for rank in RANKS
 )
@@ -173,8 +197,8 @@ ABLATIONS = Table(
   (
     (
       OURS,
-      *(e for e in RANK_ENTRIES if e.name != "rank_64"),
-      # A basis of full rank would save nothing: nothing is projected then.
+      *(e for e in RANK_VARIANTS if e.name != "rank_64"),
+      # Stands for full rank, at which a basis would save no memory.
       BASELINE,
       _change("every_step", "a basis at every step", gaps=EVERY_STEP),
       _change("gaps_50", "50 to 60 bases in a run", gaps=50),
@@ -190,7 +214,7 @@ ABLATIONS = Table(
     (
       _change("basis_int8", "bases in 8 bits", "basis_dtype=int8"),
       _change("basis_int4", "bases in 4 bits", "basis_dtype=int4"),
-      Entry("moments_8bit", "moments in 8 bits", "galore_8bit"),
+      Variant("moments_8bit", "moments in 8 bits", "galore_8bit"),
       _change(
         "weights_int8",
         "8-bit weights, stochastic rounding",
@@ -206,13 +230,14 @@ ABLATIONS = Table(
       _change("full", "both sides projected", "proj_type=full"),
     ),
   ),
-  rates=Line(TUNED, TUNED, TUNED),
-  multipliers=Line(1 / 8, 1 / 256, 1.0),
-  near=1,
+  rates=SearchRange(TUNED, TUNED, TUNED),
+  multipliers=SearchRange(1 / 8, 1 / 256, 1.0),
+  contenders=1,
 )
 
-# At the points that `methods` has come to in runs of 256k tokens. AdamW has no
-# gap; told one, its runs are not those of `methods`, which look less often.
+# At the points that were chosen in `methods` with runs of 256k tokens. AdamW
+# has no bases; its 60 gaps only make the keys of its runs differ from those of
+# `methods`, which are evaluated less often.
 LONG = Table(
   "long",
   "Many refreshes",
@@ -220,8 +245,8 @@ LONG = Table(
     (
       BASELINE._replace(gaps=60, at=(6.4e-2, 1 / 64)),
       OURS._replace(label="GaLore, 60 gaps", gaps=60, at=(3.2e-2, 1 / 8)),
-      Entry("galore_10", "GaLore, 10 gaps", "galore", at=(3.2e-2, 1 / 8)),
-      Entry(
+      Variant("galore_10", "GaLore, 10 gaps", "galore", at=(3.2e-2, 1 / 8)),
+      Variant(
         "q_galore",
         "Q-GaLore, 8-bit weights, 60 gaps",
         "q_galore",
@@ -236,11 +261,11 @@ LONG = Table(
 
 QUICK = Table(
   "quick",
-  "A trial of the runner",
+  "Trial of the runner",
   ((BASELINE, OURS),),
   settings=TINY,
-  rates=Line(8e-3, 4e-3, 8e-3),
-  multipliers=Line(0.25, 0.25, 0.25),
+  rates=SearchRange(8e-3, 4e-3, 8e-3),
+  multipliers=SearchRange(0.25, 0.25, 0.25),
   seeds=(0, 1),
   tokens=100_000,
 )

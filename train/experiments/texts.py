@@ -1,8 +1,8 @@
-"""Real text in three parts: trained on, selected on, reported on.
+"""Texts of the experiments, split into training, validation and test parts.
 
-One document in twenty is reported on, one in twenty of the others decides
-about learning rates. The parts have no document in common, so that all runs
-train on the same rows, whichever part they are evaluated on.
+One document in twenty is in the test part, which is only reported on. One in
+twenty of the others is in the validation part, which decides about learning
+rates. No document is in two parts, and all runs train on the same rows.
 """
 
 import hashlib
@@ -33,21 +33,21 @@ class Parts(NamedTuple):
 
 
 def prepare(name: str, cache: pathlib.Path) -> Parts:
-  """Writes the parts of a text, once.
+  """Writes the parts of a text, unless they are there already.
 
   Args:
-    name: one of `TEXTS`, or a file as `data.path` takes it.
-    cache: the folder that keeps them.
+    name: One of `TEXTS`, or a file as for `data.path`.
+    cache: The folder of cached files.
 
   Raises:
-    UserError: the text is not there, or too short.
+    UserError: The text does not exist or is too short.
   """
   documents = _documents(name, cache)
   texts = list(documents["text"])
   digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=6)
   folder = cache / "experiments" / digest.hexdigest()
   parts = Parts(*(folder / f"{part}.jsonl" for part in Parts._fields))
-  # The last one is written last.
+  # The test part is written last: if it is there, all of them are.
   if not parts.test.exists():
     for path, part in zip(parts, _split(documents, name), strict=True):
       lines = (json.dumps({"text": text}) for text in part["text"])
@@ -59,8 +59,8 @@ def _documents(name: str, cache: pathlib.Path) -> datasets.Dataset:
   if name == "reviews":
     splits = packaged_datasets.load("imdb")
     both = [splits["train"], splits["validation"]]
-    whole = datasets.concatenate_datasets(both).select_columns(["text"])
-    return cast(datasets.Dataset, whole)
+    documents = datasets.concatenate_datasets(both).select_columns(["text"])
+    return cast(datasets.Dataset, documents)
   if name not in TEXTS and not pathlib.Path(name).exists():
     raise UserError(
       f"--text {name} is neither a file nor one of {', '.join(TEXTS)}"

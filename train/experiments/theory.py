@@ -1,12 +1,13 @@
-"""The setting in which GaLore's theory says that gradients become low-rank.
+"""The setting in which GaLore's theory proves that gradients become low-rank.
 
 In a reversible network a layer's gradient has the form
 
     G_t = 1/N sum_i (A_i - B_i W_t C_i),  B_i, C_i positive semi-definite,
 
 so that W_{t+1} = W_t + eta G_t makes G_{t+1} = G_t - eta/N sum_i B_i G_t C_i:
-a linear map, S = 1/N sum_i C_i (x) B_i on the stacked columns. What belongs to
-its least eigenvalue outlives the rest. Lemma 3.3 of arXiv 2403.03507 (t0 = 0):
+a linear map, S = 1/N sum_i C_i (x) B_i on the stacked columns. The part in the
+eigenspace of its least eigenvalue decays the slowest. Lemma 3.3 of arXiv
+2403.03507 says (with t0 = 0):
 
     sr(G_t) <= sr(G') + q^(2t) |G_0 - G'|_F^2 / |G'|_2^2,
     q = (1 - eta l2) / (1 - eta l1),
@@ -22,7 +23,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """Constants of the gradient's form."""
+  """The constants A, B_i and C_i of a layer's gradient."""
 
   a: np.ndarray  # (m, n), the mean of the A_i
   b: np.ndarray  # (N, m, m)
@@ -34,7 +35,7 @@ class Layer:
     return self.a - products / len(self.b)
 
   def operator(self) -> np.ndarray:
-    """S, on matrices with their columns stacked: (m n, m n)."""
+    """S, a matrix (m n, m n) that acts on stacked columns."""
     pairs = zip(self.c, self.b, strict=True)
     return np.mean([np.kron(c, b) for c, b in pairs], axis=0)
 
@@ -59,12 +60,14 @@ def stable_rank(g: np.ndarray) -> float:
 def descend(layer: Layer, times: np.ndarray) -> dict[str, list[float]]:
   """Stable rank of the gradient, from zero weights, and the lemma's bound.
 
+  The learning rate is 1 over the largest eigenvalue of S.
+
   Args:
-    layer: its constants.
-    times: numbers of steps, of a learning rate of 1 / the largest eigenvalue.
+    layer: The layer.
+    times: Numbers of steps.
 
   Returns:
-    `stable_rank` and `bound` at each time, `limit`: that of G'.
+    `stable_rank` and `bound` at each time, and `limit`, the stable rank of G'.
   """
   values, vectors = np.linalg.eigh(layer.operator())
   rate = 1 / values[-1]
@@ -76,7 +79,7 @@ def descend(layer: Layer, times: np.ndarray) -> dict[str, list[float]]:
   slowest = matrix(vectors[:, 0] * parts[0])
   limit = stable_rank(slowest)
   rest = np.sum((layer.a - slowest) ** 2) / np.linalg.norm(slowest, 2) ** 2
-  # Divided by the slowest factor, so that no number underflows.
+  # Relative to the slowest decay, so that nothing underflows.
   ratio = decay / decay[0]
   ranks = [stable_rank(matrix(vectors @ (parts * ratio**t))) for t in times]
   bounds = [limit + ratio[1] ** (2 * t) * rest for t in times]

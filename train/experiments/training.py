@@ -1,8 +1,7 @@
-"""One run: the loop of `train.pretrain`, then its score and what it took."""
+"""Makes one run with the loop of `train.pretrain`, and its record."""
 
 import contextlib
 import dataclasses
-import datetime
 import math
 import pathlib
 import shlex
@@ -27,20 +26,24 @@ from train.run import loop, metrics, run_dir
 from train.run.job import Job
 from train.step import setup as setup_lib
 
-POINTS = 500  # of a loss curve that are kept
-ROWS = 256  # of the validation text; of the text reported on all, up to MOST
-MOST = 2048
+POINTS = 500  # most points of a recorded loss curve
+VALIDATION_ROWS = 256  # most rows of the validation text
+TEST_ROWS = 2048  # most rows of the test text
 
 
 class Clock:
-  """Processor seconds of the steps, taken where the loop asks to stop."""
+  """Measures the steps' processor seconds while the loop asks whether to stop.
+
+  Attributes:
+    steps: Processor seconds of each step so far.
+  """
 
   def __init__(self, stopped: Callable[[], bool]):
     self._stopped, self._last = stopped, math.nan
     self.steps: list[float] = []
 
   def __call__(self) -> bool:
-    """Notes the time since the last step; whether a stop was asked for."""
+    """Records the time since the last call; returns whether to stop."""
     now = time.process_time()
     if not math.isnan(self._last):
       self.steps.append(now - self._last)
@@ -49,21 +52,21 @@ class Clock:
 
 
 def settings(run: Run, parts: texts.Parts) -> list[str]:
-  """What `--set` is given."""
-  shape = schema.override(
-    presets.make(tables.PRESET, run.entry.optimizer), list(run.settings)
+  """The run as settings of `train.pretrain --set`."""
+  data = schema.override(
+    presets.make(tables.PRESET, run.variant.optimizer), list(run.settings)
   ).data
-  steps = max(1, round(run.tokens / (shape.batch * shape.length)))
-  gap = max(1, steps // run.entry.gaps)
-  if run.entry.gaps < 10:  # a last basis for a few steps would be one more
-    gap = -(-steps // run.entry.gaps)
-  cycle = -(-2 * steps // run.entry.gaps)  # the last is as long as the others
+  steps = max(1, round(run.tokens / (data.batch * data.length)))
+  gap = max(1, steps // run.variant.gaps)
+  if run.variant.gaps < 10:  # rounded up, to have no extra basis at the end
+    gap = -(-steps // run.variant.gaps)
+  cycle = -(-2 * steps // run.variant.gaps)  # rounded up, as no cycle is cut
   every = -(-steps // run.evaluations)
   return [
     *run.settings,
     f"data.path={parts.train}",
     f"data.validation={parts.validation}",
-    f"data.eval_rows={ROWS}",
+    f"data.eval_rows={VALIDATION_ROWS}",
     f"train.steps={steps}",
     f"train.seed={run.seed}",
     f"optimizer.learning_rate={run.rate:g}",
@@ -77,25 +80,25 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
     "run.keep=1",
     "run.keep_best=0",
     "run.watch=none",
-    *run.entry.settings,
+    *run.variant.settings,
   ]
 
 
 def config_of(run: Run, parts: texts.Parts) -> schema.Config:
-  """The run as the training script's config."""
-  start = presets.make(tables.PRESET, run.entry.optimizer)
+  """The run as a config of `train.pretrain`."""
+  start = presets.make(tables.PRESET, run.variant.optimizer)
   return schema.override(start, settings(run, parts))
 
 
 def command(run: Run, parts: texts.Parts) -> str:
-  """The same training by hand."""
-  words = ["--preset", tables.PRESET, "--optimizer", run.entry.optimizer]
+  """The command that trains the same with `train.pretrain`."""
+  arguments = ["--preset", tables.PRESET, "--optimizer", run.variant.optimizer]
   for setting in settings(run, parts):
     name, _, value = setting.partition("=")
     local = name in ("data.path", "data.validation")
     value = pathlib.Path(value).name if local else value
-    words += ["--set", f"{name}={value}"]
-  return f"python -m train.pretrain {shlex.join(words)}"
+    arguments += ["--set", f"{name}={value}"]
+  return f"python -m train.pretrain {shlex.join(arguments)}"
 
 
 def train(
@@ -104,41 +107,40 @@ def train(
   work: pathlib.Path,
   stopped: Callable[[], bool],
 ) -> Record | None:
-  """Trains, or goes on with what a stop has left.
+  """Trains a run, or resumes one that was stopped.
 
   Args:
-    run: what to train.
-    parts: files of the text.
-    work: folder for checkpoints; what it prints goes to `log.txt` there.
-    stopped: asked once a step whether to stop.
+    run: The run.
+    parts: Files of the text.
+    work: Folder of the runs under way; this one gets a folder of its own there,
+      with its checkpoints and its printed output in `log.txt`.
+    stopped: Called once per step; whether to stop.
 
   Returns:
-    The record of the finished or diverged run, None of one that was stopped.
+    The record of the finished or diverged run, None if it was stopped.
   """
   config = config_of(run, parts)
   out = work / run.key
   try:
     run_dir.check_folder(out, config, overwrite=False)
     run_dir.write_config(out, config, overwrite=False)
-  except UserError:  # what is left there is of no use
+  except UserError:  # the folder holds another run, or is damaged
     run_dir.write_config(out, config, overwrite=True)
   corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
   mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
-  with aside(out / "log.txt"), jax.set_mesh(mesh):
+  with _output_to(out / "log.txt"), jax.set_mesh(mesh):
     job, state = _prepare(config, out, corpus, mesh)
-    try:
-      found = _finish(config, job, state, parts, stopped)
-    finally:
-      job.close()
+    with contextlib.closing(job):
+      outcome = _finish(config, job, state, parts, stopped)
   jax.clear_caches()
-  if found is None:
+  if outcome is None:
     return None
-  return _heading(run, config, parts) | found
+  return _identity(run, config, parts) | outcome
 
 
 @contextlib.contextmanager
-def aside(path: pathlib.Path) -> Iterator[None]:
-  """Lets a run print into a file."""
+def _output_to(path: pathlib.Path) -> Iterator[None]:
+  """Redirects printed output and errors to a file."""
   with (
     path.open("a", encoding="utf-8") as log,
     contextlib.redirect_stdout(log),
@@ -153,7 +155,7 @@ def _prepare(
   corpus: corpus_lib.Corpus,
   mesh: jax.sharding.Mesh,
 ) -> tuple[Job, Any]:
-  """The run's parts; anew if what a kill has left cannot be read."""
+  """Prepares the job; starts over if its checkpoints cannot be read."""
   setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
   try:
     return job_lib.prepare(config, out, corpus, setup)
@@ -171,6 +173,7 @@ def _finish(
   parts: texts.Parts,
   stopped: Callable[[], bool],
 ) -> Record | None:
+  """Trains to the end; the outcome for the record, None if it was stopped."""
   clock, sizes = Clock(stopped), _sizes(state)
   try:
     outcome = loop.train(job, state, clock)
@@ -184,19 +187,18 @@ def _finish(
     (r["step"], r["held_out_loss"]) for r in history if "held_out_loss" in r
   ]
   test_loss = _test_loss(config, job, outcome.state, parts)
-  # What is not finite is left out of the log.
+  # The log leaves out numbers that are not finite.
   if scores[-1][0] != config.train.steps or not math.isfinite(test_loss):
-    return {"status": "diverged", "why": "no finite loss at the end"} | {
-      "bytes": sizes
-    }
+    why = "no finite loss at the end"
+    return {"status": "diverged", "why": why, "bytes": sizes}
   return {
     "status": "done",
     "validation_loss": scores[-1][1],
     "test_loss": test_loss,
     "bytes": sizes,
     **_times(clock.steps, history),
-    "curve": _thinned(losses),
-    **stability.look(losses, outcome.state.opt_state),
+    "curve": _averaged(losses),
+    **stability.summarize(losses, outcome.state.opt_state),
     "validation_curve": [[s, round(loss, 5)] for s, loss in scores],
     "skipped": int(outcome.state.skipped),
   }
@@ -210,23 +212,23 @@ def _sizes(state: Any) -> dict[str, int]:
 
 
 def _times(cpu: list[float], history: list[Record]) -> dict[str, float]:
-  """Medians over the steps, the first few left out."""
+  """Medians over the steps, without the first few."""
   cpu = cpu[2:] or cpu
   rates = [r["tokens_per_second"] for r in history if "tokens_per_second" in r]
-  found = {}
+  times = {}
   if cpu:
-    found["cpu_seconds_a_step"] = round(statistics.median(cpu), 4)
+    times["cpu_seconds_a_step"] = round(statistics.median(cpu), 4)
   if rates:
-    found["tokens_per_second"] = round(statistics.median(rates), 1)
-  return found
+    times["tokens_per_second"] = round(statistics.median(rates), 1)
+  return times
 
 
 def _test_loss(
   config: schema.Config, job: Job, state: Any, parts: texts.Parts
 ) -> float:
-  """The loss on the text that nothing is selected by."""
+  """The loss on the test text, by which nothing is selected."""
   data = dataclasses.replace(
-    config.data, validation=str(parts.test), eval_rows=MOST
+    config.data, validation=str(parts.test), eval_rows=TEST_ROWS
   )
   corpus = corpus_lib.prepare(data, config.model.vocab_size)
   sums = [
@@ -237,27 +239,24 @@ def _test_loss(
   return float(totals.sum() / counts.sum())
 
 
-def _thinned(points: list[tuple[int, float]]) -> list[list[float]]:
-  """Means over stretches of a curve: step and loss."""
+def _averaged(points: list[tuple[int, float]]) -> list[list[float]]:
+  """A curve of `POINTS` points: last step and mean loss of each stretch."""
   stretches = np.array_split(np.array(points), min(POINTS, len(points)))
   return [
     [int(part[-1, 0]), round(float(part[:, 1].mean()), 4)] for part in stretches
   ]
 
 
-def _heading(run: Run, config: schema.Config, parts: texts.Parts) -> Record:
-  """What was run, where and when."""
+def _identity(run: Run, config: schema.Config, parts: texts.Parts) -> Record:
+  """What was run, when and where."""
   return {
     "key": run.key,
-    "entry": run.entry.name,
+    "entry": run.variant.name,
     "learning_rate": run.rate,
     "multiplier": run.multiplier,
     "seed": run.seed,
     "tokens": run.tokens,
     "steps": config.train.steps,
     "text": run.text,
-    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "machine": machine.machine(),
-    "versions": machine.versions(),
-    "command": command(run, parts),
+    **machine.provenance(command(run, parts)),
   }

@@ -1,1 +1,1 @@
-"""Clocks, machine descriptions and figures for bench and experiments."""
+"""Timing, machine descriptions, figures and pages of bench and experiments."""

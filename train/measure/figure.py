@@ -1,4 +1,4 @@
-"""Figures of the benchmarks."""
+"""Figures that are written to PNG files without a display."""
 
 import contextlib
 import pathlib
@@ -14,21 +14,23 @@ def axes(
   count: int = 1,
   width: float = 4.2,
   height: float = 3.1,
-) -> Iterator:
-  """Axes side by side, or in rows of two; written to a file at the end.
+) -> Iterator[list[Any]]:
+  """Makes axes to draw on, and writes the figure when the block ends.
+
+  Up to three axes stand side by side, more of them in rows of two.
 
   Args:
-    path: the PNG.
-    count: number of axes.
-    width: of one of them, inches.
-    height: likewise.
+    path: The PNG to write.
+    count: Number of axes.
+    width: Width of one of them in inches.
+    height: Height of one of them in inches.
 
   Yields:
-    A list of the axes.
+    The axes.
   """
   import matplotlib
 
-  matplotlib.use("Agg")  # no display needed, and none touched
+  matplotlib.use("Agg")  # needs no display
   from matplotlib import pyplot as plt
 
   columns = count if count <= 3 else 2
