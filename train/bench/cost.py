@@ -298,8 +298,8 @@ def _sentences(results: dict[str, Any]) -> list[str]:
     lines.append(
       f"A training step of {x['preset']} ({x['tokens']:,} tokens, rank"
       f" {x['rank']}, T = {x['gap']}, {x['steps']} steps of each, alternating)"
-      f" takes GaLore {ratio:.3f} of AdamW's time in the mean, and"
-      f" {median:.3f} in the median."
+      f" takes {ratio:.3f} times as long with GaLore as with AdamW in the mean,"
+      f" and {median:.3f} times in the median."
     )
   return lines
 
