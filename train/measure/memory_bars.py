@@ -1,0 +1,237 @@
+"""Draws what fills a device's memory, one bar a method.
+
+    python -m train.measure.memory_bars docs/results/memory/llama_7b.json \
+      --out docs/results/memory/llama_7b.png
+
+The JSON file lists the bars. Each has a label, the flags of `train.memory`
+that describe its training step, and the figures which that command reported.
+`--measure gpu` and `--measure tpu` run the commands of the bars with such a
+target again and replace their figures. This needs the compiler of the target,
+which is in the extra `gpu-aot` or `tpu-aot`.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+from train.common.errors import UserError
+
+GIB = 2**30
+# Component of `train.memory --json` to its label and colour.
+COMPONENTS = {
+  "weights": ("weights", "#4c72b0"),
+  "gradients": ("gradients", "#dd8452"),
+  "moments": ("moments", "#55a868"),
+  "bases": ("bases", "#8172b3"),
+  "activations": ("activations, temporaries", "#b8b8b8"),
+}
+
+
+def main(words: list[str] | None = None) -> int:
+  """The command: 0 drawn, 2 wrong input."""
+  flags = parse(words)
+  try:
+    content = read(flags.source)
+    if flags.measure:
+      measure(content, flags.measure, flags.python)
+      text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+      flags.source.write_text(text, encoding="utf-8")
+    if flags.out:
+      draw(content, flags.out)
+    print(table(content))
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m train.measure.memory_bars",
+    description="Draws the memory of training steps by component.",
+  )
+  add = parser.add_argument
+  add("source", type=pathlib.Path, metavar="JSON", help="the bars")
+  add("--out", type=pathlib.Path, metavar="PNG", help="where to draw them")
+  add(
+    "--measure",
+    choices=("gpu", "tpu"),
+    help="compile the training steps of bars with such a target again, and"
+    " update the JSON file",
+  )
+  add(
+    "--python",
+    default=sys.executable,
+    metavar="FILE",
+    help="interpreter with the target's compiler; default: this one",
+  )
+  return parser.parse_args(words)
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a file of bars.
+
+  Raises:
+    UserError: The file is missing, is not JSON, or has no bars.
+  """
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read: {error}") from None
+  if not isinstance(content, dict) or not content.get("bars"):
+    raise UserError(f"{path} has no list `bars`")
+  return content
+
+
+def command(bar: dict[str, Any], python: str = "python") -> list[str]:
+  """The command that compiles the training step of a bar."""
+  return [python, "-m", "train.memory", *shlex.split(bar["flags"]), "--json"]
+
+
+def measure(content: dict[str, Any], platform: str, python: str) -> None:
+  """Compiles the training step of bars again and keeps the figures.
+
+  Args:
+    content: A file's content, updated in place.
+    platform: `gpu` or `tpu`; bars with another target stay as they are.
+    python: Interpreter of an environment with the target's compiler.
+
+  Raises:
+    UserError: A command failed.
+  """
+  for bar in content["bars"]:
+    if f"--target {platform}:" not in bar["flags"]:
+      continue
+    print("+", shlex.join(command(bar)), file=sys.stderr)
+    done = subprocess.run(
+      command(bar, python), capture_output=True, text=True, check=False
+    )
+    # 1 means that the program does not fit, which is a figure, too.
+    if done.returncode not in (0, 1) or not done.stdout:
+      raise UserError(f"{shlex.join(command(bar))} failed:\n{done.stderr}")
+    bar["figures"] = json.loads(done.stdout.splitlines()[-1])
+    bar["versions"] = _versions(python)
+    bar["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def _versions(python: str) -> dict[str, str]:
+  """Versions of the packages that decide the figures, in an environment."""
+  code = (
+    "import json; from train.measure import machine;"
+    " print(json.dumps(machine.versions()))"
+  )
+  done = subprocess.run(
+    [python, "-c", code], capture_output=True, text=True, check=True
+  )
+  return json.loads(done.stdout)
+
+
+def gib(bar: dict[str, Any]) -> dict[str, float]:
+  """Component to GiB, and `peak`.
+
+  A compiler that refuses a program for its size does not report temporaries.
+  They are 0 here, and `peak` is what the compiler says that it needs at least.
+
+  Raises:
+    UserError: The bar was not measured.
+  """
+  if "figures" not in bar:
+    raise UserError(f"{bar['label']!r} has no figures; run --measure")
+  sizes = bar["figures"]["components"]
+  return {name: (sizes[name] or 0) / GIB for name in COMPONENTS} | {
+    "peak": bar["figures"]["peak_bytes"] / GIB
+  }
+
+
+def peak_text(bar: dict[str, Any]) -> str:
+  """The peak in words; `> ` in front of that of a refused program."""
+  refused = bar["figures"]["components"]["activations"] is None
+  return f"{'> ' * refused}{gib(bar)['peak']:.1f} GiB"
+
+
+def table(content: dict[str, Any]) -> str:
+  """The figures in GiB, a line a bar."""
+  width = max(len(bar["label"]) for bar in content["bars"])
+  lines = [
+    f"{'GiB':<{width}}" + "".join(f"{x:>12}" for x in [*COMPONENTS, "peak"])
+  ]
+  for bar in content["bars"]:
+    sizes = gib(bar)
+    cells = "".join(f"{sizes[x]:>12.2f}" for x in COMPONENTS)
+    lines.append(f"{bar['label']:<{width}}{cells}{peak_text(bar):>12}")
+  return "\n".join(lines)
+
+
+def draw(content: dict[str, Any], path: pathlib.Path) -> None:
+  """Draws one stacked horizontal bar a method, the first at the top."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  bars = content["bars"]
+  sizes = [gib(bar) for bar in bars]
+  figure, axis = plt.subplots(
+    figsize=(9, 1.5 + 0.62 * len(bars)), layout="constrained"
+  )
+  labels = [bar["label"] for bar in bars]
+  left = [0.0] * len(bars)
+  for name, (label, color) in COMPONENTS.items():
+    widths = [x[name] for x in sizes]
+    axis.barh(labels, widths, left=left, label=label, color=color, height=0.62)
+    for index, (start, width) in enumerate(zip(left, widths, strict=True)):
+      if width > 0.04 * max(x["peak"] for x in sizes):
+        axis.text(
+          start + width / 2,
+          index,
+          f"{width:.1f}",
+          ha="center",
+          va="center",
+          color="white",
+          fontsize=9,
+        )
+    left = [a + b for a, b in zip(left, widths, strict=True)]
+  for limit in content.get("limits", ()):
+    axis.axvline(limit["gib"], color="0.25", ls="--", lw=1, zorder=0)
+    axis.text(
+      limit["gib"] + 0.3,
+      len(bars) - 0.45,
+      limit["label"],
+      fontsize=9,
+      color="0.25",
+      va="bottom",
+    )
+  for index, (end, bar) in enumerate(zip(left, bars, strict=True)):
+    axis.text(
+      end + 0.3,
+      index,
+      peak_text(bar),
+      va="center",
+      weight="bold",
+      bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
+    )
+  axis.set_xlim(right=1.14 * max(left))
+  axis.invert_yaxis()
+  axis.set_xlabel(content["caption"], fontsize=9)
+  axis.set_title(content["title"], fontsize=11, loc="left")
+  figure.legend(
+    *axis.get_legend_handles_labels(),
+    frameon=False,
+    ncols=len(COMPONENTS),
+    fontsize=9,
+    loc="outside lower left",
+  )
+  axis.spines[["top", "right"]].set_visible(False)
+  axis.tick_params(axis="y", length=0)
+  figure.savefig(path, dpi=140)
+  plt.close(figure)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
