@@ -3,12 +3,13 @@
 Marks of a block, in a comment on the line above it:
 
 - `runnable`: a block of Python, run by itself.
-- `runnable-shell`: commands. Those of a page run in order in one temporary
-  folder, with the settings of `TINY`.
-- `runnable: NAME`: a block of Python that needs the package NAME, run in the
-  folder of the page's commands, where it stands among them.
+- `runnable in order`: Python or shell commands. The blocks of a page run one
+  after the other in one temporary folder, with the settings of `TINY`.
+- `runnable in order: NAME`: the same, but left out if the package NAME is
+  missing.
 """
 
+import ast
 import importlib.util
 import itertools
 import os
@@ -25,7 +26,7 @@ import galore_optax
 
 ROOT = pathlib.Path(__file__).parents[1]
 MARK = re.compile(
-  r"^<!-- runnable(?P<shell>-shell)?(?:: (?P<needs>\w+))? -->\n"
+  r"^<!-- runnable(?P<ordered> in order)?(?:: (?P<needs>\w+))? -->\n"
   r"```(?P<language>\w+)\n(?P<code>.*?)^```",
   re.S | re.M,
 )
@@ -41,9 +42,7 @@ MARKED = {
 BLOCKS = {
   f"{NAMES[page]}:{i}": code
   for page, marked in MARKED.items()
-  for i, code in enumerate(
-    x["code"] for x in marked if not (x["shell"] or x["needs"])
-  )
+  for i, code in enumerate(x["code"] for x in marked if not x["ordered"])
 }
 TRAINING = (
   "docs/how-to/save-memory.md:0",
@@ -51,14 +50,14 @@ TRAINING = (
 )
 # Pages with commands; the blocks of a page share a folder.
 WALKS = [
-  page for page, marked in MARKED.items() if any(x["shell"] for x in marked)
+  page for page, marked in MARKED.items() if any(x["ordered"] for x in marked)
 ]
 # What is added to a command of a page, so that it takes seconds.
 TINY = {
   "train.pretrain": "--set model.d_model=32 --set model.d_ff=48"
   " --set model.n_layers=1 --set model.n_heads=2 --set model.vocab_size=300"
   " --set optimizer.rank=8 --set data.path=tiny.txt --set data.length=32"
-  " --set train.steps=4 --set run.watch=none",
+  " --set train.steps=4 --set run.watch=none --set run.sample_tokens=0",
   "train.finetune": "--set task.epochs=1",
 }
 
@@ -116,13 +115,13 @@ def test_commands_run_in_the_order_of_the_page(page, tmp_path):
   }
   skipped = []
   for block in MARKED[page]:
-    if not (block["shell"] or block["needs"]):
+    if not block["ordered"]:
       continue
     if block["needs"] and importlib.util.find_spec(block["needs"]) is None:
       skipped.append(block["needs"])
       continue
     words = ("bash", "-euo", "pipefail", "-c", block["code"])
-    if block["needs"]:
+    if block["language"] == "python":
       words = (sys.executable, "-c", block["code"])
     done = subprocess.run(
       words, cwd=work, env=environment, capture_output=True, text=True
@@ -201,6 +200,52 @@ def test_the_site_lists_every_page():
   assert sorted(listed) == sorted(pages)
 
 
+def units(package):
+  """Rows of the table of docs/index.md that tells where things are."""
+  text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+  table = text.partition(f"| in `{package}/` |")[2].partition("\n\n")[0]
+  rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+  return [
+    [name.removesuffix("/").removesuffix(".py") for name in names]
+    for names in (re.findall(r"`([^`]+)`", row) for row in rows)
+  ]
+
+
+def imported(package, unit):
+  """Files and folders of a package that one of them imports."""
+  root = ROOT / package
+  files = [root / f"{unit}.py", *(root / unit).rglob("*.py")]
+  for file in filter(pathlib.Path.is_file, files):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.ImportFrom) and node.module == package:
+        yield from (alias.name for alias in node.names)
+      elif isinstance(node, ast.ImportFrom) and node.module:
+        first, _, rest = node.module.partition(".")
+        if first == package:
+          yield rest.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", ["galore_optax", "train"])
+def test_imports_go_up_the_table_of_the_index(package):
+  rows = units(package)
+  listed = list(itertools.chain.from_iterable(rows))
+  present = {
+    path.stem
+    for path in (ROOT / package).iterdir()
+    if (path / "__init__.py").is_file()
+    or (package == "galore_optax" and path.suffix == ".py")
+  }
+  assert sorted(listed) == sorted(present - {"__init__"}), (
+    "docs/index.md lists other files and folders than there are"
+  )
+  for i, unit in enumerate(listed):
+    below = set(imported(package, unit)) & set(listed[i + 1 :])
+    assert not below, (
+      f"{package}: {unit} imports {sorted(below)}, which docs/index.md lists"
+      " below it"
+    )
+
+
 @pytest.mark.skipif(
   importlib.util.find_spec("mkdocstrings") is None,
   reason="the site needs the extra `docs`",
@@ -217,3 +262,22 @@ def test_the_site_builds(tmp_path):
   assert 'id="galore_optax.galore"' in page and "<math" in page
   for left in (":func:", ":class:", ":math:", ".. math::", "arithmatex"):
     assert left not in page
+
+
+def test_results_of_the_readme_are_those_of_the_evidence():
+  pattern = re.compile(r"^\| (.+?) \| ([\d.]+) ± ([\d.]+) \|(.*)\|$", re.M)
+  evidence = (ROOT / "docs/results/evidence.md").read_text(encoding="utf-8")
+  methods = evidence.partition("<!-- methods: begin -->")[2]
+  methods = methods.partition("<!-- methods: end -->")[0]
+  found = {
+    name: (float(mean), float(std), float(rest.split("|")[3]))
+    for name, mean, std, rest in pattern.findall(methods)
+  }
+  readme = (ROOT / "README.md").read_text(encoding="utf-8")
+  rows = pattern.findall(readme.partition("<!-- evidence -->")[2])
+  assert len(rows) == 5
+  for name, mean, std, state in rows:
+    expected = found[name]
+    assert abs(float(mean) - expected[0]) <= 0.051
+    assert abs(float(std) - expected[1]) <= 0.051
+    assert abs(float(state) - expected[2]) <= 0.051

@@ -5,18 +5,24 @@ Docstrings are written as Optax writes them: Google style, with roles such as
 mkdocstrings renders Markdown.
 """
 
+import logging
 import re
 import textwrap
 
 import griffe
 
 PACKAGE = "galore_optax"
+# Warnings of this logger fail `mkdocs build --strict`.
+LOG = logging.getLogger("mkdocs.plugins.docstrings")
 EXAMPLE = re.compile(r"^Example:$", re.M)  # griffe knows the plural only
 MATH = re.compile(r":math:`([^`]+)`")
+REFERENCES = re.compile(r"^References:\n((?:\n| +\S.*(?:\n|$))+)", re.M)
 BLOCK = re.compile(
   r"^(?P<indent> *)\.\. math::\n(?P<body>(?:\s*\n|(?P=indent) +\S.*\n?)+)", re.M
 )
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|obj):`~?([\w.]+)`")
+# What a public name looks like: one level below a namespace.
+PUBLIC = re.compile(rf"{PACKAGE}\.(baselines\.)?[^.]+")
 LINK = re.compile(r"`([^`<]+?)\s*<(https?://[^>`]+)>`__?")
 
 
@@ -74,6 +80,9 @@ def to_markdown(text: str, item: griffe.Object, public: dict[str, str]) -> str:
     public: See `public_paths`.
   """
   text = EXAMPLE.sub("Examples:", text)
+  text = REFERENCES.sub(
+    lambda match: f"**References:** {textwrap.dedent(match[1])}", text
+  )
   text = BLOCK.sub(_display, text + "\n").rstrip("\n")
   text = MATH.sub(lambda match: rf"\({match[1]}\)", text)
   text = LINK.sub(
@@ -98,6 +107,8 @@ def _reference(target: str, item: griffe.Object, public: dict[str, str]) -> str:
     for known in (public.get(path), path if path in public.values() else None):
       if known:
         return f"[`{target.removeprefix(PACKAGE + '.')}`][{known}]"
+  if PUBLIC.fullmatch(target):
+    LOG.warning("%s refers to %s, which is not public", item.path, target)
   return f"`{target}`"
 
 
