@@ -48,6 +48,7 @@ from galore_optax.quantized_params import (
   quantize_params,
 )
 from galore_optax.subspace.adaptive import Adaptive
+from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree.plan import Projection
 from galore_optax.tree.sharding import quantized_shardings, state_shardings
 
@@ -64,6 +65,7 @@ __all__ = [
   "LayerwiseState",
   "Projection",
   "QArray",
+  "Refresh",
   "ScaleByAdam8bitState",
   "adamw_8bit",
   "apollo_adamw",
@@ -104,7 +106,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-  """Names where a baseline is found now that was found here before."""
+  """Raises with the new name of what was found here in version 0.1."""
   if name in baselines.__all__:
     raise AttributeError(
       f"galore_optax.{name} has moved: use galore_optax.baselines.{name}."

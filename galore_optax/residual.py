@@ -1,9 +1,10 @@
-r"""What the subspace leaves out of an update, and how it is put back.
+r"""Fira and APOLLO: updates with the part of the gradient outside the subspace.
 
-GaLore drops the part of a gradient that its basis does not span. Fira adds that
-part, and APOLLO takes the whole gradient, each scaled column by column to the
-size that the inner optimizer gives to the projected gradient. One number a
-matrix is kept for it: the norm that this update had, which may grow slowly.
+GaLore drops the part of a gradient that its basis does not span, the residual.
+Fira adds it to the update; APOLLO updates with the whole gradient. Both scale
+it column by column to the size that the inner optimizer gives to the projected
+gradient, and limit how fast its norm grows. The state holds that norm: one
+number for each matrix.
 """
 
 import dataclasses
@@ -17,28 +18,30 @@ import optax
 from galore_optax import checks
 from galore_optax.inner import gain as gain_lib
 from galore_optax.subspace import projection
+from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import plan, sharding
 
 METHODS = ("fira", "apollo", "apollo_mini")
 
-# Largest growth of a residual's norm from one step to the next, and the number
-# that keeps quotients finite, as in the code of both papers.
+# Largest growth of a residual's norm from one step to the next, and the term
+# that keeps quotients finite. Both are those of the papers' code.
 _GROWTH = 1.01
 _EPS = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """What is known of one leaf when its update is put together.
+  """The arrays that one leaf's update is computed from.
 
   Attributes:
     site: The leaf's plan.
     grad: Gradients (..., m, n).
     low: Projected gradients R, as the inner optimizer saw them.
     new: The inner optimizer's updates of them.
-    gain: Their last factor, see :mod:`galore_optax.inner.gain`; None for 1.
+    gain: The last factor of `new`, see :mod:`galore_optax.inner.gain`; None
+      for 1.
     bases: The leaf's bases.
-    norm: Norm of each residual before, 0 where there was none.
+    norm: Norm of each residual at the last step, 0 before the first.
   """
 
   site: plan.Site
@@ -51,55 +54,48 @@ class Step:
 
 
 def check(
-  method: str | None, how: Any, accumulation_steps: int, params_mode: str
+  method: str | None,
+  refresh: Refresh,
+  accumulation_steps: int,
+  params_mode: str,
 ) -> None:
-  """Raises unless a recovery goes with the other arguments.
+  """Raises unless `residual` goes with the other arguments of `galore`.
 
   Args:
     method: One of `METHODS`, or None.
-    how: The refresh's :class:`galore_optax.subspace.refresh.Refresh`.
+    refresh: When and how bases are recomputed.
     accumulation_steps: As for :func:`galore_optax.galore`.
-    params_mode: Likewise.
+    params_mode: As for :func:`galore_optax.galore`.
   """
-  checks.check_choice("recovery", method, METHODS)
-  if how.method == "random":
-    _check_random(method, how, params_mode)
+  checks.check_choice("residual", method, METHODS)
+  if refresh.finder == "random":
+    _check_random(method, params_mode)
   if method is not None and accumulation_steps > 1:
     raise ValueError(
-      f"`recovery={method!r}` needs the whole gradient of a step, of which "
+      f"`residual={method!r}` needs the whole gradient of a step, of which "
       f"accumulation_steps={accumulation_steps} keeps only the projection. "
       "Accumulate at full size, with `optax.MultiSteps` around the optimizer."
     )
 
 
-def check_basis(how: Any, basis_dtype: Any) -> None:
-  """Raises where a format is asked for of a basis that is not kept."""
-  if how.method == "random" and basis_dtype != "float32":
+def check_basis(refresh: Refresh, basis_dtype: str) -> None:
+  """Raises if a basis is given a dtype although none is stored."""
+  if refresh.finder == "random" and basis_dtype != "float32":
     raise ValueError(
-      'projector="random" keeps no basis, of which basis_dtype='
-      f"{basis_dtype!r} could be the format. Leave one of the two out."
+      'finder="random" stores no basis, so that '
+      f"basis_dtype={basis_dtype!r} has no effect. Leave one of the two out."
     )
 
 
-def _check_random(method: str | None, how: Any, params_mode: str) -> None:
+def _check_random(method: str | None, params_mode: str) -> None:
   if method not in ("apollo", "apollo_mini"):
     raise ValueError(
-      'projector="random" only measures gradients, for recovery="apollo" or '
-      f'"apollo_mini", got recovery={method!r}. Updates would be random too.'
-    )
-  if how.policy == "adaptive":
-    raise ValueError(
-      'projector="random" has no subspace that could settle, got '
-      'refresh="adaptive". Leave one of the two out.'
-    )
-  if how.moments in ("reset", "ldadam"):
-    raise ValueError(
-      'projector="random" keeps the moments when it is drawn anew, got '
-      f'moments="{how.moments}". Leave one of the two out.'
+      'finder="random" only measures gradients, for residual="apollo" or '
+      f'"apollo_mini", got residual={method!r}. Updates would be random too.'
     )
   if params_mode == "project":
     raise ValueError(
-      'projector="random" does not project weights, got params_mode="project". '
+      'finder="random" does not project weights, got params_mode="project". '
       "Leave one of the two out."
     )
 
@@ -112,15 +108,15 @@ def start(
   low: Any,
   inner_state: Any,
 ) -> dict[str, jax.Array]:
-  """Norms before the first step, zero.
+  """The norms that the state holds before the first step: zero.
 
   Args:
     method: One of `METHODS`.
     inner: The inner optimizer.
     sites: Path to site.
-    leaves: Path to parameter; norms are placed on its mesh.
-    low: What the inner optimizer was initialised with.
-    inner_state: Its state.
+    leaves: Path to parameter; norms are put on its mesh.
+    low: The tree that the inner optimizer was initialised with.
+    inner_state: The inner optimizer's state.
 
   Returns:
     Path to float32 of the shape of the axes that stack matrices.
@@ -147,17 +143,17 @@ def _check_sides(method: str, sites: Mapping[str, plan.Site]) -> None:
   for path, site in sites.items():
     if method == "apollo" and len(site.sides) > 1:
       raise ValueError(
-        "`recovery='apollo'` scales the columns along one side, but the leaf "
+        "`residual='apollo'` scales the columns along one side, but the leaf "
         f'{path!r} is projected on both. Use proj_type="std", or '
-        "recovery='apollo_mini', which has one scale a matrix."
+        "residual='apollo_mini', which has one scale for each matrix."
       )
 
 
 def _check_inner(inner_state: Any) -> None:
-  waits = lambda x: isinstance(x, optax.MultiStepsState | optax.ApplyEvery)
-  if any(map(waits, jax.tree.leaves(inner_state, is_leaf=waits))):
+  sums = lambda x: isinstance(x, optax.MultiStepsState | optax.ApplyEvery)
+  if any(map(sums, jax.tree.leaves(inner_state, is_leaf=sums))):
     raise ValueError(
-      "`recovery` needs the whole gradient of a step, which an `inner` with "
+      "`residual` needs the whole gradient of a step, which an `inner` with "
       "`optax.MultiSteps` or `optax.apply_every` does not see. Put "
       "`optax.MultiSteps` around the whole optimizer."
     )
@@ -171,10 +167,10 @@ def gains(
   sites: Mapping[str, plan.Site],
   extra_args: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """The gain of each projected leaf, by `gain.of_updates`.
+  """The gain of each projected leaf, see `gain.find_gains`.
 
   Raises:
-    ValueError: If there may be one that cannot be told.
+    ValueError: If a gain cannot be read off the inner optimizer.
   """
   try:
     return gain_lib.find_gains(inner, updates, state, params, sites, extra_args)
@@ -183,10 +179,10 @@ def gains(
 
 
 _HIDDEN = """\
-`recovery` needs the update of the leaf {!r} without its learning rate and sign,
-and `inner` does more after them than multiply. Put that behind GaLore, e.g.
+`residual` needs the update of the leaf {!r} without its learning rate and sign,
+and `inner` does more than multiply after them. Put those parts behind GaLore:
   optax.chain(
-    galore(optax.scale_by_adam(), rank=128, recovery="fira"),
+    galore(optax.scale_by_adam(), rank=128, residual="fira"),
     optax.scale_by_learning_rate(learning_rate),
     optax.ema(0.9),
   )
@@ -203,7 +199,7 @@ def lift(
   new: Mapping[str, jax.Array],
   norms: Mapping[str, jax.Array],
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """The inner optimizer's updates at full size, see :func:`recover`.
+  """The inner optimizer's updates at full size, see :func:`lift_leaf`.
 
   Args:
     method: One of `METHODS`.
@@ -213,24 +209,24 @@ def lift(
     grads: Path to gradient, of the leaf's shape.
     low: Path to projected gradient.
     new: Path to the inner optimizer's update of it.
-    norms: Path to norms of the residuals before.
+    norms: Path to norms of the last residuals.
 
   Returns:
-    Path to update, of the leaf's shape, and path to norms.
+    Path to update, of the leaf's shape, and path to the new norms.
   """
-  lifted, after = {}, {}
+  lifted, new_norms = {}, {}
   for path, site in sites.items():
     grad = site.view.as_matrix(grads[path])
     step = Step(
       site, grad, low[path], new[path], gain_of[path], bases[path], norms[path]
     )
-    update, after[path] = recover(method, step)
+    update, new_norms[path] = lift_leaf(method, step)
     lifted[path] = site.view.from_matrix(update)
-  return lifted, after
+  return lifted, new_norms
 
 
-def recover(method: str, step: Step) -> tuple[jax.Array, jax.Array]:
-  r"""One leaf's update, with what the subspace leaves out.
+def lift_leaf(method: str, step: Step) -> tuple[jax.Array, jax.Array]:
+  r"""One leaf's update at full size, with the residual in it.
 
   With the inner optimizer's direction N of the projected gradient R, and
 
@@ -241,12 +237,12 @@ def recover(method: str, step: Step) -> tuple[jax.Array, jax.Array]:
   Fira's update is :math:`\alpha P N + S` with the residual :math:`S = (G -
   \alpha P R)\, \mathrm{diag}(\phi)`, and APOLLO's is :math:`\sqrt{\alpha}\, S`
   with :math:`S = G\, \mathrm{diag}(\phi)`. S is scaled down wherever its norm
-  would be more than 1.01 times that of the step before. If both sides are
-  projected, and for APOLLO-Mini, one φ is that of the whole matrix.
+  would be more than 1.01 times that of the step before. APOLLO-Mini, and Fira
+  on two sides, have one φ for the whole matrix.
 
   Args:
     method: One of `METHODS`.
-    step: What is known.
+    step: The leaf's arrays.
 
   Returns:
     Updates (..., m, n), and the norms of S.
@@ -254,8 +250,7 @@ def recover(method: str, step: Step) -> tuple[jax.Array, jax.Array]:
   direction, rate = _direction(step)
   grad = _clean(step)
   if method == "fira":
-    known = projection.lift(step.site.scale * step.low, step.bases)
-    grad = grad - known
+    grad = grad - projection.lift(step.site.scale * step.low, step.bases)
   whole = method == "apollo_mini" or len(step.site.sides) > 1
   axis = (-2, -1) if whole else (-2,) if "left" in step.site.sides else (-1,)
   phi = _norm(direction, axis) / (_norm(step.low, axis) + _EPS)
@@ -269,8 +264,8 @@ def recover(method: str, step: Step) -> tuple[jax.Array, jax.Array]:
 def _direction(step: Step) -> tuple[jax.Array, Any]:
   """The inner update without its gain, and the gain.
 
-  Where the gain is zero, as in the first step of a warm-up, nothing is known of
-  the direction, nor needed.
+  Where the gain is zero, as in the first step of a warm-up, the direction is
+  unknown, and zero is returned.
   """
   new = step.new.astype(jnp.promote_types(step.new.dtype, jnp.float32))
   if step.gain is None:
@@ -280,30 +275,33 @@ def _direction(step: Step) -> tuple[jax.Array, Any]:
 
 
 def _clean(step: Step) -> jax.Array:
-  """The gradient, 0 where it is not finite, as its projection is then."""
+  """The gradient, with 0 in place of matrices that are not finite.
+
+  Their projected gradients are 0 too.
+  """
   grad = step.grad.astype(jnp.promote_types(step.grad.dtype, jnp.float32))
   return jnp.where(jnp.isfinite(grad).all((-2, -1), keepdims=True), grad, 0)
 
 
 def _limit(
-  residual: jax.Array, before: jax.Array
+  residual: jax.Array, last_norm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Lets the norm of a residual grow by one hundredth a step.
+  """Scales a residual down so that its norm grows by at most 1% a step.
 
-  A residual that is zero says nothing of the size of the next one, which would
-  otherwise take thousands of steps to grow.
+  After a residual of zero, the next one is not limited: from zero it would take
+  thousands of steps to grow.
   """
   norm = _norm(residual, (-2, -1))[..., 0, 0]
-  told = jnp.isfinite(norm) & (norm > 0)
-  growth = jnp.maximum(norm / (before + _EPS), _GROWTH) / _GROWTH
-  growth = jnp.where(told & (before > 0), growth, 1)
-  residual = jnp.where(told[..., None, None], residual, 0)
-  after = jnp.where(told, norm / growth, before).astype(before.dtype)
-  return residual / growth[..., None, None], after
+  is_valid = jnp.isfinite(norm) & (norm > 0)
+  growth = jnp.maximum(norm / (last_norm + _EPS), _GROWTH) / _GROWTH
+  growth = jnp.where(is_valid & (last_norm > 0), growth, 1)
+  residual = jnp.where(is_valid[..., None, None], residual, 0)
+  new_norm = jnp.where(is_valid, norm / growth, last_norm)
+  return residual / growth[..., None, None], new_norm.astype(last_norm.dtype)
 
 
 def _norm(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-  """Norm along axes that are kept; its slope at zero is zero."""
+  """Norm along axes, which stay with size 1; its derivative at zero is zero."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   square = jnp.sum(x * x, axis=axis, keepdims=True)
   positive = square > 0

@@ -1,56 +1,65 @@
-"""GUM: orthogonalised momentum in subspaces, without their bias."""
+"""GUM: orthogonalised momentum in subspaces, unbiased on average."""
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from galore_optax import checks
 from galore_optax._galore import galore
 from galore_optax.optimizers import _sumo
-from galore_optax.optimizers.gum_sampling import Sampled, weighed
+from galore_optax.optimizers.gum_sampling import Sampled
+from galore_optax.optimizers.recipe import (
+  GaLoreOptions,
+  Mask,
+  plan_of,
+  recipe,
+)
+from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import plan, sharding
 
 POLICIES = ("synchronous", "staggered")
 
 
+@recipe(
+  {"scale": 0.2, "refresh": Refresh(policy="synchronous")},
+  refused={
+    "residual": "drawn matrices already follow what the bases leave out",
+    "accumulation_steps": (
+      "it needs the whole gradient of a step; use `optax.MultiSteps` around it"
+    ),
+    "faithful": "it is the algorithm of another paper",
+  },
+)
 def gum(
-  learning_rate: Any,
-  decay: Any = 0.95,
-  b1: Any = 0.9,
-  b2: Any = 0.999,
-  eps: Any = 1e-8,
-  weight_decay: Any = 0.0,
-  mask: Any = None,
+  learning_rate: optax.ScalarOrSchedule,
+  decay: ArrayLike = 0.95,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.999,
+  eps: ArrayLike = 1e-8,
+  weight_decay: optax.ScalarOrSchedule = 0.0,
+  mask: Mask | None = None,
   *,
   nesterov: bool = False,
-  sampled: Any = 0.125,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
-  scale: Any = 0.2,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "subspace",
-  refresh: str = "synchronous",
-  basis_dtype: Any = "float32",
-  state_dtype: Any = None,
-  param_shardings: Any = None,
-  seed: Any = 0,
+  sampled: ArrayLike = 0.125,
+  **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  r"""GUM: SUMO whose subspaces miss nothing in the mean.
+  r"""GUM: SUMO whose subspaces leave nothing out on average.
 
-  Every T steps a period begins: momentum starts from zero, bases are found,
-  and of the N matrices of each shape γ are drawn, each with the probability q =
-  γ / N. Until the next one these follow what their bases leave out,
+  Every T steps a period begins: momentum starts from zero, bases are found, and
+  γ of the N matrices of each shape are drawn, each with the probability q = γ /
+  N. Until the next period, the drawn matrices follow what their bases leave
+  out,
 
   .. math::
 
     M_t = \mu M_{t-1} + \tfrac{1}{q} (G_t - P_t P_t^\top G_t), \qquad
     D_t = \mathrm{polar}(M_t)
 
-  and all others what they span,
+  and all others follow what their bases span,
 
   .. math::
 
@@ -63,60 +72,53 @@ def gum(
 
     W_{t+1} = W_t - \eta_t (\alpha \sqrt{n}\, D_t + \lambda W_t)
 
-  with the longer side n of the projected gradient. What enters a matrix's
-  momentum, lifted to full size, is over the draws
+  with the longer side n of the projected gradient. Averaged over the draws, the
+  term that is added to a matrix's momentum, lifted to full size, is
 
   .. math::
 
     (1 - q) \frac{1}{1 - q} P P^\top G + q\, \frac{1}{q} (G - P P^\top G) = G
 
-  in the mean, and so is its momentum that of the whole gradients since the
-  period began. The identity holds for any P, also one that is rounded or
-  changes within the period. It does not extend to D, as the polar factor is
-  not linear; being that of the direction alone, it does not depend on the two
-  weights either, as long as a momentum has one of them throughout.
+  Its momentum is therefore, on average, that of the whole gradients since the
+  period began. This holds for any P, also for one that is rounded or changes
+  within the period. It does not hold for D, since the polar factor is not
+  linear. The polar factor only depends on the direction of M, so the two
+  weights do not change D as long as one of them applies throughout a period.
 
-  The two branches and their weights are the paper's. How they are held is
-  this library's: γ slots of full size a shape, besides SUMO's state of *all*
-  matrices, and a draw of γ without replacement in place of one that is
-  independent for every matrix, whose number of slots would vary; also the
-  exact polar factor, the factor √n and a momentum that starts from zero, since
-  none can be carried over from one branch to the other. A matrix whose shape
-  no other has stays at full rank, with a warning and the factor α√n of its own
-  longer side n; there is no bias then.
+  The two branches and their weights are the paper's. Three things are this
+  library's. The state has γ slots of full size for each shape, besides SUMO's
+  state of *all* matrices. Exactly γ matrices are drawn without replacement;
+  with independent draws the number of slots would vary. And the polar factor is
+  exact, with the factor √n; momentum starts from zero, because it cannot be
+  carried from one branch to the other. A matrix whose shape is unique stays at
+  full rank, with a warning and the factor α√n of its own longer side n; it has
+  no bias.
 
   Args:
     learning_rate: Learning rate η, a float or a schedule of the step.
     decay: Decay μ of the momentum.
-    b1: Decay of AdamW's first moment, for leaves that are no matrices, or whose
-      names or rules keep them at full rank.
-    b2: Decay of its second moment.
-    eps: Its term outside of the root.
+    b1: Decay of AdamW's first moment, for leaves that are not matrices, or
+      whose names or rules keep them at full rank.
+    b2: Decay of AdamW's second moment.
+    eps: Term that AdamW adds to the root.
     weight_decay: Decoupled weight decay λ, of the full weights.
     mask: Which leaves are decayed, see :func:`galore_optax.galore_adamw`.
     nesterov: Whether to use Nesterov momentum.
-    sampled: Matrices γ of each shape that are drawn for a period: an int, or a
-      fraction of those of the shape, a float in (0, 1). At least one is, and
-      one is not.
-    rank: Rank r; see :func:`galore_optax.galore` for it and the next four.
-    update_proj_gap: Steps T of a period; rules cannot change it.
-    scale: Factor α, which is 1 for matrices that are too small to project.
-      With 0.2 updates are as large as Adam's at full rank.
-    proj_type: Which side is projected.
-    rules: Ordered rules for single leaves.
-    projector: How a basis is found, `subspace` or `svd`, which the paper takes.
-    refresh: `synchronous`, the paper's: all bases when a period begins.
-      `staggered`: one after the other within it; momentum in a subspace is
-      then carried over to the new basis, and draws stay as they are.
-    basis_dtype: Dtype of the bases, or `int4` or `int8`.
-    state_dtype: Dtype of the moments.
-    param_shardings: `jax.NamedSharding` for each parameter, on a mesh.
-    seed: Seed of the draws and of the bases before their first refresh.
+    sampled: Number γ of matrices of each shape that are drawn for a period: an
+      int, or a fraction of all of that shape, a float in (0, 1). At least one
+      is drawn, never all.
+    **options: GaLore's options, see :func:`galore_optax.galore`. The defaults
+      that differ: `scale=0.2`, with which updates are as large as Adam's at
+      full rank (it does not apply to matrices that are too small to project),
+      and `refresh=Refresh(policy="synchronous")`, the paper's: all bases are
+      found when a period begins. With `staggered` refreshes the momentum in a
+      subspace is carried into the new basis, and draws stay as they are.
+      `update_proj_gap` is the length T of a period; rules cannot change it.
 
   Returns:
-    The optimizer. Its `init` warns of matrices that no other is like, and
-    `update` raises ValueError inside :func:`galore_optax.layerwise`, which has
-    one layer at a time to draw from.
+    The optimizer. Its `init` warns of matrices whose shape is unique. `update`
+    raises ValueError inside :func:`galore_optax.layerwise`, where it would see
+    one layer at a time.
 
   Raises:
     ValueError: If an argument is out of its range, or a rule sets a period; see
@@ -124,13 +126,13 @@ def gum(
     TypeError: See :func:`galore_optax.galore`.
 
   Example:
-    One of four matrices has a momentum of full size:
+    One of four matrices has a momentum of full size, and its index is stored:
 
     >>> import jax.numpy as jnp
     >>> from galore_optax import gum, state_bytes, sumo
     >>> params = {"layers": jnp.zeros((4, 64, 512))}
     >>> size = lambda f: state_bytes(f(1e-2, rank=16).init(params))
-    >>> size(gum) - size(sumo) == 4 * 64 * 512 + 4  # and its number
+    >>> size(gum) - size(sumo) == 4 * 64 * 512 + 4  # its index
     True
 
   References:
@@ -138,50 +140,31 @@ def gum(
     <https://arxiv.org/abs/2510.17802>`_, 2025; for the exact polar factor
     Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025.
   """
-  checks.check_eps(eps, state_dtype)
-  checked = plan.check_rules(rules)
-  _check(sampled, refresh, projector, checked)
+  rules = plan.check_rules(options.pop("rules", ()))
+  _check(sampled, options.get("refresh"), rules)
+  checks.check_eps(eps, options.get("state_dtype"))
   kinds: dict[Hashable, Any] = {
+    # The identity keeps the state's structure of version 0.1.
     "matrix": optax.chain(
-      weighed(), _sumo.scale_by_orthogonal_momentum(decay, nesterov)
+      optax.identity(), _sumo.scale_by_orthogonal_momentum(decay, nesterov)
     ),
     "other": optax.scale_by_adam(b1, b2, eps),
   }
-  inner = optax.partition(kinds, _sumo.kinds_by_name(checked))
+  inner = optax.partition(kinds, _sumo.kinds_by_name(rules))
 
-  def low(extra: plan.Rules) -> optax.GradientTransformationExtraArgs:
-    return galore(
-      inner,
-      rank=rank,
-      update_proj_gap=update_proj_gap,
-      scale=scale,
-      proj_type=proj_type,
-      rules=(*extra, *checked),
-      projector=projector,
-      refresh=refresh,
-      basis_dtype=basis_dtype,
-      state_dtype=state_dtype,
-      param_shardings=param_shardings,
-      seed=seed,
-    )
+  def low_rank(extra: plan.Rules) -> optax.GradientTransformationExtraArgs:
+    return galore(inner, rules=(*extra, *rules), **options)
 
-  low(())  # refuses what GaLore refuses
-  default = plan.Projection(
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-  )
-  partitions = sharding.partitions(param_shardings)
+  low_rank(())  # raises for what GaLore refuses
   settings = Sampled(
-    low,
-    plan.Plan(checked, default, partitions=partitions),
+    low_rank,
+    plan_of(rules, options),
     sampled=sampled,
-    gap=update_proj_gap,
+    gap=options.get("update_proj_gap"),
     decay=decay,
     nesterov=nesterov,
-    state_dtype=state_dtype,
-    seed=seed,
+    state_dtype=options.get("state_dtype"),
+    seed=options.get("seed"),
   )
   return optax.chain(
     optax.GradientTransformationExtraArgs(
@@ -192,19 +175,25 @@ def gum(
   )
 
 
-def _check(sampled: Any, refresh: str, projector: str, rules: Any) -> None:
-  checks.check_choice("refresh", refresh, POLICIES)
-  checks.check_choice("projector", projector, ("subspace", "svd"))
+def _check(sampled: Any, refresh: Any, rules: Any) -> None:
+  checks.check_choice("refresh", refresh.policy, POLICIES)
+  _sumo.check_finder("gum", refresh)
+  if refresh.moments != "rotate" or refresh.random_from is not None:
+    raise ValueError(
+      "`gum` starts its momentum from zero in each period and rotates it "
+      f"within one, got moments={refresh.moments!r} and "
+      f"random_from={refresh.random_from!r}. Leave them out."
+    )
   checks.check_positive("sampled", checks.required("sampled", sampled))
   if not isinstance(sampled, jax.core.Tracer):
-    share = jnp.issubdtype(jnp.result_type(sampled), jnp.floating)
-    if share and not sampled < 1:
+    is_fraction = jnp.issubdtype(jnp.result_type(sampled), jnp.floating)
+    if is_fraction and not sampled < 1:
       raise ValueError(
         "`sampled` must be a number of matrices (an int) or a fraction of them "
-        f"in (0, 1), got {sampled!r}: of all of them nothing would be low-rank."
+        f"in (0, 1), got {sampled!r}: with all of them nothing is low-rank."
       )
-  for pattern, how in rules:
-    if how is not None and how.update_proj_gap is not None:
+  for pattern, projection in rules:
+    if projection is not None and projection.update_proj_gap is not None:
       raise ValueError(
         f"The rule {pattern!r} in `rules` sets `update_proj_gap`, but matrices "
         "are drawn for one period, which is the same for all. Set it for `gum`."

@@ -1,34 +1,37 @@
-"""SUMO: momentum in a subspace, replaced by its polar factor."""
+"""SUMO: the polar factor of momentum in a subspace."""
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import checks, linalg
 from galore_optax._galore import galore
+from galore_optax.optimizers.recipe import GaLoreOptions, Mask, recipe
 from galore_optax.tree import paths, plan
 
 
 def scale_by_orthogonal_momentum(
-  decay: Any = 0.95,
+  decay: ArrayLike = 0.95,
   nesterov: bool = False,
-  accumulator_dtype: Any = None,
+  accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-  r"""Momentum of which all singular values are made equal.
+  r"""Orthogonalised momentum: all its singular values are made equal.
 
   .. math::
 
     M_t = \mu M_{t-1} + R_t, \qquad
     N_t = \sqrt{\max(m, n)}\; U V^\top \quad \text{with } M_t = U S V^\top
 
-  for each matrix of m rows and n columns, the last two axes of a leaf. Around
-  it, :func:`galore_optax.galore` makes R and M low-rank, which the polar factor
-  :math:`U V^\top` is found exactly for (:func:`polar_factor`), where Muon takes
-  five approximate iterations at full size. The factor makes the sizes of
-  entries comparable between shapes.
+  for each matrix of m rows and n columns, the last two axes of a leaf. With
+  :func:`galore_optax.galore` around it R and M are low-rank, and the polar
+  factor :math:`U V^\top` is computed exactly (:func:`polar_factor`), where Muon
+  takes five approximate iterations at full size. The factor
+  :math:`\sqrt{\max(m, n)}` makes the entries about equally large for all
+  shapes.
 
   Args:
     decay: Decay μ of the momentum.
@@ -68,35 +71,28 @@ def scale_by_orthogonal_momentum(
     scaled = lambda x: max(x.shape[-2:]) ** 0.5 * linalg.polar_factor(x)
     return jax.tree.map(scaled, updates), state
 
-  # The momentum's place in the state has the name by which it is known.
+  # `optax.trace` names the momentum `trace` in the state, by which
+  # `subspace.moments` recognises it.
   return optax.chain(
     optax.trace(decay, nesterov, accumulator_dtype),
     optax.GradientTransformation(init, update),
   )
 
 
+@recipe(
+  {"scale": 0.2}, refused={"faithful": "it is the algorithm of another paper"}
+)
 def sumo(
-  learning_rate: Any,
-  decay: Any = 0.95,
-  b1: Any = 0.9,
-  b2: Any = 0.999,
-  eps: Any = 1e-8,
-  weight_decay: Any = 0.0,
-  mask: Any = None,
+  learning_rate: optax.ScalarOrSchedule,
+  decay: ArrayLike = 0.95,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.999,
+  eps: ArrayLike = 1e-8,
+  weight_decay: optax.ScalarOrSchedule = 0.0,
+  mask: Mask | None = None,
   *,
   nesterov: bool = False,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
-  scale: Any = 0.2,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "subspace",
-  refresh: str = "staggered",
-  moments: str = "rotate",
-  basis_dtype: Any = "float32",
-  state_dtype: Any = None,
-  recovery: str | None = None,
-  param_shardings: Any = None,
+  **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   r"""SUMO: momentum in the gradients' subspaces, orthogonalised exactly.
 
@@ -106,38 +102,29 @@ def sumo(
     W_{t+1} = W_t - \eta_t \left( \alpha \sqrt{\max(r, n)}\, P_t\,
       \mathrm{polar}(M_t) + \lambda W_t \right)
 
-  written for the left side, on which n is the longer one. At a refresh the
-  momentum is carried over by :math:`M \leftarrow P_{new}^\top P_{old} M`. One
-  moment is kept, where GaLore around Adam keeps two. Leaves that are no
+  (written for the left side, where n is the longer side). At a refresh the
+  momentum is carried over by :math:`M \leftarrow P_{new}^\top P_{old} M`. The
+  state has one moment, where GaLore around Adam has two. Leaves that are not
   matrices, or whose names or rules keep them at full rank, get AdamW.
 
-  Two things of the published algorithm are left out: the part of the plain
-  gradient outside of the subspace that it adds, of which `recovery="fira"` adds
-  a scaled one; and the limit to the growth of :math:`\|\mathrm{polar}(M_t)\|`,
-  which does not grow but with the moment's rank.
+  Two parts of the published algorithm are left out. It adds the plain gradient
+  outside of the subspace; `residual="fira"` adds it with a scale. And it limits
+  the growth of :math:`\|\mathrm{polar}(M_t)\|`, which only depends on the rank
+  of the moment.
 
   Args:
     learning_rate: Learning rate η, a float or a schedule of the step.
     decay: Decay μ of the momentum.
     b1: Decay of AdamW's first moment, for the other leaves.
-    b2: Decay of its second moment.
-    eps: Its term outside of the root.
+    b2: Decay of AdamW's second moment.
+    eps: Term that AdamW adds to the root.
     weight_decay: Decoupled weight decay λ, of the full weights.
     mask: Which leaves are decayed, see :func:`galore_optax.galore_adamw`.
     nesterov: Whether to use Nesterov momentum.
-    rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
-    update_proj_gap: Steps T between two refreshes of a basis.
-    scale: Factor α, which is 1 for matrices that are too small to project.
-      With 0.2 updates are as large as Adam's at full rank.
-    proj_type: Which side is projected.
-    rules: Ordered rules for single leaves.
-    projector: How a basis is found.
-    refresh: When.
-    moments: What becomes of the momentum then; the paper's is `rotate`.
-    basis_dtype: Dtype of the bases, or `int4` or `int8`.
-    state_dtype: Dtype of the moments.
-    recovery: What becomes of the rest of the gradient.
-    param_shardings: `jax.NamedSharding` for each parameter, on a mesh.
+    **options: GaLore's options, see :func:`galore_optax.galore`. The default
+      that differs: `scale=0.2`, with which updates are as large as Adam's at
+      full rank. `scale` does not apply to matrices that are too small to
+      project. The paper rotates the momentum, as the default `refresh` does.
 
   Returns:
     The optimizer.
@@ -160,9 +147,9 @@ def sumo(
     Accelerating Memory-Efficient LLM Training
     <https://arxiv.org/abs/2505.24749>`_, 2025, Algorithm 1.
   """
-  checks.check_choice("projector", projector, ("subspace", "svd"))
-  checks.check_eps(eps, state_dtype)
-  rules = plan.check_rules(rules)
+  check_finder("sumo", options.get("refresh"))
+  checks.check_eps(eps, options.get("state_dtype"))
+  rules = options["rules"] = plan.check_rules(options.get("rules", ()))
   kinds: dict[Hashable, Any] = {
     "matrix": scale_by_orthogonal_momentum(decay, nesterov),
     "other": optax.scale_by_adam(b1, b2, eps),
@@ -172,33 +159,28 @@ def sumo(
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
-  return galore(
-    inner,
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-    rules=rules,
-    projector=projector,
-    refresh=refresh,
-    moments=moments,
-    basis_dtype=basis_dtype,
-    state_dtype=state_dtype,
-    recovery=recovery,
-    param_shardings=param_shardings,
-  )
+  return galore(inner, **options)
+
+
+def check_finder(name: str, refresh: Any) -> None:
+  """Raises if a recipe that updates in a subspace is given random bases."""
+  if refresh.finder == "random":
+    raise ValueError(
+      f'finder="random" only measures gradients, but {name} updates in the '
+      'subspace. Use "subspace" or "svd".'
+    )
 
 
 def kinds_by_name(rules: plan.Rules) -> Callable[[Any], Any]:
-  """Labels the leaves that rules and names let GaLore project.
+  """Labels leaves `matrix` if rules and names allow GaLore to project them.
 
-  That of a matrix which stays at full rank because it is small is none: its
-  momentum is orthogonalised at full size.
+  A matrix that stays at full rank because it is small is labelled `matrix` too:
+  its momentum is orthogonalised at full size.
   """
-  known = plan.Plan(tuple(rules), plan.Projection())
+  by_rule = plan.Plan(tuple(rules), plan.Projection())
 
   def label(path: str, leaf: Any) -> str:
-    matrix = jnp.ndim(leaf) >= 2 and not jnp.iscomplexobj(leaf)
-    return "matrix" if matrix and known.projects(path) else "other"
+    is_matrix = jnp.ndim(leaf) >= 2 and not jnp.iscomplexobj(leaf)
+    return "matrix" if is_matrix and by_rule.projects(path) else "other"
 
   return lambda params: paths.map_with_path(label, params)

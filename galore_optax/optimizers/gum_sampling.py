@@ -1,8 +1,8 @@
-"""Matrices that are drawn, for a period, to follow what their bases leave out.
+"""Draws matrices that follow, for a period, what their bases leave out (GUM).
 
-The others are GaLore's. All matrices of one shape are drawn from together, and
-the momentum of those that are drawn lies in slots of full size: their number
-is fixed, whose they are changes.
+GaLore updates the other matrices. The draw is among all matrices of one shape.
+The momentum of the drawn matrices is stored in slots of full size. The number
+of slots is fixed; which matrix each belongs to changes from period to period.
 """
 
 import dataclasses
@@ -19,28 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from galore_optax import context as context_lib
 from galore_optax import linalg
-from galore_optax._galore import LAYER_ARG, GaLoreState
+from galore_optax._galore import GaLoreState
 from galore_optax.subspace import moments, projection
 from galore_optax.tree import matrix_view, paths, sharding, slices, split
 from galore_optax.tree import plan as plan_lib
 
-# Extra argument of the inner `update`: path to the weight of what is projected.
-_WEIGHTS = "gum_weights"
-_DRAW = 0x67756D  # keeps draws apart from the seed's other uses
-# What of a gradient counts as none: its rest, where that is rounding noise.
+# Makes the keys of draws differ from other uses of the seed.
+_DRAWS = 0x67756D
+# A residual smaller than this fraction of the gradient is rounding noise.
 _NOISE = 1e-5
 
 
 class GumState(NamedTuple):
-  """State of :func:`gum`, but for what its learning rate needs.
+  """State of :func:`gum`, without that of its learning rate.
 
   Attributes:
     galore: State of the low-rank branch, a :class:`galore_optax.GaLoreState`.
-    held: Which matrices are at full rank in this period. The matrices of one
-      shape are numbered through, leaf after leaf, and known by the path of the
-      first leaf; None for one that no other is like, which always is.
-    momentum: Their momentum, likewise.
+    held: For each shape, the numbers of the matrices that are at full rank in
+      this period. The key is the path of the first leaf of that shape, and
+      matrices are numbered leaf after leaf. None for a matrix whose shape is
+      unique: it is always at full rank.
+    momentum: For each shape, the momentum of these matrices.
   """
 
   galore: GaLoreState
@@ -50,7 +51,7 @@ class GumState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-  """The matrices of one shape, of which some are drawn; in order."""
+  """All matrices of one shape, in the order of their leaves."""
 
   sites: tuple[plan_lib.Site, ...]
 
@@ -60,13 +61,13 @@ class _Family:
 
   @property
   def name(self) -> str:
-    """What is common to its matrices, however they are stacked."""
+    """A name that does not depend on how the matrices are stacked."""
     view = self.sites[0].view
     return f"{view.m}x{view.n}/{self.sites[0].rank}/{self.sites[0].sides}"
 
   @property
   def first(self) -> list[int]:
-    """Number of each leaf's first matrix, and of all."""
+    """Number of each leaf's first matrix, and the number of all matrices."""
     counts = (site.view.count for site in self.sites)
     return [0, *itertools.accumulate(counts)]
 
@@ -88,18 +89,17 @@ class Sampled:
   """The settings of one transformation, and its two functions.
 
   Attributes:
-    low: From further rules to GaLore, around an inner optimizer that begins
-      with :func:`weighed` for the matrices.
-    plan: Its plan.
+    low_rank: Makes the low-rank branch, a GaLore, given additional rules.
+    plan: The plan of the low-rank branch.
     sampled: How many matrices of each shape are drawn, or which fraction.
-    gap: Steps T of a period.
+    gap: Length T of a period, in steps.
     decay: Decay of the momentum.
-    nesterov: Whether it is Nesterov's.
-    state_dtype: Its dtype, or None.
+    nesterov: Whether to use Nesterov momentum.
+    state_dtype: Dtype of the momentum, or None.
     seed: Seed of the draws.
   """
 
-  low: Callable[[plan_lib.Rules], Any]
+  low_rank: Callable[[plan_lib.Rules], Any]
   plan: plan_lib.Plan
   sampled: Any
   gap: Any
@@ -109,32 +109,28 @@ class Sampled:
   seed: Any
 
   def init(self, params: optax.Params) -> GumState:
-    """State for parameters, with room for γ matrices of each shape."""
-    state = self.low(()).init(params)
+    """State for parameters, with γ slots of full size for each shape."""
+    state = self.low_rank(()).init(params)
     if split.is_placeholder(params):
       return GumState(state, 0, 0)
     leaves = paths.leaves_by_path(params)
-    families = _families(
-      self.plan.sites_from_bases(
-        leaves, projection.basis_shapes(state.projector)
-      )
-    )
-    alone = [family.path for family in families if family.count == 1]
-    if alone:
+    families = self._families(leaves, state)
+    unique = [family.path for family in families if family.count == 1]
+    if unique:
       for family in families:
         if family.count == 1:
           _check_axes(family.sites[0])
-      _warn_of_single(alone)
-      rules = tuple((f"^{re.escape(path)}$", None) for path in alone)
+      _warn_of_single(unique)
+      rules = tuple((f"^{re.escape(path)}$", None) for path in unique)
       with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "galore projects none")
-        state = self.low(rules).init(params)
+        state = self.low_rank(rules).init(params)
     many = [family for family in families if family.count > 1]
     sizes = {f.path: _number_of(self.sampled, f.count) for f in many}
     return GumState(
       state,
       {path: jnp.arange(size, dtype=jnp.int32) for path, size in sizes.items()}
-      | dict.fromkeys(alone),
+      | dict.fromkeys(unique),
       {f.path: self._zeros(f, sizes[f.path], leaves) for f in many},
     )
 
@@ -145,18 +141,17 @@ class Sampled:
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, GumState]:
-    """GaLore's update, and in the places of those that are held their own."""
-    if LAYER_ARG in extra_args:
+    """GaLore's update, with the updates of the drawn matrices put in."""
+    context, extra_args = context_lib.split_off(extra_args)
+    if context.is_one_layer:
       raise ValueError(_LAYERWISE)
     leaves = paths.leaves_by_path(updates)
-    sites = self.plan.sites_from_bases(
-      leaves, projection.basis_shapes(state.galore.projector)
-    )
-    families = _families(sites)
+    families = self._families(leaves, state.galore)
     gap = jnp.maximum(jnp.asarray(self.gap).astype(jnp.int32), 1)
-    period, begun = jnp.divmod(state.galore.step, gap)
+    period, phase = jnp.divmod(state.galore.step, gap)
+    begins = phase == 0
     held = {
-      f.path: jnp.where(begun == 0, self._draw(f, period, old), old)
+      f.path: jnp.where(begins, self._draw(f, period, old), old)
       for f in families
       for old in [state.held[f.path]]
     }
@@ -165,31 +160,40 @@ class Sampled:
       for f in families
       for site in f.sites
     }
-    small, low = self.low(()).update(
+    low_updates, low_state = context_lib.update_with(
+      self.low_rank(()),
+      context._replace(weights=weights),
       updates,
-      _restarted(state.galore, begun == 0),
+      _restarted(state.galore, begins),
       params,
-      **{_WEIGHTS: weights},
       **extra_args,
     )
-    new, momentum = paths.leaves_by_path(small), {}
+    new, momentum = paths.leaves_by_path(low_updates), {}
     for f in families:
-      decay = jnp.where(begun == 0, 0, self.decay)
-      found, momentum[f.path] = self._follow(
-        f, held[f.path], decay, leaves, low, state.momentum[f.path]
+      decay = jnp.where(begins, 0, self.decay)
+      directions, momentum[f.path] = self._follow(
+        f, held[f.path], decay, leaves, low_state, state.momentum[f.path]
       )
-      new |= _placed(f, held[f.path], found, new)
-    alone = [path for path, numbers in state.held.items() if numbers is None]
-    new |= {path: self.plan.scale(path) * new[path] for path in alone}
-    done = paths.map_with_path(
+      new |= _with_held(f, held[f.path], directions, new)
+    unique = [path for path, numbers in state.held.items() if numbers is None]
+    new |= {path: self.plan.scale(path) * new[path] for path in unique}
+    new_updates = paths.map_with_path(
       lambda path, g: new[path].astype(jnp.result_type(g)), updates
     )
-    return done, GumState(low, held | dict.fromkeys(alone), momentum)
+    held |= dict.fromkeys(unique)
+    return new_updates, GumState(low_state, held, momentum)
+
+  def _families(
+    self, leaves: Mapping[str, Any], state: GaLoreState
+  ) -> list[_Family]:
+    """The projected matrices, grouped by shape."""
+    shapes = projection.basis_shapes(state.projector)
+    return _families(self.plan.sites_from_bases(leaves, shapes))
 
   def _zeros(
     self, family: _Family, size: int, leaves: Mapping[str, Any]
   ) -> jax.Array:
-    """Momentum of γ matrices, sharded as those of the first leaf are."""
+    """Momentum of γ matrices, sharded like the matrices of the first leaf."""
     site = family.sites[0]
     like = [jnp.result_type(leaves[site.path]) for site in family.sites]
     dtype = self.state_dtype or jnp.result_type(jnp.float32, *like)
@@ -203,8 +207,8 @@ class Sampled:
   def _draw(
     self, family: _Family, period: jax.Array, like: jax.Array
   ) -> jax.Array:
-    """As many different matrices of a family as are held, all alike likely."""
-    key = jax.random.fold_in(jax.random.key(self.seed), _DRAW)
+    """Distinct matrices of a family, uniformly drawn, as many as in `like`."""
+    key = jax.random.fold_in(jax.random.key(self.seed), _DRAWS)
     for number in (period, zlib.crc32(family.name.encode())):
       key = jax.random.fold_in(key, number)
     numbers = jax.random.permutation(key, family.count)[: len(like)]
@@ -216,28 +220,28 @@ class Sampled:
     held: jax.Array,
     decay: Any,
     leaves: Mapping[str, Any],
-    low: GaLoreState,
+    low_state: GaLoreState,
     momentum: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    """Directions of the matrices that are held, and their momentum.
+    """Directions of the drawn matrices, and their new momentum.
 
-    They are walked by a loop, so that one of them is worked on at a time.
+    A loop goes through the matrices, so that memory holds one at a time.
     """
     site = family.sites[0]
-    size = max(site.low_shape[-2:]) ** 0.5  # that of the low-rank branch
+    size = max(site.low_shape[-2:]) ** 0.5  # as in the low-rank branch
     weight = family.count / len(momentum)
-    read = functools.partial(_read, family, leaves, low.projector)
-    exact = _are_exact(low.projector[site.path])
+    read = functools.partial(_read, family, leaves, low_state.projector)
+    exact = _are_exact(low_state.projector[site.path])
 
     def one(slot: jax.Array, carry: tuple) -> tuple:
-      found, momentum = carry
-      rest = weight * _rest(*read(held[slot]), exact)
-      kept = decay * momentum[slot].astype(rest.dtype) + rest
-      seen = rest + self.decay * kept if self.nesterov else kept
-      done = size * linalg.polar_factor(seen)
+      directions, momentum = carry
+      residual = weight * _residual(*read(held[slot]), exact)
+      new = decay * momentum[slot].astype(residual.dtype) + residual
+      ahead = residual + self.decay * new if self.nesterov else new
+      direction = size * linalg.polar_factor(ahead)
       return (
-        found.at[slot].set(done.astype(found.dtype)),
-        momentum.at[slot].set(kept.astype(momentum.dtype)),
+        directions.at[slot].set(direction.astype(directions.dtype)),
+        momentum.at[slot].set(new.astype(momentum.dtype)),
       )
 
     wide = jnp.promote_types(momentum.dtype, jnp.float32)
@@ -246,41 +250,40 @@ class Sampled:
 
 
 def _number_of(sampled: Any, count: int) -> int:
-  """How many of a family are drawn: at least one, and never all."""
+  """How many matrices of a family are drawn: at least one, never all."""
   if isinstance(sampled, jax.core.Tracer):
     raise ValueError(
       "`sampled` decides the shapes of the state and cannot be traced. Under "
       "`optax.inject_hyperparams`, call `init` outside of `jax.jit` and "
       "`jax.eval_shape`, or pass static_args=('sampled',)."
     )
-  share = jnp.issubdtype(jnp.result_type(sampled), jnp.floating)
-  number = round(float(sampled) * count) if share else int(sampled)
+  is_fraction = jnp.issubdtype(jnp.result_type(sampled), jnp.floating)
+  number = round(float(sampled) * count) if is_fraction else int(sampled)
   return min(max(1, number), count - 1)
 
 
 def _restarted(state: GaLoreState, begins: jax.Array) -> GaLoreState:
-  """The low-rank branch, without its momentum where a period begins."""
-  start = lambda x: jnp.where(begins, jnp.zeros_like(x), x)
-  found = moments.find_moments(state.inner_state)
-  none = {
-    place: {path: start(x) for path, x in tree.low.items()}
-    for place, (_, tree) in found.items()
+  """The state of the low-rank branch, with zero momentum if a period begins."""
+  restart = lambda x: jnp.where(begins, jnp.zeros_like(x), x)
+  new = {
+    name: {path: restart(x) for path, x in tree.low.items()}
+    for name, (_, tree) in moments.find_moments(state.inner_state).items()
   }
   return state._replace(
-    inner_state=moments.replace_moments(state.inner_state, none)
+    inner_state=moments.replace_moments(state.inner_state, new)
   )
 
 
 def _read(
   family: _Family,
   leaves: Mapping[str, jax.Array],
-  kept: Mapping[str, Mapping[str, Any]],
+  stored: Mapping[str, Mapping[str, Any]],
   number: jax.Array,
 ) -> tuple[jax.Array, projection.Bases]:
-  """The gradient of a matrix of a family, and its bases."""
+  """The gradient of matrix `number` of a family, and its bases."""
 
   def take(site: plan_lib.Site, i: jax.Array) -> Any:
-    bases = projection.read(kept[site.path])
+    bases = projection.read(stored[site.path])
     grad = site.view.as_matrix(leaves[site.path])
     wide = jnp.promote_types(grad.dtype, jnp.float32)
     at = lambda x: slices.take(slices.flat(x), i)
@@ -295,79 +298,67 @@ def _read(
   )
 
 
-def _rest(grad: jax.Array, bases: projection.Bases, exact: bool) -> jax.Array:
-  """What bases leave out of a gradient, 0 where that is rounding noise.
+def _residual(
+  grad: jax.Array, bases: projection.Bases, exact: bool
+) -> jax.Array:
+  """The part of a gradient outside its bases; 0 if that is rounding noise.
 
-  Where bases are orthonormal the rest is without what they span, but for noise
-  of the whole gradient's size, which the polar factor would scale up: it is
-  taken out once more. Where they are rounded, what is left there is no noise.
+  With orthonormal bases the residual has nothing in their span but rounding
+  noise of the gradient's size, which the polar factor would scale up: it is
+  projected out a second time. With rounded bases, the residual in their span is
+  not noise and stays.
   """
   outside = lambda x: x - projection.lift(projection.project(x, bases), bases)
   grad = jnp.where(jnp.isfinite(grad).all(), grad, 0)
-  rest = outside(outside(grad)) if exact else outside(grad)
+  residual = outside(outside(grad)) if exact else outside(grad)
   largest = lambda x: jnp.max(jnp.abs(x))
-  return jnp.where(largest(rest) > _NOISE * largest(grad), rest, 0)
+  return jnp.where(largest(residual) > _NOISE * largest(grad), residual, 0)
 
 
-def _are_exact(kept: Any) -> bool:
+def _are_exact(stored: Any) -> bool:
   """Whether bases are orthonormal to the precision of float32."""
-  return all(x.dtype == jnp.float32 for x in jax.tree.leaves(kept))
+  return all(x.dtype == jnp.float32 for x in jax.tree.leaves(stored))
 
 
-def _placed(
+def _with_held(
   family: _Family,
   held: jax.Array,
-  found: jax.Array,
+  directions: jax.Array,
   updates: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-  """The updates of a family's leaves, with those of the held put in."""
-  done = {}
+  """The updates of a family's leaves, with those of drawn matrices put in."""
+  new_updates = {}
   for site, first in zip(family.sites, family.first, strict=False):
     old = site.view.as_matrix(updates[site.path])
-    own = (site.scale * found).astype(old.dtype)
-    new = slices.put_many(slices.flat(old), own, held - first)
-    done[site.path] = site.view.from_matrix(new.reshape(old.shape))
-  return done
-
-
-def weighed() -> optax.GradientTransformationExtraArgs:
-  """Multiplies what is projected by the weights that `update` is given."""
-
-  def update(
-    updates: Any, state: Any, params: Any = None, **extra_args: Any
-  ) -> tuple[Any, Any]:
-    del params
-    weights = extra_args.get(_WEIGHTS, {})
-    weigh = lambda path, x: x * weights[path] if path in weights else x
-    return paths.map_with_path(weigh, updates), state
-
-  return optax.GradientTransformationExtraArgs(
-    lambda params: optax.EmptyState(), update
-  )
+    drawn = (site.scale * directions).astype(old.dtype)
+    new = slices.put_many(slices.flat(old), drawn, held - first)
+    new_updates[site.path] = site.view.from_matrix(new.reshape(old.shape))
+  return new_updates
 
 
 def _check_axes(site: plan_lib.Site) -> None:
   """Refuses a matrix at full rank that is not its leaf's last two axes."""
   if site.view != matrix_view.matrix_view(site.view.shape):
     raise ValueError(
-      f"gum cannot keep the matrix {site.path!r} at full rank: no other has "
-      "its shape, and its rule names other rows and columns than the last two "
+      f"gum cannot update the matrix {site.path!r} at full rank: its shape is "
+      "unique, and its rule names other rows and columns than the last two "
       "axes, which the inner optimizer sees. Give it the rule None for AdamW, "
       "or use `sumo`, which projects every matrix."
     )
 
 
-def _warn_of_single(alone: list[str]) -> None:
-  told = ", ".join(map(repr, alone[:8])) + (", ..." if alone[8:] else "")
+def _warn_of_single(unique: list[str]) -> None:
+  names = ", ".join(map(repr, unique[:8])) + (", ..." if unique[8:] else "")
   warnings.warn(
-    f"gum keeps {len(alone)} matrices at full rank, {told}: no other has their "
-    "shape, and to hold the momentum of one of one takes as much as that. "
-    "`sumo` projects every matrix.",
+    f"gum keeps {len(unique)} matrices at full rank, {names}: their shapes are "
+    "unique, and sampling one of one saves nothing. `sumo` projects every "
+    "matrix.",
     stacklevel=4,  # of the call of `init`
   )
 
 
 _LAYERWISE = """\
-`gum` draws matrices among all layers and keeps one momentum for those that are
-drawn, which an update of one layer after the other (`layerwise`) cannot have.
-Use the usual step, or `sumo`, which treats every matrix by itself."""
+`gum` draws matrices among all layers and stores one momentum for the drawn
+ones, which is impossible if layers are updated one after the other
+(`layerwise`). Use the usual step, or `sumo`, which treats every matrix by
+itself."""

@@ -1,45 +1,49 @@
 """Ready recipes: GaLore around the optimizers it is used with."""
 
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import checks
 from galore_optax._galore import galore
 from galore_optax.optimizers.adam8bit import adamw_8bit
-from galore_optax.subspace import adaptive as adaptive_lib
-from galore_optax.tree import plan
+from galore_optax.optimizers.recipe import GaLoreOptions, Mask, recipe
+from galore_optax.subspace.refresh_settings import Refresh
+
+_NOT_THE_PAPER = {"faithful": "it is the algorithm of another paper"}
 
 
+def _apollo(residual: str) -> dict[str, str]:
+  """Options of an APOLLO recipe that must keep their defaults, and why."""
+  return {
+    "residual": f"it is the method residual={residual!r}",
+    "accumulation_steps": (
+      "it needs the whole gradient of a step; use `optax.MultiSteps` around it"
+    ),
+    **_NOT_THE_PAPER,
+  }
+
+
+@recipe()
 def galore_adamw(
-  learning_rate: Any,
-  b1: Any = 0.9,
-  b2: Any = 0.999,
-  eps: Any = 1e-8,
-  eps_root: Any = 0.0,
-  mu_dtype: Any = None,
-  weight_decay: Any = 1e-4,
-  mask: Any = None,
+  learning_rate: optax.ScalarOrSchedule,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.999,
+  eps: ArrayLike = 1e-8,
+  eps_root: ArrayLike = 0.0,
+  mu_dtype: DTypeLike | None = None,
+  weight_decay: optax.ScalarOrSchedule = 1e-4,
+  mask: Mask | None = None,
   *,
   nesterov: bool = False,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
-  scale: Any = 0.25,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "subspace",
-  refresh: str = "staggered",
-  moments: str = "rotate",
-  state_dtype: Any = None,
-  recovery: str | None = None,
-  param_shardings: Any = None,
-  faithful: bool = False,
+  **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore around AdamW.
 
-  Adam's moments are kept of the projected gradients :math:`R_t = P_t^\top G_t`;
-  the weights W see the lifted update and a full-size decay:
+  Adam's moments are those of the projected gradients, :math:`R_t = P_t^\top
+  G_t`. The weights W get the lifted update and a full-size decay:
 
   .. math::
 
@@ -51,26 +55,14 @@ def galore_adamw(
     learning_rate: Learning rate η, a float or a schedule of the step.
     b1: Decay of the first moment.
     b2: Decay of the second moment.
-    eps: Term ε outside of the root.
-    eps_root: Term inside of the root.
+    eps: Term ε added to the root.
+    eps_root: Term added under the root.
     mu_dtype: Dtype of the first moment; None for that of the gradients.
     weight_decay: Decoupled weight decay λ, of the full weights.
     mask: Which leaves are decayed: a tree of bools in the parameters'
-      structure, or a function that makes one; None for all.
+      structure, or a function that makes one; None for all leaves.
     nesterov: Whether to use Nesterov momentum.
-    rank: Rank r, or the fraction of the shorter side; see
-      :func:`galore_optax.galore` for it and all that follow.
-    update_proj_gap: Steps T between two refreshes of a basis.
-    scale: The papers' α.
-    proj_type: Which side is projected.
-    rules: Ordered rules for single leaves.
-    projector: How a basis is found.
-    refresh: When.
-    moments: What becomes of the moments then.
-    state_dtype: Dtype of the moments.
-    recovery: What becomes of the rest of the gradient; `fira` adds it.
-    param_shardings: `jax.NamedSharding` for each parameter, on a mesh.
-    faithful: The paper's algorithm exactly.
+    **options: GaLore's options, see :func:`galore_optax.galore`.
 
   Returns:
     The optimizer.
@@ -100,7 +92,7 @@ def galore_adamw(
     <https://arxiv.org/abs/1711.05101>`_, 2019; Chen et al., `Fira
     <https://arxiv.org/abs/2410.01623>`_, 2024.
   """
-  checks.check_eps(eps, state_dtype)
+  checks.check_eps(eps, options.get("state_dtype"))
   inner = optax.adamw(
     learning_rate,
     b1=b1,
@@ -114,67 +106,52 @@ def galore_adamw(
   )
   return galore(
     inner,
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-    rules=rules,
-    projector=projector,
-    refresh=refresh,
-    moments=moments,
-    state_dtype=state_dtype,
-    recovery=recovery,
-    param_shardings=param_shardings,
-    faithful=faithful,
+    **options,
   )
 
 
-def apollo_adamw(
-  learning_rate: Any,
-  b1: Any = 0.9,
-  b2: Any = 0.999,
-  eps: Any = 1e-8,
-  weight_decay: Any = 0.0,
-  mask: Any = None,
-  *,
-  rank: Any = 256,
-  update_proj_gap: Any = 200,
-  scale: Any = 1.0,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "random",
-  state_dtype: Any = None,
-  seed: Any = 0,
-) -> optax.GradientTransformationExtraArgs:
-  r"""APOLLO: the whole gradient, each channel at Adam's size.
+_RANDOM = Refresh(finder="random", moments="keep")
 
-  Adam runs on :math:`R_t = P_t^\top G_t` with a random projection P. It gives
-  directions :math:`N_t`, of which only the norms are used, to scale the columns
-  of the full gradient:
+
+@recipe(
+  {"rank": 256, "scale": 1.0, "refresh": _RANDOM, "residual": "apollo"},
+  refused=_apollo("apollo"),
+)
+def apollo_adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.999,
+  eps: ArrayLike = 1e-8,
+  weight_decay: optax.ScalarOrSchedule = 0.0,
+  mask: Mask | None = None,
+  **options: Unpack[GaLoreOptions],
+) -> optax.GradientTransformationExtraArgs:
+  r"""APOLLO: the whole gradient, with each column scaled to Adam's size.
+
+  Adam runs on :math:`R_t = P_t^\top G_t` with a random projection P. Only the
+  column norms of its directions :math:`N_t` are used: they scale the columns of
+  the full gradient,
 
   .. math::
 
     W_{t+1} = W_t - \eta_t \sqrt{\alpha}\, G_t\, \mathrm{diag}\left(
       \frac{\|N_{t,:j}\|}{\|R_{t,:j}\|} \right)
 
-  where the norm of the update may grow by 1% a step.
+  and the norm of the update may grow by 1% a step.
 
   Args:
     learning_rate: Learning rate η, a float or a schedule of the step.
     b1: Decay of the first moment.
     b2: Decay of the second moment.
-    eps: Term outside of the root.
+    eps: Term added to the root.
     weight_decay: Decoupled weight decay, of the full weights.
     mask: Which leaves are decayed, see :func:`galore_adamw`.
-    rank: Rank r; 256 is what the paper takes for 7B.
-    update_proj_gap: Steps T between two projections.
-    scale: The papers' α, under a root.
-    proj_type: Which side is projected, see :func:`galore_optax.galore`.
-    rules: Ordered rules for single leaves.
-    projector: `random`, of which only the seed is kept, or `svd` or `subspace`
-      for the leading directions, which take a basis.
-    state_dtype: Dtype of the moments.
-    seed: Seed of the projections.
+    **options: GaLore's options, see :func:`galore_optax.galore`.
+      The defaults that differ: `rank=256`, which the paper takes for 7B,
+      `scale=1.0`, `residual="apollo"` and `refresh=Refresh(finder="random",
+      moments="keep")`. The update is multiplied by the root of `scale`. The
+      finders `subspace` and `svd` take the leading directions, and store a
+      basis instead of a seed.
 
   Returns:
     The optimizer.
@@ -184,7 +161,7 @@ def apollo_adamw(
     TypeError: See :func:`galore_optax.galore`.
 
   Example:
-    Two moments of rank 16, and for each matrix a seed and a norm:
+    Two moments of rank 16, and a seed and a norm for each matrix:
 
     >>> import jax.numpy as jnp
     >>> from galore_optax import apollo_adamw, state_bytes
@@ -197,44 +174,31 @@ def apollo_adamw(
     Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
     <https://arxiv.org/abs/2412.05270>`_, 2024, Algorithm 1.
   """
-  checks.check_eps(eps, state_dtype)
+  checks.check_eps(eps, options.get("state_dtype"))
   return galore(
     optax.adamw(
       learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask
     ),
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-    rules=rules,
-    projector=projector,
-    moments="keep",
-    state_dtype=state_dtype,
-    seed=seed,
-    recovery="apollo",
+    **options,
   )
 
 
+@recipe(
+  {"rank": 1, "scale": 128.0, "refresh": _RANDOM, "residual": "apollo_mini"},
+  refused=_apollo("apollo_mini"),
+)
 def apollo_mini_adamw(
-  learning_rate: Any,
-  b1: Any = 0.9,
-  b2: Any = 0.999,
-  eps: Any = 1e-8,
-  weight_decay: Any = 0.0,
-  mask: Any = None,
-  *,
-  rank: Any = 1,
-  update_proj_gap: Any = 200,
-  scale: Any = 128.0,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "random",
-  state_dtype: Any = None,
-  seed: Any = 0,
+  learning_rate: optax.ScalarOrSchedule,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.999,
+  eps: ArrayLike = 1e-8,
+  weight_decay: optax.ScalarOrSchedule = 0.0,
+  mask: Mask | None = None,
+  **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  r"""APOLLO-Mini: the whole gradient, each matrix at Adam's size.
+  r"""APOLLO-Mini: the whole gradient, with each matrix scaled to Adam's size.
 
-  As :func:`apollo_adamw` at rank one, with one factor a matrix,
+  As :func:`apollo_adamw`, but with rank one and one factor for each matrix,
 
   .. math::
 
@@ -246,18 +210,13 @@ def apollo_mini_adamw(
     learning_rate: Learning rate η, a float or a schedule of the step.
     b1: Decay of the first moment.
     b2: Decay of the second moment.
-    eps: Term outside of the root.
+    eps: Term added to the root.
     weight_decay: Decoupled weight decay, of the full weights.
     mask: Which leaves are decayed, see :func:`galore_adamw`.
-    rank: Rank r; the method is made for 1.
-    update_proj_gap: Steps T between two projections.
-    scale: The papers' α, under a root.
-    proj_type: Which side is projected, see :func:`galore_optax.galore`.
-    rules: Ordered rules for single leaves.
-    projector: `random`, of which only the seed is kept, or `svd` or `subspace`
-      for the leading directions, which take a basis.
-    state_dtype: Dtype of the moments.
-    seed: Seed of the projections.
+    **options: GaLore's options, see :func:`galore_optax.galore`.
+      The defaults that differ: `rank=1`, `scale=128.0`,
+      `residual="apollo_mini"`, and `refresh` as in :func:`apollo_adamw`. The
+      update is multiplied by the root of `scale`.
 
   Returns:
     The optimizer.
@@ -276,75 +235,51 @@ def apollo_mini_adamw(
     Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
     <https://arxiv.org/abs/2412.05270>`_, 2024, Algorithm 1.
   """
-  checks.check_eps(eps, state_dtype)
+  checks.check_eps(eps, options.get("state_dtype"))
   return galore(
     optax.adamw(
       learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask
     ),
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-    rules=rules,
-    projector=projector,
-    moments="keep",
-    state_dtype=state_dtype,
-    seed=seed,
-    recovery="apollo_mini",
+    **options,
   )
 
 
+@recipe()
 def galore_adafactor(
-  learning_rate: Any,
-  decay_rate: Any = 0.8,
-  clipping_threshold: Any = 1.0,
-  momentum: Any = 0.9,
-  eps: Any = 1e-30,
-  weight_decay: Any = None,
-  mask: Any = None,
+  learning_rate: optax.ScalarOrSchedule,
+  decay_rate: ArrayLike = 0.8,
+  clipping_threshold: ArrayLike | None = 1.0,
+  momentum: ArrayLike | None = 0.9,
+  eps: ArrayLike = 1e-30,
+  weight_decay: optax.ScalarOrSchedule | None = None,
+  mask: Mask | None = None,
   *,
   min_dim_size_to_factor: int | None = None,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
-  scale: Any = 0.25,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "subspace",
-  refresh: str = "staggered",
-  moments: str = "rotate",
-  state_dtype: Any = None,
-  faithful: bool = False,
+  **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore around Adafactor with a first moment.
 
   Adafactor's second moment is a rank-one product of row and column means, here
-  of the projected gradients. With `momentum` a first moment is kept as well;
-  without it, Adafactor's state is so small that GaLore saves nothing. Updates
-  are clipped by their root mean square in the subspace. The parameters' scale
-  is not used (`multiply_by_parameter_scale=False`).
+  those of the squared projected gradients. With `momentum` the state has a
+  first moment as well; without it, Adafactor's state is so small that GaLore
+  saves nothing. Updates are clipped by their root mean square in the subspace.
+  The parameters' scale is not used (`multiply_by_parameter_scale=False`).
 
   Args:
     learning_rate: Learning rate, a float or a schedule of the step.
     decay_rate: The second moment's decay at step t is 1 - t^-decay_rate.
-    clipping_threshold: Largest root mean square of an update; None for none.
-    momentum: Decay of the first moment; None for none.
+    clipping_threshold: Largest root mean square of an update; None for no
+      clipping.
+    momentum: Decay of the first moment; None for no first moment.
     eps: Term added to the squared gradients.
-    weight_decay: Rate that is multiplied by the weights and, as in
-      `optax.adafactor`, not by the learning rate; None for none.
+    weight_decay: Weight decay. As in `optax.adafactor`, it is not multiplied
+      by the learning rate; None for no decay.
     mask: Which leaves are decayed, see :func:`galore_adamw`.
-    min_dim_size_to_factor: Arrays whose second-largest axis is shorter keep an
-      unfactored second moment. It is compared with the rank, too. None
+    min_dim_size_to_factor: Arrays whose second-largest axis is shorter have an
+      unfactored second moment. In a subspace that axis may be the rank. None
       means 128, Optax's default.
-    rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
-    update_proj_gap: Steps T between two refreshes of a basis.
-    scale: The papers' α.
-    proj_type: Which side is projected.
-    rules: Ordered rules for single leaves.
-    projector: How a basis is found.
-    refresh: When.
-    moments: What becomes of the moments then; factored ones are kept.
-    state_dtype: Dtype of the moments.
-    faithful: The paper's algorithm exactly.
+    **options: GaLore's options, see :func:`galore_optax.galore`.
+      Factored second moments are left as they are at a refresh.
 
   Returns:
     The optimizer.
@@ -377,42 +312,25 @@ def galore_adafactor(
     multiply_by_parameter_scale=False,
     clipping_threshold=clipping_threshold,
     momentum=momentum,
-    dtype_momentum=jnp.float32 if state_dtype is None else state_dtype,
+    dtype_momentum=options.get("state_dtype") or jnp.float32,
     weight_decay_rate=weight_decay,
     eps=eps,
     weight_decay_mask=mask,
   )
   return galore(
     inner,
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-    rules=rules,
-    projector=projector,
-    refresh=refresh,
-    moments=moments,
-    state_dtype=state_dtype,
-    faithful=faithful,
+    **options,
   )
 
 
+@recipe()
 def galore_sgd(
-  learning_rate: Any,
-  momentum: Any = 0.9,
+  learning_rate: optax.ScalarOrSchedule,
+  momentum: ArrayLike | None = 0.9,
   *,
   nesterov: bool = False,
-  accumulator_dtype: Any = None,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
-  scale: Any = 0.25,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "subspace",
-  refresh: str = "staggered",
-  moments: str = "rotate",
-  state_dtype: Any = None,
-  faithful: bool = False,
+  accumulator_dtype: DTypeLike | None = None,
+  **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore around stochastic gradient descent with momentum.
 
@@ -423,19 +341,10 @@ def galore_sgd(
 
   Args:
     learning_rate: Learning rate η, a float or a schedule of the step.
-    momentum: Decay β of the momentum; None for none.
+    momentum: Decay β of the momentum; None for no momentum.
     nesterov: Whether to use Nesterov momentum.
     accumulator_dtype: Dtype of the momentum; None for that of the gradients.
-    rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
-    update_proj_gap: Steps T between two refreshes of a basis.
-    scale: The papers' α.
-    proj_type: Which side is projected.
-    rules: Ordered rules for single leaves.
-    projector: How a basis is found.
-    refresh: When.
-    moments: What becomes of the momentum then.
-    state_dtype: Dtype of the momentum.
-    faithful: The paper's algorithm exactly.
+    **options: GaLore's options, see :func:`galore_optax.galore`.
 
   Returns:
     The optimizer.
@@ -457,41 +366,23 @@ def galore_sgd(
   inner = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
   return galore(
     inner,
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-    rules=rules,
-    projector=projector,
-    refresh=refresh,
-    moments=moments,
-    state_dtype=state_dtype,
-    faithful=faithful,
+    **options,
   )
 
 
+@recipe()
 def galore_lion(
-  learning_rate: Any,
-  b1: Any = 0.9,
-  b2: Any = 0.99,
-  mu_dtype: Any = None,
-  weight_decay: Any = 1e-3,
-  mask: Any = None,
-  *,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
-  scale: Any = 0.25,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "subspace",
-  refresh: str = "staggered",
-  moments: str = "rotate",
-  state_dtype: Any = None,
-  faithful: bool = False,
+  learning_rate: optax.ScalarOrSchedule,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.99,
+  mu_dtype: DTypeLike | None = None,
+  weight_decay: optax.ScalarOrSchedule = 1e-3,
+  mask: Mask | None = None,
+  **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   r"""GaLore around Lion.
 
-  The sign is taken in the subspace, so that every kept direction moves:
+  The sign is taken in the subspace, entry by entry:
 
   .. math::
 
@@ -506,16 +397,7 @@ def galore_lion(
     mu_dtype: Dtype of the moment; None for that of the gradients.
     weight_decay: Decoupled weight decay λ, of the full weights.
     mask: Which leaves are decayed, see :func:`galore_adamw`.
-    rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
-    update_proj_gap: Steps T between two refreshes of a basis.
-    scale: The papers' α.
-    proj_type: Which side is projected.
-    rules: Ordered rules for single leaves.
-    projector: How a basis is found.
-    refresh: When.
-    moments: What becomes of the moment then.
-    state_dtype: Dtype of the moment.
-    faithful: The paper's algorithm exactly.
+    **options: GaLore's options, see :func:`galore_optax.galore`.
 
   Returns:
     The optimizer.
@@ -545,65 +427,37 @@ def galore_lion(
   )
   return galore(
     inner,
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-    rules=rules,
-    projector=projector,
-    refresh=refresh,
-    moments=moments,
-    state_dtype=state_dtype,
-    faithful=faithful,
+    **options,
   )
 
 
+@recipe()
 def galore_adamw_8bit(
-  learning_rate: Any,
-  b1: Any = 0.9,
-  b2: Any = 0.999,
-  eps: Any = 1e-8,
-  weight_decay: Any = 1e-4,
-  mask: Any = None,
+  learning_rate: optax.ScalarOrSchedule,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.999,
+  eps: ArrayLike = 1e-8,
+  weight_decay: optax.ScalarOrSchedule = 1e-4,
+  mask: Mask | None = None,
   *,
   min_size: int | None = None,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
-  scale: Any = 0.25,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "subspace",
-  refresh: str = "staggered",
-  moments: str = "rotate",
-  basis_dtype: Any = "float32",
-  accumulation_steps: int | None = None,
-  faithful: bool = False,
+  **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   r"""8-bit GaLore: GaLore around AdamW with moments in eight bits.
 
-  The update is that of :func:`galore_adamw`. Between steps the moments of the
-  projected gradients, and those of the leaves at full rank, are kept in eight
-  bits, see :func:`galore_optax.scale_by_adam_8bit`.
+  The update is that of :func:`galore_adamw`. Between steps the moments of all
+  leaves, projected or not, are stored in eight bits, see
+  :func:`galore_optax.scale_by_adam_8bit`.
 
   Args:
     learning_rate: Learning rate η, a float or a schedule of the step.
     b1: Decay of the first moment.
     b2: Decay of the second moment.
-    eps: Term ε outside of the root.
+    eps: Term ε added to the root.
     weight_decay: Decoupled weight decay λ, of the full weights.
     mask: Which leaves are decayed, see :func:`galore_adamw`.
-    min_size: Moments with fewer elements stay in float32; None for 4096.
-    rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
-    update_proj_gap: Steps T between two refreshes of a basis.
-    scale: The papers' α.
-    proj_type: Which side is projected.
-    rules: Ordered rules for single leaves.
-    projector: How a basis is found.
-    refresh: When.
-    moments: What becomes of the moments then.
-    basis_dtype: Dtype of the bases, or `int4` or `int8`.
-    accumulation_steps: Gradients that make one step; None for one.
-    faithful: The paper's algorithm exactly.
+    min_size: Moments with fewer elements stay in float32; None means 4096.
+    **options: GaLore's options, see :func:`galore_optax.galore`.
 
   Returns:
     The optimizer.
@@ -630,68 +484,47 @@ def galore_adamw_8bit(
     adamw_8bit(
       learning_rate, b1, b2, eps, weight_decay, mask, min_size=min_size
     ),
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-    rules=rules,
-    projector=projector,
-    refresh=refresh,
-    moments=moments,
-    basis_dtype=basis_dtype,
-    accumulation_steps=accumulation_steps,
-    faithful=faithful,
+    **options,
   )
 
 
+@recipe(
+  {"basis_dtype": "int4", "refresh": Refresh(policy="adaptive")},
+  refused=_NOT_THE_PAPER,
+)
 def q_galore_adamw_8bit(
-  learning_rate: Any,
-  b1: Any = 0.9,
-  b2: Any = 0.95,
-  eps: Any = 1e-8,
-  weight_decay: Any = 0.0,
-  mask: Any = None,
+  learning_rate: optax.ScalarOrSchedule,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.95,
+  eps: ArrayLike = 1e-8,
+  weight_decay: optax.ScalarOrSchedule = 0.0,
+  mask: Mask | None = None,
   *,
   min_size: int | None = None,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
-  scale: Any = 0.25,
-  proj_type: str = "std",
-  rules: plan.Rules = (),
-  projector: str = "subspace",
-  adaptive: adaptive_lib.Adaptive | None = None,
-  moments: str = "rotate",
-  accumulation_steps: int | None = None,
+  **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   r"""Q-GaLore's optimizer: 4-bit bases, 8-bit moments, adaptive refreshes.
 
-  :func:`galore_adamw_8bit` whose bases are kept in four bits and refreshed
-  less and less often where the subspace has settled. The other half of
-  Q-GaLore is the weights: keep them in eight bits by
-  :func:`galore_optax.quantize_params` and update them with
-  :func:`galore_optax.apply_updates`, or both at once by
-  :func:`galore_optax.layerwise`. The numbers that are defaults are those of
-  the paper and its scripts. How bases are found, what becomes of moments and
-  when matrices take their turns is this library's; so is the measure of
-  settled subspaces, see :class:`galore_optax.Adaptive`.
+  This is :func:`galore_adamw_8bit` with bases in four bits, which are refreshed
+  less often once their subspace has settled. The other half of Q-GaLore is
+  8-bit weights: make them by :func:`galore_optax.quantize_params` and update
+  them with :func:`galore_optax.apply_updates`, or use
+  :func:`galore_optax.layerwise`, which does both. The default numbers are those
+  of the paper and its scripts. How bases are found, how moments are carried
+  over and when each matrix is due are this library's choices, and so is the
+  measure of settled subspaces, see :class:`galore_optax.Adaptive`.
 
   Args:
     learning_rate: Learning rate η, a float or a schedule of the step.
     b1: Decay of the first moment.
     b2: Decay of the second moment.
-    eps: Term ε outside of the root.
+    eps: Term ε added to the root.
     weight_decay: Decoupled weight decay λ, of the full weights.
     mask: Which leaves are decayed, see :func:`galore_adamw`.
-    min_size: Moments with fewer elements stay in float32; None for 4096.
-    rank: Rank r; see :func:`galore_optax.galore` for it and all that follow.
-    update_proj_gap: Steps T between the first refreshes of a basis.
-    scale: The papers' α.
-    proj_type: Which side is projected.
-    rules: Ordered rules for single leaves.
-    projector: How a basis is found.
-    adaptive: When a subspace counts as settled.
-    moments: What becomes of the moments at a refresh.
-    accumulation_steps: Gradients that make one step; None for one.
+    min_size: Moments with fewer elements stay in float32; None means 4096.
+    **options: GaLore's options, see :func:`galore_optax.galore`.
+      The defaults that differ: `basis_dtype="int4"` and
+      `refresh=Refresh(policy="adaptive")`.
 
   Returns:
     The optimizer.
@@ -714,15 +547,5 @@ def q_galore_adamw_8bit(
     adamw_8bit(
       learning_rate, b1, b2, eps, weight_decay, mask, min_size=min_size
     ),
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    scale=scale,
-    proj_type=proj_type,
-    rules=rules,
-    projector=projector,
-    refresh="adaptive",
-    adaptive=adaptive,
-    moments=moments,
-    basis_dtype="int4",
-    accumulation_steps=accumulation_steps,
+    **options,
   )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import checks, quantized_params
-from galore_optax._galore import LAYER_ARG
+from galore_optax import context as context_lib
 from galore_optax.per_layer.model import Layered, check_layers
 from galore_optax.quantization import qarray
 from galore_optax.tree import paths, slices
@@ -383,11 +383,12 @@ class _Run(NamedTuple):
     leaves = paths.leaves_by_path(params)
     part = {p: leaves[p] for p in grads}
     finite, old = jnp.isfinite(_squares(grads)), state
-    updates, state = self.tx.update(
+    updates, state = context_lib.update_with(
+      self.tx,
+      context_lib.UpdateContext(layer=layer[0], layers=layer[1]),
       _only(params, grads),
       old,
       _only(params, self.read(part)),
-      **{LAYER_ARG: layer},
     )
     by_path = paths.leaves_by_path(updates)
     key = None if key is None else jax.random.fold_in(key, layer[0])

@@ -1,4 +1,4 @@
-"""Refreshes that become rarer where a subspace has settled."""
+"""Adaptive refresh schedules: a settled subspace is refreshed less often."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from galore_optax import checks
 from galore_optax.subspace import projection
 
-# Steps that a matrix waits at most, for counters to stay in range.
+# The longest gap in steps; keeps counters within int32.
 _LONGEST = 2.0**30
 
 MEASURES = ("overlap", "cosine")
@@ -17,26 +17,26 @@ MEASURES = ("overlap", "cosine")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adaptive:
-  r"""When the gap of a matrix grows, for `refresh="adaptive"`.
+  r"""When the refresh gap of a matrix grows, for `Refresh(policy="adaptive")`.
 
-  At every refresh of a matrix the new subspace is compared with the old one.
-  Where the mean of the last `window` similarities reaches `threshold`, the
-  matrix waits `growth` times longer from then on. Threshold, window and growth
-  are Q-GaLore's by default; the limit and `overlap` are not.
+  At every refresh of a matrix its new subspace is compared with the old one.
+  When the mean of the last `window` similarities reaches `threshold`, the gap
+  to the next refresh is multiplied by `growth`. The defaults of threshold,
+  window and growth are Q-GaLore's; the limit and `overlap` are this library's.
 
   Attributes:
-    threshold: Similarity from which on a subspace counts as settled.
+    threshold: Mean similarity at which a subspace counts as settled.
     window: Number of similarities that are averaged.
     growth: Factor on the gap.
     limit: Largest gap, as a multiple of `update_proj_gap`.
-    measure: `overlap`: :math:`\|P_{new}^\top P_{old}\|_F^2 / r`, the mean
-      squared cosine between the subspaces. For exact bases of pure noise it is
-      r / m. `projector="subspace"` starts from the old basis and keeps more of
-      it where no directions stand out: about 0.5 for r / m from 1/8 to 1/4, so
-      that the threshold should be higher than it for small noisy batches.
-      `cosine`: the magnitude of the cosine between the leading singular
-      vectors, as in the paper; needs `projector="svd"`, whose bases are
-      ordered.
+    measure: How similar two subspaces are. `overlap`: :math:`\|P_{new}^\top
+      P_{old}\|_F^2 / r`, the mean squared cosine between them. For exact bases
+      of pure noise it is r / m. `finder="subspace"` starts from the old basis
+      and keeps more of it where no directions stand out: about 0.5 for r / m
+      from 1/8 to 1/4. With small noisy batches the threshold should therefore
+      be above 0.5. `cosine`: the magnitude of the cosine between the leading
+      singular vectors, as in the paper; needs `finder="svd"`, whose bases are
+      sorted by singular value.
 
   Example:
     >>> Adaptive(threshold=0.6).growth
@@ -54,7 +54,7 @@ class Adaptive:
   measure: str = "overlap"
 
   def __post_init__(self):
-    """Refuses values that make no schedule."""
+    """Refuses values out of range."""
     checks.check_choice("measure", self.measure, MEASURES)
     if isinstance(self.window, bool) or not isinstance(self.window, int):
       raise TypeError(f"`window` must be an int, got {self.window!r}.")
@@ -69,7 +69,7 @@ class Adaptive:
 
 
 class Number(NamedTuple):
-  """A matrix's number among all."""
+  """The number of a matrix among all `count` matrices."""
 
   index: Any
   count: Any
@@ -80,8 +80,9 @@ class State(NamedTuple):
 
   Attributes:
     due_at: Step of the next refresh, int32.
-    gap: Steps from each refresh to the next, int32.
-    similarities: The last ones, the newest first; float32, one axis more.
+    gap: Steps from a refresh to the next, int32.
+    similarities: The last `window` similarities, newest first; float32, on an
+      additional last axis.
     refreshes: Number of refreshes so far, int32.
   """
 
@@ -95,7 +96,7 @@ class State(NamedTuple):
     return (self.due_at <= step).reshape(-1)
 
   def flat(self) -> "State":
-    """The matrices along one axis."""
+    """The same schedule with one stack axis."""
     window = self.similarities.shape[-1:]
     return State(
       self.due_at.reshape(-1),
@@ -106,82 +107,83 @@ class State(NamedTuple):
 
   def refreshed(
     self,
-    how: Adaptive,
+    rule: Adaptive,
     step: jax.Array,
     number: Number,
     gap: Any,
     similarity: jax.Array,
-    told: jax.Array,
+    is_valid: jax.Array,
   ) -> "State":
     """The schedule of one matrix after a refresh.
 
     Args:
-      how: The rule.
+      rule: When the gap grows.
       step: Steps so far.
-      number: Number of the matrix among all, which decides its turn.
-      gap: Steps between two refreshes at first.
-      similarity: Of the new subspace to the old one, scalar.
-      told: Whether the gradient told anything; one that is zero or not finite
-        leaves the subspace as it is, which does not mean that it has settled.
+      number: Number of the matrix among all, which sets its phase.
+      gap: The initial gap, in steps.
+      similarity: Similarity of the new subspace to the old one, scalar.
+      is_valid: Whether the gradient was finite and non-zero. If it was not, the
+        basis stayed as it was, which does not mean that it has settled.
     """
     base = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
     first = self.refreshes == 0
-    # The first refresh has nothing to compare with but the random start.
-    seen = jnp.concatenate([similarity[None], self.similarities[:-1]])
-    seen = jnp.where(first | ~told, self.similarities, seen)
-    full = self.refreshes >= how.window
-    settled = told & full & (seen.mean() >= how.threshold)
-    grown = jnp.minimum(self.gap * how.growth, base * how.limit)
+    # The first refresh can only be compared with the initial basis.
+    similarities = jnp.concatenate([similarity[None], self.similarities[:-1]])
+    similarities = jnp.where(first | ~is_valid, self.similarities, similarities)
+    full = self.refreshes >= rule.window
+    settled = is_valid & full & (similarities.mean() >= rule.threshold)
+    grown = jnp.minimum(self.gap * rule.growth, base * rule.limit)
     grown = jnp.minimum(grown, _LONGEST)
     new_gap = jnp.where(settled, grown.astype(jnp.int32), self.gap)
     new_gap = jnp.where(first, base, new_gap)
-    # From step 0, where all are refreshed, they get in line.
-    turn = _share(base, number)
-    wait = jnp.where(first & (turn > 0), turn, new_gap)
-    return State(step + wait, new_gap, seen, self.refreshes + 1)
+    # All matrices are refreshed at step 0; the next time each at its phase.
+    phase = _phase(base, number)
+    wait = jnp.where(first & (phase > 0), phase, new_gap)
+    return State(step + wait, new_gap, similarities, self.refreshes + 1)
 
 
-def _share(gap: jax.Array, number: Number) -> jax.Array:
-  """Index * gap // count, without the product, which may be out of range."""
+def _phase(gap: jax.Array, number: Number) -> jax.Array:
+  """`index * gap // count` without the product, which may overflow."""
   whole, rest = gap // number.count, gap % number.count
   return number.index * whole + number.index * rest // number.count
 
 
-def start(stack: tuple[int, ...], how: Adaptive) -> State:
+def start(stack: tuple[int, ...], rule: Adaptive) -> State:
   """The schedule before the first refresh.
 
   Args:
     stack: Sizes of the axes that count a leaf's matrices.
-    how: The rule.
+    rule: When the gap grows.
 
   Returns:
     The state; all matrices are due.
   """
   counter = lambda: jnp.zeros(stack, jnp.int32)
-  seen = jnp.zeros((*stack, int(how.window)), jnp.float32)
-  return State(counter(), counter(), seen, counter())
+  similarities = jnp.zeros((*stack, int(rule.window)), jnp.float32)
+  return State(counter(), counter(), similarities, counter())
 
 
 def similarity(
   measure: str,
   new: projection.Bases,
   old: projection.Bases,
-  turn: projection.Bases,
+  overlap: projection.Bases,
 ) -> jax.Array:
-  """How alike two subspaces are, from 0 to 1; the worse side counts.
+  """Similarity of two subspaces, from 0 to 1; of two sides, the smaller one.
 
   Args:
     measure: See :class:`Adaptive`.
     new: New bases of one matrix.
     old: Old bases.
-    turn: Their overlap, see :func:`galore_optax.subspace.projection.overlap`.
+    overlap: Their overlap C, see
+      :func:`galore_optax.subspace.projection.overlap`.
 
   Returns:
     float32 scalar.
   """
   if measure == "cosine":
-    found = [jnp.abs(jnp.sum(new[s][:, 0] * old[s][:, 0])) for s in new]
+    sides = [jnp.abs(jnp.sum(new[s][:, 0] * old[s][:, 0])) for s in new]
   else:
-    found = [jnp.sum(c * c) / c.shape[-1] for c in turn.values()]
-  # Bases that are kept in a few bits are not quite of length one.
-  return jnp.minimum(jnp.min(jnp.stack(found)), 1).astype(jnp.float32)
+    sides = [jnp.sum(c * c) / c.shape[-1] for c in overlap.values()]
+  # The columns of a basis in few bits do not have exactly unit length.
+  return jnp.minimum(jnp.min(jnp.stack(sides)), 1).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The bases that matrices have before their first refresh."""
+"""Initial bases: those that matrices have before their first refresh."""
 
 import functools
 import zlib
@@ -17,17 +17,17 @@ CODES = ("int4", "int8")
 def basis(
   site: plan.Site, side: str, like: Any, seed: Any, dtype: Any
 ) -> jax.Array | qarray.QArray:
-  """Orthonormal bases, in the format in which the state keeps them.
+  """Initial orthonormal bases of a leaf, in the state's format.
 
   Args:
-    site: The leaf, of which all matrices start with one basis.
+    site: The leaf; all its matrices start with the same basis.
     side: `left` or `right`.
-    like: The leaf itself, whose mesh and sharding they follow.
-    seed: Seed of all bases; leaves and sides differ.
+    like: The leaf's array, whose mesh and sharding the bases follow.
+    seed: Seed of all bases; leaves and sides get different ones.
     dtype: A float dtype, or one of `CODES`.
 
   Returns:
-    Bases (..., m, r) for `left`, (..., n, r) for `right`; as codes, transposed.
+    Bases (..., m, r) for `left`, (..., n, r) for `right`; codes are transposed.
   """
   key, shape = _key(site, side, seed), site.basis_shape(side)
   axis = -2 if side == "left" else -1
@@ -37,7 +37,7 @@ def basis(
 
   if dtype not in CODES:
     return sharding.shard_like(
-      _spread(key, shape, jnp.dtype(dtype)), like, spec
+      _broadcast(key, shape, jnp.dtype(dtype)), like, spec
     )
   return sharding.shard_quantized_like(
     _codes(key, shape, dtype),
@@ -49,7 +49,7 @@ def basis(
 def random_basis(
   site: plan.Site, side: str, like: Any, seed: Any
 ) -> projection.RandomBasis:
-  """A random projection that is never stored, with the arguments of `basis`."""
+  """A random projection of which only a seed is stored; see :func:`basis`."""
   bits = jax.random.bits(_key(site, side, seed), (), jnp.uint32)
   return projection.RandomBasis(
     sharding.shard_like(bits, like, lambda _: ()), site.basis_shape(side)
@@ -62,12 +62,12 @@ def _key(site: plan.Site, side: str, seed: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _spread(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _broadcast(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
   one = find.start_basis(key, *shape[-2:])
   return jnp.broadcast_to(one, shape).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _codes(key: jax.Array, shape: tuple[int, ...], kind: str) -> qarray.QArray:
-  one = _spread(key, shape, jnp.float32)
+  one = _broadcast(key, shape, jnp.float32)
   return qarray.quantize(jnp.swapaxes(one, -1, -2), kind)

@@ -1,4 +1,4 @@
-"""Which matrices are refreshed by one computation, and how they are counted."""
+"""Groups matrices that one compiled computation refreshes, and numbers them."""
 
 import dataclasses
 import itertools
@@ -13,25 +13,26 @@ import numpy as np
 from galore_optax.subspace import adaptive
 from galore_optax.tree import plan, sharding, slices
 
-# What a refresh changes of a leaf: its bases by side, its moments by place,
-# and its schedule where that adapts.
+# What a refresh changes of a leaf: its bases by side, its moments by their path
+# in the inner state, and its schedule if the policy is adaptive.
 Slot = tuple[Mapping[str, Any], Mapping[str, Any], adaptive.State | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Leaves whose bases are found by one and the same computation.
+  """Leaves whose bases are found by the same compiled computation.
 
-  Factorisations compile slowly, and are compiled once for all leaves whose
-  bases have one form, be they left or right. Products with the gradients and
-  the moments are compiled for each kind, the leaves that are alike in these,
-  too. On a mesh, leaves of a group have one name, but for the numbers in it:
-  they can be expected to be sharded alike.
+  Factorisations compile slowly, so they are compiled once for all leaves whose
+  bases have the same shape and dtype, left or right. Products with gradients
+  and moments are compiled once for each kind: the leaves of a group whose
+  gradients and moments have the same shapes too. On a mesh, the paths of a
+  group's leaves differ only in numbers, because such leaves are usually sharded
+  in the same way.
 
   Attributes:
     kinds: The leaves by kind.
-    first: Number of each leaf's first matrix among all; they are numbered in
-      the order of the leaves, whatever the groups.
+    first: Number of each leaf's first matrix among the matrices of all groups,
+      which are numbered in the order of the leaves.
   """
 
   kinds: tuple[tuple[plan.Site, ...], ...]
@@ -53,19 +54,19 @@ class Group:
     return sum(self.counts)
 
   @property
-  def order(self) -> np.ndarray:
-    """Which of the members' matrices comes first, second, ... by number."""
+  def permutation(self) -> np.ndarray:
+    """Sorts the members' matrices by number."""
     starts = np.cumsum([0, *self.counts])
     ranges = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
     by_number = sorted(zip(self.first, ranges, strict=True), key=lambda x: x[0])
     return np.concatenate([x for _, x in by_number]).astype(np.int32)
 
   def numbers(self, layer: Any, layers: Any) -> jax.Array:
-    """The matrices' numbers in order, as if a leaf's layers were one stack.
+    """The matrices' numbers, as if the layers of each leaf were one stack.
 
     Args:
-      layer: Number of the layer that the leaves are of, 0 if of all.
-      layers: Number of all layers then, 1 otherwise.
+      layer: Index of the layer that the leaves belong to; 0 if they are whole.
+      layers: Number of layers; 1 if the leaves are whole.
 
     Returns:
       int32 (count,), ascending.
@@ -77,18 +78,18 @@ class Group:
       ]
     ).astype(jnp.int32)
 
-  def place(self, unit: jax.Array) -> "Place":
-    """Where a matrix is, of which `unit` tells how many come before it."""
+  def location(self, unit: jax.Array) -> "Location":
+    """The location of the matrix at position `unit`, sorted by number."""
 
     def look_up(of_matrix: Any) -> jax.Array:
-      told = np.asarray(of_matrix)[self.order].astype(np.int32)
-      if not told.any():
+      table = np.asarray(of_matrix)[self.permutation].astype(np.int32)
+      if not table.any():
         return jnp.int32(0)
-      return slices.take(jnp.asarray(told), unit)
+      return slices.take(jnp.asarray(table), unit)
 
     of_leaf = lambda x: look_up(np.repeat(x, self.counts))
     sizes = [len(kind) for kind in self.kinds]
-    return Place(
+    return Location(
       member=of_leaf(np.arange(len(self.members))),
       kind=of_leaf(np.repeat(np.arange(len(sizes)), sizes)),
       within=of_leaf(np.concatenate([np.arange(size) for size in sizes])),
@@ -97,14 +98,14 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-  """Where a matrix of a group is.
+class Location:
+  """Where a matrix is in a group; int32 scalars.
 
   Attributes:
-    member: Number of its leaf.
-    kind: Number of the leaf's kind.
-    within: Number of the leaf in its kind.
-    index: Number of the matrix in its leaf.
+    member: Index of its leaf in the group.
+    kind: Index of the leaf's kind.
+    within: Index of the leaf in its kind.
+    index: Index of the matrix in its leaf.
   """
 
   member: jax.Array
@@ -121,18 +122,18 @@ def group(
   share: bool,
   by_gradient: bool,
 ) -> list[Group]:
-  """The leaves in groups.
+  """Divides the projected leaves into groups.
 
   Args:
     sites: Path to site.
     slots: Path to what a refresh changes.
     grads: Path to gradients (..., m, n).
     share: Whether leaves share a computation at all.
-    by_gradient: Whether bases are made of the gradient itself, and not of
-      products with it: then leaves of a group are alike in that as well.
+    by_gradient: Whether the gradient itself is factorised, not products with
+      it: the leaves of a group then have gradients of the same shape too.
 
   Returns:
-    The groups; a leaf is in one of them.
+    The groups; each leaf is in one of them.
   """
   found: dict[Any, dict[Any, list[tuple[plan.Site, int]]]] = {}
   first = 0
@@ -140,11 +141,11 @@ def group(
     bases, moments, _ = slots[path]
     gap = site.gap if isinstance(site.gap, int | float) else id(site.gap)
     name = re.sub(r"\d+", "#", path) if sharding.on_mesh(grads[path]) else None
-    seen = _form(site, (grads[path], moments))
-    kind = (site.sides, site.sharded, seen, *moments)
+    forms = _forms(site, (grads[path], moments))
+    kind = (site.sides, site.sharded, forms, *moments)
     alike = kind if by_gradient else len(site.sides)
     alone = None if share else path
-    key = (name, gap, alike, alone, _form(site, list(bases.values())))
+    key = (name, gap, alike, alone, _forms(site, list(bases.values())))
     found.setdefault(key, {}).setdefault(kind, []).append((site, first))
     first += site.view.count
   return [
@@ -156,7 +157,7 @@ def group(
   ]
 
 
-def _form(site: plan.Site, tree: Any) -> tuple:
-  """What the arrays of one matrix look like."""
+def _forms(site: plan.Site, tree: Any) -> tuple:
+  """Dtype and shape of each array that belongs to one matrix."""
   stack = len(site.view.stack)
   return tuple((x.dtype.name, x.shape[stack:]) for x in jax.tree.leaves(tree))

@@ -157,7 +157,7 @@ OPTIMIZERS = {
   "two-sided": _alias(
     galore_adamw, _adamw, weight_decay=DECAY, proj_type="full"
   ),
-  "fira": _alias(galore_adamw, _adamw, weight_decay=DECAY, recovery="fira"),
+  "fira": _alias(galore_adamw, _adamw, weight_decay=DECAY, residual="fira"),
   "galore_adamw_8bit": _alias(
     galore_adamw_8bit, _adamw_8bit, weight_decay=DECAY, min_size=0
   ),

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from galore_optax import Projection
+from galore_optax import Projection, Refresh
 from tests.conformance import cases
 from tests.conformance.cases import every, every_galore, every_of_arrays
 
@@ -123,7 +123,8 @@ _LAYERS = (3, 8, 16)
 
 def _exact(make, **settings):
   """The optimizer, with bases that do not depend on the leaves' paths."""
-  return make(projector="svd", refresh="synchronous", **settings)
+  refresh = Refresh(policy="synchronous", finder="svd")
+  return make(refresh=refresh, **settings)
 
 
 @every_of_arrays

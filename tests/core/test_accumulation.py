@@ -8,7 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import captured_energy, galore, galore_adamw_8bit, state_bytes
+from galore_optax import (
+  Refresh,
+  captured_energy,
+  galore,
+  galore_adamw_8bit,
+  state_bytes,
+)
 
 SHAPES = {"bias": (24,), "stack": (2, 16, 24), "w": (24, 16)}
 K, STEPS = 3, 8
@@ -91,7 +97,7 @@ def test_in_between_updates_are_zero_and_the_accumulator_is_low_rank():
 
 def test_bases_are_those_of_the_first_gradient():
   """And all gradients of a step are projected on them."""
-  optimizer = tx(K, projector="svd", refresh="synchronous")
+  optimizer = tx(K, refresh=Refresh(policy="synchronous", finder="svd"))
   params, grads = normal(99), micro_gradients(same_first=False)
   state, update = optimizer.init(params), jax.jit(optimizer.update)
   for i in range(2):  # refreshed at step 0, not at step 1

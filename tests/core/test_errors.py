@@ -7,6 +7,7 @@ import pytest
 
 from galore_optax import (
   Projection,
+  Refresh,
   apollo_adamw,
   apollo_mini_adamw,
   apply_updates,
@@ -41,14 +42,9 @@ PARAMS = {"w": jnp.ones((16, 24)), "bias": jnp.ones(24)}
     ({"basis_dtype": "int32"}, TypeError, r"`basis_dtype`.*got 'int32'"),
     ({"basis_dtype": "int2"}, TypeError, r"or 'int4', or 'int8', got 'int2'"),
     ({"state_dtype": "bf16"}, TypeError, r"`state_dtype`.*got 'bf16'"),
-    ({"iterations": 0}, ValueError, r"`iterations` must be positive, got 0"),
-    ({"iterations": 1.5}, ValueError, r"`iterations` must be a whole number"),
-    ({"null_tolerance": -1}, ValueError, r"`null_tolerance` must be 0 or more"),
-    ({"null_tolerance": "x"}, TypeError, r"`null_tolerance` must be a number"),
     ({"proj_type": "sdt"}, ValueError, r"one of 'std'.*Did you mean 'std'"),
-    ({"projector": "eigh"}, ValueError, r"`projector` must be one of"),
     ({"refresh": "lazy"}, ValueError, r"`refresh` must be one of"),
-    ({"moments": "rotated"}, ValueError, r"Did you mean 'rotate'"),
+    ({"refresh": 2}, TypeError, r"`refresh` must be a galore_optax.Refresh"),
     ({"params_mode": "none"}, ValueError, r"`params_mode` must be one of"),
     ({"rules": "attn"}, TypeError, r"`rules` must be pairs"),
     ({"rules": ["attn"]}, TypeError, r"`rules` must be pairs.*got 'attn'"),
@@ -59,6 +55,29 @@ PARAMS = {"w": jnp.ones((16, 24)), "bias": jnp.ones(24)}
 def test_arguments(options, error, message):
   with pytest.raises(error, match=message):
     galore(optax.adam(1.0), **options)
+
+
+@pytest.mark.parametrize(
+  ("fields", "error", "message"),
+  [
+    ({"policy": "lazy"}, ValueError, r"`policy` must be one of"),
+    ({"finder": "eigh"}, ValueError, r"`finder` must be one of"),
+    ({"iterations": 0}, ValueError, r"`iterations` must be positive, got 0"),
+    ({"iterations": 1.5}, ValueError, r"`iterations` must be a whole number"),
+    ({"moments": "rotated"}, ValueError, r"Did you mean 'rotate'"),
+    ({"null_tolerance": -1}, ValueError, r"`null_tolerance` must be 0 or more"),
+    ({"null_tolerance": "x"}, TypeError, r"`null_tolerance` must be a number"),
+    ({"random_from": "late"}, TypeError, r"`random_from` must be a number"),
+    ({"share": 1}, TypeError, r"`share` must be True or False, got 1"),
+    ({"adaptive": 0.4}, TypeError, r"`adaptive` must be a galore_optax.Adapt"),
+    ({"finder": "random", "policy": "adaptive"}, ValueError, r"could settle"),
+    ({"finder": "random", "moments": "reset"}, ValueError, r"got moments='res"),
+    ({"finder": "random", "random_from": 9}, ValueError, r"finder='random' do"),
+  ],
+)
+def test_a_refresh_checks_its_own_fields(fields, error, message):
+  with pytest.raises(error, match=message):
+    Refresh(**fields)
 
 
 def test_sixteen_bits_at_least():

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import Projection, chain, galore, galore_adamw
+from galore_optax import Projection, Refresh, chain, galore, galore_adamw
 from tests.core import reference
 
 GAP = 5
@@ -86,12 +86,7 @@ def test_is_one_switch():
   results = []
   for options in (
     {"faithful": True},
-    {
-      "projector": "svd",
-      "refresh": "synchronous",
-      "moments": "keep",
-      "null_tolerance": 0.0,
-    },
+    {"refresh": Refresh.paper()},
   ):
     tx = chain(galore(rank=2, update_proj_gap=3, **options), optax.adamw(1e-2))
     params = {"w": jnp.ones((8, 12))}
@@ -104,8 +99,14 @@ def test_is_one_switch():
 
 
 def test_contradiction_is_refused():
-  with pytest.raises(ValueError, match=r"faithful=True.*moments='keep'"):
-    galore(optax.adam(1.0), faithful=True, moments="reset")
+  for field, wanted in (
+    ({"moments": "reset"}, "moments='keep'"),
+    ({"policy": "adaptive"}, "policy='synchronous'"),
+    ({"finder": "random"}, "finder='svd'"),
+    ({"null_tolerance": 0.1}, "null_tolerance=0.0"),
+  ):
+    with pytest.raises(ValueError, match=f"faithful=True.*{wanted}"):
+      galore(optax.adam(1.0), faithful=True, refresh=Refresh(**field))
 
 
 def test_sides_can_be_chosen_by_rule():

@@ -13,6 +13,7 @@ import pytest
 
 from galore_optax import (
   Projection,
+  Refresh,
   chain,
   describe,
   galore,
@@ -203,9 +204,8 @@ def test_project_mode_hands_over_projected_weights():
 def test_stacked_layers_are_separate_matrices():
   stacked = normal({"w": (3, 16, 24)}, 0)
   unstacked = {f"w{i}": stacked["w"][i] for i in range(3)}
-  options = {"rank": 4, "refresh": "synchronous", "update_proj_gap": 2}
-  rules = {"projector": "svd", "moments": "rotate"}
-  one = galore(optax.adamw(1e-2), **options, **rules)
+  refresh = Refresh(policy="synchronous", finder="svd")
+  one = galore(optax.adamw(1e-2), rank=4, update_proj_gap=2, refresh=refresh)
   state, states = one.init(stacked), one.init(unstacked)
   for step in range(4):
     grads = normal({"w": (3, 16, 24)}, step)
@@ -218,13 +218,13 @@ def test_stacked_layers_are_separate_matrices():
 
 def test_full_rank_identity_is_the_identity():
   params = normal({"w": (16, 24), "v": (24, 16)}, 0)
-  for method in ("subspace", "svd"):
+  for finder in ("subspace", "svd"):
     tx = galore(
       optax.identity(),
       rank=16,
       scale=1.0,
       proj_type="std",
-      projector=method,
+      refresh=Refresh(finder=finder),
       rules=[(".", Projection())],
     )
     _, updates, _ = run(tx, params, 3)
@@ -361,7 +361,8 @@ def two_steps(tx):
 
 @pytest.mark.parametrize("moments", ["rotate", "keep", "reset"])
 def test_moments_at_a_refresh(moments):
-  tx = galore_sgd(1.0, 0.5, rank=4, update_proj_gap=1, moments=moments)
+  refresh = Refresh(moments=moments)
+  tx = galore_sgd(1.0, 0.5, rank=4, update_proj_gap=1, refresh=refresh)
   grads, (first, second) = two_steps(tx)
   old, new = (s.projector["w"]["left"] for s in (first, second))
   before = optax.tree.get(first, "trace").low["w"]
@@ -412,7 +413,8 @@ def test_moments_are_known_by_their_state_and_name(name):
 def test_gradients_that_are_added_up_go_to_the_new_basis(moments):
   """They are no moments yet: the step that they are for is still to come."""
   inner = optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
-  tx = galore(inner, rank=4, update_proj_gap=1, moments=moments, scale=1.0)
+  refresh = Refresh(moments=moments)
+  tx = galore(inner, rank=4, update_proj_gap=1, refresh=refresh, scale=1.0)
   grads, (first, second) = two_steps(tx)
   old, new = (s.projector["w"]["left"] for s in (first, second))
   sums = [optax.tree.get(s, "acc_grads").low["w"] for s in (first, second)]
@@ -556,7 +558,7 @@ def test_refreshes_of_their_own_are_those_that_are_shared():
   found = []
   for share in (True, False):
     tx = galore(
-      optax.adam(1e-2), rank=2, update_proj_gap=3, share_refresh=share
+      optax.adam(1e-2), rank=2, update_proj_gap=3, refresh=Refresh(share=share)
     )
     update, state = jax.jit(tx.update), tx.init(params)
     for step in range(5):

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from galore_optax import (
+  Refresh,
   adamw_8bit,
   apollo_adamw,
   apollo_mini_adamw,
@@ -18,6 +19,7 @@ from galore_optax import (
   state_bytes,
 )
 from tests.core import residual_reference, small
+from tests.core.options import gathered
 
 GAP, RANK, RATE, DECAY = 4, 3, 1e-2, 0.1
 STEPS = 3 * GAP + 3  # refreshes at 0, 4, 8, 12
@@ -42,7 +44,7 @@ def gradients(shape, sizes=SIZES, seed=0):
 
 def fira(inner, **options):
   options = {"rank": RANK, "update_proj_gap": GAP, **options}
-  return galore(inner, **{"recovery": "fira", **options})
+  return galore(inner, **gathered({"residual": "fira", **options}))
 
 
 def adamw(rate=RATE):
@@ -215,7 +217,7 @@ def test_costs_one_number_a_matrix(options):
   params = {"w": jnp.zeros((2, 3, 8, 12)), "v": jnp.zeros((8, 12))}
   params["bias"] = jnp.zeros(12)
   tx = lambda **more: galore(optax.adam(RATE), rank=2, **options, **more)
-  state, plain = tx(recovery="fira").init(params), tx().init(params)
+  state, plain = tx(residual="fira").init(params), tx().init(params)
   assert state_bytes(state) - state_bytes(plain) == 4 * (2 * 3 + 1)
   assert plain.recovery is None
 
@@ -242,7 +244,7 @@ def test_layer_by_layer_equals_the_usual_step():
 @pytest.mark.parametrize(
   ("inner", "options", "message"),
   [
-    (optax.adam(1.0), {"recovery": "fire"}, r"Did you mean 'fira'"),
+    (optax.adam(1.0), {"residual": "fire"}, r"Did you mean 'fira'"),
     (
       optax.adam(1.0),
       {"accumulation_steps": 2},
@@ -345,8 +347,8 @@ def test_apollo_on_leading_directions_keeps_a_basis():
   """The paper's variant with an SVD: scales are those of the subspace."""
   (grad,) = gradients((8, 12), [1])
   tx = galore(
-    optax.scale_by_sign(), rank=RANK, scale=1.0, recovery="apollo",
-    projector="svd",
+    optax.scale_by_sign(), rank=RANK, scale=1.0, residual="apollo",
+    refresh=Refresh(finder="svd"),
   )  # fmt: skip
   ((updates, state),) = run(tx, [{"w": grad}], {"w": jnp.zeros((8, 12))})
   low = np.asarray(state.projector["w"]["left"]).T @ grad
@@ -357,18 +359,18 @@ def test_apollo_on_leading_directions_keeps_a_basis():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"recovery": None}, r"only measures gradients.*got recovery=None"),
-    ({"recovery": "fira"}, r"only measures gradients.*got recovery='fira'"),
-    ({"refresh": "adaptive"}, r"no subspace that could settle"),
+    ({"residual": None}, r"only measures gradients.*got residual=None"),
+    ({"residual": "fira"}, r"only measures gradients.*got residual='fira'"),
+    ({"policy": "adaptive"}, r"no subspace that could settle"),
     ({"moments": "reset"}, r"keeps the moments"),
     ({"params_mode": "project"}, r"does not project weights"),
-    ({"basis_dtype": "int4"}, r"keeps no basis.*'int4'"),
+    ({"basis_dtype": "int4"}, r"stores no basis.*'int4'"),
     ({"accumulation_steps": 2}, r"whole gradient of a step"),
-    ({"faithful": True}, r"means projector='svd', got 'random'"),
+    ({"faithful": True}, r"means Refresh\(.*, got finder='random'"),
     ({"proj_type": "full"}, r"'w' is projected on both.*'apollo_mini'"),
   ],
 )
 def test_what_random_projections_do_not_go_with(options, message):
-  options = {"recovery": "apollo", "projector": "random", **options}
+  options = {"residual": "apollo", "finder": "random", **options}
   with pytest.raises(ValueError, match=message):
     fira(optax.adam(1.0), **options).init({"w": jnp.zeros((8, 12))})

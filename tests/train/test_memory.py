@@ -206,7 +206,7 @@ def test_layers_that_are_leaves_are_updated_one_by_one():
   aot_targets.set_up()
   (device,) = aot_targets.find("gpu:rtx4090").devices
   make = lambda share: galore_optax.galore(
-    optax.adamw(1e-3), rank=64, share_refresh=share
+    optax.adamw(1e-3), rank=64, refresh=galore_optax.Refresh(share=share)
   )
   apart, gradients = _temporaries(make(False), device)
   shared, _ = _temporaries(make(True), device)

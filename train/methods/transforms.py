@@ -10,6 +10,7 @@ Every function takes the options, the learning-rate schedule and the
 shardings of the parameters (None if they are not on a mesh).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -167,10 +168,12 @@ def galore_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
     "update_proj_gap": c.update_proj_gap,
     "scale": c.scale,
     "proj_type": c.proj_type,
-    "projector": c.projector,
-    "refresh": c.refresh,
-    "moments": c.moments,
-    "random_from": c.random_from or None,
+    "refresh": galore_optax.Refresh(
+      policy=c.refresh,
+      finder=c.projector,
+      moments=c.moments,
+      random_from=c.random_from or None,
+    ),
     "basis_dtype": c.basis_dtype,
     "state_dtype": c.state_dtype or None,
     "accumulation_steps": c.accumulate,
@@ -235,33 +238,34 @@ def galore_8bit(
 
 def q_galore(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """Q-GaLore: 8-bit GaLore with bases in four bits and adaptive refreshes."""
-  return galore_8bit(c, lr, shardings, basis_dtype="int4", refresh="adaptive")
+  refresh = galore_options(c, shardings)["refresh"]
+  adaptive = dataclasses.replace(refresh, policy="adaptive")
+  return galore_8bit(c, lr, shardings, basis_dtype="int4", refresh=adaptive)
 
 
 def fira(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """Fira: GaLore plus a scaled residual."""
-  return galore(c, lr, shardings, recovery="fira")
+  return galore(c, lr, shardings, residual="fira")
 
 
 # A random projection is kept as a seed. Options on how bases are found,
 # refreshed and stored, and on moments in a new basis, do not apply to it.
 _RANDOM = {
-  "projector": "random",
-  "refresh": "synchronous",
-  "moments": "keep",
-  "random_from": None,
+  "refresh": galore_optax.Refresh(
+    policy="synchronous", finder="random", moments="keep"
+  ),
   "basis_dtype": "float32",
 }
 
 
 def apollo(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """APOLLO: full gradients, scaled by channel."""
-  return galore(c, lr, shardings, recovery="apollo", **_RANDOM)
+  return galore(c, lr, shardings, residual="apollo", **_RANDOM)
 
 
 def apollo_mini(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """APOLLO-Mini: full gradients, scaled by matrix, at rank 1."""
-  return galore(c, lr, shardings, recovery="apollo_mini", rank=1, **_RANDOM)
+  return galore(c, lr, shardings, residual="apollo_mini", rank=1, **_RANDOM)
 
 
 def q_apollo_mini(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
@@ -271,7 +275,7 @@ def q_apollo_mini(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   bits are for those of the embedding and the head.
   """
   return galore_8bit(
-    c, lr, shardings, recovery="apollo_mini", rank=1, **_RANDOM
+    c, lr, shardings, residual="apollo_mini", rank=1, **_RANDOM
   )
 
 
@@ -334,10 +338,9 @@ def ldadam(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
 
 
 def _shared_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
-  """GaLore's options without those that GUM and LDAdam set themselves."""
-  own = ("moments", "random_from", "accumulation_steps")
-  options = galore_options(c, shardings)
-  return {k: v for k, v in options.items() if k not in own}
+  """GaLore's options; GUM and LDAdam carry moments over in their own way."""
+  refresh = galore_optax.Refresh(policy=c.refresh, finder=c.projector)
+  return galore_options(c, shardings) | {"refresh": refresh}
 
 
 def _refuse(c: OptimizerConfig, name: str, allowed: tuple, why: str) -> None:

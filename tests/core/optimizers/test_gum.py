@@ -15,6 +15,7 @@ from galore_optax import (
   GumState,
   Layered,
   Projection,
+  Refresh,
   find_bases,
   gum,
   layerwise,
@@ -26,6 +27,7 @@ from tests.core import small as small_lib
 
 GAP, RANK, RATE, DECAY, MU, ALPHA = 3, 3, 1e-2, 0.1, 0.9, 0.5
 OPTIONS = {"rank": RANK, "update_proj_gap": GAP}
+SVD = Refresh(finder="svd")
 
 
 def numpy_polar(x):
@@ -135,7 +137,7 @@ def estimates():
 
   @jax.jit
   def after(seed):
-    tx = gum(RATE, MU, sampled=2, projector="svd", seed=seed, **OPTIONS)
+    tx = gum(RATE, MU, sampled=2, refresh=SVD, seed=seed, **OPTIONS)
     state = tx.init(params)
     for grad in grads:
       _, state = tx.update(grad, state, params)
@@ -206,7 +208,7 @@ def test_learns_what_noise_hides_from_subspaces():
 def test_layers_by_themselves_do_as_in_a_stack():
   grads = list(gradients({"w": (4, 8, 20)}, GAP + 1))
   params = {"w": jnp.zeros((4, 8, 20))}
-  tx = gum(RATE, projector="svd", sampled=0.25, **OPTIONS)
+  tx = gum(RATE, refresh=SVD, sampled=0.25, **OPTIONS)
   stacked, _ = run(tx, grads, params)
   alone, _ = run(
     tx, [{"w": list(g["w"])} for g in grads], {"w": list(params["w"])}
@@ -332,11 +334,9 @@ def test_on_a_mesh_it_does_the_same(kind):
   params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
   place = jax.NamedSharding(mesh, jax.P("layers", None, "model"))
   where = dict.fromkeys(shapes, place)
-  tx = gum(RATE, projector="svd", sampled=2, **OPTIONS)
+  tx = gum(RATE, refresh=SVD, sampled=2, **OPTIONS)
   wanted, _ = run(tx, grads, params)
-  spread = gum(
-    RATE, projector="svd", sampled=2, param_shardings=where, **OPTIONS
-  )
+  spread = gum(RATE, refresh=SVD, sampled=2, param_shardings=where, **OPTIONS)
   with jax.set_mesh(mesh):
     params = jax.device_put(params, where)
     parts = state_shardings(spread, params, where)
@@ -355,8 +355,10 @@ def test_what_is_refused():
       gum(RATE, sampled=wrong)
   with pytest.raises(TypeError, match="`sampled` must be"):
     gum(RATE, sampled="half")
-  with pytest.raises(ValueError, match="`projector` must be one of"):
-    gum(RATE, projector="random")
+  with pytest.raises(ValueError, match="gum updates in the subspace"):
+    gum(RATE, refresh=Refresh(finder="random"))
+  with pytest.raises(ValueError, match="got moments='keep'"):
+    gum(RATE, refresh=Refresh(moments="keep"))
   with pytest.raises(ValueError, match="`refresh` must be one of"):
     gum(RATE, refresh="adaptive")
   with pytest.raises(ValueError, match="'w' in `rules` sets `update_proj_gap`"):

@@ -8,6 +8,7 @@ import pytest
 
 from galore_optax import (
   LDAdamState,
+  Refresh,
   find_bases,
   ldadam,
   state_bytes,
@@ -207,8 +208,10 @@ def test_what_is_refused():
   for name, wrong in (("b1", 1.0), ("rho", -0.1), ("iterations", 0)):
     with pytest.raises(ValueError, match=f"`{name}` must"):
       ldadam(RATE, **{name: wrong})
-  with pytest.raises(ValueError, match="`projector` must be one of"):
-    ldadam(RATE, projector="random")
+  with pytest.raises(ValueError, match="keeps the moments"):
+    ldadam(RATE, refresh=Refresh(finder="random"))
+  with pytest.raises(ValueError, match="got moments='rotate'"):
+    ldadam(RATE, refresh=Refresh(moments="rotate"))
   with pytest.raises(ValueError, match="`refresh` must be one of"):
     ldadam(RATE, refresh="adaptive")
   with pytest.raises(TypeError, match="`error_dtype` must be"):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from galore_optax import (
+  Refresh,
   describe,
   find_bases,
   galore,
@@ -177,9 +178,9 @@ def test_one_moment_is_kept():
   [
     {"basis_dtype": "int8"},
     {"state_dtype": "bfloat16"},
-    {"recovery": "fira"},
+    {"residual": "fira"},
     {"proj_type": "full"},
-    {"projector": "svd", "refresh": "synchronous", "moments": "keep"},
+    {"refresh": Refresh.paper()},
     {"refresh": "adaptive", "nesterov": True},
   ],
 )
@@ -207,12 +208,12 @@ def test_layer_by_layer_equals_the_usual_step(name):
   if name == "sumo":
     tx = sumo(RATE, MU, weight_decay=DECAY, **options)
   else:
-    tx = galore(optax.adam(RATE), moments="ldadam", **options)
+    tx = galore(optax.adam(RATE), refresh=Refresh(moments="ldadam"), **options)
   small_lib.train_both_ways(tx, GAP + 1, atol=2e-4)
 
 
 def test_what_is_refused():
   with pytest.raises(ValueError, match=r"'bias' has shape \(3,\).*`sumo`"):
     scale_by_orthogonal_momentum().init({"bias": jnp.zeros(3)})
-  with pytest.raises(ValueError, match="`projector` must be one of"):
-    sumo(RATE, projector="random")
+  with pytest.raises(ValueError, match="sumo updates in the subspace"):
+    sumo(RATE, refresh=Refresh(finder="random"))

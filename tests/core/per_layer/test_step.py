@@ -16,6 +16,7 @@ from galore_optax import (
   Adaptive,
   Layered,
   Projection,
+  Refresh,
   apply_updates,
   dequantize_params,
   describe,
@@ -138,7 +139,10 @@ OPTIMIZERS = {
     rules=[("head$", None), ("mix", Projection(rank=3)), ("embed", None)]
   ),
   "q_galore": lambda: q_galore_adamw_8bit(
-    RATE, **SETTINGS, min_size=0, adaptive=Adaptive(window=2, limit=2.0)
+    RATE,
+    **SETTINGS,
+    min_size=0,
+    refresh=Refresh(adaptive=Adaptive(window=2, limit=2.0)),
   ),
   "sgd": lambda: optax.chain(
     optax.add_decayed_weights(0.01, _named), optax.sgd(0.05, 0.9)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import Adaptive, galore, q_galore_adamw_8bit
+from galore_optax import Adaptive, Refresh, galore, q_galore_adamw_8bit
 from galore_optax.subspace import adaptive
 
 GAP = 4
@@ -119,11 +119,13 @@ def gradients(step):
 
 
 HOW = Adaptive(window=2, limit=4.0)
+REFRESH = Refresh(adaptive=HOW)
 
 
-def tx(**options):
-  settings = {"rank": 2, "update_proj_gap": GAP, "refresh": "adaptive"}
-  return galore(optax.sgd(1.0), **settings, adaptive=HOW, **options)
+def tx(finder, **options):
+  refresh = Refresh(policy="adaptive", finder=finder, adaptive=HOW)
+  settings = {"rank": 2, "update_proj_gap": GAP, "refresh": refresh}
+  return galore(optax.sgd(1.0), **settings, **options)
 
 
 def counts(state):
@@ -134,8 +136,8 @@ def counts(state):
 
 
 @functools.cache
-def stepper(projector="subspace", basis_dtype="float32"):
-  optimizer = tx(projector=projector, basis_dtype=basis_dtype)
+def stepper(finder="subspace", basis_dtype="float32"):
+  optimizer = tx(finder, basis_dtype=basis_dtype)
 
   def step(state, now):
     grads = gradients(now)
@@ -155,10 +157,10 @@ def refresh_steps(found):
 
 
 @pytest.mark.parametrize(
-  ("projector", "basis_dtype"), [("subspace", "float32"), ("svd", "int4")]
+  ("finder", "basis_dtype"), [("subspace", "float32"), ("svd", "int4")]
 )
-def test_leaves_are_refreshed_as_the_model_says(projector, basis_dtype):
-  start, run = stepper(projector, basis_dtype)
+def test_leaves_are_refreshed_as_the_model_says(finder, basis_dtype):
+  start, run = stepper(finder, basis_dtype)
   _, found = run(start, jnp.arange(100))
   steps, rises = refresh_steps(found)
   kinds = ["stable", "stable", "never", "a gradient of zero"]
@@ -181,7 +183,7 @@ def test_a_saved_state_goes_on_as_it_would_have():
 def test_a_gap_of_the_users_is_that_of_the_rule():
   """Traced gaps, as by `inject_hyperparams`, and the paper's preset."""
   make = optax.inject_hyperparams(q_galore_adamw_8bit)
-  optimizer = make(1e-2, rank=2, update_proj_gap=GAP, adaptive=HOW)
+  optimizer = make(1e-2, rank=2, update_proj_gap=GAP, refresh=REFRESH)
   params = {"wild": jnp.zeros((32, 40))}
   state, update = optimizer.init(params), jax.jit(optimizer.update)
   found = []
@@ -247,12 +249,12 @@ def test_errors(options, error, message):
 @pytest.mark.parametrize(
   ("options", "error", "message"),
   [
-    ({"adaptive": Adaptive()}, ValueError, r'for refresh="adaptive", got'),
-    ({"adaptive": 0.4, "refresh": "adaptive"}, TypeError, r"got 0\.4"),
-    ({"adaptive": Adaptive(measure="cosine"), "refresh": "adaptive"},
-     ValueError, r'projector="svd".*measure="overlap"'),
+    ({"adaptive": Adaptive()}, ValueError, r'for policy="adaptive", got'),
+    ({"adaptive": 0.4, "policy": "adaptive"}, TypeError, r"got 0\.4"),
+    ({"adaptive": Adaptive(measure="cosine"), "policy": "adaptive"},
+     ValueError, r'finder="svd".*measure="overlap"'),
   ],
 )  # fmt: skip
 def test_errors_of_galore(options, error, message):
   with pytest.raises(error, match=message):
-    galore(optax.adam(1.0), **options)
+    galore(optax.adam(1.0), refresh=Refresh(**options))

@@ -14,6 +14,7 @@ from galore_optax import (
   scale_by_orthogonal_momentum,
 )
 from galore_optax.subspace import moments
+from tests.core.options import gathered
 
 GAP, RANK, RATE, DECAY, ALPHA = 3, 3, 1e-2, 0.1, 0.5
 B1, B2, EPS = 0.8, 0.95, 1e-8
@@ -90,7 +91,7 @@ INNER = {
   ],
 )
 def test_follows_the_reference_over_four_refreshes(shape, inner):
-  tx = galore(INNER[inner], **OPTIONS)
+  tx = galore(INNER[inner], **gathered(OPTIONS))
   params = np.random.default_rng(1).normal(size=shape)
   ours = jnp.asarray(params, jnp.float32)
   theirs = params.reshape(-1, *shape[-2:])
@@ -124,7 +125,7 @@ def test_decays_are_read_in_full_precision(dtype):
 
 def last(inner, grads, **options):
   """The last update of a run."""
-  tx = galore(inner, **OPTIONS | options)
+  tx = galore(inner, **gathered(OPTIONS | options))
   params = {"w": jnp.zeros(grads[0].shape)}
   state, update = tx.init(params), jax.jit(tx.update)
   for grad in grads:
@@ -142,9 +143,9 @@ def test_differs_from_rotating_the_moments():
   "options",
   [
     {"basis_dtype": "int4"},
-    {"recovery": "fira"},
+    {"residual": "fira"},
     {"proj_type": "full"},
-    {"refresh": "adaptive"},
+    {"policy": "adaptive"},
     {"state_dtype": "bfloat16"},
   ],
 )
@@ -164,24 +165,28 @@ def test_goes_with_other_options(options):
       {},
       r"`optax\.MultiSteps` around",
     ),
-    (adamw(), {"faithful": True}, r"means moments='keep', got 'ldadam'"),
     (
       adamw(),
-      {"projector": "random", "recovery": "apollo"},
-      r"keeps the moments.*\"ldadam\"",
+      {"faithful": True},
+      r"means Refresh\(moments='keep'\), got moments='ldadam'",
+    ),
+    (
+      adamw(),
+      {"finder": "random", "residual": "apollo"},
+      r"keeps the moments.*'ldadam'",
     ),
   ],
 )
 def test_errors(inner, options, message):
   with pytest.raises(ValueError, match=message):
-    galore(inner, **OPTIONS | options).init({"w": jnp.zeros((8, 12))})
+    galore(inner, **gathered(OPTIONS | options)).init({"w": jnp.zeros((8, 12))})
 
 
 def test_leaves_of_other_shapes():
   """A bias at full rank, and a kernel read as a matrix of other axes."""
   params = {"bias": jnp.ones(5), "w": jnp.ones((8, 3, 4))}
   rules = [("w", Projection(rows=0, cols=(1, 2)))]
-  tx = galore(adamw(), rules=rules, **OPTIONS)
+  tx = galore(adamw(), rules=rules, **gathered(OPTIONS))
   state, update = tx.init(params), jax.jit(tx.update)
   for _ in range(GAP + 1):
     updates, state = update(params, state, params)

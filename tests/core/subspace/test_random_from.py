@@ -16,12 +16,13 @@ from galore_optax import (
 )
 from galore_optax.subspace import find
 from tests.core import small
+from tests.core.options import gathered
 
 GAP, RANK, RATE, ALPHA, LATE = 3, 3, 1e-2, 0.5, 5
 B1, B2, EPS = 0.8, 0.95, 1e-8
 STEPS = 4 * GAP  # refreshes at 0, 3, late ones at 6, 9
 OPTIONS = {"rank": RANK, "update_proj_gap": GAP, "scale": ALPHA}
-OPTIONS |= {"refresh": "synchronous", "random_from": LATE}
+OPTIONS |= {"policy": "synchronous", "random_from": LATE}
 
 
 def adam():
@@ -92,7 +93,7 @@ def test_follows_the_reference(shape):
   matrices = [g.reshape(-1, *g.shape[-2:]) for g in grads]
   models = [GoLore() for _ in matrices[0]]
   for (found, basis), grad in zip(
-    run(galore(adam(), **OPTIONS), grads), matrices, strict=True
+    run(galore(adam(), **gathered(OPTIONS)), grads), matrices, strict=True
   ):
     rows = zip(models, grad, basis, strict=True)
     wanted = np.stack([model.update(g, p) for model, g, p in rows])
@@ -102,9 +103,13 @@ def test_follows_the_reference(shape):
 @pytest.mark.parametrize("method", ["subspace", "svd"])
 def test_bases_are_found_before_and_drawn_after(method):
   grads = gradients((2, 8, 12))
-  options = OPTIONS | {"projector": method}
-  found = [basis for _, basis in run(galore(adam(), **options), grads)]
-  plain = run(galore(adam(), **options | {"random_from": None}), grads)
+  options = OPTIONS | {"finder": method}
+  found = [
+    basis for _, basis in run(galore(adam(), **gathered(options)), grads)
+  ]
+  plain = run(
+    galore(adam(), **gathered(options | {"random_from": None})), grads
+  )
   for i, (_, basis) in enumerate(plain):
     assert np.allclose(found[i], basis, atol=1e-5) == (i < 2 * GAP)
   changes = [not np.array_equal(a, b) for a, b in itertools.pairwise(found)]
@@ -116,27 +121,29 @@ def test_bases_are_found_before_and_drawn_after(method):
     atol=1e-5,
   )
   assert not np.allclose(late[0], late[1], atol=0.1)
-  other = run(galore(adam(), **options, seed=1), grads)[-1][1]
+  other = run(galore(adam(), **gathered(options), seed=1), grads)[-1][1]
   assert not np.allclose(late, other, atol=0.1)
   # They know nothing of the gradients.
-  again = run(galore(adam(), **options), gradients((2, 8, 12), seed=1))[-1][1]
+  again = run(
+    galore(adam(), **gathered(options)), gradients((2, 8, 12), seed=1)
+  )[-1][1]
   np.testing.assert_allclose(late, again, atol=1e-6)
 
 
 @pytest.mark.parametrize(
   ("inner", "options"),
   [
-    (adam(), {"basis_dtype": "int4", "refresh": "staggered"}),
+    (adam(), {"basis_dtype": "int4", "policy": "staggered"}),
     (adamw_8bit(RATE, min_size=0), {"basis_dtype": "int8"}),
-    (adam(), {"recovery": "fira", "moments": "keep"}),
+    (adam(), {"residual": "fira", "moments": "keep"}),
     (adam(), {"proj_type": "full", "moments": "reset"}),
-    (adam(), {"refresh": "adaptive"}),
+    (adam(), {"policy": "adaptive"}),
     (adam(), {"accumulation_steps": 2}),
     (scale_by_orthogonal_momentum(), {}),
   ],
 )
 def test_goes_with_other_options(inner, options):
-  tx = galore(inner, **OPTIONS | options)
+  tx = galore(inner, **gathered(OPTIONS | options))
   updates, bases = zip(*run(tx, gradients((8, 12))), strict=True)
   assert all(np.isfinite(x).all() for x in updates) and updates[-1].any()
   assert not np.allclose(bases[0], bases[-1], atol=0.1)
@@ -146,7 +153,7 @@ def test_on_a_mesh_numbers_are_those_of_one_device():
   kinds = (jax.sharding.AxisType.Explicit,) * 2
   mesh = jax.make_mesh((2, 2), ("x", "y"), kinds, devices=jax.devices()[:4])
   where = jax.NamedSharding(mesh, jax.P("x", "y"))
-  tx, grads = galore(adam(), **OPTIONS), gradients((8, 12))
+  tx, grads = galore(adam(), **gathered(OPTIONS)), gradients((8, 12))
   wanted = [updates for updates, _ in run(tx, grads)]
   params = {"w": jax.device_put(jnp.zeros((8, 12)), where)}
   with jax.set_mesh(mesh):
@@ -159,20 +166,20 @@ def test_on_a_mesh_numbers_are_those_of_one_device():
 
 def test_layer_by_layer_equals_the_usual_step():
   options = OPTIONS | {"random_from": 2}
-  tx = galore(adam(), rules=small.RULES, **options)
+  tx = galore(adam(), rules=small.RULES, **gathered(options))
   small.train_both_ways(tx, GAP + 2, atol=2e-4)
 
 
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"projector": "random", "recovery": "apollo"}, r"projector='random'"),
+    ({"finder": "random", "residual": "apollo"}, r"finder='random'"),
     ({"moments": "ldadam"}, r"moments='ldadam' does not go with"),
-    ({"faithful": True, "refresh": "staggered"}, r"faithful=True"),
+    ({"faithful": True, "policy": "staggered"}, r"faithful=True"),
   ],
 )
 def test_what_it_does_not_go_with(options, message):
   with pytest.raises(ValueError, match=f"`random_from` draws.*{message}"):
-    galore(adam(), **OPTIONS | options)
+    galore(adam(), **gathered(OPTIONS | options))
   with pytest.raises(TypeError, match="`random_from` must be a number"):
-    galore(adam(), **OPTIONS | {"random_from": "late"})
+    galore(adam(), **gathered(OPTIONS | {"random_from": "late"}))

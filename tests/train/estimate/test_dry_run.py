@@ -84,7 +84,9 @@ def test_a_refresh_costs_what_its_program_does(side):
   m, n, rank = 2048, 4096, 64
   shape = (m, n) if side == "left" else (n, m)
   params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
-  tx = galore_optax.galore_sgd(0.1, rank=rank, moments="keep")
+  tx = galore_optax.galore_sgd(
+    0.1, rank=rank, refresh=galore_optax.Refresh(moments="keep")
+  )
   rows = galore_optax.describe(tx, params).rows
   settings = schema.OptimizerConfig(rank=rank, moments="keep")
   state = jax.eval_shape(tx.init, params)
