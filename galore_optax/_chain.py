@@ -1,4 +1,4 @@
-"""How an inner optimizer is reached from within a chain."""
+"""`chain`: GaLore in a chain, around the transformations that come after it."""
 
 import warnings
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from galore_optax.tree import split
 
 
 class Marker(optax.GradientTransformationExtraArgs):
-  r"""What `galore` returns without an inner optimizer.
+  r"""The result of `galore` without an inner optimizer.
 
-  In :func:`galore_optax.chain` the transformations after it become the inner
-  optimizer. Called on an inner optimizer it wraps it. Used as it is, it is the
-  low-rank filter :math:`P P^\\top G`.
+  In :func:`galore_optax.chain` the transformations after it become its inner
+  optimizer. Calling it with an inner optimizer wraps that one. Used as a
+  transformation, it is the low-rank filter :math:`P P^\top G`.
   """
 
   wrap: Callable[
@@ -24,7 +24,7 @@ class Marker(optax.GradientTransformationExtraArgs):
   def __call__(
     self, inner: optax.GradientTransformation
   ) -> optax.GradientTransformationExtraArgs:
-    """The same settings around an inner optimizer."""
+    """GaLore with the same settings around an inner optimizer."""
     return self.wrap(inner)
 
 
@@ -32,38 +32,38 @@ _FILTER = """\
 galore() without an inner optimizer only filters gradients: the moments of the \
 optimizer before or after it are full-size and no memory is saved. \
 `galore_optax.chain(galore(rank=...), optimizer)`, in this order, or \
-`galore(optimizer, rank=...)` saves it."""
+`galore(optimizer, rank=...)` saves memory."""
 
 _LAST = """\
 galore() comes last in the chain, after the optimizer: it only filters the \
 finished updates, the moments are full-size and no memory is saved. Put it \
-before: `chain(galore(rank=...), optimizer)`."""
+before the optimizer: `chain(galore(rank=...), optimizer)`."""
 
 
 def marker(wrap: Callable, warning: str = _FILTER) -> Marker:
-  """A marker with these settings.
+  """A marker that wraps inner optimizers with `wrap`.
 
   Args:
-    wrap: Wraps an inner optimizer.
-    warning: What `init` says where nobody has unwrapped it.
+    wrap: From an inner optimizer to GaLore around it.
+    warning: The warning of `init` if the marker is used as a transformation.
 
   Returns:
-    The marker, which is a low-rank filter where nobody unwraps it.
+    The marker.
   """
-  plain = wrap(optax.identity())
+  low_rank_filter = wrap(optax.identity())
 
   def init(params):
     if not split.is_placeholder(params):
       warnings.warn(warning, stacklevel=4)
-    return plain.init(params)
+    return low_rank_filter.init(params)
 
-  made = Marker(init, plain.update)
-  made.wrap = wrap
-  return made
+  result = Marker(init, low_rank_filter.update)
+  result.wrap = wrap
+  return result
 
 
 def check_inner(inner: Any) -> None:
-  """Raises unless `inner` can be an inner optimizer, as far as can be seen."""
+  """Raises unless `inner` is a gradient transformation and not a marker."""
   if isinstance(inner, Marker):
     raise TypeError(
       "`inner` is a `galore(...)` without an inner optimizer. Give one of the "
@@ -72,29 +72,29 @@ def check_inner(inner: Any) -> None:
   if not isinstance(inner, optax.GradientTransformation):
     raise TypeError(
       "`inner` must be an Optax gradient transformation, got "
-      f"{inner!r}. Ranks go by name: `galore(rank=128)`."
+      f"{inner!r}. Pass the rank by name: `galore(rank=128)`."
     )
 
 
 def chain(
   *transforms: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""`optax.chain`, in which `galore(...)` reaches what comes after it.
+  r"""`optax.chain` in which `galore(...)` wraps the transformations after it.
 
-  The transformations after the marker become its inner optimizer and keep
-  their state at low rank. Without a marker this is `optax.chain`.
+  These become its inner optimizer, and their state is low-rank. Without a
+  `galore(...)` this is `optax.chain`.
 
   Args:
     *transforms: Gradient transformations, at most one of them a
       :func:`galore_optax.galore` without an inner optimizer.
 
   Returns:
-    The chained transformation. Where nothing comes after the marker, because
-    the optimizer stands before it or in an outer chain, it only filters, and
-    warns at `init`.
+    The chained transformation. If nothing comes after `galore(...)`, because
+    the optimizer is before it or in an outer chain, GaLore only filters
+    gradients, and `init` warns.
 
   Raises:
-    ValueError: If there is more than one marker.
+    ValueError: If there is more than one `galore(...)` without an optimizer.
 
   Example:
     >>> import jax.numpy as jnp, optax
@@ -109,18 +109,18 @@ def chain(
     (128, 1376)
   """
   markers = {i: tx for i, tx in enumerate(transforms) if isinstance(tx, Marker)}
-  places = list(markers)
-  if not places:
+  positions = list(markers)
+  if not positions:
     return optax.chain(*transforms)
-  if len(places) > 1:
+  if len(positions) > 1:
     raise ValueError(
       "`chain` takes one `galore(...)` without an inner optimizer, got "
-      f"{len(places)}, at the positions {places}."
+      f"{len(positions)}, at the positions {positions}."
     )
-  before, after = transforms[: places[0]], transforms[places[0] + 1 :]
+  before, after = transforms[: positions[0]], transforms[positions[0] + 1 :]
   if not after:
-    # Nothing to run in the subspace: the marker is a filter, and says so.
-    last = marker(markers[places[0]].wrap, _LAST if before else _FILTER)
+    # There is nothing to run in the subspace: the marker is a filter and warns.
+    last = marker(markers[positions[0]].wrap, _LAST if before else _FILTER)
     return optax.chain(*before, last)
   inner = after[0] if len(after) == 1 else optax.chain(*after)
-  return optax.chain(*before, markers[places[0]].wrap(inner))
+  return optax.chain(*before, markers[positions[0]].wrap(inner))

@@ -10,7 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import checks, linalg
 from galore_optax._galore import galore
-from galore_optax.optimizers.recipe import GaLoreOptions, Mask, recipe
+from galore_optax.optimizers.adam8bit import Mask
+from galore_optax.optimizers.recipe import GaLoreOptions, recipe
 from galore_optax.tree import paths, plan
 
 

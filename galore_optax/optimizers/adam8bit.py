@@ -1,22 +1,27 @@
-"""Adam whose moments are kept in eight bits."""
+"""Adam with moments in eight bits."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from galore_optax import checks
 from galore_optax.quantization import qarray
 from galore_optax.tree import sharding
 
-# Smaller leaves gain little; that of bitsandbytes.
+# A tree of bools in the parameters' structure, or a function that makes one.
+Mask = Any | Callable[[optax.Params], Any]
+
+# Smaller leaves gain little. The number is that of bitsandbytes.
 MIN_SIZE = 4096
 
-# Below half the smallest value of the unsigned code a second moment would be
-# lost, and the step of its element divided by epsilon alone.
-_LEAST = 1.625e-7
+# Half the smallest value of the unsigned code. Smaller second moments are
+# rounded to zero; the step of their element would be divided by ε alone.
+_SMALLEST = 1.625e-7
 
 
 class ScaleByAdam8bitState(NamedTuple):
@@ -25,7 +30,7 @@ class ScaleByAdam8bitState(NamedTuple):
   Attributes:
     count: Updates so far.
     mu: First moments, :class:`galore_optax.QArray` or float32 for small leaves.
-    nu: Second moments likewise.
+    nu: Second moments, in the same formats.
   """
 
   count: Any  # shape=(), dtype=jnp.int32
@@ -34,17 +39,17 @@ class ScaleByAdam8bitState(NamedTuple):
 
 
 def scale_by_adam_8bit(
-  b1: Any = 0.9,
-  b2: Any = 0.999,
-  eps: Any = 1e-8,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.999,
+  eps: ArrayLike = 1e-8,
   *,
   min_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adam with moments in eight bits.
 
-  As `optax.scale_by_adam`, but between steps both moments are kept as dynamic
-  8-bit codes relative to the largest magnitude of each block of 256 elements,
-  signed for the first and unsigned for the second:
+  As `optax.scale_by_adam`, but between steps both moments are stored as dynamic
+  8-bit codes, relative to the largest magnitude in each block of 256 elements.
+  The codes of the first moment are signed, those of the second unsigned:
 
   .. math::
 
@@ -53,15 +58,16 @@ def scale_by_adam_8bit(
     u_t &= \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} +
       \varepsilon}, \quad M_t = Q(m_t), \quad V_t = Q(v_t)
 
-  The step uses the moments before they are rounded. A second moment that was
-  rounded to zero counts as half of the smallest one that is not.
+  with rounding Q and its inverse D. The step uses the moments before they are
+  rounded. A second moment that was rounded to zero counts as half of the
+  smallest code above zero.
 
   Args:
     b1: Decay of the first moment.
     b2: Decay of the second moment.
-    eps: Term ε outside of the root.
-    min_size: Leaves with fewer elements keep float32 moments; None for 4096.
-      Complex ones do, whatever their size.
+    eps: Term ε added to the root.
+    min_size: Leaves with fewer elements, and complex leaves of any size, have
+      float32 moments; None means 4096.
 
   Returns:
     The gradient transformation.
@@ -91,12 +97,10 @@ def scale_by_adam_8bit(
         f"by `init`, got {min_size}. Under `optax.inject_hyperparams`, pass "
         "static_args=('min_size',), or call `init` outside of `jax.jit`."
       )
-    least_size = MIN_SIZE if min_size is None else min_size
-    make = lambda kind: jax.tree.map(
-      lambda x: _zeros(x, kind, least_size), params
-    )
+    size = MIN_SIZE if min_size is None else min_size
+    zeros = lambda kind: jax.tree.map(lambda x: _zeros(x, kind, size), params)
     return ScaleByAdam8bitState(
-      jnp.zeros([], jnp.int32), make("dynamic"), make("unsigned_dynamic")
+      jnp.zeros([], jnp.int32), zeros("dynamic"), zeros("unsigned_dynamic")
     )
 
   def update(
@@ -107,20 +111,22 @@ def scale_by_adam_8bit(
   ) -> tuple[optax.Updates, ScaleByAdam8bitState]:
     del params, extra_args
     count = optax.safe_increment(state.count)
-    fix1, fix2 = 1 - b1**count, 1 - b2**count
+    correction1, correction2 = 1 - b1**count, 1 - b2**count
 
-    def one(g: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
+    def update_leaf(
+      g: jax.Array, mu: Any, nu: Any
+    ) -> tuple[jax.Array, Any, Any]:
       is_complex = jnp.issubdtype(g.dtype, jnp.complexfloating)
       wide = g.astype(jnp.complex64 if is_complex else jnp.float32)
-      m = b1 * _read(mu) + (1 - b1) * wide
-      v = b2 * _read(nu) + (1 - b2) * jnp.real(wide * jnp.conj(wide))
-      step = (m / fix1) / (jnp.sqrt(v / fix2) + eps)
+      m: Any = b1 * _read(mu) + (1 - b1) * wide
+      v: Any = b2 * _read(nu) + (1 - b2) * jnp.real(wide * jnp.conj(wide))
+      step = (m / correction1) / (jnp.sqrt(v / correction2) + eps)
       return step.astype(g.dtype), _write(mu, m), _write(nu, v)
 
     flat, treedef = jax.tree.flatten(updates)
     mus, nus = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
-    found = [one(*each) for each in zip(flat, mus, nus, strict=True)]
-    new, mu, nu = zip(*found, strict=True) if found else ((), (), ())
+    leaves = [update_leaf(*x) for x in zip(flat, mus, nus, strict=True)]
+    new, mu, nu = zip(*leaves, strict=True) if leaves else ((), (), ())
     return treedef.unflatten(new), ScaleByAdam8bitState(
       count, treedef.unflatten(mu), treedef.unflatten(nu)
     )
@@ -131,29 +137,29 @@ def scale_by_adam_8bit(
 
 
 def adamw_8bit(
-  learning_rate: Any,
-  b1: Any = 0.9,
-  b2: Any = 0.999,
-  eps: Any = 1e-8,
-  weight_decay: Any = 1e-4,
-  mask: Any = None,
+  learning_rate: optax.ScalarOrSchedule,
+  b1: ArrayLike = 0.9,
+  b2: ArrayLike = 0.999,
+  eps: ArrayLike = 1e-8,
+  weight_decay: optax.ScalarOrSchedule = 1e-4,
+  mask: Mask | None = None,
   *,
   min_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW with moments in eight bits, at full rank.
 
-  The baseline that 8-bit GaLore is compared with; for GaLore around it see
-  :func:`galore_optax.galore_adamw_8bit`.
+  8-bit GaLore is compared with it; :func:`galore_optax.galore_adamw_8bit` is
+  GaLore around it.
 
   Args:
     learning_rate: Learning rate, a float or a schedule of the step.
     b1: Decay of the first moment.
     b2: Decay of the second moment.
-    eps: Term outside of the root.
+    eps: Term added to the root.
     weight_decay: Decoupled weight decay.
     mask: Which leaves are decayed: a tree of bools in the parameters'
-      structure, or a function that makes one; None for all.
-    min_size: Leaves with fewer elements keep float32 moments; None for 4096.
+      structure, or a function that makes one; None for all leaves.
+    min_size: Leaves with fewer elements have float32 moments; None means 4096.
 
   Returns:
     The optimizer.
@@ -182,7 +188,7 @@ def adamw_8bit(
 
 
 def _zeros(like: Any, kind: str, min_size: int) -> Any:
-  """Zero moments, where the parameter lives."""
+  """Zero moments, sharded like the parameter."""
   shape = jnp.shape(like)
   is_complex = jnp.issubdtype(jnp.result_type(like), jnp.complexfloating)
   if not shape or math.prod(shape) < min_size or is_complex:
@@ -198,7 +204,7 @@ def _read(moment: Any) -> jax.Array:
     return moment
   x = qarray.dequantize(moment)
   if moment.kind == "unsigned_dynamic":
-    x = jnp.maximum(x, qarray.elementwise_scale(moment) * _LEAST)
+    x = jnp.maximum(x, qarray.elementwise_scale(moment) * _SMALLEST)
   return x
 
 

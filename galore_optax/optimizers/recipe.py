@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, TypeVar
 
-import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import old_spellings
@@ -15,9 +14,6 @@ from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import plan, sharding
 
 _Make = TypeVar("_Make", bound=Callable[..., Any])
-
-# A tree of bools in the parameters' structure, or a function that makes one.
-Mask = Any | Callable[[optax.Params], Any]
 
 
 class GaLoreOptions(TypedDict, total=False):

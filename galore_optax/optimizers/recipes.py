@@ -8,8 +8,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import checks
 from galore_optax._galore import galore
-from galore_optax.optimizers.adam8bit import adamw_8bit
-from galore_optax.optimizers.recipe import GaLoreOptions, Mask, recipe
+from galore_optax.optimizers.adam8bit import Mask, adamw_8bit
+from galore_optax.optimizers.recipe import GaLoreOptions, recipe
 from galore_optax.subspace.refresh_settings import Refresh
 
 _NOT_THE_PAPER = {"faithful": "it is the algorithm of another paper"}
