@@ -89,7 +89,7 @@ def test_sixteen_bits_at_least():
 @pytest.mark.parametrize(
   "make", [galore_adamw, apollo_adamw, apollo_mini_adamw, ldadam, sumo, gum]
 )
-def test_an_epsilon_that_is_nothing_in_the_dtype_of_the_moments(make):
+def test_an_epsilon_that_is_zero_in_the_dtype_of_the_moments(make):
   with pytest.raises(ValueError, match=r"`eps`=1e-08 is 0 in.*'float16'"):
     make(1e-3, rank=4, state_dtype=jnp.float16)
   for options in (
@@ -98,7 +98,9 @@ def test_an_epsilon_that_is_nothing_in_the_dtype_of_the_moments(make):
   ):
     make(1e-3, rank=4, **options)
     # As where a step makes its optimizer itself.
-    init = lambda params, how=options: make(1e-3, rank=4, **how).init(params)
+    init = lambda params, extra=options: make(1e-3, rank=4, **extra).init(
+      params
+    )
     jax.eval_shape(init, {"a": jnp.ones((16, 24)), "b": jnp.ones((16, 24))})
 
 
@@ -109,15 +111,15 @@ def test_codes_of_bases_may_be_dtypes():
     assert basis.kind == "int8"
 
 
-def test_turns_that_cannot_be_counted():
+def test_staggered_gaps_that_overflow():
   params = {"w": jax.ShapeDtypeStruct((300, 16, 24), jnp.float32)}
-  make = lambda **how: galore(optax.sgd(1.0), rank=4, **how).init
+  make = lambda **options: galore(optax.sgd(1.0), rank=4, **options).init
   most = (2**31 - 1) // 300
   with pytest.raises(ValueError, match=f"'w'.*300 matrices.*at most {most}"):
     jax.eval_shape(make(update_proj_gap=most + 1), params)
   jax.eval_shape(make(update_proj_gap=most), params)
-  how = {"update_proj_gap": 10**9, "refresh": "synchronous"}
-  jax.eval_shape(make(**how), params)
+  options = {"update_proj_gap": 10**9, "refresh": "synchronous"}
+  jax.eval_shape(make(**options), params)
 
 
 def test_projection_checks_its_own_values():
@@ -197,7 +199,7 @@ def test_coupled_optimizers_are_refused_with_the_working_spelling(inner):
     optax.contrib.madgrad(1e-3),
   ],
 )
-def test_what_remembers_where_weights_began_is_refused(inner):
+def test_optimizers_that_store_initial_weights_are_refused(inner):
   with pytest.raises(ValueError, match=r"scale_by_adam\(\), rank=128"):
     galore(inner, rank=4).init(PARAMS)
   tx = galore(inner, rank=4, params_mode="project")
@@ -306,7 +308,7 @@ def test_the_optimizer_before_its_subspace():
 
 
 @pytest.mark.parametrize(
-  ("params", "options", "words"),
+  ("params", "options", "parts"),
   [
     (PARAMS, {"rank": 64}, [r"none of the 2 leaves", "no smaller at rank 16",
      "its name (1)", "smaller `rank`"]),
@@ -315,13 +317,13 @@ def test_the_optimizer_before_its_subspace():
     ({"a": jnp.ones(3)}, {}, ["no matrix (1)", "two axes"]),
   ],
 )  # fmt: skip
-def test_projecting_nothing_is_told_with_the_reason(params, options, words):
-  with pytest.warns(UserWarning, match="projects none") as told:
+def test_projecting_nothing_warns_with_the_reason(params, options, parts):
+  with pytest.warns(UserWarning, match="projects none") as warning:
     galore(optax.adam(1.0), **({"rank": 4} | options)).init(params)
-  assert all(word in str(told[0].message) for word in words), told[0].message
+  assert all(part in str(warning[0].message) for part in parts)
 
 
-def test_parts_that_are_meant_to_stay_at_full_rank_are_not_told(recwarn):
+def test_parts_that_are_meant_to_stay_at_full_rank_do_not_warn(recwarn):
   masked = optax.masked(TX, {"w": False, "bias": True})
   masked.init(PARAMS)
   TX.init({})

@@ -16,7 +16,7 @@ STEPS = 4 * GAP + 3  # refreshes at 0, 5, 10, 15, 20
 
 
 def gradients(shape, steps, seed=0):
-  """Gradients with a clear, slowly turning spectrum, as float32."""
+  """Gradients whose singular vectors change slowly, as float32."""
   rng = np.random.default_rng(seed)
   short = min(shape)
   spectrum = 2.0 ** -np.arange(short)

@@ -403,15 +403,15 @@ def test_moments_are_known_by_their_state_and_name(name):
   inner, wanted = FAMILIES[name]
   state = galore(inner, rank=2).init({"w": jnp.ones((8, 12))})
   found = moments_lib.find_moments(state.inner_state)
-  orders = {
-    place.rpartition(".")[2]: order for place, (order, _) in found.items()
+  degrees = {
+    name.rpartition(".")[2]: degree for name, (degree, _) in found.items()
   }
-  assert orders == wanted
+  assert degrees == wanted
 
 
 @pytest.mark.parametrize("moments", ["rotate", "keep", "reset"])
 def test_gradients_that_are_added_up_go_to_the_new_basis(moments):
-  """They are no moments yet: the step that they are for is still to come."""
+  """They are not moments: they are summed for a step still to come."""
   inner = optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
   refresh = Refresh(moments=moments)
   tx = galore(inner, rank=4, update_proj_gap=1, refresh=refresh, scale=1.0)
@@ -471,12 +471,12 @@ def test_an_optimizer_that_goes_by_axes_decays_what_it_optimises(
   np.testing.assert_allclose(updates["k"], jnp.full((8, 2, 6), -wanted))
 
 
-def test_turns_do_not_depend_on_what_orders_the_state():
+def test_phases_do_not_depend_on_how_the_state_is_sorted():
   params = [jnp.ones((8, 12))] * 12
   state = galore(optax.sgd(1.0), rank=2).init(params)
   leaves = paths.leaves_by_path(params)
   numbered = plan.Plan((), Projection(update_proj_gap=12, scale=1.0))
-  orders = [
+  sequences = [
     list(
       numbered.sites_from_bases(
         leaves, projection.basis_shapes(found.projector)
@@ -484,7 +484,7 @@ def test_turns_do_not_depend_on_what_orders_the_state():
     )
     for found in (state, jax.tree.map(lambda x: x, state))
   ]
-  assert orders[0] == orders[1] == sorted(leaves)
+  assert sequences[0] == sequences[1] == sorted(leaves)
 
 
 def test_a_projection_too_large_for_float16_counts_as_zero():

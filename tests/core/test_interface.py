@@ -1,4 +1,4 @@
-"""The arguments of `galore` and its recipes: uniform, and old ones refused."""
+"""The arguments of `galore` and its recipes: the same, and none of the old."""
 
 import inspect
 

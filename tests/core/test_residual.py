@@ -30,7 +30,7 @@ SIZES = [1, 1, 4, 5, 1, 0.5, 0.5, 6, 2, 1, 0.2, 0.1, 3, 3, 1]
 
 
 def gradients(shape, sizes=SIZES, seed=0):
-  """Gradients of full rank with a clear, slowly turning spectrum."""
+  """Gradients of full rank whose singular vectors change slowly."""
   rng = np.random.default_rng(seed)
   short = min(shape[-2:])
   spectrum = 1.5 ** -np.arange(short)

@@ -38,7 +38,7 @@ def numpy_polar(x):
 
 
 def gradients(shapes, steps, seed=0):
-  """Of full rank, with subspaces that turn."""
+  """Gradients of full rank whose subspaces change."""
   rng = np.random.default_rng(seed)
   base = {name: rng.normal(size=shape) for name, shape in shapes.items()}
   for _ in range(steps):
@@ -166,8 +166,8 @@ def test_the_mean_over_all_draws_is_the_whole_gradient_s_momentum(estimates):
 def test_every_matrix_is_drawn_as_often_as_its_weight_says(estimates):
   _, found = estimates
   counts = collections.Counter(i for held, _ in found for i in held.tolist())
-  spread = (len(found) * 0.4 * 0.6) ** 0.5
-  assert all(abs(counts[i] - 0.4 * len(found)) < 4 * spread for i in range(5))
+  std = (len(found) * 0.4 * 0.6) ** 0.5
+  assert all(abs(counts[i] - 0.4 * len(found)) < 4 * std for i in range(5))
 
 
 def test_a_held_matrix_moves_out_of_its_subspace_and_others_in_it():
@@ -222,7 +222,9 @@ def test_layers_by_themselves_do_as_in_a_stack():
 )
 def test_the_state_is_sumo_s_and_a_momentum_for_each_slot(sampled, number):
   params = {"a": jnp.zeros((6, 64, 96)), "b": [jnp.zeros((64, 96))] * 2}
-  size = lambda f, **how: state_bytes(f(RATE, rank=16, **how).init(params))
+  size = lambda f, **options: state_bytes(
+    f(RATE, rank=16, **options).init(params)
+  )
   slot = 4 * 64 * 96 + 4
   assert size(gum, sampled=sampled) - size(sumo) == number * slot
   coarse = {"state_dtype": "bfloat16", "basis_dtype": "int4"}
@@ -251,7 +253,7 @@ def test_other_leaves_get_adamw_and_a_single_shape_stays_whole():
 
 
 class Attention(NamedTuple):
-  """Of which the order differs from that of the names."""
+  """Fields that are not sorted by name."""
 
   query: Any
   key: Any
@@ -332,17 +334,17 @@ def test_on_a_mesh_it_does_the_same(kind):
   shapes = {"v": (2, 8, 16), "w": (2, 8, 16)}
   grads = list(gradients(shapes, GAP + 1))
   params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-  place = jax.NamedSharding(mesh, jax.P("layers", None, "model"))
-  where = dict.fromkeys(shapes, place)
+  sharding = jax.NamedSharding(mesh, jax.P("layers", None, "model"))
+  where = dict.fromkeys(shapes, sharding)
   tx = gum(RATE, refresh=SVD, sampled=2, **OPTIONS)
   wanted, _ = run(tx, grads, params)
-  spread = gum(RATE, refresh=SVD, sampled=2, param_shardings=where, **OPTIONS)
+  sharded = gum(RATE, refresh=SVD, sampled=2, param_shardings=where, **OPTIONS)
   with jax.set_mesh(mesh):
     params = jax.device_put(params, where)
-    parts = state_shardings(spread, params, where)
+    parts = state_shardings(sharded, params, where)
     slots = gum_state(parts).momentum["v"].spec
     assert slots == jax.P(None, None, "model")
-    found, _ = run(spread, [jax.device_put(g, where) for g in grads], params)
+    found, _ = run(sharded, [jax.device_put(g, where) for g in grads], params)
   for name in shapes:
     np.testing.assert_allclose(
       found[-1][name], wanted[-1][name], atol=1e-2 * RATE

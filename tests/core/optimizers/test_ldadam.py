@@ -39,15 +39,15 @@ class Reference:
     whole, basis = np.float64(grad) + self.error, np.float64(basis)
     lost = whole - basis @ basis.T @ whole
     if self.basis is not None:
-      turn, t = basis.T @ self.basis, self.steps
+      overlap, t = basis.T @ self.basis, self.steps
       mean, square = self.m / (1 - B1**t), self.v / (1 - B2**t)
-      turned = turn @ self.m
-      gone = self.basis @ self.m - basis @ turned
+      rotated = overlap @ self.m
+      gone = self.basis @ self.m - basis @ rotated
       lost = lost + B1 / (1 - B1) * gone
       self.v = (1 - B2**t) * np.abs(
-        turn**2 @ (square - mean**2) + (turn @ mean) ** 2
+        overlap**2 @ (square - mean**2) + (overlap @ mean) ** 2
       )
-      self.m = turned
+      self.m = rotated
     self.error = lost if self.feedback else 0.0
     self.basis, self.steps = basis, self.steps + 1
     low = basis.T @ whole
@@ -94,8 +94,8 @@ def test_bases_are_found_from_momentum_and_the_whole_gradient():
   _, state = update(grad, state, params)
   other = {"w": jnp.asarray(rng.normal(size=(8, 20)), jnp.float32)}
   for rho, share in ((1 - 1e-6, 1.0), (0.0, 0.9)):
-    turn = ldadam(RATE, rho=rho, **SETTINGS).update
-    _, after = jax.jit(turn)(other, state, params)
+    tx = ldadam(RATE, rho=rho, **SETTINGS)
+    _, after = jax.jit(tx.update)(other, state, params)
     basis = np.asarray(find_bases(after)["w"]["left"])
     kept = np.linalg.norm(basis.T @ left) ** 2 / RANK
     assert kept > 0.999 if share == 1 else kept < share
@@ -124,7 +124,9 @@ def test_error_feedback_finds_what_a_fixed_subspace_hides():
 
 def test_the_error_is_what_the_state_grows_by():
   params = {"w": jnp.zeros((3, 64, 96)), "bias": jnp.zeros(96)}
-  size = lambda **how: state_bytes(ldadam(1e-3, rank=8, **how).init(params))
+  size = lambda **options: state_bytes(
+    ldadam(1e-3, rank=8, **options).init(params)
+  )
   small = size(error_feedback=False)
   assert size() - small == 4 * 3 * 64 * 96
   assert size(error_dtype="bfloat16") - small == 2 * 3 * 64 * 96
@@ -186,8 +188,8 @@ def test_layer_by_layer_equals_the_usual_step():
 def test_the_error_is_sharded_as_the_weights_are():
   axes = (jax.sharding.AxisType.Explicit,) * 2
   mesh = jax.make_mesh((2, 2), ("layers", "model"), axis_types=axes)
-  place = jax.NamedSharding(mesh, jax.P("layers", None, "model"))
-  where = {"w": place}
+  sharding = jax.NamedSharding(mesh, jax.P("layers", None, "model"))
+  where = {"w": sharding}
   tx = ldadam(RATE, param_shardings=where, **SETTINGS)
   alone = ldadam(RATE, **SETTINGS)
   params = {"w": jnp.zeros((2, 8, 16))}
@@ -196,7 +198,7 @@ def test_the_error_is_sharded_as_the_weights_are():
     wanted, state = update({"w": grad}, state, params)
   with jax.set_mesh(mesh):
     params = jax.device_put(params, where)
-    assert state_shardings(tx, params, where)[0].error["w"] == place
+    assert state_shardings(tx, params, where)[0].error["w"] == sharding
     state, update = tx.init(params), jax.jit(tx.update)
     for grad in gradients((2, 8, 16), 3):
       grads = jax.device_put({"w": grad}, where)

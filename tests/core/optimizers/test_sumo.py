@@ -39,7 +39,7 @@ def with_spectrum(shape, spectrum, seed=0):
 
 
 def gradients(shape, seed=0):
-  """Of full rank, with subspaces that turn."""
+  """Gradients of full rank whose subspaces change."""
   rng = np.random.default_rng(seed)
   base = with_spectrum(shape, 1.5 ** -np.arange(min(shape[-2:])), seed)
   for _ in range(STEPS):
@@ -93,8 +93,8 @@ class Sumo:
     grad, basis = np.float64(grad), np.float64(basis)
     left = grad.shape[0] <= grad.shape[1]
     if self.basis is not None:
-      turn = basis.T @ self.basis
-      self.moment = turn @ self.moment if left else self.moment @ turn.T
+      overlap = basis.T @ self.basis
+      self.moment = overlap @ self.moment if left else self.moment @ overlap.T
     self.basis = basis
     low = basis.T @ grad if left else grad @ basis
     self.moment = MU * self.moment + low
@@ -111,18 +111,18 @@ def test_sumo_follows_the_reference_over_four_refreshes(shape):
   theirs = params.reshape(-1, *shape[-2:])
   models = [Sumo() for _ in theirs]
   state, update = tx.init({"w": ours}), jax.jit(tx.update)
-  seen = []
+  bases = []
   for grad in gradients(shape):
     updates, state = update({"w": grad}, state, {"w": ours})
     (basis,) = find_bases(state)["w"].values()
     basis = np.asarray(basis).reshape(-1, *basis.shape[-2:])
-    seen.append(basis)
+    bases.append(basis)
     rows = zip(models, theirs, grad.reshape(theirs.shape), basis, strict=True)
     change = np.stack([model.update(w, g, p) for model, w, g, p in rows])
     found = np.asarray(updates["w"]).reshape(theirs.shape)
     np.testing.assert_allclose(found, change, atol=1e-3 * RATE)
     ours, theirs = ours + updates["w"], theirs + change
-  assert np.abs(seen[0] - seen[-1]).max() > 0.01
+  assert np.abs(bases[0] - bases[-1]).max() > 0.01
 
 
 def run(tx, grads, params):

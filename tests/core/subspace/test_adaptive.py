@@ -14,19 +14,19 @@ from galore_optax.subspace import adaptive
 GAP = 4
 
 
-def model(how, gap, index, count, similar, steps):
+def model(rule, gap, index, count, similar, steps):
   """The steps at which a matrix is refreshed.
 
   Args:
-    how: The rule.
+    rule: The rule.
     gap: First gap.
     index: Number of the matrix.
     count: Number of matrices.
     similar: From the number of a refresh to its similarity, None if the
-      gradient told nothing.
+      gradient was zero.
     steps: Number of steps.
   """
-  found, seen, due, wait = [], [0.0] * how.window, 0, gap
+  found, similarities, due, wait = [], [0.0] * rule.window, 0, gap
   for step in range(steps):
     if step != due:
       continue
@@ -36,15 +36,16 @@ def model(how, gap, index, count, similar, steps):
       continue
     value = similar(len(found) - 1)
     if value is not None:
-      seen = [*seen[1:], value]
-      if len(found) > how.window and np.mean(seen) >= how.threshold:
-        wait = min(int(wait * how.growth), int(how.limit * gap))
+      similarities = [*similarities[1:], value]
+      settled = np.mean(similarities) >= rule.threshold
+      if len(found) > rule.window and settled:
+        wait = min(int(wait * rule.growth), int(rule.limit * gap))
     due = step + wait
   return found
 
 
-@functools.partial(jax.jit, static_argnames=("how", "steps"))
-def simulate(how, gap, index, count, similar, told, steps):
+@functools.partial(jax.jit, static_argnames=("rule", "steps"))
+def simulate(rule, gap, index, count, similar, valid, steps):
   """Whether one matrix is refreshed, step by step."""
   number = adaptive.Number(index, count)
 
@@ -52,18 +53,18 @@ def simulate(how, gap, index, count, similar, told, steps):
     due = state.due(now)[0]
     flat = jax.tree.map(lambda x: x[0], state)
     i = flat.refreshes
-    new = flat.refreshed(how, now, number, gap, similar[i], told[i])
+    new = flat.refreshed(rule, now, number, gap, similar[i], valid[i])
     new = jax.tree.map(lambda x: x[None], new)
     return jax.tree.map(lambda x, y: jnp.where(due, x, y), new, state), due
 
-  return jax.lax.scan(step, adaptive.start((1,), how), jnp.arange(steps))
+  return jax.lax.scan(step, adaptive.start((1,), rule), jnp.arange(steps))
 
 
 PATTERNS = {
   "stable": lambda i: 1.0,
   "never": lambda i: 0.1,
   "from the tenth on": lambda i: 0.9 if i >= 10 else 0.0,
-  "in turns": lambda i: 0.3 + 0.4 * (i % 2),
+  "alternating": lambda i: 0.3 + 0.4 * (i % 2),
   "a gradient of zero": lambda i: None,
   "sometimes zero": lambda i: None if i % 3 == 0 else 0.8,
 }
@@ -75,15 +76,15 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("how", RULES, ids=str)
-def test_sequence_of_refreshes(how):
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_sequence_of_refreshes(rule):
   for name, similar in PATTERNS.items():
     values = [similar(i) for i in range(60)]
-    told = jnp.asarray([x is not None for x in values])
+    valid = jnp.asarray([x is not None for x in values])
     numbers = jnp.asarray([1.0 if x is None else x for x in values])
     for index, count in ((0, 1), (2, 3), (7, 9)):
-      _, due = simulate(how, 5, index, count, numbers, told, 200)
-      wanted = model(how, 5, index, count, similar, 200)
+      _, due = simulate(rule, 5, index, count, numbers, valid, 200)
+      wanted = model(rule, 5, index, count, similar, 200)
       assert np.flatnonzero(due).tolist() == wanted, (name, index)
 
 
@@ -97,10 +98,10 @@ def test_published_schedule():
 
 
 def test_gaps_stay_in_the_range_of_counters():
-  how = Adaptive(window=1, growth=100.0, limit=1e6)
+  rule = Adaptive(window=1, growth=100.0, limit=1e6)
   ones = jnp.ones(60), jnp.ones(60, bool)
   for gap, index, count in ((10**9, 30, 40), (4, 0, 1), (10**9, 0, 1)):
-    state, due = simulate(how, gap, index, count, *ones, 40)
+    state, due = simulate(rule, gap, index, count, *ones, 40)
     assert state.due_at[0] > 0 and state.gap[0] > 0
     assert np.all(np.flatnonzero(due)[1:] >= min(gap, 2**29) * index // count)
 
@@ -118,12 +119,12 @@ def gradients(step):
   return {"stable": low + noise, "wild": wild, "zero": jnp.zeros((8, 12))}
 
 
-HOW = Adaptive(window=2, limit=4.0)
-REFRESH = Refresh(adaptive=HOW)
+RULE = Adaptive(window=2, limit=4.0)
+REFRESH = Refresh(adaptive=RULE)
 
 
 def tx(finder, **options):
-  refresh = Refresh(policy="adaptive", finder=finder, adaptive=HOW)
+  refresh = Refresh(policy="adaptive", finder=finder, adaptive=RULE)
   settings = {"rank": 2, "update_proj_gap": GAP, "refresh": refresh}
   return galore(optax.sgd(1.0), **settings, **options)
 
@@ -165,7 +166,7 @@ def test_leaves_are_refreshed_as_the_model_says(finder, basis_dtype):
   steps, rises = refresh_steps(found)
   kinds = ["stable", "stable", "never", "a gradient of zero"]
   for i, kind in enumerate(kinds):
-    assert steps[i] == model(HOW, GAP, i, 4, PATTERNS[kind], 100), kind
+    assert steps[i] == model(RULE, GAP, i, 4, PATTERNS[kind], 100), kind
   # As many matrices as steps of the gap: one at a time, after the first.
   assert rises[0].sum() == 4
   assert rises[1:].sum(1).max() == 1

@@ -1,4 +1,4 @@
-"""Late random bases: against NumPy, when they come, their refusals."""
+"""Random bases late in training: against NumPy, their steps, errors."""
 
 import itertools
 
@@ -73,10 +73,10 @@ class GoLore:
     grad = np.float64(grad)
     left = grad.shape[0] <= grad.shape[1]
     if self.steps:
-      turn = basis.T @ self.basis
+      overlap = basis.T @ self.basis
       apply = lambda c, x: c @ x if left else x @ c.T
-      self.mu = apply(turn, self.mu)
-      self.nu = self.nu if self.steps >= LATE else apply(turn**2, self.nu)
+      self.mu = apply(overlap, self.mu)
+      self.nu = self.nu if self.steps >= LATE else apply(overlap**2, self.nu)
     self.basis = basis
     low = basis.T @ grad if left else grad @ basis
     self.steps += 1
