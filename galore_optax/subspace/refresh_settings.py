@@ -14,7 +14,7 @@ POLICIES = ("staggered", "synchronous", "adaptive")
 MOMENTS = ("rotate", "keep", "reset", "ldadam")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Refresh:
   r"""When and how :func:`galore_optax.galore` recomputes its bases.
 
@@ -75,6 +75,8 @@ class Refresh:
     >>> import optax
     >>> from galore_optax import Refresh, galore
     >>> exact = Refresh(policy="synchronous", finder="svd")
+    >>> exact
+    Refresh(policy='synchronous', finder='svd')
     >>> tx = galore(optax.adam(1e-3), rank=16, refresh=exact)
     >>> Refresh.paper().moments
     'keep'
@@ -111,6 +113,15 @@ class Refresh:
     _check_adaptive(self)
     _check_random(self)
     _check_random_from(self)
+
+  def __repr__(self) -> str:
+    """The call that makes it, with the fields that differ from the defaults."""
+    fields = (
+      f"{field.name}={getattr(self, field.name)!r}"
+      for field in dataclasses.fields(self)
+      if getattr(self, field.name) is not field.default
+    )
+    return f"Refresh({', '.join(fields)})"
 
   @staticmethod
   def paper() -> "Refresh":
