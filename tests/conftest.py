@@ -22,7 +22,7 @@ def quick_flags() -> str:
 
 os.environ.setdefault("XLA_FLAGS", quick_flags())
 
-import jax
+import jax  # noqa: E402
 
 # Before the first use of a device, also in every worker of pytest-xdist.
 jax.config.update("jax_platforms", "cpu")

@@ -1,10 +1,14 @@
 """The optimizers that hold one contract, and small problems to run them on.
 
-Every test of this package runs over `OPTIMIZERS`: public spellings of GaLore
-that differ in more than their name, and `optax.adamw` as the control that a
-test is fair. What makes the rows of `STATES` differ from the others is how
-their state is kept: they run where that matters. Beside each stands
-the Optax optimizer that it wraps, without GaLore.
+`OPTIMIZERS` has a row for every public transformation, and `optax.adamw` as the
+control that a test is fair. Beside each stands the Optax optimizer that it
+wraps, without GaLore. A test runs over one of three lists:
+
+- `every_public`: all rows, in the one setting that all must hold,
+- `every_layout`: one row for each way in which a state is stored, where storing
+  and sharding it matters,
+- `every`: one row for each kind of state that updates go through, everywhere
+  else.
 """
 
 import dataclasses
@@ -30,6 +34,8 @@ from galore_optax import (
   galore_adamw_8bit,
   galore_lion,
   galore_sgd,
+  gum,
+  ldadam,
   q_galore_adamw_8bit,
   scale_by_orthogonal_momentum,
   sumo,
@@ -37,6 +43,8 @@ from galore_optax import (
 
 RANK, GAP, RATE, DECAY = 2, 2, 1e-2, 0.1
 SHAPES = {"bias": (16,), "kernel": (8, 16)}
+# GUM draws some of the matrices of a shape, so that it needs more than one.
+SHAPES_OF = {"gum": {"bias": (16,), "kernel": (2, 8, 16)}}
 KERNEL_ONLY = {"bias": False, "kernel": True}
 
 Make = Callable[..., optax.GradientTransformation]
@@ -170,20 +178,34 @@ OPTIMIZERS = {
   ),
   "apollo_mini": _alias(apollo_mini_adamw, _adamw, weight_decay=DECAY, rank=1),
   "sumo": _alias(sumo, _orthogonal, weight_decay=DECAY),
+  "gum": _alias(gum, _orthogonal, weight_decay=DECAY),
+  "ldadam": _alias(ldadam, _adamw, weight_decay=DECAY),
   "adamw_8bit": Case(_adamw_8bit, _adamw_8bit),
   CONTROL: Case(_adamw, _adamw),
 }
-STATES = ("galore_adamw_8bit", "adamw_8bit", "fira", "apollo_mini", "sumo")
 FULL_RANK = (CONTROL, "adamw_8bit")
-GALORE = [name for name in OPTIMIZERS if name not in (*STATES, CONTROL)]
-ALIASES = [name for name in GALORE if OPTIMIZERS[name].alias]
+# Moments of Adam's kind, factored ones, and codes with 4-bit bases.
+GALORE = ("galore_adamw", "galore_adafactor", "q_galore_adamw_8bit")
+# And two bases a matrix, norms, seeds, slots for sampled matrices, an error.
+LAYOUTS = (
+  *GALORE,
+  "two-sided",
+  "fira",
+  "apollo_mini",
+  "gum",
+  "ldadam",
+  "adamw_8bit",
+  CONTROL,
+)
+ALIASES = [name for name, case in OPTIMIZERS.items() if case.alias]
 
 every = pytest.mark.parametrize("name", [*GALORE, CONTROL])
 # Those whose state holds arrays alone, no codes with their scales.
 every_of_arrays = pytest.mark.parametrize(
-  "name", [name for name in (*GALORE, CONTROL) if "8bit" not in name]
+  "name", ["galore_adamw", "galore_adafactor", CONTROL]
 )
-every_state = pytest.mark.parametrize("name", list(OPTIMIZERS))
+every_layout = pytest.mark.parametrize("name", LAYOUTS)
+every_public = pytest.mark.parametrize("name", list(OPTIMIZERS))
 every_galore = pytest.mark.parametrize("name", GALORE)
 
 # What Optax's own optimizer fails without GaLore too, and why. Where a row is
@@ -242,10 +264,11 @@ def normal(shapes: Any, seed: int = 0, dtype: Any = jnp.float32) -> Any:
 
 
 @functools.cache
-def problem(steps: int = 3, dtype: Any = jnp.float32):
-  """Parameters and the gradients of some steps."""
-  grads = [normal(SHAPES, seed, dtype) for seed in range(1, steps + 1)]
-  return normal(SHAPES, 0, dtype), grads
+def problem(steps: int = 3, dtype: Any = jnp.float32, name: str = CONTROL):
+  """Parameters and the gradients of some steps, for the optimizer of a name."""
+  shapes = SHAPES_OF.get(name, SHAPES)
+  grads = [normal(shapes, seed, dtype) for seed in range(1, steps + 1)]
+  return normal(shapes, 0, dtype), grads
 
 
 def run(tx, params, grads, update=None):
@@ -262,7 +285,7 @@ def run(tx, params, grads, update=None):
 def reference(name: str):
   """What `run` gives for the optimizer of a name on the `problem`."""
   tx, update = built(name)
-  return run(tx, *problem(), update)
+  return run(tx, *problem(name=name), update)
 
 
 def assert_close(

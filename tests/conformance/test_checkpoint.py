@@ -13,12 +13,12 @@ from galore_optax import galore, state_shardings
 from galore_optax.quantization.qarray import is_quantized
 from galore_optax.subspace.projection import RandomBasis
 from tests.conformance import cases, inner_optimizers
-from tests.conformance.cases import every, every_state
+from tests.conformance.cases import every, every_layout
 
 
-def _state(tx):
+def _state(tx, name=cases.CONTROL):
   """A state whose leaves all differ from those that `init` gives."""
-  params, _ = cases.problem()
+  params, _ = cases.problem(name=name)
 
   def other(x):
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -76,9 +76,9 @@ _FORMATS = {
 }
 
 
-def _target(tx, shardings=None):
+def _target(tx, shardings=None, name=cases.CONTROL):
   """The state's types, on one device or as given."""
-  params, _ = cases.problem()
+  params, _ = cases.problem(name=name)
   state = jax.eval_shape(tx.init, params)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shardings = shardings or jax.tree.map(lambda _: one, state)
@@ -89,14 +89,14 @@ def _target(tx, shardings=None):
   )
 
 
-@every_state
+@every_layout
 @pytest.mark.parametrize("form", _FORMATS)
 def test_round_trip(name, form, tmp_path):
   """With a bias in the tree, for which the state holds no empty arrays."""
   tx = cases.make(name)
-  state = _state(tx)
+  state = _state(tx, name)
   cases.assert_projects(name, state)
-  restored = _FORMATS[form](tmp_path, state, _target(tx))
+  restored = _FORMATS[form](tmp_path, state, _target(tx, name=name))
   cases.assert_equal(restored, state)
 
 
@@ -126,23 +126,24 @@ def _mesh(shape):
   return jax.make_mesh(shape, ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
 
 
-def _shardings(tx, mesh):
-  params, _ = cases.problem()
-  specs = {"bias": jax.P("y"), "kernel": jax.P("x", "y")}
+def _shardings(tx, mesh, name):
+  params, _ = cases.problem(name=name)
+  stack = (None,) * (params["kernel"].ndim - 2)
+  specs = {"bias": jax.P("y"), "kernel": jax.P(*stack, "x", "y")}
   named = {k: jax.NamedSharding(mesh, spec) for k, spec in specs.items()}
   return state_shardings(tx, params, named)
 
 
-@every_state
+@every_layout
 @pytest.mark.parametrize("form", [x for x in _FORMATS if x != "msgpack"])
 def test_restore_onto_a_different_mesh(name, form, tmp_path):
   tx = cases.make(name)
-  state = _state(tx)
-  sharded = jax.device_put(state, _shardings(tx, _mesh((2, 4))))
-  wanted = _shardings(tx, _mesh((4, 2)))
-  restored = _FORMATS[form](tmp_path, sharded, _target(tx, wanted))
+  state = _state(tx, name)
+  sharded = jax.device_put(state, _shardings(tx, _mesh((2, 4)), name))
+  wanted = _shardings(tx, _mesh((4, 2)), name)
+  restored = _FORMATS[form](tmp_path, sharded, _target(tx, wanted, name))
   cases.assert_equal(restored, state)
   found = jax.tree.map(lambda x: x.sharding, restored)
   assert found == wanted
-  spread = [x for x in jax.tree.leaves(restored) if not x.is_fully_replicated]
-  assert len(spread) >= 2
+  split = [x for x in jax.tree.leaves(restored) if not x.is_fully_replicated]
+  assert len(split) >= 2

@@ -14,13 +14,18 @@ import pytest
 
 from galore_optax import chain, galore
 from tests.conformance import cases
-from tests.conformance.cases import every, every_galore, every_state
+from tests.conformance.cases import (
+  every,
+  every_galore,
+  every_layout,
+  every_public,
+)
 
 
 def _first(name):
   """What the first update of an optimizer is given, and what it gives."""
   tx, update = cases.built(name)
-  params, grads = cases.problem()
+  params, grads = cases.problem(name=name)
   given = (grads[0], tx.init(params), params)
   return tx, given, update(*given)
 
@@ -70,19 +75,19 @@ def test_extra_arguments_reach_the_inner_optimizer(spelling, optimizer):
     tx.update(grads[0], state, params)
 
 
-@every_state
+@every_layout
 def test_one_compilation_serves_all_steps(name):
   tx = cases.make(name)
-  params, grads = cases.problem()
+  params, grads = cases.problem(name=name)
   update = jax.jit(tx.update)
   cases.run(tx, params, grads, update)
   assert update._cache_size() == 1
 
 
-@every_state
+@every_public
 def test_scan_equals_a_loop(name):
   tx, _ = cases.built(name)
-  params, grads = cases.problem()
+  params, grads = cases.problem(name=name)
 
   def step(carry, g):
     params, state = carry
@@ -145,10 +150,10 @@ def test_shard_map_with_replicated_state(name):
   cases.assert_close(found, expected, rtol=1e-4)
 
 
-@every_state
+@every_layout
 def test_vmap_over_an_ensemble_equals_a_loop(name):
   tx, update = cases.built(name)
-  params, grads = cases.problem()
+  params, grads = cases.problem(name=name)
   twins = lambda x: jnp.stack([x, -2 * x])
   params = jax.tree.map(twins, params)
   g = jax.tree.map(twins, grads[0])
@@ -281,10 +286,10 @@ def test_bad_gradients_are_survived(name, step, bad):
   cases.hold("nan gradient", name, check)
 
 
-@every_state
+@every_layout
 def test_donation_without_warnings(name):
   tx, _ = cases.built(name)
-  params, grads = cases.problem()
+  params, grads = cases.problem(name=name)
   params = jax.tree.map(jnp.copy, params)
 
   def step(params, state, g):
@@ -303,7 +308,7 @@ def test_donation_without_warnings(name):
   cases.assert_close((params, state), cases.reference(name))
 
 
-@every_state
+@every_layout
 def test_abstract_init(name):
   tx, (_, state, params), _ = _first(name)
   abstract = jax.eval_shape(lambda: params)

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.training import train_state
 
 from tests.conformance import cases
-from tests.conformance.cases import every, every_of_arrays, every_state
+from tests.conformance.cases import every, every_layout, every_of_arrays
 
 _X = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
 
@@ -199,9 +199,9 @@ def test_boxed_parameters_give_boxed_updates(name):
   cases.assert_close(unboxed, cases.reference(name)[0], 1e-4, 1e-5)
 
 
-@every_state
+@every_layout
 def test_linen_train_state(name):
-  params, grads = cases.problem()
+  params, grads = cases.problem(name=name)
   tx, _ = cases.built(name)
   state = train_state.TrainState.create(apply_fn=None, params=params, tx=tx)
   step = jax.jit(lambda state, g: state.apply_gradients(grads=g))

@@ -17,7 +17,7 @@ from galore_optax import (
   state_shardings,
 )
 from tests.conformance import cases
-from tests.conformance.cases import every, every_state
+from tests.conformance.cases import every, every_layout
 
 _EXPLICIT, _AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
 # Matrices sharded along rows, columns and both, and a stack along its layers.
@@ -56,7 +56,7 @@ def _wanted(name):
   return jax.device_get(cases.run(cases.make(name), *_problem())[0])
 
 
-@every_state
+@every_layout
 def test_explicit_mesh(name):
   """Types stay what they are, and numbers are those of one device."""
   tx = cases.make(name)
@@ -101,7 +101,7 @@ def test_init_on_an_explicit_mesh(name):
   assert len(split) >= len(_MATRICES)
 
 
-@every_state
+@every_layout
 def test_auto_mesh(name):
   """With the state where `state_shardings` puts it."""
   tx = cases.make(name)
