@@ -320,8 +320,8 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been_saved(tmp_path):
   tx = gum(RATE, sampled=2, **OPTIONS)
   found, _ = run(tx, grads, params)
   _, state = run(tx, grads[:2], params)
-  ocp.save_pytree(tmp_path / "state", state)
-  state = ocp.load_pytree(tmp_path / "state", jax.eval_shape(tx.init, params))
+  ocp.save(tmp_path / "state", state)
+  state = ocp.load(tmp_path / "state", jax.eval_shape(tx.init, params))
   update = jax.jit(tx.update)
   for grad in grads[2:]:
     updates, state = update(grad, state, params)
