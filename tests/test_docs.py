@@ -5,7 +5,7 @@ Marks of a block, in a comment on the line above it:
 - `runnable`: a block of Python, run by itself.
 - `runnable in order`: Python or shell commands. The blocks of a page run one
   after the other in one temporary folder, with the settings of `TINY`.
-- `runnable in order: NAME`: the same, but left out if the package NAME is
+- `runnable in order: NAMES`: the same, but left out if one of the packages is
   missing.
 """
 
@@ -26,7 +26,7 @@ import galore_optax
 
 ROOT = pathlib.Path(__file__).parents[1]
 MARK = re.compile(
-  r"^<!-- runnable(?P<ordered> in order)?(?:: (?P<needs>\w+))? -->\n"
+  r"^<!-- runnable(?P<ordered> in order)?(?:: (?P<needs>[\w, ]+))? -->\n"
   r"```(?P<language>\w+)\n(?P<code>.*?)^```",
   re.S | re.M,
 )
@@ -102,6 +102,15 @@ def prose(count):
   )
 
 
+def needs(block):
+  """Packages without which a block is left out."""
+  return re.findall(r"\w+", block["needs"] or "")
+
+
+def is_missing(package):
+  return importlib.util.find_spec(package) is None
+
+
 @pytest.mark.parametrize("page", WALKS, ids=lambda page: NAMES[page])
 def test_commands_run_in_the_order_of_the_page(page, tmp_path):
   work, binaries = tmp_path / "work", tmp_path / "bin"
@@ -113,12 +122,8 @@ def test_commands_run_in_the_order_of_the_page(page, tmp_path):
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
   }
-  skipped = []
   for block in MARKED[page]:
-    if not block["ordered"]:
-      continue
-    if block["needs"] and importlib.util.find_spec(block["needs"]) is None:
-      skipped.append(block["needs"])
+    if not block["ordered"] or any(map(is_missing, needs(block))):
       continue
     words = ("bash", "-euo", "pipefail", "-c", block["code"])
     if block["language"] == "python":
@@ -127,8 +132,16 @@ def test_commands_run_in_the_order_of_the_page(page, tmp_path):
       words, cwd=work, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{block['code']}\n{done.stdout}{done.stderr}"
-  if skipped:
-    pytest.skip(f"all but the blocks that need {', '.join(skipped)} ran")
+
+
+@pytest.mark.parametrize("page", WALKS, ids=lambda page: NAMES[page])
+def test_no_block_of_the_page_was_left_out(page):
+  missing = set(filter(is_missing, itertools.chain(*map(needs, MARKED[page]))))
+  if missing:
+    pytest.skip(
+      f"blocks that need {', '.join(sorted(missing))} were left out; install"
+      " the extra `parity`"
+    )
 
 
 def parsed(path):
@@ -247,7 +260,7 @@ def test_imports_go_up_the_table_of_the_index(package):
 
 
 @pytest.mark.skipif(
-  importlib.util.find_spec("mkdocstrings") is None,
+  is_missing("mkdocstrings"),
   reason="the site needs the extra `docs`",
 )
 def test_the_site_builds(tmp_path):
