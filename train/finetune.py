@@ -2,11 +2,11 @@
 
   python -m train.finetune --task rotten_tomatoes --from FOLDER
 
-reads the checkpoint in FOLDER, trains it with GaLore on the task, prints its
-scores before, during and after, and what it took in memory. `--help` shows
-the tasks and the fields. The folder of the run gets config.json,
+reads the checkpoint in FOLDER, trains it with GaLore on the task, and prints
+its scores before, during and after training, and the memory it took. `--help`
+lists the tasks and the fields. The run's folder gets config.json,
 metrics.jsonl, checkpoints/, result.json, run.png and model/, which
-`transformers` reads; the same command continues a run that was stopped.
+`transformers` reads. The same command continues a run that was stopped.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import dataclasses
 import pathlib
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -29,54 +30,61 @@ from train.data.packing import spread
 from train.finetuning import (
   encoders,
   evaluation,
-  examples,
   llamas,
   recipes,
   report,
 )
+from train.finetuning import examples as examples_lib
 from train.finetuning import job as job_lib
-from train.finetuning.batches import Feed
+from train.finetuning.batches import TrainBatches
 from train.finetuning.config import Config
+from train.finetuning.task_model import TaskModel
 from train.finetuning.tasks import TASKS, Task
 from train.methods import table as methods
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
 from train.run import checkpoint, exit_status, loop, run_dir, signals, sinks
 from train.run.job import Job
+from train.step.train_step import Placed, TrainState
 
 
-def arguments(words: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
   """Reads the command line."""
+  default = recipes.make("rotten_tomatoes", "galore", 4)
   parser = argparse.ArgumentParser(
     prog="python -m train.finetune",
     description="Fine-tunes an encoder or a LLaMA on a task.",
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog=f"tasks: {', '.join(TASKS)}\n\nfields for --set, with their values"
-    " in the default run:\n"
-    + field_help.summary(
-      recipes.make("rotten_tomatoes", "galore", 4), recipes.FLAGS
-    ),
+    epilog=f"tasks:\n{_list_tasks()}\n\nfields for --set, with their values in"
+    " the default run:\n\n" + field_help.summary(default, recipes.FLAGS),
   )
-  parser.add_argument("--task", default="rotten_tomatoes", metavar="NAME")
-  parser.add_argument(
+  add = parser.add_argument
+  add(
+    "--task",
+    default="rotten_tomatoes",
+    metavar="NAME",
+    help="one of the tasks below; default: rotten_tomatoes",
+  )
+  add(
     "--from",
     dest="source",
     required=True,
     metavar="FOLDER",
-    help=f"weights to start from: a folder of safetensors, or {HUB}NAME",
+    help="checkpoint to start from: a folder in Hugging Face's layout, a .gguf"
+    f" file, or {HUB}NAME",
   )
-  parser.add_argument(
+  add(
     "--optimizer",
     default="galore",
     metavar="NAME",
     help=", ".join(recipes.METHODS) + "; default: galore",
   )
-  parser.add_argument(
+  add(
     "--rank",
     type=int,
-    help="of GaLore or LoRA; default: the task's, mostly 4",
+    help="rank of GaLore or LoRA; default: the task's, in most cases 4",
   )
-  parser.add_argument(
+  add(
     "--set",
     action="append",
     default=[],
@@ -84,22 +92,42 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     metavar="GROUP.FIELD=VALUE",
     help="changes one field of the recipe; may be repeated",
   )
-  parser.add_argument(
-    "--out", type=cli.folder, help="default: runs/TASK-OPTIMIZER"
+  add(
+    "--out",
+    type=cli.folder,
+    help="folder of the run; default: runs/TASK-OPTIMIZER",
   )
-  parser.add_argument(
-    "--overwrite", action="store_true", help="delete an earlier run in --out"
-  )
-  parser.add_argument(
+  add("--overwrite", action="store_true", help="delete an earlier run in --out")
+  add(
     "--dry-run",
     action="store_true",
-    help="only check everything and count the bytes that a run would take",
+    help="check all inputs and print the memory that a run would take",
   )
-  return parser.parse_args(words)
+  return parser.parse_args(argv)
+
+
+def _list_tasks() -> str:
+  """The tasks by the kind of their predictions, for --help."""
+  kinds = {
+    "classify": "a class",
+    "regress": "a number",
+    "span": "a span of a context",
+    "chat": "replies (LLaMA)",
+  }
+  lines = []
+  for kind, what in kinds.items():
+    names = ", ".join(t.name for t in TASKS.values() if t.kind == kind)
+    indent = " " * 24
+    lines += [
+      textwrap.fill(
+        names, 80, initial_indent=f"  {what:<22}", subsequent_indent=indent
+      )
+    ]
+  return "\n".join(lines)
 
 
 def make_config(flags: argparse.Namespace) -> Config:
-  """The recipe of the task with what the command line changes of it."""
+  """The recipe of the task, with the changes of the command line."""
   config = recipes.make(flags.task, flags.optimizer, flags.rank)
   source = flags.source
   if not source.startswith(HUB):
@@ -109,55 +137,62 @@ def make_config(flags: argparse.Namespace) -> Config:
   return recipes.override(config, flags.settings)
 
 
-def read_task(config: Config) -> examples.Examples:
-  """The examples, all of them checked."""
+def load_examples(config: Config) -> examples_lib.Examples:
+  """Reads and checks the examples of the task."""
   names = config.task
   labels = tuple(filter(None, map(str.strip, names.labels.split(","))))
-  task = TASKS[names.name].named(names.first, names.second, names.label, labels)
-  return examples.load(task, config.data, corpus.cache_folder(config.data))
+  task = TASKS[names.name].with_columns(
+    names.first, names.second, names.label, labels
+  )
+  return examples_lib.load(task, config.data, corpus.cache_folder(config.data))
 
 
-def make_learner(found: examples.Examples, config: Config) -> Any:
-  """The model with a head for the task."""
+def load_model(examples: examples_lib.Examples, config: Config) -> TaskModel:
+  """Reads the checkpoint as a model with a head for the task."""
   source = config.train.init
-  kind: Any = llamas if llamas.is_llama(source) else encoders
-  return kind.make(source, found.task, config)
+  module: Any = llamas if llamas.is_llama(source) else encoders
+  return module.make(source, examples.task, config)
 
 
-def make_material(
-  learner: Any, found: examples.Examples, config: Config
-) -> job_lib.Material:
-  """The examples as the model reads them, and the order of the batches."""
-  train = learner.prepare(found.train)
-  count, batch = len(train.lengths), config.data.batch
-  if count < batch:
+def tokenize(
+  model: TaskModel, examples: examples_lib.Examples, config: Config
+) -> job_lib.TaskData:
+  """The examples as the model reads them, and the batches for training."""
+  train = model.tokenize(examples.train)
+  count, size = len(train.lengths), config.data.batch
+  if count < size:
     raise UserError(
-      f"the training split has {count} rows, fewer than data.batch={batch};"
+      f"the training split has {count} rows, fewer than data.batch={size};"
       " lower data.batch"
     )
-  feed = Feed(
+  batches = TrainBatches(
     train.lengths,
-    lambda rows, size: learner.collate(train, rows, size),
-    batch,
+    lambda rows, size: model.collate(train, rows, size),
+    size,
     config.task.group,
   )
-  most = config.data.eval_rows
   evaluated = [
-    learner.prepare(split.part(spread(len(split), most)))
-    for split in found.evaluated
+    model.tokenize(split.take(spread(len(split), config.data.eval_rows)))
+    for split in examples.evaluated
   ]
-  return job_lib.Material(found.task, train, evaluated, feed)
+  return job_lib.TaskData(examples.task, train, evaluated, batches)
 
 
-def timed(config: Config, feed: Feed, settings: list[str]) -> Config:
-  """The config with its steps counted in epochs."""
+def set_steps(config: Config, per_epoch: int, settings: list[str]) -> Config:
+  """Computes train.steps and run.eval_every from the number of epochs.
+
+  Args:
+    config: the config.
+    per_epoch: batches in an epoch.
+    settings: those of the command line, which may set run.eval_every.
+  """
   if config.task.epochs:
-    steps = max(1, round(config.task.epochs * feed.steps))
+    steps = max(1, round(config.task.epochs * per_epoch))
     train = dataclasses.replace(config.train, steps=steps)
     config = dataclasses.replace(config, train=train)
   if any(setting.startswith("run.eval_every=") for setting in settings):
     return config
-  every = max(1, feed.steps // config.task.evaluations)
+  every = max(1, per_epoch // config.task.evaluations)
   return dataclasses.replace(
     config, run=dataclasses.replace(config.run, eval_every=every)
   )
@@ -166,17 +201,17 @@ def timed(config: Config, feed: Feed, settings: list[str]) -> Config:
 def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
   sinks.parse_names(config.run.sinks)
-  found = multihost.run_on_first_then_others(lambda: read_task(config))
-  learner = make_learner(found, config)
-  material = make_material(learner, found, config)
-  config = timed(config, material.feed, flags.settings)
+  examples = multihost.run_on_first_then_others(lambda: load_examples(config))
+  model = load_model(examples, config)
+  data = tokenize(model, examples, config)
+  config = set_steps(config, data.batches.per_epoch, flags.settings)
   mesh = mesh_lib.make_mesh(
     config.mesh, config.data.batch, accumulate=config.train.accumulate
   )
-  tx, placed = job_lib.lay_out(learner, config, mesh)
+  tx, placed = job_lib.place(model, config, mesh)
   if flags.dry_run:
-    introduce(learner, material, placed, config)
-    parts = report.components(placed, config, placed.state.opt_state)
+    print_start(model, data, placed, config)
+    parts = report.component_bytes(placed, config, placed.state.opt_state)
     print(f"\n{report.table(parts)}")
     return 0
   multihost.run_on_first(
@@ -186,42 +221,40 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   multihost.run_on_first(
     lambda: run_dir.write_config(out, config, flags.overwrite)
   )
-  digest = examples.digest(found)
+  digest = examples_lib.digest(examples)
   multihost.run_on_first(lambda: run_dir.record_examples(out, digest))
   with jax.set_mesh(mesh), signals.stop_requests() as stopped:
-    job, state = job_lib.prepare(
-      config, out, learner, material, mesh, tx, placed
-    )
-    introduce(learner, material, placed, config)
+    job, state = job_lib.prepare(config, out, model, data, mesh, tx, placed)
+    print_start(model, data, placed, config)
     print(f"folder     {out}")
     try:
       stop = signals.agreed_stop(stopped, mesh)
-      return train(config, learner, placed, job, state, stop)
+      return train(config, model, placed, job, state, stop)
     except Diverged:
-      if multihost.is_first():  # a result without scores
+      if multihost.is_first():  # a result without scores: it diverged
         report.write(out, config, {"scores": {}})
       raise
 
 
 def _check_source(source: str, out: pathlib.Path) -> None:
-  """Refuses to write a run over the checkpoint that it starts from."""
+  """Refuses to overwrite the checkpoint that a run starts from."""
   inside = pathlib.Path(source).is_relative_to(out.resolve())
   if inside and not source.startswith(HUB):
     raise UserError(
-      f"--from {source} lies in --out {out}, which the run would write over;"
+      f"--from {source} is in --out {out}, which the run would overwrite;"
       " name another --out"
     )
 
 
 def train(
   config: Config,
-  learner: Any,
-  placed: Any,
+  model: TaskModel,
+  placed: Placed,
   job: Job,
-  state: Any,
+  state: TrainState,
   stopped: Callable[[], bool],
 ) -> int:
-  """From the state to the end of the run; returns the exit status."""
+  """Trains from a state to the end of the run; returns the exit status."""
   start = int(state.step)
   try:
     outcome = loop.train(job, state, stopped)
@@ -230,26 +263,27 @@ def train(
   status = exit_status.report_end(job, outcome, start)
   if status is not None:
     return status
-  conclude(config, learner, placed, job, outcome)
+  finish(config, model, placed, job, outcome.state)
   return 0
 
 
-def introduce(
-  learner: Any, material: job_lib.Material, placed: Any, config: Config
+def print_start(
+  model: TaskModel, data: job_lib.TaskData, placed: Placed, config: Config
 ) -> None:
-  """Says what is going to be trained, on what."""
+  """Prints what is trained, on which examples, and how."""
   count = sum(x.size for x in jax.tree.leaves(placed.weights))
   sizes = ", ".join(
-    f"{prepared.split.name} {len(prepared.split):,}"
-    for prepared in (material.train, *material.evaluated)
+    f"{tokenized.split.name} {len(tokenized.split):,}"
+    for tokenized in (data.train, *data.evaluated)
   )
-  lengths = material.train.lengths
-  cut = float((lengths >= learner.length).mean())
+  lengths = data.train.lengths
+  full = float((lengths >= model.length).mean())
   print(
-    f"model      {count:,} parameters, {learner.describe()}\n"
-    f"task       {_describe(material.task)}\n"
-    f"examples   {sizes}; {np.mean(lengths):.0f} tokens a row, {cut:.1%} of the"
-    f" rows fill the {learner.length} that are read\n"
+    f"model      {count:,} parameters, {model.describe()}\n"
+    f"task       {_describe(data.task)}\n"
+    f"examples   {sizes}\n"
+    f"rows       {np.mean(lengths):.0f} tokens on average; {full:.1%} have the"
+    f" maximum of {model.length}\n"
     f"optimizer  {_method(config)},"
     f" learning rate {config.optimizer.learning_rate:g},"
     f" {config.train.steps} steps of {config.data.batch} rows"
@@ -257,12 +291,12 @@ def introduce(
 
 
 def _method(config: Config) -> str:
-  """The optimizer, with its rank where it has one."""
-  chosen = config.optimizer
-  method = methods.get(chosen.name)
+  """The optimizer's name, with its rank if it has one."""
+  name = config.optimizer.name
+  method = methods.get(name)
   if method.factors or method.projects:
-    return f"{chosen.name}, rank {chosen.rank}"
-  return chosen.name
+    return f"{name}, rank {config.optimizer.rank}"
+  return name
 
 
 def _describe(task: Task) -> str:
@@ -271,50 +305,49 @@ def _describe(task: Task) -> str:
   return f"{task.name}{labels}; scored by {', '.join(task.metrics)}"
 
 
-def conclude(
-  config: Config, learner: Any, placed: Any, job: Job, outcome: loop.Outcome
+def finish(
+  config: Config, model: TaskModel, placed: Placed, job: Job, state: TrainState
 ) -> None:
-  """The end of a run: memory, scores, the model, a picture."""
-  state = outcome.state
-  found = evaluation.last(job.out, config.train.steps)
-  parts = report.components(placed, config, state.opt_state)
-  print(f"\n{report.table(parts)}\n\nscores     {evaluation.text(found)}")
+  """Reports a complete run: memory, scores, the trained model, a picture."""
+  scores = evaluation.final_scores(job.out, config.train.steps)
+  parts = report.component_bytes(placed, config, state.opt_state)
+  print(f"\n{report.table(parts)}\n\nscores     {evaluation.describe(scores)}")
   if not multihost.is_first():
     return
-  report.write(job.out, config, {"scores": found, "bytes": parts})
+  report.write(job.out, config, {"scores": scores, "bytes": parts})
   if jax.process_count() > 1 and config.task.export:
     print(
-      "note       the trained model is not written, for several processes hold"
-      " it; the same command in one process, on the same --out, writes it"
+      "note       the trained model is not written, because it is divided over"
+      " several processes; the same command in one process, with the same"
+      " --out, writes it"
     )
   elif config.task.export:
-    # As they are computed with, in the dtype in which they are kept: what is
-    # read from eight bits has the model's.
+    # In the dtype of the other parameters, also where weights have 8 bits.
     weights = jax.tree.map(
       lambda x: np.asarray(x).astype(config.model.param_dtype),
       jax.device_get(placed.read(state.params)),
     )
     shutil.rmtree(job.out / "model", ignore_errors=True)
-    learner.save(job.out / "model", weights)
+    model.save(job.out / "model", weights)
     print(f"model      {job.out / 'model'}")
   picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")
   print(f"checkpoint {job.out / run_dir.FOLDER}/{job.checkpoints.latest}")
   print(f"picture    {picture}")
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
-  return exit_status.report_errors(lambda: command(words))
+  return exit_status.report_errors(lambda: command(argv))
 
 
-def command(words: list[str] | None = None) -> int:
-  """The command, with its errors: 0 done, 130 stopped.
+def command(argv: list[str] | None = None) -> int:
+  """The command, which raises errors: 0 done, 130 stopped.
 
   Raises:
     UserError: wrong input.
-    TrainingError: it diverged, or could not be saved.
+    TrainingError: it diverged, or its state could not be saved.
   """
-  flags = arguments(words)
+  flags = parse(argv)
   checkpoint.silence_orbax()
   config = make_config(flags)
   default = f"{flags.task}-{config.optimizer.name}"

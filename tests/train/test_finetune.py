@@ -1,5 +1,6 @@
-"""Fine-tuning from the command to its files, on tiny models and sets."""
+"""Fine-tuning from the command to its files, on tiny models and data."""
 
+import dataclasses
 import json
 
 import jax
@@ -54,7 +55,7 @@ def one_device(tmp_path_factory):
   before = {name: getattr(jax.config, name) for name in names}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, "devices", lambda *kinds: found(*kinds)[:1])
-    # Pictures are dear, and drawn in a test of their own.
+    # Drawing is slow, and has a test of its own.
     patch.setattr(finetune.plot, "draw", lambda out, title: out / title)
     for name, value in names.items():
       jax.config.update(name, value)
@@ -87,7 +88,7 @@ def words(task, source, data, out, optimizer="galore", **changes):
 
 
 def run(*args, **changes):
-  """A run that must succeed; returns what it came to."""
+  """Makes a run that must succeed; returns its result."""
   assert finetune.main(words(*args, **changes)) == 0
   return json.loads((args[3] / "result.json").read_text())
 
@@ -99,7 +100,7 @@ def losses(out):
 
 @pytest.fixture(scope="module")
 def mnli(bert, tmp_path_factory):
-  """GaLore on pairs with three labels; the folders of the run and the set."""
+  """GaLore on pairs with three labels: folders of the run and data, result."""
   folder = tmp_path_factory.mktemp("mnli")
   data = files.write_glue(folder / "data", "mnli")
   found = run("mnli", bert, data, folder / "run", **MNLI)
@@ -121,7 +122,7 @@ def test_both_validation_splits_are_scored_each_epoch(mnli):
   assert np.mean(trained[-6:]) < np.mean(trained[:6]) - 0.1
 
 
-def test_rates_are_picked_and_their_best_is_run(mnli, bert, tmp_path, capsys):
+def test_the_grid_picks_rates_and_runs_the_best(mnli, bert, tmp_path, capsys):
   _, data, _ = mnli
   results = tmp_path / "results.jsonl"
   changes = MNLI | {"task__epochs": 1}
@@ -156,7 +157,7 @@ def test_rates_are_picked_and_their_best_is_run(mnli, bert, tmp_path, capsys):
   assert row in capsys.readouterr().out
 
 
-def test_the_picture_has_a_panel_of_the_score(mnli, tmp_path, monkeypatch):
+def test_the_picture_has_a_panel_for_the_score(mnli, tmp_path, monkeypatch):
   panels = []
   monkeypatch.setattr(
     plot.plt.Axes, "set_ylabel", lambda self, text: panels.append(text)
@@ -166,37 +167,37 @@ def test_the_picture_has_a_panel_of_the_score(mnli, tmp_path, monkeypatch):
   assert not any("perplexity" in panel for panel in panels)
 
 
-def test_the_model_that_is_written_scores_as_the_run_did(mnli):
+def test_the_exported_model_has_the_scores_of_the_run(mnli):
   out, data, found = mnli
   given = words("mnli", out / "model", data, out, **MNLI)
-  config = finetune.make_config(finetune.arguments(given))
-  learner = finetune.make_learner(finetune.read_task(config), config)
-  assert learner.loaded.notes == ()
+  config = finetune.make_config(finetune.parse(given))
+  model = finetune.load_model(finetune.load_examples(config), config)
+  assert model.loaded.notes == ()
   extra = json.loads((out / "model" / checkpoint_folder.CONFIG).read_text())
   assert extra["id2label"]["1"] == "neutral"
   assert extra["galore_optax_pool"] == "mean"
-  read = finetune.make_material(learner, finetune.read_task(config), config)
+  read = finetune.tokenize(model, finetune.load_examples(config), config)
   score = jax.jit(
     lambda batch: (
-      learner.outputs(learner.params, batch),
-      learner.loss(learner.params, batch, None),
-      learner.count(batch),
+      model.outputs(model.params, batch),
+      model.loss(model.params, batch, None),
+      model.count_items(batch),
     )
   )
-  again = evaluation.evaluate(learner, read.evaluated, 9, score)
+  again = evaluation.evaluate(model, read.evaluated, 9, score)
   assert again == pytest.approx(found["scores"], abs=1e-5)
 
 
-def test_a_run_is_no_checkpoint_but_holds_one(mnli, tmp_path, capsys):
+def test_the_folder_of_a_run_is_not_a_checkpoint(mnli, tmp_path, capsys):
   out, data, _ = mnli
-  said = refused(capsys, words("mnli", out, data, tmp_path / "run"))
-  assert f"its weights are in {out / 'model'}" in said
-  with pytest.raises(UserError, match="--x tokens: the batches"):
+  error = refused(capsys, words("mnli", out, data, tmp_path / "run"))
+  assert f"its weights are in {out / 'model'}" in error
+  with pytest.raises(UserError, match=r"--x tokens: .* fine-tuning run"):
     plot.overlay([history.load(out)], tmp_path / "run.png", "tokens")
 
 
 def stop_after_five_steps(given, monkeypatch):
-  """Begins a run that a signal ends."""
+  """Starts a run, and stops it by a signal after five steps."""
   calls = []
   with monkeypatch.context() as patch:
     patch.setattr(
@@ -207,7 +208,7 @@ def stop_after_five_steps(given, monkeypatch):
     assert finetune.main(given) == 130
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
+def test_a_stopped_run_continues_with_the_same_numbers(
   mnli, bert, tmp_path, monkeypatch
 ):
   out, data, _ = mnli
@@ -226,12 +227,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
   assert losses(tmp_path / "run") == before
 
 
-def test_regression_with_lora_trains_factors_and_head_only(bert, tmp_path):
+def test_regression_with_lora_trains_only_adapters_and_head(bert, tmp_path):
   data = files.write_glue(tmp_path / "data", "stsb", train=12)
   found = run("stsb", bert, data, tmp_path / "run", "lora", task__epochs=1)
   assert set(found["scores"]) == {"held_out_loss", "pearson", "spearman"}
   sizes = found["bytes"]
-  # Rank 2 in two layers: of 16 x 16 four times, of 16 x 24 twice.
+  # Rank 2; each of two layers has four matrices of 16 x 16, two of 16 x 24.
   assert sizes["adapters"] == 4 * 2 * 2 * (4 * 32 + 2 * 40)
   head = 4 * (16 * 16 + 16 + 16 + 1)
   assert sizes["gradients"] == sizes["adapters"] + head
@@ -248,7 +249,7 @@ def test_regression_with_lora_trains_factors_and_head_only(bert, tmp_path):
   assert not np.array_equal(kernel(start), kernel(trained))
 
 
-def test_a_roberta_tells_pairs_apart_with_lora(roberta, tmp_path):
+def test_a_roberta_classifies_pairs_with_lora(roberta, tmp_path):
   data = files.write_glue(tmp_path / "data", "mrpc", train=32)
   found = run("mrpc", roberta, data, tmp_path / "run", "lora", task__epochs=4)
   assert set(found["scores"]) == {"held_out_loss", "f1", "accuracy"}
@@ -258,31 +259,31 @@ def test_a_roberta_tells_pairs_apart_with_lora(roberta, tmp_path):
     encoder_checkpoint.load(f, "classify", 2).params
     for f in (roberta, tmp_path / "run" / "model")
   )
-  # RoBERTa's head has two layers; both are trained as they are.
+  # RoBERTa's head has two layers; both are trained in full.
   for part in ("pooler", "head"):
     assert (start[part]["kernel"] != end[part]["kernel"]).any()
   words_ = lambda tree: tree["embed"]["words"]["embedding"]
   np.testing.assert_array_equal(words_(start), words_(end))
 
 
-def test_a_roberta_points_at_characters(roberta, tmp_path):
-  """Its tokens are bytes, and begin with the space before a word."""
+def test_the_spans_of_a_roberta_are_characters(roberta, tmp_path):
+  """Its tokens are bytes, and include the space before a word."""
   data = files.write_squad(tmp_path / "data", unanswerable=False)
   given = words("squad", roberta, data, tmp_path, task__query=8, task__stride=8)
-  config = finetune.make_config(finetune.arguments(given))
-  found = finetune.read_task(config)
-  learner = finetune.make_learner(found, config)
-  prepared = learner.prepare(found.evaluated[0])
+  config = finetune.make_config(finetune.parse(given))
+  found = finetune.load_examples(config)
+  model = finetune.load_model(found, config)
+  prepared = model.tokenize(found.evaluated[0])
   logits = {
     i: tuple(
       10.0 * np.eye(32)[prepared.targets[name][i]] for name in ("start", "end")
     )
     for i in range(len(prepared.rows))
   }
-  decided = learner.decide(prepared, logits)
-  assert spans.score(decided, found.evaluated[0].answers)["f1"] == 1
-  batch = learner.collate(prepared, range(4), 4)
-  start, end = jax.jit(learner.outputs)(learner.params, batch)
+  decided = model.predict(prepared, logits)
+  assert spans.score(decided, found.evaluated[0].labels)["f1"] == 1
+  batch = model.collate(prepared, range(4), 4)
+  start, end = jax.jit(model.outputs)(model.params, batch)
   assert start.shape == end.shape == batch["ids"].shape
 
 
@@ -309,7 +310,7 @@ def test_spans_of_long_contexts_are_found_in_windows(bert, tmp_path, name):
     expected |= {"has_answer_f1", "has_answer_exact_match"}
     expected |= {"no_answer_accuracy"}
   assert set(found["scores"]) == expected
-  # What is frozen has neither gradient nor moments.
+  # Frozen weights have neither a gradient nor moments.
   assert found["bytes"]["gradients"] < found["bytes"]["weights"]
   assert found["bytes"]["optimizer"] < 2.1 * found["bytes"]["gradients"]
 
@@ -334,17 +335,17 @@ def test_a_llama_learns_conversations_packed_and_with_4_bit_weights(
   assert found["scores"]["held_out_perplexity"] < start
   written = llama_checkpoint.load(tmp_path / "run" / "model")
   assert written.model.n_layers == 2
-  # It says how it is asked, and ends where it has learned to end.
+  # It has the chat template, and ends where it was trained to end.
   end = tokenizers.Tokenizer.from_str(written.tokenizer).token_to_id(
-    files.MARKS[1]
+    files.SPECIAL_TOKENS[1]
   )
   assert written.end_ids == (end,)
   described = written.extra["tokenizer_config.json"]
-  assert described["eos_token"] == files.MARKS[1]
-  assert files.MARKS[0] in described["chat_template"]
+  assert described["eos_token"] == files.SPECIAL_TOKENS[1]
+  assert files.SPECIAL_TOKENS[0] in described["chat_template"]
 
 
-def test_a_llama_tells_classes_by_their_likelihood(llama, tmp_path):
+def test_a_llama_classifies_by_likelihood(llama, tmp_path):
   rows = files.glue_rows(tasks.TASKS["sst2"], 48)
   data = files.write_lines(tmp_path / "some.jsonl", rows)
   found = run(
@@ -362,7 +363,7 @@ def test_a_llama_tells_classes_by_their_likelihood(llama, tmp_path):
   )
   start = metrics.read(tmp_path / "run" / metrics.FILE)[0]
   assert found["scores"]["held_out_loss"] < start["held_out_loss"]
-  # 12 of both classes, whatever the order of the file.
+  # 12 examples are held out.
   assert found["scores"]["accuracy"] in [i / 12 for i in range(13)]
 
 
@@ -376,7 +377,7 @@ def chats(tmp_path_factory):
 def test_a_run_that_ends_without_a_finite_loss_has_no_scores(
   llama, chats, tmp_path, capsys
 ):
-  """Not those of an evaluation before it, and the grid passes it over."""
+  """Not even the scores of an earlier evaluation; the grid skips its rate."""
   changes = {"train__steps": 4, "data__holdout_every": 5}
   out = tmp_path / "run"
   given = words("chat", llama, chats, out, "adamw", **changes)
@@ -405,10 +406,10 @@ def test_a_run_that_ends_without_a_finite_loss_has_no_scores(
   assert row in capsys.readouterr().out
 
 
-def test_tokens_that_a_llama_has_no_embedding_for_are_refused(
+def test_tokens_without_an_embedding_are_refused(
   llama, chats, tmp_path, capsys
 ):
-  """As where somebody has added them to tokenizer.json alone."""
+  """As after adding tokens to tokenizer.json but not to the model."""
   vocabulary = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))
   vocabulary.add_tokens([f"<more{i}>" for i in range(99)])
   other = tmp_path / "other"
@@ -421,7 +422,7 @@ def test_tokens_that_a_llama_has_no_embedding_for_are_refused(
       *words("chat", other, chats, tmp_path / "run", data__holdout_every=5),
       "--dry-run",
     ]
-  )  # what no text has, does no harm
+  )  # tokens that no text contains do no harm
   assert not capsys.readouterr().err
   rows = [
     {"messages": [
@@ -433,11 +434,11 @@ def test_tokens_that_a_llama_has_no_embedding_for_are_refused(
   marked = marked.replace("<more98>", "<|im_end|>")
   (other / "tokenizer.json").write_text(marked)
   data = files.write_lines(tmp_path / "marked.jsonl", rows)
-  said = refused(capsys, words("chat", other, data, tmp_path / "run"))
-  assert "'<|im_end|>'" in said and f"{300:,} rows" in said
+  error = refused(capsys, words("chat", other, data, tmp_path / "run"))
+  assert "'<|im_end|>'" in error and f"{300:,} rows" in error
 
 
-def test_weights_of_eight_bits_are_written_in_the_dtype_of_the_rest(
+def test_8_bit_weights_are_exported_in_the_dtype_of_the_rest(
   mnli, bert, tmp_path
 ):
   _, data, _ = mnli
@@ -448,22 +449,22 @@ def test_weights_of_eight_bits_are_written_in_the_dtype_of_the_rest(
   assert {str(x.dtype) for x in tensors.values()} == {"float32"}
 
 
-def test_a_run_does_not_write_over_what_it_starts_from(mnli, capsys):
+def test_a_run_does_not_overwrite_its_own_checkpoint(mnli, capsys):
   out, data, _ = mnli
   given = words("mnli", out / "model", data, out, **MNLI)
-  said = refused(capsys, [*given, "--overwrite"])
-  assert "lies in --out" in said and "another --out" in said
+  error = refused(capsys, [*given, "--overwrite"])
+  assert "is in --out" in error and "another --out" in error
   assert (out / "model" / "config.json").exists()
 
 
-def test_other_commands_are_told_where_the_model_is(mnli):
+def test_other_commands_name_the_folder_of_the_model(mnli):
   out, _, _ = mnli
   with pytest.raises(UserError, match=r"fine-tuning run; .*model"):
     llama_checkpoint.load(out)
 
 
 def refused(capsys, given):
-  """The error of a command that must not begin to train."""
+  """The error of a command that must not start to train."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "train", lambda *_: pytest.fail("it trains"))
     assert finetune.main(given) == 2
@@ -471,7 +472,7 @@ def refused(capsys, given):
 
 
 @pytest.mark.parametrize(
-  ("task", "changes", "said"),
+  ("task", "changes", "error"),
   [
     ("colla", {}, "--task 'colla' is unknown; the tasks are cola, stsb"),
     ("cola", {"task__first": "text"}, "no column 'text'; its columns are"),
@@ -479,7 +480,11 @@ def refused(capsys, given):
     ("cola", {"data__validation": "test"}, "not published"),
     ("cola", {"data__validation": "dev"}, "no split 'dev'"),
     ("cola", {"data__batch": 99}, "24 rows, fewer than data.batch=99"),
-    ("cola", {"task__freeze": "^nothing"}, "fits none of the model's weights"),
+    (
+      "cola",
+      {"task__freeze": "^nothing"},
+      "matches none of the model's weights",
+    ),
     (
       "cola",
       {"train__layerwise": "true"},
@@ -500,22 +505,22 @@ def refused(capsys, given):
     ("span", {}, "no column 'question'"),
   ],
 )
-def test_what_is_wrong_is_said_before_any_training(
-  bert, tmp_path, capsys, task, changes, said
+def test_wrong_input_is_reported_before_training(
+  bert, tmp_path, capsys, task, changes, error
 ):
   data = files.write_glue(tmp_path / "data", "cola")
   given = words(task, bert, data, tmp_path / "run", **changes)
-  assert said in refused(capsys, given)
+  assert error in refused(capsys, given)
   assert not (tmp_path / "run").exists()
 
 
-def test_a_label_outside_the_set_is_named_with_its_row(bert, tmp_path, capsys):
+def test_an_unknown_label_is_named_with_its_row(bert, tmp_path, capsys):
   data = files.write_glue(tmp_path / "data", "cola")
   rows = files.glue_rows(tasks.TASKS["cola"], 24)
   rows[17]["label"] = 2
   files.write_lines(data / "train.jsonl", rows)
-  said = refused(capsys, words("cola", bert, data, tmp_path / "run"))
-  assert "row 17" in said and "the label 2 is none of unacceptable" in said
+  error = refused(capsys, words("cola", bert, data, tmp_path / "run"))
+  assert "row 17" in error and "the label 2 is none of unacceptable" in error
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(
@@ -530,20 +535,20 @@ def test_a_checkpoint_of_another_architecture_is_refused(
   config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
   (other / checkpoint_folder.CONFIG).write_text(json.dumps(config))
   out = tmp_path / "run"
-  said = refused(capsys, words("stsb", other, data, out))
-  assert "'gpt2', and what can be read is bert, roberta and llama" in said
+  error = refused(capsys, words("stsb", other, data, out))
+  assert "'gpt2'; known ones are bert, roberta and llama" in error
   missing = tmp_path / "missing"
-  said = refused(capsys, words("stsb", missing, data, out))
-  assert str(missing) in said and "encoder" not in said
-  said = refused(capsys, words("stsb", llama, data, out))
-  assert "is a LLaMA" in said and "use an encoder" in said
-  said = refused(capsys, words("stsb", bert, data, out, "muon"))
-  assert "none for fine-tuning" in said
+  error = refused(capsys, words("stsb", missing, data, out))
+  assert str(missing) in error and "encoder" not in error
+  error = refused(capsys, words("stsb", llama, data, out))
+  assert "is a LLaMA" in error and "use an encoder" in error
+  error = refused(capsys, words("stsb", bert, data, out, "muon"))
+  assert "not for fine-tuning" in error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "galore_8bit", "q_galore"])
-def test_every_kind_of_state_goes_on_after_a_stop(
+def test_every_kind_of_state_continues_after_a_stop(
   bert, tmp_path, method, monkeypatch
 ):
   data = files.write_glue(tmp_path / "data", "cola")
@@ -563,25 +568,32 @@ def test_every_kind_of_state_goes_on_after_a_stop(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", recipes.METHODS)
-def test_every_method_sees_the_same_batches_and_counts_its_bytes(
+def test_every_method_gets_the_same_batches_and_counts_its_bytes(
   bert, tmp_path, method, monkeypatch
 ):
   data = files.write_glue(tmp_path / "data", "cola")
   seen = []
-  put = job.Job.put
-  monkeypatch.setattr(
-    job.Job, "put", lambda self, b: seen.append(b["ids"]) or put(self, b)
-  )
+  make_job = job.job_lib.Job
+
+  def spying(**parts):
+    put = lambda b: seen.append(b["ids"]) or parts["put"](b)
+    evaluate = dataclasses.replace(parts["evaluate"], put=put)
+    return make_job(**parts | {"put": put, "evaluate": evaluate})
+
+  monkeypatch.setattr(job.job_lib, "Job", spying)
   found = run("cola", bert, data, tmp_path / "run", method, task__epochs=1)
   assert found["optimizer"] == method
-  # Evaluations at both ends; between them the rows in the feed's order.
+  # Evaluations at both ends; between them the training batches.
   config = finetune.make_config(
-    finetune.arguments(words("cola", bert, data, tmp_path, method))
+    finetune.parse(words("cola", bert, data, tmp_path, method))
   )
-  learner = finetune.make_learner(finetune.read_task(config), config)
-  made = finetune.make_material(learner, finetune.read_task(config), config)
-  (train, feed), steps = (made.train, made.feed), made.feed.steps
-  wanted = [learner.collate(train, rows, 4)["ids"] for rows in feed.order(0, 0)]
+  model = finetune.load_model(finetune.load_examples(config), config)
+  made = finetune.tokenize(model, finetune.load_examples(config), config)
+  steps = made.batches.per_epoch
+  wanted = [
+    model.collate(made.train, rows, 4)["ids"]
+    for rows in made.batches.rows_of_epoch(0, 0)
+  ]
   begin = (len(seen) - steps) // 2
   for ours, other in zip(seen[begin : begin + steps], wanted, strict=True):
     np.testing.assert_array_equal(ours, other)
@@ -591,16 +603,16 @@ def test_every_method_sees_the_same_batches_and_counts_its_bytes(
 
 
 @pytest.mark.parametrize("change", [{}, {"task__freeze": "^embed/"}])
-def test_weights_and_moments_are_split_over_devices(bert, tmp_path, change):
-  """Laid out only: nothing is compiled."""
+def test_weights_and_moments_are_sharded(bert, tmp_path, change):
+  """Checks shardings only; nothing is compiled."""
   data = files.write_glue(tmp_path / "data", "cola")
   given = words(
     "cola", bert, data, tmp_path, "adamw", mesh__data=2, mesh__fsdp=2, **change
   )
-  config = finetune.make_config(finetune.arguments(given))
-  learner = finetune.make_learner(finetune.read_task(config), config)
+  config = finetune.make_config(finetune.parse(given))
+  model = finetune.load_model(finetune.load_examples(config), config)
   mesh = mesh_lib.make_mesh(config.mesh, 4, DEVICES[:4])
-  _, placed = job.lay_out(learner, config, mesh)
+  _, placed = job.place(model, config, mesh)
   found = {
     optimizer_lib.path_of(path): sharding.spec
     for path, sharding in jax.tree_util.tree_leaves_with_path(

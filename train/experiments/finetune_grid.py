@@ -137,10 +137,10 @@ def choose_rates(
       " was tried; `pick` smaller ones"
     )
   by_rate = _group_by(finished, "learning_rate")
-  mean_rank = lambda rate: statistics.mean(
-    evaluation.rank(task, r["scores"]) for r in by_rate[rate]
+  mean_objective = lambda rate: statistics.mean(
+    evaluation.objective(task, r["scores"]) for r in by_rate[rate]
   )
-  return [min(by_rate, key=mean_rank)]
+  return [min(by_rate, key=mean_objective)]
 
 
 def _own_settings(flags: argparse.Namespace, method: Method) -> frozenset[str]:

@@ -1,5 +1,5 @@
-"""Fine-tuning: tasks, their text and scores, recipes, models with heads.
+"""Fine-tuning: tasks, examples, models with heads, scores, recipes.
 
-`python -m train.finetune` puts them together. The loop, the checkpoints and
-the log are those of pre-training.
+`python -m train.finetune` is the command. The training loop, the checkpoints
+and the log are shared with pre-training, in `train/run/`.
 """

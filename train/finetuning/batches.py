@@ -1,8 +1,8 @@
-"""Batches of examples of many lengths, in an order that only a seed decides.
+"""Batches of examples of different lengths, in an order that a seed decides.
 
-Every method sees the same batches: the order knows the seed, the epoch and
-the lengths, and nothing else. As rows of like length share a batch, little
-of it is padding, and the few lengths that occur are compiled once each.
+The order depends on the seed, the epoch and the lengths only, so every method
+is trained on the same batches. Rows of similar length share a batch: this
+leaves little padding, and few shapes to compile.
 """
 
 import dataclasses
@@ -19,74 +19,73 @@ GROUP = 32  # batches whose rows are sorted by length together
 
 
 @dataclasses.dataclass(frozen=True)
-class Feed:
-  """Training rows and how they become batches."""
+class TrainBatches:
+  """The batches of training rows, epoch after epoch."""
 
   lengths: np.ndarray  # (n,) tokens of each row
-  collate: Callable[[Any, int], Batch]  # rows, and how many to make
-  batch: int  # rows in a global batch
-  group: bool  # whether rows of like length share a batch
+  collate: Callable[[Any, int], Batch]  # makes a batch of rows and a size
+  size: int  # rows in a global batch
+  group: bool  # whether rows of similar length share a batch
 
   @property
-  def steps(self) -> int:
-    """Batches in an epoch; what is left over waits for another order."""
-    return len(self.lengths) // self.batch
+  def per_epoch(self) -> int:
+    """Batches in an epoch; it leaves out rows that do not fill a batch."""
+    return len(self.lengths) // self.size
 
-  def batches(
+  def iterate(
     self, state: State, seed: int, part: int, parts: int
   ) -> Generator[tuple[Batch, State], None, None]:
-    """One part of each batch from a position on, with the position after.
+    """One process's part of each batch, and the position after that batch.
 
     Args:
-      state: `{"batches": how many were read}`.
-      seed: of the order.
-      part: which part of each batch: from 0.
-      parts: into how many it is cut; they have one shape.
+      state: the position to start at, `{"batches": number of batches read}`.
+      seed: decides the order.
+      part: index of the part.
+      parts: number of parts of equal shape that a batch is divided into.
     """
     done = state["batches"]
-    first, index = divmod(done, self.steps)
-    size = self.batch // parts
+    first, index = divmod(done, self.per_epoch)
+    size = self.size // parts
     for epoch in itertools.count(first):
-      order = self.order(seed, epoch)
-      for rows in order[index:]:
+      for rows in self.rows_of_epoch(seed, epoch)[index:]:
         done += 1
-        # Padded together, so that every process makes the same shape.
-        whole = self.collate(rows, self.batch)
+        # Padded before it is divided, so all processes get the same shape.
+        whole = self.collate(rows, self.size)
         own = slice(part * size, (part + 1) * size)
         yield {k: v[own] for k, v in whole.items()}, {"batches": done}
       index = 0
 
-  def order(self, seed: int, epoch: int) -> np.ndarray:
-    """The rows of each batch of an epoch: (steps, batch) numbers."""
-    source = np.random.default_rng([seed, epoch])
-    mixed = source.permutation(len(self.lengths))[: self.steps * self.batch]
+  def rows_of_epoch(self, seed: int, epoch: int) -> np.ndarray:
+    """The indices of the rows in each batch of an epoch: (batches, size)."""
+    rng = np.random.default_rng([seed, epoch])
+    shuffled = rng.permutation(len(self.lengths))
+    shuffled = shuffled[: self.per_epoch * self.size]
     if not self.group:
-      return mixed.reshape(-1, self.batch)
-    found = []
-    for start in range(0, len(mixed), GROUP * self.batch):
-      near = mixed[start : start + GROUP * self.batch]
-      near = near[np.argsort(self.lengths[near], kind="stable")]
-      batches = near.reshape(-1, self.batch)
-      found.append(source.permutation(batches))
-    return np.concatenate(found)
+      return shuffled.reshape(-1, self.size)
+    groups = []
+    for start in range(0, len(shuffled), GROUP * self.size):
+      rows = shuffled[start : start + GROUP * self.size]
+      rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+      groups.append(rng.permutation(rows.reshape(-1, self.size)))
+    return np.concatenate(groups)
 
 
-def in_order(
+def longest_first(
   lengths: np.ndarray,
   collate: Callable[[Any, int], Batch],
-  batch: int,
+  size: int,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-  """Batches that cover all rows once, the longest first.
+  """Batches that contain every row once, in descending order of length.
 
   Args:
     lengths: (n,) tokens of each row.
-    collate: makes a batch of rows; those that are missing are empty.
-    batch: rows in a batch.
+    collate: makes a batch of rows and a size; missing rows are padding.
+    size: rows in a batch.
 
   Yields:
-    The numbers of the rows, and their batch: as many rows or more.
+    The indices of the rows, and their batch, which may end with padding rows.
   """
-  order = np.argsort(-np.asarray(lengths), kind="stable")
-  for start in range(0, len(order), batch):
-    rows = order[start : start + batch]
-    yield rows, collate(rows, batch)
+  descending = np.argsort(-np.asarray(lengths), kind="stable")
+  for start in range(0, len(descending), size):
+    rows = descending[start : start + size]
+    yield rows, collate(rows, size)

@@ -1,7 +1,7 @@
-"""Conversations as tokens: templates, what is learned of them, packed rows.
+"""Conversations as tokens: templates, loss masks, packed rows.
 
-Only what the assistant says is learned, with the token that ends it. What a
-user writes is never read as one of the template's own tokens.
+The loss is computed on the assistant's messages and the token that ends each.
+Text in a message is never tokenized as one of the template's special tokens.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from train.common.errors import UserError
 from train.finetuning.config import TemplateName
 
 ASSISTANT = "assistant"
-# Names of roles in conversations of other origins.
+# Names that other data sets use for the roles.
 ROLES = {
   "human": "user",
   "gpt": ASSISTANT,
@@ -26,12 +26,12 @@ ROLES = {
 
 
 class Template(NamedTuple):
-  """What stands around a turn; {role} is replaced."""
+  """The text around each message of a conversation."""
 
-  before: str
-  after: str  # learned with the turn; "": the token that ends a text
-  gap: str  # behind it
-  needed: tuple[str, ...] = ()  # tokens that the vocabulary must have
+  before: str  # {role} is replaced
+  after: str  # in the loss of the assistant; "": the token that ends a text
+  gap: str  # between messages
+  tokens: tuple[str, ...] = ()  # special tokens that the vocabulary must have
 
 
 TEMPLATES: dict[TemplateName, Template] = {
@@ -46,233 +46,235 @@ TEMPLATES: dict[TemplateName, Template] = {
 
 
 class Row(NamedTuple):
-  """Tokens of a conversation, or of several that share a row."""
+  """The tokens of a conversation, or of several that share a row."""
 
   ids: np.ndarray  # (n,) int32
-  learn: np.ndarray  # (n,) bool: whether a token is predicted
-  segments: np.ndarray  # (n,) int32: which conversation it is of, from 1
+  loss_mask: np.ndarray  # (n,) bool: whether a token is in the loss
+  segments: np.ndarray  # (n,) int32: the token's conversation, counted from 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-  """Writes conversations in a template."""
+  """Tokenizes conversations in a template."""
 
   template: Template
-  first: tokenizers.Tokenizer  # reads what a text begins with
-  marks: tokenizers.Tokenizer  # reads the template's tokens as tokens
-  plain: tokenizers.Tokenizer  # reads them as text
+  start: tokenizers.Tokenizer  # for the start of a text, where it may add " "
+  markup: tokenizers.Tokenizer  # for the template, with its special tokens
+  plain: tokenizers.Tokenizer  # for messages: special tokens are plain text
   end: str  # the token that ends a text
-  begin: tuple[int, ...]  # ids that stand before every text
+  begin: tuple[int, ...]  # ids at the start of every text
 
   def row(self, messages: Sequence[Mapping[str, str]]) -> Row:
-    """A whole conversation."""
-    ids, learn = [*self.begin], [False] * len(self.begin)
+    """The tokens of a whole conversation."""
+    ids, mask = [*self.begin], [False] * len(self.begin)
     for message in messages:
-      for text, own, wanted in self._parts(message):
-        known = self.marks if len(ids) > len(self.begin) else self.first
-        source = self.plain if own else known
-        found = source.encode(text, add_special_tokens=False).ids
-        ids += found
-        learn += [wanted] * len(found)
+      for text, is_content, in_loss in self._parts(message):
+        markup = self.markup if len(ids) > len(self.begin) else self.start
+        tokenizer = self.plain if is_content else markup
+        new = tokenizer.encode(text, add_special_tokens=False).ids
+        ids += new
+        mask += [in_loss] * len(new)
     return Row(
-      np.array(ids, np.int32), np.array(learn), np.ones(len(ids), np.int32)
+      np.array(ids, np.int32), np.array(mask), np.ones(len(ids), np.int32)
     )
 
   def _parts(self, message: Mapping[str, str]) -> list[tuple[str, bool, bool]]:
-    """Texts of a turn: whether someone wrote it, whether it is learned."""
-    role, said = message["role"], message["role"] == ASSISTANT
-    template = self.template
-    after = template.after or (self.end if said else "")
+    """The texts of a message: text, whether it is content, is in the loss."""
+    role, template = message["role"], self.template
+    is_assistant = role == ASSISTANT
+    after = template.after or (self.end if is_assistant else "")
     return [
       (template.before.format(role=role), False, False),
-      (message["content"], True, said),
-      (after, False, said),
+      (message["content"], True, is_assistant),
+      (after, False, is_assistant),
       (template.gap, False, False),
     ]
 
 
-def writer(
-  name: TemplateName, text: str, end: str, begin: tuple[int, ...] = ()
+def make_writer(
+  name: TemplateName, tokenizer: str, end: str, begin: tuple[int, ...] = ()
 ) -> Writer:
-  """A writer with a tokenizer.
+  """A writer with a checkpoint's tokenizer.
 
   Args:
-    name: of the template.
-    text: of the tokenizer.json.
+    name: name of the template.
+    tokenizer: content of the tokenizer.json.
     end: the token that ends a text.
-    begin: ids that stand before every text.
+    begin: ids at the start of every text.
 
   Raises:
-    UserError: the vocabulary lacks what the template is made of.
+    UserError: the vocabulary lacks a token of the template.
   """
   template = TEMPLATES[name]
-  later = _without_prefix(text)
-  first, marks, plain = map(tokenizers.Tokenizer.from_str, (text, later, later))
-  for one in (first, marks, plain):
-    one.no_padding()
-    one.no_truncation()
+  inner = _without_prefix(tokenizer)
+  start, markup, plain = map(
+    tokenizers.Tokenizer.from_str, (tokenizer, inner, inner)
+  )
+  for each in (start, markup, plain):
+    each.no_padding()
+    each.no_truncation()
   plain.encode_special_tokens = True
-  needed = template.needed or (end,)
-  missing = [token for token in needed if marks.token_to_id(token) is None]
+  needed = template.tokens or (end,)
+  missing = [token for token in needed if markup.token_to_id(token) is None]
   if missing:
     raise UserError(
       f"task.template={name} needs the tokens {', '.join(needed)}, and the"
       f" checkpoint's tokenizer has no {missing[0]!r}; the templates are"
       f" {', '.join(TEMPLATES)}"
     )
-  return Writer(template, first, marks, plain, end, begin)
+  return Writer(template, start, markup, plain, end, begin)
 
 
-def _without_prefix(text: str) -> str:
-  """A tokenizer.json that puts no space before what it reads.
+def _without_prefix(tokenizer: str) -> str:
+  """A tokenizer.json that does not put a space before a text.
 
-  One that does, as of SentencePiece, would put it before every piece.
+  Those made by SentencePiece do, and would before every part of a message.
   """
-  found = json.loads(text)
-  for step in _steps(found.get("pre_tokenizer"), "pretokenizers"):
+  config = json.loads(tokenizer)
+  for step in _steps(config.get("pre_tokenizer"), "pretokenizers"):
     if step["type"] == "Metaspace":
       step["prepend_scheme"] = "never"
     elif step["type"] == "ByteLevel":
       step["add_prefix_space"] = False
-  normalizer = found.get("normalizer")
+  normalizer = config.get("normalizer")
   if normalizer and normalizer["type"] == "Prepend":
-    found["normalizer"] = None
+    config["normalizer"] = None
   elif normalizer and normalizer["type"] == "Sequence":
-    kept = [x for x in normalizer["normalizers"] if x["type"] != "Prepend"]
-    normalizer["normalizers"] = kept
-  return json.dumps(found)
+    steps = [x for x in normalizer["normalizers"] if x["type"] != "Prepend"]
+    normalizer["normalizers"] = steps
+  return json.dumps(config)
 
 
 def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-  """A part of a tokenizer.json, step by step."""
+  """The steps of a part of a tokenizer.json."""
   if not part:
     return []
   return part[inner] if part["type"] == "Sequence" else [part]
 
 
-def jinja(writer: Writer, begin: str, system: str) -> str:
-  """The template as `transformers` writes it: a `chat_template`.
+def jinja_template(writer: Writer, begin: str, system: str) -> str:
+  """The template in Jinja, as the `chat_template` of `transformers`.
 
   Args:
-    writer: whose conversations it writes.
-    begin: the token that stands before every text, or "".
-    system: message that opens conversations that have none such.
+    writer: the writer of the same template.
+    begin: the token at the start of every text, or "".
+    system: system message for conversations that have none, or "".
   """
-  template, said = writer.template, json.dumps(ASSISTANT)
-  head, tail = template.before.split("{role}")
-  turn = lambda role, content: " ~ ".join(
-    (json.dumps(head), role, json.dumps(tail), content)
-  )
+  template, assistant = writer.template, json.dumps(ASSISTANT)
+  head, tail = map(json.dumps, template.before.split("{role}"))
+  message = lambda role, content: " ~ ".join((head, role, tail, content))
   after = json.dumps(template.after or writer.end)
   if not template.after:
-    after = f"({after} if message['role'] == {said} else '')"
-  end, gap = (f" ~ {x}" for x in (after, json.dumps(template.gap)))
+    after = f"({after} if message['role'] == {assistant} else '')"
+  gap = json.dumps(template.gap)
   parts = [f"{{{{ {json.dumps(begin)} }}}}"] if begin else []
   if system:
-    closed = f" ~ {json.dumps(template.after)}{gap}"
-    opening = turn(json.dumps("system"), json.dumps(system)) + closed
+    opening = message(json.dumps("system"), json.dumps(system))
+    opening += f" ~ {json.dumps(template.after)} ~ {gap}"
     parts += ["{% if messages[0]['role'] != 'system' %}"]
     parts += [f"{{{{ {opening} }}}}{{% endif %}}"]
-  spoken = turn("message['role']", "message['content']")
-  parts += [f"{{% for message in messages %}}{{{{ {spoken}{end}{gap} }}}}"]
-  asked = " ~ ".join((json.dumps(head), said, json.dumps(tail)))
+  content = message("message['role']", "message['content']")
+  content += f" ~ {after} ~ {gap}"
+  parts += [f"{{% for message in messages %}}{{{{ {content} }}}}"]
+  prompt = " ~ ".join((head, assistant, tail))
   parts += ["{% endfor %}{% if add_generation_prompt %}"]
-  parts += [f"{{{{ {asked} }}}}{{% endif %}}"]
+  parts += [f"{{{{ {prompt} }}}}{{% endif %}}"]
   return "".join(parts)
 
 
-def opened(messages: list[dict[str, str]], system: str) -> list[dict[str, str]]:
-  """A conversation with a system's message, if it has none of its own."""
+def with_system_message(
+  messages: list[dict[str, str]], system: str
+) -> list[dict[str, str]]:
+  """Puts a system message at the start, unless there is one already."""
   if not system or messages[0]["role"] == "system":
     return messages
   return [{"role": "system", "content": system}, *messages]
 
 
-def conversation(
-  value: Any, answer: str | None, place: str
+def parse_conversation(
+  value: Any, reply: str | None, where: str
 ) -> list[dict[str, str]]:
   """The messages of an example, checked.
 
   Args:
-    value: a list of `{"role", "content"}`, or of `{"from", "value"}`, or the
+    value: a list of `{"role", "content"}` or of `{"from", "value"}`, or the
       text of a question.
-    answer: to that question, or to the last message; None where `value` has
-      the answers.
-    place: the example, as messages call it.
+    reply: the assistant's last message; None if `value` contains it.
+    where: the location of the example in errors.
 
   Raises:
-    UserError: it is none of them, or the assistant says nothing in it.
+    UserError: the value has another form, or no message of the assistant.
   """
-  if answer is not None and isinstance(value, str):
+  if reply is not None and isinstance(value, str):
     return [
       {"role": "user", "content": value},
-      {"role": ASSISTANT, "content": answer},
+      {"role": ASSISTANT, "content": reply},
     ]
-  last = [] if answer is None else [{"role": ASSISTANT, "content": answer}]
+  last = [] if reply is None else [{"role": ASSISTANT, "content": reply}]
   if not isinstance(value, Sequence) or isinstance(value, str):
     raise UserError(
-      f"{place} holds {str(value)[:60]!r}; a conversation is a list of"
+      f"{where} holds {str(value)[:60]!r}; a conversation is a list of"
       ' {"role": ..., "content": ...}, or a question and an answer in the'
       " columns task.first and task.second"
     )
-  found = [_message(one, place) for one in value] + last
-  if not any(m["role"] == ASSISTANT and m["content"] for m in found):
-    raise UserError(
-      f"{place}: the assistant says nothing that could be learned"
-    )
-  return found
+  messages = [_parse_message(each, where) for each in value] + last
+  if not any(m["role"] == ASSISTANT and m["content"] for m in messages):
+    raise UserError(f"{where} has no message of the assistant to learn from")
+  return messages
 
 
-def _message(value: Any, place: str) -> dict[str, str]:
+def _parse_message(value: Any, where: str) -> dict[str, str]:
   if isinstance(value, Mapping):
     role = value.get("role", value.get("from"))
     content = value.get("content", value.get("value"))
     if isinstance(role, str) and isinstance(content, str):
       return {"role": ROLES.get(role, role), "content": content}
   raise UserError(
-    f'{place}: {str(value)[:60]!r} is no message {{"role": ..., "content":'
+    f'{where}: {str(value)[:60]!r} is not a message {{"role": ..., "content":'
     " ...}"
   )
 
 
-def cut(rows: Sequence[Row], length: int) -> tuple[list[Row], int]:
-  """Rows of at most `length` tokens, and how many had nothing left to learn."""
+def truncate(rows: Sequence[Row], length: int) -> tuple[list[Row], int]:
+  """Rows of at most `length` tokens, and how many rows lost their whole loss.
+
+  The latter are left out.
+  """
   short = [Row(*(x[:length] for x in row)) for row in rows]
-  kept = [row for row in short if row.learn[1:].any()]
-  return kept, len(rows) - len(kept)
+  with_loss = [row for row in short if row.loss_mask[1:].any()]
+  return with_loss, len(rows) - len(with_loss)
 
 
 def pack(rows: Sequence[Row], length: int) -> list[Row]:
-  """Several conversations in a row, none of them cut.
+  """Packs several conversations into each row, without cutting any.
 
-  Each goes into the fullest open row that has room for it, in the order of
-  their lengths. Their numbers keep them apart.
+  Best fit, in descending order of length: each conversation goes into the
+  fullest row that has room for it. `segments` tells them apart.
   """
-  order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-  inside: list[list[int]] = []
-  with_room: list[list[int]] = [[] for _ in range(length + 1)]
-  for i in order:
+  packed: list[list[int]] = []
+  by_room: list[list[int]] = [[] for _ in range(length + 1)]
+  for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
     size = len(rows[i].ids)
-    left = next((n for n in range(size, length + 1) if with_room[n]), None)
-    if left is None:
-      left, place = length, len(inside)
-      inside.append([])
+    room = next((n for n in range(size, length + 1) if by_room[n]), None)
+    if room is None:
+      room, index = length, len(packed)
+      packed.append([])
     else:
-      place = with_room[left].pop()
-    inside[place].append(i)
-    with_room[left - size].append(place)
-  return [_join([rows[i] for i in sorted(some)]) for some in inside]
+      index = by_room[room].pop()
+    packed[index].append(i)
+    by_room[room - size].append(index)
+  return [_join([rows[i] for i in sorted(some)]) for some in packed]
 
 
 def _join(rows: Sequence[Row]) -> Row:
-  learn = [row.learn.copy() for row in rows]
-  for one in learn:
-    one[0] = False  # it would be predicted from another conversation
-  numbers = [
+  masks = [row.loss_mask.copy() for row in rows]
+  for mask in masks:
+    mask[0] = False  # it would be predicted from another conversation
+  segments = [
     np.full(len(row.ids), i, np.int32) for i, row in enumerate(rows, 1)
   ]
   return Row(
     np.concatenate([row.ids for row in rows]),
-    np.concatenate(learn),
-    np.concatenate(numbers),
+    np.concatenate(masks),
+    np.concatenate(segments),
   )

@@ -12,34 +12,54 @@ USE_ACCUMULATE = "To use less memory in a step, set train.accumulate"
 
 
 @dataclasses.dataclass(frozen=True)
+class DataConfig(schema.SharedDataConfig):
+  """Where the examples are, and how they are put into batches."""
+
+  # A file, folder or glob; hub:NAME or hub:NAME:SUBSET; package:NAME. "": the
+  # task's own data.
+  path: str = ""
+  # Splits or files to evaluate, with commas. "": the task's own; none: a part
+  # of the training split is held out.
+  validation: str = ""
+  # How conversations share rows. packed: several in a row; padded: one a row.
+  rows: Literal["packed", "padded"] = "packed"
+  length: int = 128  # tokens of a row, at most
+  holdout_every: int = 20  # hold out one example in so many, if none are named
+  eval_rows: int = 10**9  # examples of each split to evaluate, at most
+  cache: str = ""  # folder for memory-mapped files; "": ~/.cache/galore_optax
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskConfig:
   """What is learned, and how its examples are read."""
 
-  name: str = "rotten_tomatoes"  # what --task sets
+  name: str = "rotten_tomatoes"  # the task; set by --task
   first: str = ""  # column of the text or question; "": the task's own
   second: str = ""  # column of the second text; "": the task's own
-  label: str = ""  # column of the label or the answers; "": the task's own
-  labels: str = ""  # classes in their order, with commas; "": the task's own
-  epochs: float = 3.0  # passes over the examples; 0: train.steps says it
-  evaluations: int = 1  # in an epoch
-  group: bool = True  # whether texts of like length share a batch
-  multiple: int = 32  # of tokens, to which a batch's longest row is rounded up
-  # What an encoder's head reads; "": what it was trained with, or the first.
+  label: str = ""  # column of the label or answers; "": the task's own
+  labels: str = ""  # names of the classes, with commas; "": the task's own
+  epochs: float = 3.0  # passes over the examples; 0: train.steps decides
+  evaluations: int = 1  # number of evaluations in an epoch
+  group: bool = True  # whether texts of similar length share a batch
+  multiple: int = 32  # rows of a batch are padded to a multiple of this length
+  # What an encoder's head reads: the first token, or the mean of all. "": as
+  # the checkpoint was trained, or the first.
   pool: Literal["", "first", "mean"] = ""
-  dropout: float = -1.0  # of an encoder, everywhere; -1: the checkpoint's
-  # Weights that stay as they are and need no gradient nor state, as a regular
-  # expression of their paths: ^embed/
+  dropout: float = -1.0  # all dropout rates of an encoder; -1: the checkpoint's
+  # Regular expression of the paths of weights that stay frozen, which need no
+  # gradient and no optimizer state, such as ^embed/
   freeze: str = ""
-  query: int = 64  # tokens of a question that are kept
-  stride: int = 128  # tokens that neighbouring windows of a context share
+  query: int = 64  # tokens of a question, at most
+  stride: int = 128  # tokens that successive windows of a context share
   answer: int = 30  # tokens of an answer, at most
-  n_best: int = 20  # beginnings and ends of answers that are tried
-  null_threshold: float = 0.0  # by how much "no answer" must win
-  # How a LLaMA is asked for a class: the texts for {first} and {second}.
+  n_best: int = 20  # candidates for the start and for the end of an answer
+  null_threshold: float = 0.0  # margin by which "no answer" must win
+  # Prompt with which a LLaMA classifies; it contains {first}, and {second} if
+  # there is a second text.
   prompt: str = ""
-  system: str = ""  # message that opens conversations that have none such
+  system: str = ""  # system message for conversations that have none
   export: bool = True  # write the trained model to the run's folder model/
-  template: TemplateName = "chatml"  # how turns of a conversation are written
+  template: TemplateName = "chatml"  # how the messages of a chat are written
 
   def __post_init__(self):
     schema.check_above("task", self, ("epochs", "stride"), low=-1e-9)
@@ -65,4 +85,5 @@ class Config(schema.SharedConfig):
     "train.layerwise": USE_ACCUMULATE,
   }
 
+  data: DataConfig = DataConfig()
   task: TaskConfig = TaskConfig()

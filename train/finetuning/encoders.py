@@ -1,4 +1,4 @@
-"""An encoder with a head for a task: what it reads, says and loses."""
+"""An encoder with a head for a task: inputs, outputs and loss."""
 
 import dataclasses
 import pathlib
@@ -20,22 +20,23 @@ from train.finetuning.tasks import Task
 from train.models import encoder
 from train.pretrained import encoder_checkpoint
 
-FAR = -1e9  # logit of what cannot be
+MASKED = -1e9  # logit of tokens that cannot be in an answer
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class TokenizedSplit:
   """A split as the model reads it."""
 
   split: Split
-  # A Row each, or Windows: several a question where its context is long.
+  # One row for each example, or for a question one window or several, which
+  # cover its context.
   rows: Sequence[Any]
   targets: dict[str, np.ndarray]  # (n,) each
-  lengths: np.ndarray  # (n,) tokens
+  lengths: np.ndarray  # (n,) tokens of each row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EncoderLearner:
+class EncoderTaskModel:
   """BERT or RoBERTa on a task of labels, numbers or spans."""
 
   task: Task
@@ -45,8 +46,7 @@ class EncoderLearner:
   graphdef: nnx.GraphDef
   boxes: nnx.State
 
-  # Weights beside the blocks that a method trains which freezes the rest.
-  full = (r"^(head|pooler)/",)
+  trained_in_full = (r"^(head|pooler)/",)
 
   @property
   def params(self) -> dict:
@@ -54,18 +54,18 @@ class EncoderLearner:
     return self.loaded.params
 
   @property
-  def random(self) -> bool:
-    """Whether anything drops out."""
+  def has_dropout(self) -> bool:
+    """Whether any dropout rate is above 0."""
     c = self.loaded.config
     return max(c.dropout, c.attention_dropout, c.head_dropout) > 0
 
   def describe(self) -> str:
-    """The model in half a line."""
+    """The model's kind and sizes, in half a line."""
     c = self.loaded.config
     return f"{c.family}, {c.n_layers} layers, d_model {c.d_model}, {c.dtype}"
 
-  def prepare(self, split: Split) -> Prepared:
-    """Tokenises a split."""
+  def tokenize(self, split: Split) -> TokenizedSplit:
+    """Tokenizes a split, and computes its targets."""
     tokenizer = self.loaded.tokenizer
     if self.task.kind == "span":
       assert split.second is not None
@@ -76,71 +76,72 @@ class EncoderLearner:
         self.config.stride,
         self.config.query,
       )
-      targets = spans.targets(rows, split.answers)
+      targets = spans.targets(rows, split.labels)
     else:
       rows = tokenizer.texts(split.first, split.second, self.length)
-      kind = np.float32 if self.task.kind == "regress" else np.int32
-      targets = {"label": np.asarray(split.answers, kind)}
+      dtype = np.float32 if self.task.kind == "regress" else np.int32
+      targets = {"label": np.asarray(split.labels, dtype)}
     lengths = np.array([len(row.ids) for row in rows])
-    return Prepared(split, rows, targets, lengths)
+    return TokenizedSplit(split, rows, targets, lengths)
 
   def collate(
-    self, prepared: Prepared, chosen: Sequence[int], count: int
+    self, tokenized: TokenizedSplit, rows: Sequence[int], size: int
   ) -> Batch:
-    """Rows as a batch; those that are missing are padding and not `valid`."""
-    rows = [prepared.rows[i] for i in chosen]
+    """A batch of `size` rows; those after `rows` are padding, not `valid`."""
     batch = self.loaded.tokenizer.pad(
-      rows, count=count, multiple=self.config.multiple
+      [tokenized.rows[i] for i in rows],
+      count=size,
+      multiple=self.config.multiple,
     )
-    for name, values in prepared.targets.items():
-      batch[name] = np.zeros(count, values.dtype)
-      batch[name][: len(rows)] = values[np.asarray(chosen)]
-    return batch | {"valid": np.arange(count) < len(rows)}
+    for name, values in tokenized.targets.items():
+      batch[name] = np.zeros(size, values.dtype)
+      batch[name][: len(rows)] = values[np.asarray(rows)]
+    return batch | {"valid": np.arange(size) < len(rows)}
 
   def outputs(
     self, weights: dict, batch: Any, key: jax.Array | None = None
   ) -> Any:
-    """Logits (B, classes), or of spans two (B, T)."""
+    """Logits: (B, classes), or for spans two of (B, T)."""
     inputs = (batch["ids"], batch["mask"], batch["types"], key)
     if self.task.kind == "span":
-      found = encoder.spans(self.graphdef, weights, *inputs)
+      logits = encoder.spans(self.graphdef, weights, *inputs)
       inside = batch["mask"].astype(bool)
-      return tuple(jnp.where(inside, x, FAR) for x in found)
+      return tuple(jnp.where(inside, x, MASKED) for x in logits)
     return encoder.classify(self.graphdef, weights, *inputs)
 
   def loss(self, weights: dict, batch: Any, key: jax.Array | None) -> jax.Array:
-    """Summed over the rows: cross-entropy in nats, or squared error."""
-    found = self.outputs(weights, batch, key)
+    """Cross-entropy in nats, or squared error, summed over the rows."""
+    outputs = self.outputs(weights, batch, key)
     entropy = optax.softmax_cross_entropy_with_integer_labels
     if self.task.kind == "span":
       losses = sum(
         entropy(x, batch[name]) / 2
-        for x, name in zip(found, ("start", "end"), strict=True)
+        for x, name in zip(outputs, ("start", "end"), strict=True)
       )
     elif self.task.kind == "regress":
-      losses = jnp.square(found[:, 0] - batch["label"])
+      losses = jnp.square(outputs[:, 0] - batch["label"])
     else:
-      losses = entropy(found, batch["label"])
+      losses = entropy(outputs, batch["label"])
     return jnp.where(batch["valid"], losses, 0.0).sum()
 
-  def count(self, batch: Any) -> jax.Array:
-    """By what the summed loss is divided: rows."""
+  def count_items(self, batch: Any) -> jax.Array:
+    """Number of items the loss averages over: rows."""
     return batch["valid"].sum()
 
-  def tokens(self, batch: Any) -> jax.Array:
-    """Tokens that are read."""
+  def count_tokens(self, batch: Any) -> jax.Array:
+    """Number of tokens that the model reads."""
     return (batch["mask"] * batch["valid"][:, None]).sum()
 
-  def decide(self, prepared: Prepared, outputs: dict[int, Any]) -> Any:
-    """Answers to the examples of a split, from the outputs of its rows."""
-    found = [outputs[i] for i in range(len(prepared.rows))]
+  def predict(self, tokenized: TokenizedSplit, outputs: dict[int, Any]) -> Any:
+    """A prediction for each example, from the outputs of its rows."""
+    by_row = [outputs[i] for i in range(len(tokenized.rows))]
     if self.task.kind == "span":
       return spans.decode(
-        prepared.rows, found, prepared.split, self.config, self.task
+        tokenized.rows, by_row, tokenized.split, self.config, self.task
       )
     if self.task.kind == "regress":
-      return np.array([x[0] for x in found])
-    return np.array([x.argmax() for x in found])
+      return np.array([x[0] for x in by_row])
+    return np.array([x.argmax() for x in by_row])
 
   def save(self, out: pathlib.Path, weights: dict) -> None:
     """Writes the trained model as a folder that `transformers` reads."""
@@ -153,18 +154,20 @@ class EncoderLearner:
       extra["problem_type"] = "regression"
     if self.loaded.config.pool == "mean" and self.task.kind != "span":
       print(
-        "note       transformers would give the head the first token; this"
-        " one has learned with task.pool=mean, which model/config.json says"
+        "note       the head was trained on the mean of the tokens"
+        " (task.pool=mean), which model/config.json records; transformers gives"
+        " it the first token"
       )
     trained = dataclasses.replace(self.loaded, params=weights)
     encoder_checkpoint.save(trained, out, extra)
 
 
-def make(source: str, task: Task, config: Config) -> EncoderLearner:
+def make(source: str, task: Task, config: Config) -> EncoderTaskModel:
   """An encoder from a checkpoint, with a head for the task.
 
   Raises:
-    UserError: it cannot be read, or is of another architecture.
+    UserError: it cannot be read, has another architecture, or cannot do the
+      task.
   """
   if task.kind == "chat":
     raise UserError(
@@ -195,4 +198,4 @@ def make(source: str, task: Task, config: Config) -> EncoderLearner:
     print(f"note       {note}")
   graphdef, boxes = encoder.abstract(loaded.config)
   length = min(config.data.length, loaded.config.max_length)
-  return EncoderLearner(task, config.task, length, loaded, graphdef, boxes)
+  return EncoderTaskModel(task, config.task, length, loaded, graphdef, boxes)

@@ -1,4 +1,4 @@
-"""The scores of a model on the splits that are evaluated."""
+"""Scores of a model on the evaluated splits of a task."""
 
 import math
 import pathlib
@@ -10,93 +10,96 @@ import numpy as np
 
 from train.common.errors import Diverged
 from train.finetuning import scores, spans
-from train.finetuning.batches import Batch, in_order
+from train.finetuning.batches import Batch, longest_first
+from train.finetuning.task_model import TaskModel
 from train.finetuning.tasks import Task
 from train.run import metrics
 
+# From a batch: the outputs, the summed loss and the number of items in it.
+EvalStep = Callable[[Batch], tuple[Any, Any, Any]]
+
 
 def evaluate(
-  learner: Any,
-  evaluated: list[Any],
-  batch: int,
-  run: Callable[[Batch], tuple[Any, Any, Any]],
+  model: TaskModel, evaluated: list[Any], batch: int, eval_step: EvalStep
 ) -> dict[str, float]:
-  """Scores and loss of each split; those after the first under its name.
+  """The loss and scores of each split.
 
   Args:
-    learner: the model.
-    evaluated: splits that it has prepared.
+    model: the model.
+    evaluated: the splits, tokenized by the model.
     batch: rows in a batch.
-    run: outputs, summed loss and count of a batch.
+    eval_step: evaluates a batch.
+
+  Returns:
+    The values by name; those of the second and later splits have the split's
+    name as a prefix.
   """
-  found: dict[str, float] = {}
-  for number, prepared in enumerate(evaluated):
-    prefix = f"{prepared.split.name}_" if number else ""
-    values = _split(learner, prepared, batch, run)
-    found |= {prefix + name: value for name, value in values.items()}
-  return found
+  values: dict[str, float] = {}
+  for number, tokenized in enumerate(evaluated):
+    prefix = f"{tokenized.split.name}_" if number else ""
+    for name, value in _split(model, tokenized, batch, eval_step).items():
+      values[prefix + name] = value
+  return values
 
 
 def _split(
-  learner: Any,
-  prepared: Any,
-  batch: int,
-  run: Callable[[Batch], tuple[Any, Any, Any]],
+  model: TaskModel, tokenized: Any, batch: int, eval_step: EvalStep
 ) -> dict[str, float]:
   outputs: dict[int, Any] = {}
   total = count = 0.0
-  collate = lambda rows, size: learner.collate(prepared, rows, size)
-  for rows, made in in_order(prepared.lengths, collate, batch):
-    found, loss, weight = run(made)
-    total, count = total + float(loss), count + float(weight)
-    for place, row in enumerate(rows):
+  collate = lambda rows, size: model.collate(tokenized, rows, size)
+  for rows, made in longest_first(tokenized.lengths, collate, batch):
+    output, loss, items = eval_step(made)
+    total, count = total + float(loss), count + float(items)
+    for index, row in enumerate(rows):
       outputs[int(row)] = jax.tree.map(
-        lambda x, i=place: np.asarray(x[i]), found
+        lambda x, i=index: np.asarray(x[i]), output
       )
   loss = total / max(count, 1.0)
   values = {"held_out_loss": loss}
-  task: Task = learner.task
+  task: Task = model.task
   if task.kind == "chat":
     return values | {"held_out_perplexity": math.exp(min(loss, 700))}
-  answers = learner.decide(prepared, outputs)
+  predictions = model.predict(tokenized, outputs)
+  labels = tokenized.split.labels
   if task.kind == "span":
-    return values | spans.score(answers, prepared.split.answers)
-  right = np.asarray(prepared.split.answers)
-  return values | scores.score(task.metrics, answers, right)
+    return values | spans.score(predictions, labels)
+  return values | scores.score(task.metrics, predictions, np.asarray(labels))
 
 
-def rank(task: Task, found: dict[str, float]) -> float:
-  """The score that is compared, the better the lower."""
+def objective(task: Task, values: dict[str, float]) -> float:
+  """The number by which runs of a task are compared; lower is better."""
   if task.kind == "chat":
-    return found["held_out_loss"]
-  return -found[task.metrics[0]]
+    return values["held_out_loss"]
+  return -values[task.metrics[0]]
 
 
-def last(out: pathlib.Path, step: int) -> dict[str, float]:
-  """The scores of a run whose last step is done.
+def final_scores(out: pathlib.Path, last_step: int) -> dict[str, float]:
+  """The scores of a complete run, from its log.
 
   Args:
     out: the run's folder.
-    step: the last step.
+    last_step: the run's last step.
 
   Raises:
-    Diverged: the loss was not finite then, which scores do not show.
+    Diverged: the loss was not finite at that step. Scores can be finite
+      nevertheless.
   """
   loss = "held_out_loss"
   records = metrics.read(out / metrics.FILE)
-  # What is no number is left out of the log.
-  found = [r for r in records if math.isfinite(r.get(loss, math.nan))]
-  if not found or found[-1]["step"] != step:
+  # The log leaves out numbers that are not finite.
+  records = [r for r in records if math.isfinite(r.get(loss, math.nan))]
+  if not records or records[-1]["step"] != last_step:
     raise Diverged(
-      f"the loss on what is evaluated is not finite after step {step}; what"
-      f" was finite is in {out / metrics.FILE}. Try a smaller"
+      f"the held-out loss is not finite after step {last_step};"
+      f" {out / metrics.FILE} has the finite values. Try a smaller"
       " optimizer.learning_rate"
     )
-  return {name: value for name, value in found[-1].items() if name != "step"}
+  return {name: value for name, value in records[-1].items() if name != "step"}
 
 
-def text(found: dict[str, float]) -> str:
-  """Scores in a line."""
+def describe(values: dict[str, float]) -> str:
+  """The scores in one line."""
   return ", ".join(
-    f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items()
+    f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()
   )

@@ -1,7 +1,7 @@
-"""Examples of a task, checked.
+"""The examples of a task, checked.
 
-Columns and labels are looked at here, all of them, before anything else is
-made: what is wrong is said with the file's own names.
+All columns and labels are checked here, before a model is loaded, so errors
+name the user's own files, rows and columns.
 """
 
 import dataclasses
@@ -14,40 +14,41 @@ import numpy as np
 
 from train.common.errors import UserError
 from train.config.schema import HUB, SharedDataConfig
-from train.finetuning import chat, labels, tables
+from train.finetuning import chat, tables
+from train.finetuning import labels as labels_lib
 from train.finetuning.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Examples, checked."""
+  """Checked examples."""
 
   name: str
-  first: list[Any]  # texts; of a chat its messages
+  first: list[Any]  # texts; in a chat, conversations or questions
   second: list[str] | None
-  answers: list[Any]  # classes, numbers or `Span`s; None each in a chat
-  training: bool = False  # whether it is what is learned from
+  labels: list[Any]  # classes, numbers or `Span`s; in a chat, None each
+  training: bool = False  # whether the model is trained on it
 
   def __len__(self) -> int:
     return len(self.first)
 
-  def part(self, chosen: Iterable[int]) -> "Split":
-    """Those of the given numbers."""
-    chosen = list(chosen)
+  def take(self, indices: Iterable[int]) -> "Split":
+    """The examples at the given indices."""
+    indices = list(indices)
     second = self.second
     return dataclasses.replace(
       self,
-      first=[self.first[i] for i in chosen],
-      second=None if second is None else [second[i] for i in chosen],
-      answers=[self.answers[i] for i in chosen],
+      first=[self.first[i] for i in indices],
+      second=None if second is None else [second[i] for i in indices],
+      labels=[self.labels[i] for i in indices],
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """What is trained on and what is evaluated."""
+  """The training split and the evaluated splits of a task."""
 
-  task: Task  # with its labels, where they were found in the data
+  task: Task  # with the classes in the data, if it did not name its own
   train: Split
   evaluated: list[Split]
 
@@ -56,12 +57,12 @@ def load(task: Task, config: SharedDataConfig, cache: pathlib.Path) -> Examples:
   """Reads and checks the splits that a run needs.
 
   Args:
-    task: what is to be learned.
-    config: `path` and `validation` say where the examples are.
+    task: the task.
+    config: `path`, `split` and `validation` say where the examples are.
     cache: folder for the files that `datasets` maps into memory.
 
   Raises:
-    UserError: a file, a split, a column or a label is not what it should be.
+    UserError: a file, split, column or label is missing or wrong.
   """
   path = config.path or task.path
   if not path:
@@ -70,41 +71,47 @@ def load(task: Task, config: SharedDataConfig, cache: pathlib.Path) -> Examples:
       f" {HUB}NAME with data.path"
     )
   name = f"data.path {path}"
-  train, evaluated = tables.read(path, config, task.validation, cache)
+  train_table, tables_by_split = tables.read(
+    path, config, task.validation, cache
+  )
   if task.kind == "classify" and not task.labels:
-    values = _column(train, task.label, "task.label", name)
-    found = labels.classes(values, train, task, name)
-    task = dataclasses.replace(task, labels=found)
+    values = _column(train_table, task.label, "task.label", name)
+    classes = labels_lib.find_classes(values, train_table, task, name)
+    task = dataclasses.replace(task, labels=classes)
   if task.kind == "classify":
     _check_classes(task, name)
-  first = _check(train, task, f"{name} ({config.split})", "train")
-  others = [
-    _check(table, task, f"{name} ({split})", split)
-    for split, table in evaluated.items()
+  train = _parse(train_table, task, f"{name} ({config.split})", "train")
+  evaluated = [
+    _parse(table, task, f"{name} ({split})", split)
+    for split, table in tables_by_split.items()
   ]
-  first = dataclasses.replace(first, training=True)
-  if not others:
-    first, held_out = _hold_out(first, task, config.holdout_every)
-    others = [held_out]
-  return Examples(task, first, others)
+  train = dataclasses.replace(train, training=True)
+  if not evaluated:
+    train, held_out = _hold_out(train, task, config.holdout_every)
+    evaluated = [held_out]
+  return Examples(task, train, evaluated)
 
 
-def digest(found: Examples) -> str:
-  """What tells the examples of a run from others."""
-  made = hashlib.blake2b(repr(found.task).encode(), digest_size=8)
-  for split in (found.train, *found.evaluated):
-    for values in (split.name, split.first, split.second, split.answers):
-      made.update(repr(values).encode())
-  return made.hexdigest()
+def digest(examples: Examples) -> str:
+  """A hash of the task and all examples.
+
+  It uses the reprs of `Task` and `Span`, so renaming one of their fields would
+  keep runs that exist from continuing.
+  """
+  hasher = hashlib.blake2b(repr(examples.task).encode(), digest_size=8)
+  for split in (examples.train, *examples.evaluated):
+    for values in (split.name, split.first, split.second, split.labels):
+      hasher.update(repr(values).encode())
+  return hasher.hexdigest()
 
 
 def _check_classes(task: Task, name: str) -> None:
-  """Sees that there is something to tell apart, and that it can be scored."""
+  """Checks that there are at least two classes, and that they can be scored."""
   few = ", ".join(task.labels[:8])
   if len(set(map(str.lower, task.labels))) < max(2, len(task.labels)):
     raise UserError(
-      f"{name}: the classes are {few}; give at least two that differ, whatever"
-      " the case of their letters, with task.labels"
+      f"{name}: the classes are {few}; give at least two that differ by more"
+      " than upper and lower case with task.labels"
     )
   if len(task.labels) > 2 and "f1" in task.metrics:
     raise UserError(
@@ -122,8 +129,8 @@ def _column(table: tables.Table, column: str, field: str, name: str) -> list:
   return list(cast(Iterable[Any], table[column]))
 
 
-def _check(table: tables.Table, task: Task, name: str, split: str) -> Split:
-  """A table's columns under the task's names, every value looked at."""
+def _parse(table: tables.Table, task: Task, name: str, split: str) -> Split:
+  """Reads the columns of a table that the task names, and checks each value."""
   first = _column(table, task.first, "task.first", name)
   second = None
   if task.second:
@@ -132,14 +139,14 @@ def _check(table: tables.Table, task: Task, name: str, split: str) -> Split:
   if not first:
     raise UserError(f"{name} holds no example")
   if task.kind == "chat":
-    answers_ = second or [None] * len(first)
-    for i, (said, answer) in enumerate(zip(first, answers_, strict=True)):
-      chat.conversation(said, answer, f"{name}, row {i}")
+    replies = second or [None] * len(first)
+    for i, (value, reply) in enumerate(zip(first, replies, strict=True)):
+      chat.parse_conversation(value, reply, f"{name}, row {i}")
     return Split(split, first, second, [None] * len(first))
   _check_texts(first, task.first, name)
-  right = _column(table, task.label, "task.label", name)
-  found = labels.check(right, second, table, task, name)
-  return Split(split, first, second, found)
+  values = _column(table, task.label, "task.label", name)
+  labels = labels_lib.parse(values, second, table, task, name)
+  return Split(split, first, second, labels)
 
 
 def _check_texts(values: list, column: str, name: str) -> None:
@@ -151,22 +158,23 @@ def _check_texts(values: list, column: str, name: str) -> None:
 
 
 def _hold_out(split: Split, task: Task, every: int) -> tuple[Split, Split]:
-  """One example in `every` for evaluation, drawn alike in every run.
+  """Divides a split: one random example in `every` is held out.
 
-  By lot, for files have an order: every second row may be of one class.
-  Questions on one context stay together: it would be known otherwise.
+  The choice is the same in every run. It is random because files have an
+  order: every second row may be of one class. Questions on the same context
+  stay together, so that no held-out context is trained on.
   """
-  keys = np.arange(len(split))
+  groups = np.arange(len(split))
   if task.kind == "span" and split.second is not None:
-    place = {text: i for i, text in enumerate(dict.fromkeys(split.second))}
-    keys = np.array([place[text] for text in split.second])
-  lots = np.random.default_rng(0).permutation(keys.max() + 1)
-  apart = lots[keys] % every == every - 1
-  if apart.all() or not apart.any():
+    index = {text: i for i, text in enumerate(dict.fromkeys(split.second))}
+    groups = np.array([index[text] for text in split.second])
+  shuffled = np.random.default_rng(0).permutation(groups.max() + 1)
+  is_held_out = shuffled[groups] % every == every - 1
+  if is_held_out.all() or not is_held_out.any():
     raise UserError(
       f"{len(split)} examples are too few to hold one in data.holdout_every="
       f"{every} out; lower it, or name others with data.validation"
     )
-  held_out = split.part(np.flatnonzero(apart))
+  held_out = split.take(np.flatnonzero(is_held_out))
   held_out = dataclasses.replace(held_out, name="held_out", training=False)
-  return split.part(np.flatnonzero(~apart)), held_out
+  return split.take(np.flatnonzero(~is_held_out)), held_out

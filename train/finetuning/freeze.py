@@ -1,4 +1,4 @@
-"""Weights that stay as they are: no gradient, no optimizer state."""
+"""Frozen weights, which have neither a gradient nor an optimizer state."""
 
 import dataclasses
 import re
@@ -24,34 +24,34 @@ def _nested(flat: dict[str, Any]) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen(Adapters):
-  """Weights of which only some are trained; in the place of `Adapters`.
+  """Weights of which only some are trained, with the interface of `Adapters`.
 
-  What is trained is a tree with the paths of the model, so that the rules of
-  an optimizer find it there.
+  The trained ones keep their paths in the model, which the rules of an
+  optimizer match.
   """
 
   method: Any = None
-  pattern: str = ""  # of the paths that stay
+  pattern: str = ""  # regular expression of the frozen weights' paths
 
   def init(self, weights: dict, seed: int = 0) -> dict[str, Any]:
-    """`frozen` and `adapters`, which here are the trained weights."""
+    """Divides weights into `frozen` ones and `adapters`: the trained ones."""
     del seed
     flat = _flat(weights)
-    stays = {path for path in flat if re.search(self.pattern, path)}
+    is_frozen = {path for path in flat if re.search(self.pattern, path)}
     frozen = {
-      p: x if p in stays else optax.MaskedNode() for p, x in flat.items()
+      p: x if p in is_frozen else optax.MaskedNode() for p, x in flat.items()
     }
-    trained = {p: x for p, x in flat.items() if p not in stays}
+    trained = {p: x for p, x in flat.items() if p not in is_frozen}
     return {"frozen": _nested(frozen), "adapters": _nested(trained)}
 
   def read(self, params: dict[str, Any]) -> dict:
-    """The weights that the model computes with."""
+    """All weights, in the model's tree."""
     return _nested(_flat(params["frozen"]) | _flat(params["adapters"]))
 
   def differentiable(
     self, params: dict[str, Any]
   ) -> tuple[dict, Callable[[dict], dict]]:
-    """The weights, and from their gradient to that of the trained ones."""
+    """All weights, and a function that picks the trained ones' gradient."""
     trained = _flat(params["adapters"])
 
     def back(grads: dict) -> dict:
@@ -62,24 +62,24 @@ class Frozen(Adapters):
 
 
 def make(pattern: str, weights: dict) -> Frozen:
-  """What stays of a model.
+  """Freezes the weights whose paths match a pattern.
 
   Args:
-    pattern: a regular expression, looked for in the paths of the weights.
-    weights: the model's, or their shapes.
+    pattern: a regular expression, searched for in the paths of the weights.
+    weights: the model's weights, or their shapes.
 
   Raises:
-    UserError: it is none, or fits no weight, or all of them.
+    UserError: the pattern is not valid, or matches no weight or all weights.
   """
   try:
-    hits = [bool(re.search(pattern, path)) for path in _flat(weights)]
+    matches = [bool(re.search(pattern, path)) for path in _flat(weights)]
   except re.error as error:
     raise UserError(
-      f"task.freeze={pattern} is no regular expression ({error})"
+      f"task.freeze={pattern} is not a regular expression ({error})"
     ) from None
-  if not any(hits) or all(hits):
+  if not any(matches) or all(matches):
     raise UserError(
-      f"task.freeze={pattern} fits {'all' if any(hits) else 'none'} of the"
-      f" model's weights, which are {', '.join(_flat(weights))}"
+      f"task.freeze={pattern} matches {'all' if any(matches) else 'none'} of"
+      f" the model's weights, which are {', '.join(_flat(weights))}"
     )
   return Frozen(pattern=pattern)

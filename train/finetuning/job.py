@@ -1,4 +1,4 @@
-"""A fine-tuning run's parts, built once before its loop starts."""
+"""The parts of a fine-tuning run, built once before its training loop."""
 
 import dataclasses
 import functools
@@ -13,48 +13,47 @@ from flax import nnx
 
 from train.common.errors import UserError
 from train.config import schema
-from train.config.schema import SharedTrainConfig
 from train.data import prefetch
 from train.estimate import jaxpr_cost
 from train.finetuning import evaluation, freeze
-from train.finetuning.batches import Batch, Feed
+from train.finetuning.batches import Batch, TrainBatches
 from train.finetuning.config import Config
-from train.finetuning.model_protocol import Learner
+from train.finetuning.task_model import TaskModel
 from train.finetuning.tasks import Task
 from train.parallel import mesh as mesh_lib
 from train.run import checkpoint, metrics
 from train.run import job as job_lib
 from train.step import adapters, optimizer, train_step
 
-DROPOUT = 2**31 - 1  # stands for it where a run's key is divided
+DROPOUT = 2**31 - 1  # folded into the run's key for the keys of dropout
 
 
 @dataclasses.dataclass(frozen=True)
-class Material:
-  """The examples of a run as its model reads them."""
+class TaskData:
+  """The examples of a run, tokenized by its model."""
 
   task: Task
-  train: Any  # prepared by the learner
-  evaluated: list[Any]
-  feed: Feed
+  train: Any  # a tokenized split
+  evaluated: list[Any]  # tokenized splits
+  batches: TrainBatches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluator:
-  """Scores the model on the splits of a task.
+  """Scores the model on the evaluated splits of a task.
 
   Attributes:
-    learner: the model.
-    material: its examples.
-    rows: of a batch that is evaluated.
+    model: the model.
+    data: its examples.
+    rows: number of rows in a batch to evaluate.
     part: which part of each batch this process evaluates, of how many.
-    eval_step: outputs, loss and count of parameters and a batch.
+    eval_step: evaluates a batch with given parameters.
     put: moves this process's rows to its devices.
-    log: gets the scores.
+    log: records the scores.
   """
 
-  learner: Learner
-  material: Material
+  model: TaskModel
+  data: TaskData
   rows: int
   part: tuple[int, int]
   eval_step: Callable
@@ -68,54 +67,53 @@ class Evaluator:
     own = slice(index * size, (index + 1) * size)
 
     def run(batch: Batch) -> tuple[Any, Any, Any]:
-      mine = self.put({k: v[own] for k, v in batch.items()})
-      return jax.device_get(self.eval_step(state.params, mine))
+      own_rows = self.put({k: v[own] for k, v in batch.items()})
+      return jax.device_get(self.eval_step(state.params, own_rows))
 
     scores = evaluation.evaluate(
-      self.learner, self.material.evaluated, self.rows, run
+      self.model, self.data.evaluated, self.rows, run
     )
     step = int(jax.device_get(state.step))
-    say(f"step {step:>5}  {evaluation.text(scores)}")
+    say(f"step {step:>5}  {evaluation.describe(scores)}")
     self.log.write(step, **scores)
-    return evaluation.rank(self.material.task, scores)
+    return evaluation.objective(self.data.task, scores)
 
 
-def forward_flops(learner: Learner, material: Material, weights: Any) -> float:
-  """FLOPs a token of the forward pass, at the length of the longest row."""
-  longest = [int(np.argmax(material.train.lengths))]
-  batch = learner.collate(material.train, longest, 1)
+def forward_flops(model: TaskModel, data: TaskData, weights: Any) -> float:
+  """FLOPs a token of the forward pass, for the longest training row."""
+  longest = [int(np.argmax(data.train.lengths))]
+  batch = model.collate(data.train, longest, 1)
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
-  traced = jax.make_jaxpr(lambda w, b: learner.loss(w, b, None))(
-    weights, shapes
-  )
-  tokens = int(material.train.lengths[longest[0]])
+  forward = lambda w, b: model.loss(w, b, None)
+  traced = jax.make_jaxpr(forward)(weights, shapes)
+  tokens = int(data.train.lengths[longest[0]])
   return jaxpr_cost.count_flops(traced.jaxpr) / tokens
 
 
 def make_gradient(
-  learner: Learner, placed: train_step.Placed, config: SharedTrainConfig
+  model: TaskModel, placed: train_step.Placed, config: schema.SharedTrainConfig
 ) -> train_step.Gradient:
-  """The gradient of the mean loss of a batch, in parts if it is asked for."""
+  """The gradient of the mean loss of a batch, over `accumulate` parts of it."""
   differentiate = jax.value_and_grad(
-    lambda w, batch, count, key: learner.loss(w, batch, key) / count
+    lambda w, batch, count, key: model.loss(w, batch, key) / count
   )
 
   def gradient(weights: dict, batch: Any, step: jax.Array):
     key = None
-    if learner.random:
-      # Other numbers than those that weights are rounded with.
+    if model.has_dropout:
+      # Not the key with which weights are rounded.
       key = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
       key = jax.random.fold_in(key, step)
-    count = jnp.maximum(learner.count(batch), 1).astype(jnp.float32)
-    tokens = learner.tokens(batch)
+    count = jnp.maximum(model.count_items(batch), 1).astype(jnp.float32)
+    tokens = model.count_tokens(batch)
     if config.accumulate == 1:
       loss, grads = differentiate(weights, batch, count, key)
       return grads, loss, tokens
 
     def add(total: tuple, part: tuple):
-      rows, number = part
-      own = None if key is None else jax.random.fold_in(key, number)
-      loss, grads = differentiate(weights, rows, count, own)
+      rows, index = part
+      part_key = None if key is None else jax.random.fold_in(key, index)
+      loss, grads = differentiate(weights, rows, count, part_key)
       return jax.tree.map(jnp.add, total, (grads, loss)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), weights)
@@ -123,9 +121,9 @@ def make_gradient(
     parts = {
       k: mesh_lib.microbatches(v, config.accumulate) for k, v in batch.items()
     }
-    numbers = jnp.arange(config.accumulate)
+    indices = jnp.arange(config.accumulate)
     (grads, loss), _ = jax.lax.scan(
-      add, (zeros, jnp.float32(0)), (parts, numbers)
+      add, (zeros, jnp.float32(0)), (parts, indices)
     )
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, weights)
     return grads, loss, tokens
@@ -133,10 +131,10 @@ def make_gradient(
   return gradient
 
 
-def complete(config: Config) -> schema.Config:
+def as_pretraining(config: Config) -> schema.Config:
   """A pre-training config with the same shared fields, the rest at defaults.
 
-  The optimizer, the training step and the log take one.
+  The functions that make the optimizer and the training step take its parts.
   """
   return schema.Config(
     config.preset,
@@ -149,88 +147,87 @@ def complete(config: Config) -> schema.Config:
   )
 
 
-def reparametrise(learner: Learner, config: Config) -> adapters.Adapters | None:
-  """What is trained in place of all weights, if that is anything else.
+def make_adapters(model: TaskModel, config: Config) -> adapters.Adapters | None:
+  """What is trained instead of all weights; None: all weights are trained.
 
   Raises:
-    UserError: two ways to leave weights as they are were asked for.
+    UserError: both the method and `task.freeze` freeze weights.
   """
-  found = adapters.make(complete(config).optimizer, learner.full)
+  found = adapters.make(as_pretraining(config).optimizer, model.trained_in_full)
   if not config.task.freeze:
     return found
   if found is not None or config.model.weights != "full":
     raise UserError(
       f"task.freeze={config.task.freeze} is for methods that train weights in"
-      f" full precision; optimizer.name={config.optimizer.name} with"
-      f" model.weights={config.model.weights} decides itself"
+      f" full precision, not for optimizer.name={config.optimizer.name} with"
+      f" model.weights={config.model.weights}"
     )
-  return freeze.make(config.task.freeze, nnx.to_pure_dict(learner.boxes))
+  return freeze.make(config.task.freeze, nnx.to_pure_dict(model.boxes))
 
 
-def lay_out(
-  learner: Learner, config: Config, mesh: jax.sharding.Mesh
+def place(
+  model: TaskModel, config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[Any, train_step.Placed]:
-  """The optimizer, and the state on a mesh before it takes any memory.
+  """The optimizer, and the shapes and shardings of the training state.
+
+  Nothing is allocated yet.
 
   Raises:
-    UserError: the method cannot be made, or not for this model.
+    UserError: the method's options are wrong, or do not suit this model.
   """
-  where = (
-    None if mesh.size == 1 else mesh_lib.param_shardings(learner.boxes, mesh)
+  shardings = (
+    None if mesh.size == 1 else mesh_lib.param_shardings(model.boxes, mesh)
   )
-  shared = complete(config)
-  tx = optimizer.make_optimizer(shared.optimizer, config.train.steps, where)
-  changed = reparametrise(learner, config)
+  shared = as_pretraining(config)
+  tx = optimizer.make_optimizer(shared.optimizer, config.train.steps, shardings)
   return tx, train_step.abstract_state(
-    shared.model, learner.graphdef, learner.boxes, tx, mesh, changed
+    shared.model,
+    model.graphdef,
+    model.boxes,
+    tx,
+    mesh,
+    make_adapters(model, config),
   )
 
 
 def prepare(
   config: Config,
   out: pathlib.Path,
-  learner: Learner,
-  material: Material,
+  model: TaskModel,
+  data: TaskData,
   mesh: jax.sharding.Mesh,
   tx: Any,
   placed: train_step.Placed,
 ) -> tuple[job_lib.Job, train_step.TrainState]:
   """Builds a fine-tuning job, with a new or a restored training state."""
-  pretraining = complete(config)
+  shared, train = as_pretraining(config), config.train
   state, progress = job_lib.restore_or_init(
-    out,
-    tx,
-    placed,
-    config.train.seed,
-    lambda: learner.params,
+    out, tx, placed, train.seed, lambda: model.params
   )
   part, sharding = mesh_lib.batch_part(mesh), mesh_lib.batch_sharding(mesh)
   put = lambda batch: {
     k: mesh_lib.put_batch(v, sharding) for k, v in batch.items()
   }
   log = job_lib.open_log(config, out, int(state.step))
-  eval_step = make_eval_step(learner, placed)
-  # As many rows at once as a step takes.
-  rows = config.data.batch // config.train.accumulate
+  eval_step = make_eval_step(model, placed)
+  # As many rows at a time as in a part of a training step.
+  rows = config.data.batch // train.accumulate
   position = progress.data or {"batches": 0}
   job = job_lib.Job(
     out=out,
-    train=config.train,
+    train=train,
     run=config.run,
-    rates=job_lib.learning_rates(pretraining.optimizer, config.train.steps),
+    rates=job_lib.learning_rates(shared.optimizer, train.steps),
     train_step=train_step.make_train_step(
-      tx,
-      placed,
-      pretraining.train,
-      gradient=make_gradient(learner, placed, config.train),
+      tx, placed, shared.train, gradient=make_gradient(model, placed, train)
     ),
     eval_step=eval_step,
     put=put,
-    evaluate=Evaluator(learner, material, rows, part, eval_step, put, log),
+    evaluate=Evaluator(model, data, rows, part, eval_step, put, log),
     batch_shape=None,  # batches are as long as their longest row
-    forward_flops=forward_flops(learner, material, placed.weights),
+    forward_flops=forward_flops(model, data, placed.weights),
     feed=prefetch.Loader(
-      cast(Any, material.feed.batches(position, config.train.seed, *part)),
+      cast(Any, data.batches.iterate(position, train.seed, *part)),
       position,
       config.data.prefetch,
     ),
@@ -244,15 +241,20 @@ def prepare(
   return job, state
 
 
-def make_eval_step(learner: Learner, placed: train_step.Placed) -> Callable:
-  """A function of parameters and a batch: outputs and loss, the same on all."""
+def make_eval_step(model: TaskModel, placed: train_step.Placed) -> Callable:
+  """The evaluation step, jitted.
+
+  Returns:
+    A function of parameters and a batch that gives the outputs, the summed
+    loss and the number of items, replicated on all devices.
+  """
 
   @functools.partial(
     jax.jit, out_shardings=mesh_lib.replicated(placed.shardings.step.mesh)
   )
   def eval_step(params: dict, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
     weights = placed.read(params)
-    loss = learner.loss(weights, batch, None)
-    return learner.outputs(weights, batch), loss, learner.count(batch)
+    loss = model.loss(weights, batch, None)
+    return model.outputs(weights, batch), loss, model.count_items(batch)
 
   return eval_step

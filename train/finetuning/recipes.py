@@ -1,12 +1,12 @@
-"""How each task is trained by default: the papers' recipes where there are any.
+"""The default run of each task: the papers' recipes where they exist.
 
-GLUE: Table 7 of the GaLore paper (arXiv 2403.03507) for RoBERTa-base, 30
-epochs, batches of 16 (CoLA 32), up to 512 tokens, a learning rate that falls
-in a line without a warm-up, no clipping, alpha 4 at rank 4 and 2 at rank 8. Its
-baselines' rates are not published: AdamW takes GaLore's, LoRA those of its own
-paper (arXiv 2106.09685, Table 9, with alpha = 2r, as theirs at rank 8 is 16 in
-the public code). SQuAD: rank 16 as in the paper, which gives no rate; that,
-the length and the epochs are BERT's.
+GLUE follows Table 7 of the GaLore paper (arXiv 2403.03507) for RoBERTa-base: 30
+epochs, batches of 16 (CoLA 32), up to 512 tokens, linear decay of the learning
+rate without a warm-up, no clipping, alpha 4 at rank 4 and 2 at rank 8. The
+learning rates of its baselines are not published: AdamW takes GaLore's, LoRA
+those of its own paper (arXiv 2106.09685, Table 9, with alpha = 2r: the public
+code has alpha 16 at rank 8). SQuAD has rank 16 as in the GaLore paper, which
+gives no learning rate; that, the length and the epochs are BERT's.
 """
 
 import dataclasses
@@ -14,22 +14,18 @@ from typing import Any, NamedTuple
 
 from train.common.errors import UserError
 from train.config import schema
-from train.config.schema import (
-  SharedDataConfig,
-  SharedOptimizerConfig,
-  SharedRunConfig,
-)
+from train.config.schema import SharedOptimizerConfig, SharedRunConfig
 from train.finetuning import tasks
-from train.finetuning.config import Config, TaskConfig
+from train.finetuning.config import Config, DataConfig, TaskConfig
 from train.methods import table as methods
 
 
 class Glue(NamedTuple):
-  """A row of the paper's table, and of LoRA's."""
+  """The papers' values for one task."""
 
   rank4: float  # learning rate of GaLore at rank 4, alpha 4
-  rank8: float  # at rank 8, alpha 2
-  lora: float
+  rank8: float  # learning rate of GaLore at rank 8, alpha 2
+  lora: float  # learning rate of LoRA
   batch: int = 16
 
 
@@ -43,9 +39,8 @@ GLUE = {
   "qnli": Glue(1e-5, 1e-5, 4e-4),
   "qqp": Glue(1e-5, 2e-5, 5e-4),
 }
-RANK = 4  # of the papers' tables, with 8
+RANK = 4  # the papers' tables have ranks 4 and 8
 PAPERS_GAP = 500
-EVERY = 10**9  # examples that are evaluated, at most: all of them
 METHODS = (
   "adamw",
   "adamw_8bit",
@@ -60,16 +55,16 @@ METHODS = (
 
 
 class Recipe(NamedTuple):
-  """What a task changes of the common recipe."""
+  """The values that depend on the task."""
 
-  task: dict[str, Any]
-  data: dict[str, Any]
-  full: float  # learning rate of methods that train the weights
-  adapters: float  # and of those that train factors
+  task: dict[str, Any]  # fields of TaskConfig
+  data: dict[str, Any]  # fields of DataConfig
+  weights_lr: float  # learning rate of methods that train the weights
+  adapters_lr: float  # learning rate of methods that train adapters
   scale: float  # GaLore's alpha
-  gap: int = 50  # steps between two bases of a matrix
+  gap: int = 50  # steps between two refreshes of a basis
   rank: int = RANK
-  clip: float = 1.0  # norm of the gradient
+  clip: float = 1.0  # maximum norm of the gradient
 
 
 def _glue(name: str, rank: int) -> Recipe:
@@ -103,8 +98,8 @@ def _chat(length: int) -> Recipe:
   )
 
 
-# Of the small sets, for the encoder and the LLaMA that packages hold.
-SMALL = {
+# For the models and data sets that Python packages contain, and for SQuAD.
+OTHERS = {
   "rotten_tomatoes": Recipe(
     {"epochs": 2.0, "pool": "mean"},
     {"batch": 32, "length": 64, "holdout_every": 8},
@@ -138,15 +133,20 @@ GENERAL = Recipe({}, {"batch": 32, "length": 128}, 3e-5, 3e-4, 4.0)
 
 
 def make(task: str, optimizer: str, rank: int | None = None) -> Config:
-  """The default run of a task by a method at a rank, or at the task's own.
+  """The default run of a task.
+
+  Args:
+    task: name of the task.
+    optimizer: name of the method.
+    rank: the method's rank; None: the task's default.
 
   Raises:
-    UserError: there is no such task, or the method is none for fine-tuning.
+    UserError: the task is unknown, or the method is not for fine-tuning.
   """
   tasks.find(task)
   if optimizer not in METHODS:
     raise UserError(
-      f"--optimizer {optimizer!r} is none for fine-tuning; the methods are"
+      f"--optimizer {optimizer!r} is not for fine-tuning; the methods are"
       f" {', '.join(METHODS)}"
     )
   if rank is not None and rank < 1:
@@ -154,12 +154,12 @@ def make(task: str, optimizer: str, rank: int | None = None) -> Config:
   if task in GLUE:
     recipe = _glue(task, rank or RANK)
   else:
-    recipe = SMALL.get(task, GENERAL)
+    recipe = OTHERS.get(task, GENERAL)
   rank = rank or recipe.rank
   config = Config(
     preset=task,
     task=TaskConfig(name=task, **recipe.task),
-    data=SharedDataConfig(eval_rows=EVERY, **recipe.data),
+    data=DataConfig(**recipe.data),
     optimizer=_optimizer(optimizer, rank, recipe),
     run=SharedRunConfig(
       log_every=20, checkpoint_every=500, keep=1, keep_best=0
@@ -175,7 +175,7 @@ def _optimizer(name: Any, rank: int, recipe: Recipe) -> SharedOptimizerConfig:
   adapters = method.factors is not None
   config = SharedOptimizerConfig(
     name=name,
-    learning_rate=recipe.adapters if adapters else recipe.full,
+    learning_rate=recipe.adapters_lr if adapters else recipe.weights_lr,
     warmup=0.0,
     decay="linear",
     final=0.0,
@@ -193,6 +193,7 @@ FLAGS = {
   "task.name": "--task",
   "optimizer.name": "--optimizer",
   "optimizer.rank": "--rank",
+  "train.init": "--from",
 }
 
 
@@ -206,7 +207,7 @@ def override(config: Config, settings: list[str]) -> Config:
   for field in sorted(named & FLAGS.keys()):
     raise UserError(f"--set {field}: use {FLAGS[field]}, which sets it")
   if "train.steps" in named and "task.epochs" not in named:
-    settings = [*settings, "task.epochs=0"]  # the steps are counted instead
+    settings = [*settings, "task.epochs=0"]
   changed = schema.override(config, settings)
   if {"train.steps", "task.epochs"} <= named and changed.task.epochs:
     raise UserError(

@@ -1,4 +1,4 @@
-"""What a run takes in memory, part by part."""
+"""The memory that a run takes, part by part, and its result file."""
 
 import json
 import pathlib
@@ -16,47 +16,47 @@ from train.step import train_step
 FILE = "result.json"
 
 
-def components(
+def component_bytes(
   placed: train_step.Placed, config: Config, opt_state: Any
 ) -> dict[str, int]:
   """Bytes of weights, adapters, gradients and optimizer state.
 
-  The gradients are those of what is trained, as they are handed to the
-  optimizer. Of the state, that of the block matrices (the ones with factors
-  or of low rank) is also given by itself.
+  The gradients are those that the optimizer gets: of the trained weights
+  only. `optimizer_blocks` is the part of the optimizer state that belongs to
+  the matrices of the blocks, which have factors or a state of low rank.
   """
   params = placed.state.params
   trained = params if placed.adapters is None else params["adapters"]
-  as_read = placed.weights if placed.adapters is None else trained
+  differentiated = placed.weights if placed.adapters is None else trained
   parts = {"weights": galore_optax.state_bytes(params)}
   if methods.get(config.optimizer.name).factors:
     factors = {p: x for p, x in trained.items() if p.startswith("layers/")}
     parts["adapters"] = galore_optax.state_bytes(factors)
     parts["weights"] -= parts["adapters"]
-  parts["gradients"] = galore_optax.state_bytes(as_read)
+  parts["gradients"] = galore_optax.state_bytes(differentiated)
   parts["optimizer"] = galore_optax.state_bytes(opt_state)
   parts["optimizer_blocks"] = _blocks(opt_state)
   return parts
 
 
 def _blocks(opt_state: Any) -> int:
-  """Bytes of state that belong to leaves of the blocks' matrices."""
-  found = jax.tree_util.tree_leaves_with_path(opt_state)
+  """Bytes of the optimizer state of the blocks' matrices."""
+  state_leaves = jax.tree_util.tree_leaves_with_path(opt_state)
   return sum(
     x.size * x.dtype.itemsize
-    for path, x in found
+    for path, x in state_leaves
     if "layers/" in (name := leaves.path_of(path)) and "kernel" in name
   )
 
 
 def table(parts: dict[str, int]) -> str:
-  """The components, one a line."""
+  """The bytes of the components, each in a line."""
   named = {
     "weights": "weights",
     "adapters": "adapters",
-    "gradients": "gradients of what is trained",
+    "gradients": "gradients of trained weights",
     "optimizer": "optimizer state",
-    "optimizer_blocks": "  of it the blocks' matrices",
+    "optimizer_blocks": "  of which the blocks' matrices",
   }
   return "\n".join(
     f"{named[name]:<30}{size:>14,} bytes {size / 2**20:>10,.2f} MiB"
@@ -64,8 +64,8 @@ def table(parts: dict[str, int]) -> str:
   )
 
 
-def write(out: pathlib.Path, config: Config, found: dict[str, Any]) -> None:
-  """Writes what a run came to as one JSON object into its folder."""
+def write(out: pathlib.Path, config: Config, result: dict[str, Any]) -> None:
+  """Writes a run's settings and result as one JSON object into its folder."""
   head = {
     "task": config.task.name,
     "optimizer": config.optimizer.name,
@@ -75,4 +75,6 @@ def write(out: pathlib.Path, config: Config, found: dict[str, Any]) -> None:
     "seed": config.train.seed,
     "steps": config.train.steps,
   }
-  atomic_files.write_text(out / FILE, json.dumps(head | found, indent=2) + "\n")
+  atomic_files.write_text(
+    out / FILE, json.dumps(head | result, indent=2) + "\n"
+  )

@@ -1,8 +1,8 @@
 """The metrics of the tasks, by scikit-learn and SciPy.
 
-All are fractions or correlations, never percentages. Each metric is computed
-once, on all answers of a split: a metric that is added up over batches, or
-over evaluations, is another number.
+All are fractions or correlations, never percentages. A metric is computed on
+all predictions of a split at once: a mean over batches would be another
+number.
 """
 
 import math
@@ -14,43 +14,47 @@ from scipy import stats
 from sklearn import metrics
 
 
-def accuracy(found: np.ndarray, right: np.ndarray) -> float:
-  """Share of the answers that are right."""
-  return float(metrics.accuracy_score(right, found))
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Fraction of the predictions that are right."""
+  return float(metrics.accuracy_score(labels, predictions))
 
 
-def f1(found: np.ndarray, right: np.ndarray) -> float:
-  """F1 of class 1; 0 where neither it was found nor was it there."""
-  return float(metrics.f1_score(right, found, pos_label=1, zero_division=0))
+def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """F1 of class 1; 0 if the class is neither predicted nor present."""
+  return float(
+    metrics.f1_score(labels, predictions, pos_label=1, zero_division=0)
+  )
 
 
-def macro_f1(found: np.ndarray, right: np.ndarray) -> float:
-  """Mean over the classes of their F1."""
-  score = metrics.f1_score(right, found, average="macro", zero_division=0)
+def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Mean of the F1 of all classes."""
+  score = metrics.f1_score(
+    labels, predictions, average="macro", zero_division=0
+  )
   return float(score)
 
 
-def matthews(found: np.ndarray, right: np.ndarray) -> float:
-  """Matthews' correlation; 0 where all answers are the same."""
-  return float(metrics.matthews_corrcoef(right, found))
+def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Matthews' correlation; 0 if all predictions are the same."""
+  return float(metrics.matthews_corrcoef(labels, predictions))
 
 
-def pearson(found: np.ndarray, right: np.ndarray) -> float:
-  """Linear correlation; 0 where one side is constant and it has no value."""
-  return _correlation(stats.pearsonr, found, right)
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Linear correlation; 0 if one side is constant, where it is undefined."""
+  return _correlation(stats.pearsonr, predictions, labels)
 
 
-def spearman(found: np.ndarray, right: np.ndarray) -> float:
-  """Correlation of the ranks; 0 where one side is constant."""
-  return _correlation(stats.spearmanr, found, right)
+def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Correlation of the ranks; 0 if one side is constant."""
+  return _correlation(stats.spearmanr, predictions, labels)
 
 
 def _correlation(
-  function: Callable[..., Any], found: np.ndarray, right: np.ndarray
+  function: Callable[..., Any], predictions: np.ndarray, labels: np.ndarray
 ) -> float:
-  if len(found) < 2 or np.ptp(found) == 0 or np.ptp(right) == 0:
+  if len(predictions) < 2 or not np.ptp(predictions) or not np.ptp(labels):
     return 0.0
-  value = float(function(found, right).statistic)
+  value = float(function(predictions, labels).statistic)
   return value if math.isfinite(value) else 0.0
 
 
@@ -65,13 +69,13 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def score(
-  names: Sequence[str], found: np.ndarray, right: np.ndarray
+  names: Sequence[str], predictions: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-  """The named metrics of answers.
+  """The named metrics of a model's predictions.
 
   Args:
     names: keys of `METRICS`.
-    found: (n,) classes or numbers that the model gave.
-    right: (n,) those that the set gives.
+    predictions: (n,) predicted classes or numbers.
+    labels: (n,) right classes or numbers.
   """
-  return {name: METRICS[name](found, right) for name in names}
+  return {name: METRICS[name](predictions, labels) for name in names}

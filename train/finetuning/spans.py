@@ -1,9 +1,9 @@
-"""Answers that are parts of a context: targets, decoding and scores of SQuAD.
+"""Answers that are spans of a context: targets, decoding, SQuAD's scores.
 
-The score follows the definition of SQuAD 2.0's evaluation: answers are compared
-without case, punctuation, articles and repeated white space, with the best of
-the right answers counting, but for those of which nothing is left then; where
-there is no answer, the empty text is right.
+Scores follow SQuAD 2.0: answers are compared without case, punctuation,
+articles and extra white space, and the best match among the accepted answers
+counts. Accepted answers that are empty after this are ignored. If a question
+has no answer, the empty text is right.
 """
 
 import collections
@@ -29,14 +29,14 @@ def normalise(text: str) -> str:
   return " ".join(ARTICLES.sub(" ", text).split())
 
 
-def exact(found: str, right: str) -> float:
-  """1 where the two are the same, else 0."""
-  return float(normalise(found) == normalise(right))
+def exact_match(prediction: str, label: str) -> float:
+  """1 if the two texts are equal after normalisation, else 0."""
+  return float(normalise(prediction) == normalise(label))
 
 
-def overlap(found: str, right: str) -> float:
-  """F1 of the words that both have."""
-  a, b = normalise(found).split(), normalise(right).split()
+def word_f1(prediction: str, label: str) -> float:
+  """F1 of the words that the two texts share, after normalisation."""
+  a, b = normalise(prediction).split(), normalise(label).split()
   if not a or not b:
     return float(a == b)
   shared = sum((collections.Counter(a) & collections.Counter(b)).values())
@@ -46,41 +46,46 @@ def overlap(found: str, right: str) -> float:
   return 2 * precision * recall / (precision + recall)
 
 
-def score(found: Sequence[str], answers: Sequence[Span]) -> dict[str, float]:
-  """`f1` and `exact_match` as fractions, and both of either kind of question.
+def score(
+  predictions: Sequence[str], labels: Sequence[Span]
+) -> dict[str, float]:
+  """`f1` and `exact_match`, as fractions.
+
+  If some questions have an answer and some have none, the scores of the two
+  groups are also given separately.
 
   Args:
-    found: the answer to each question; "" where there is none.
-    answers: the right ones.
+    predictions: the predicted answer to each question; "" for no answer.
+    labels: the accepted answers to each question.
   """
-  rights = [tuple(filter(normalise, span.texts)) or ("",) for span in answers]
-  pairs = list(zip(found, rights, strict=True))
-  f1 = np.array([max(overlap(x, y) for y in right) for x, right in pairs])
-  em = np.array([max(exact(x, y) for y in right) for x, right in pairs])
+  accepted = [tuple(filter(normalise, s.texts)) or ("",) for s in labels]
+  pairs = list(zip(predictions, accepted, strict=True))
+  f1 = np.array([max(word_f1(x, y) for y in texts) for x, texts in pairs])
+  em = np.array([max(exact_match(x, y) for y in texts) for x, texts in pairs])
   values = {"f1": float(f1.mean()), "exact_match": float(em.mean())}
-  has = np.array([bool(span.texts) for span in answers])
-  if not has.all() and has.any():
-    values["has_answer_f1"] = float(f1[has].mean())
-    values["has_answer_exact_match"] = float(em[has].mean())
-    values["no_answer_accuracy"] = float(em[~has].mean())
+  has_answer = np.array([bool(span.texts) for span in labels])
+  if not has_answer.all() and has_answer.any():
+    values["has_answer_f1"] = float(f1[has_answer].mean())
+    values["has_answer_exact_match"] = float(em[has_answer].mean())
+    values["no_answer_accuracy"] = float(em[~has_answer].mean())
   return values
 
 
 def targets(
-  windows: Sequence[Window], answers: Sequence[Span]
+  windows: Sequence[Window], labels: Sequence[Span]
 ) -> dict[str, np.ndarray]:
-  """First and last token of the answer in each window.
+  """The first and last token of the answer in each window.
 
-  A window that does not hold all of the answer points at its first token,
-  which means that there is none.
+  Both are token 0, which means no answer, if the window does not contain the
+  whole answer.
   """
   start = np.zeros(len(windows), np.int32)
   end = np.zeros(len(windows), np.int32)
   for i, window in enumerate(windows):
-    span = answers[window.example]
+    span = labels[window.example]
     if span.texts:
       text = span.texts[0]
-      # White space at its ends is in no token of its own.
+      # Tokens do not contain white space at the ends of an answer.
       first = span.starts[0] + len(text) - len(text.lstrip())
       last = span.starts[0] + len(text.rstrip())
       start[i], end[i] = _tokens(window, first, last)
@@ -88,16 +93,16 @@ def targets(
 
 
 def _tokens(window: Window, first: int, last: int) -> tuple[int, int]:
-  """The tokens that hold the characters from `first` up to `last`."""
+  """The first and last token of the characters `first` to `last`."""
   begins, ends = window.offsets[:, 0], window.offsets[:, 1]
   inside = np.flatnonzero(begins >= 0)
   if not len(inside):
     return 0, 0
   if begins[inside[0]] > first or ends[inside[-1]] < last:
     return 0, 0
-  # All tokens that touch them: a character may be made of several.
-  touched = inside[(ends[inside] > first) & (begins[inside] < last)]
-  return (int(touched[0]), int(touched[-1])) if len(touched) else (0, 0)
+  # All tokens that overlap: one character may consist of several tokens.
+  overlap = inside[(ends[inside] > first) & (begins[inside] < last)]
+  return (int(overlap[0]), int(overlap[-1])) if len(overlap) else (0, 0)
 
 
 def decode(
@@ -110,26 +115,26 @@ def decode(
   """The best answer to each question over all windows of its context.
 
   Args:
-    windows: of all questions.
-    logits: of the first and of the last token of the answer, for each window.
+    windows: the windows of all questions.
+    logits: for each window, the logits of the answer's first and last token.
     split: the questions and contexts.
-    config: how many candidates are tried, how long an answer may be, and by
-      how much "no answer" must win.
-    task: whether there need be an answer.
+    config: the number of candidates, the maximum length of an answer, and the
+      margin by which "no answer" must win.
+    task: the task, which says whether a question may have no answer.
 
   Returns:
-    For each question a part of its context; "" where there is none.
+    For each question a part of its context, or "" for no answer.
   """
   best = [(-np.inf, "")] * len(split)
   null = [np.inf] * len(split)
   assert split.second is not None
   for window, (start, end) in zip(windows, logits, strict=True):
     i = window.example
-    # The least sure window decides about "no answer": another may hold it.
+    # The lowest score of "no answer" counts: that window may have the answer.
     null[i] = min(null[i], float(start[0] + end[0]))
-    found, place = _best(window, start, end, config)
-    if found > best[i][0]:
-      best[i] = (found, split.second[i][place])
+    value, characters = _best_span(window, start, end, config)
+    if value > best[i][0]:
+      best[i] = (value, split.second[i][characters])
   return [
     ""
     if task.unanswerable and null[i] - best[i][0] > config.null_threshold
@@ -138,14 +143,14 @@ def decode(
   ]
 
 
-def _best(
+def _best_span(
   window: Window, start: np.ndarray, end: np.ndarray, config: TaskConfig
 ) -> tuple[float, slice]:
-  """The score of the best span of a window and its characters."""
+  """The score of the best span of a window, and its characters."""
   size = len(window.ids)
   inside = window.offsets[:, 0] >= 0
-  firsts = _top(np.where(inside, start[:size], -np.inf), config.n_best)
-  lasts = _top(np.where(inside, end[:size], -np.inf), config.n_best)
+  firsts = _largest(np.where(inside, start[:size], -np.inf), config.n_best)
+  lasts = _largest(np.where(inside, end[:size], -np.inf), config.n_best)
   sums = start[firsts][:, None] + end[lasts]
   length = lasts - firsts[:, None] + 1
   allowed = (length >= 1) & (length <= config.answer)
@@ -159,7 +164,7 @@ def _best(
   return float(sums[a, b]), characters
 
 
-def _top(values: np.ndarray, count: int) -> np.ndarray:
-  """Places of the largest finite values, the largest first."""
-  order = np.argsort(-values, kind="stable")[:count]
-  return order[np.isfinite(values[order])]
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+  """Indices of the largest finite values, in descending order."""
+  indices = np.argsort(-values, kind="stable")[:count]
+  return indices[np.isfinite(values[indices])]

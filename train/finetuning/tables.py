@@ -14,7 +14,7 @@ from train.finetuning import packaged_datasets
 from train.finetuning.tasks import PACKAGE
 
 Table = datasets.Dataset
-# Readers of the splits by name: only those that a run needs are read.
+# Functions that read the splits, by name: a run reads only those it needs.
 Splits = dict[str, Callable[[], Table]]
 KINDS = ("csv", "json", "parquet")
 
@@ -25,17 +25,20 @@ def read(
   validation: tuple[str, ...],
   cache: pathlib.Path,
 ) -> tuple[Table, dict[str, Table]]:
-  """The training table, and those to evaluate; none: to be held out.
+  """The training table, and the tables to evaluate by split.
+
+  There are none of the latter where a part of the training table is to be held
+  out.
 
   Args:
     path: a file, a folder, `hub:NAME:SUBSET` or `package:NAME`.
-    config: `split` and `validation` choose among what is there.
-    validation: splits that the task evaluates, if they are there and none is
-      chosen.
+    config: `split` and `validation` choose the splits.
+    validation: splits to evaluate if the config chooses none, as far as they
+      exist.
     cache: folder for the files that `datasets` maps into memory.
 
   Raises:
-    UserError: a file or a split is missing, or is no table.
+    UserError: a file or a split is missing, or is not a table.
   """
   name = f"data.path {path}"
   folder = pathlib.Path(path).expanduser()
@@ -46,21 +49,21 @@ def read(
   elif folder.is_dir():
     splits = _folder(folder, cache, name)
   else:
-    same = {p.resolve() for p in sources.find_files(name, path)}
-    others = _others(config.validation, cache, same)
-    return _files(path, cache, name), others
+    trained = {p.resolve() for p in sources.find_files(name, path)}
+    evaluated = _validation_files(config.validation, cache, trained)
+    return _files(path, cache, name), evaluated
   train = _pick(splits, config.split, name, "data.split")
-  wanted = config.validation.split(",") if config.validation else []
-  if config.split in wanted:
+  chosen = config.validation.split(",") if config.validation else []
+  if config.split in chosen:
     raise UserError(
-      f"data.validation={config.validation} has the split that is trained on,"
-      f" {config.split!r}; name another, or none to hold a part of it out"
+      f"data.validation={config.validation} names {config.split!r}, the"
+      " training split; name another, or none to hold a part of it out"
     )
-  if wanted == ["none"]:
+  if chosen == ["none"]:
     return train, {}
-  usual = [s for s in validation if s in splits and s != config.split]
-  found = wanted or usual
-  return train, {s: _pick(splits, s, name, "data.validation") for s in found}
+  if not chosen:
+    chosen = [s for s in validation if s in splits and s != config.split]
+  return train, {s: _pick(splits, s, name, "data.validation") for s in chosen}
 
 
 def _pick(splits: Splits, split: str, name: str, field: str) -> Table:
@@ -86,62 +89,62 @@ def _hub(
 ) -> Splits:
   repository, _, subset = path.removeprefix(HUB).partition(":")
   with sources.reading(name), sources.quiet():
-    found = datasets.load_dataset(
+    splits = datasets.load_dataset(
       repository,
       subset or None,
       revision=config.revision or None,
       cache_dir=str(cache),
     )
-  return _ready(cast(Any, found))
+  return _ready(cast(Any, splits))
 
 
 def _folder(folder: pathlib.Path, cache: pathlib.Path, name: str) -> Splits:
-  """Splits by the names of files: `train.csv`, `validation-00000.parquet`."""
-  found: dict[str, list[pathlib.Path]] = {}
+  """The splits that files are named for: `validation-00000.parquet`."""
+  files: dict[str, list[pathlib.Path]] = {}
   for path in sources.find_files(name, str(folder)):
-    if sources.kind_of(path) in KINDS:  # and no README.md
+    if sources.kind_of(path) in KINDS:  # leaves out a README.md
       split = path.name.split(".")[0].split("-")[0]
-      found.setdefault(split, []).append(path)
+      files.setdefault(split, []).append(path)
 
   def reader(split: str) -> Callable[[], Table]:
-    return lambda: _read(found[split], cache, f"{name} ({split})")
+    return lambda: _read(files[split], cache, f"{name} ({split})")
 
-  return {split: reader(split) for split in found}
+  return {split: reader(split) for split in files}
 
 
 def _files(pattern: str, cache: pathlib.Path, name: str) -> Table:
   return _read(sources.find_files(name, pattern), cache, name)
 
 
-def _others(
+def _validation_files(
   validation: str, cache: pathlib.Path, trained: set[pathlib.Path]
 ) -> dict[str, Table]:
-  """Files to evaluate, under their names without ending."""
+  """The tables in files to evaluate, by their names without extension."""
   if validation in ("", "none"):
     return {}
-  found: dict[str, Table] = {}
+  evaluated: dict[str, Table] = {}
   for path in validation.split(","):
     stem = pathlib.Path(path).stem
-    if stem in found:
+    if stem in evaluated:
       raise UserError(
         f"data.validation={validation} names two files {stem!r}, whose scores"
-        " could not be told apart; rename one"
+        " would have the same name; rename one"
       )
     name = f"data.validation {path}"
     if trained & {p.resolve() for p in sources.find_files(name, path)}:
       raise UserError(
-        f"{name} is trained on, too; name another file, or none to hold a part"
+        f"{name} is also trained on; name another file, or none to hold a part"
         " of data.path out"
       )
-    found[stem] = _files(path, cache, name)
-  return found
+    evaluated[stem] = _files(path, cache, name)
+  return evaluated
 
 
 def _read(paths: list[pathlib.Path], cache: pathlib.Path, name: str) -> Table:
   kinds = {sources.kind_of(path) for path in paths}
   if kinds - set(KINDS):
     raise UserError(
-      f"{name}: {paths[0]} is no table; examples are read from .csv, .tsv,"
+      f"{name}: {paths[0]} is not a table; examples are read from .csv, .tsv,"
       " .jsonl, .json and .parquet"
     )
   if len(kinds) > 1:
@@ -153,7 +156,7 @@ def _read(paths: list[pathlib.Path], cache: pathlib.Path, name: str) -> Table:
   with sources.reading(name), sources.quiet():
     table = datasets.load_dataset(
       str(kind),
-      # A path stands for itself: nothing in it is read as a pattern.
+      # Escaped, so that a path is not read as a pattern.
       data_files=[glob.escape(str(path.resolve())) for path in paths],
       split="train",
       cache_dir=str(cache),
@@ -163,12 +166,12 @@ def _read(paths: list[pathlib.Path], cache: pathlib.Path, name: str) -> Table:
 
 
 def _csv(path: pathlib.Path) -> dict[str, Any]:
-  """How a file of text is cut into cells.
+  """Options for reading a .csv or .tsv file.
 
-  "None" and "NA" are texts and names of classes like others; only an empty
-  cell is missing. Tabs part cells that are never quoted, as in GLUE's files.
+  Only an empty cell is a missing value: "None" and "NA" may be texts or names
+  of classes. Cells of .tsv files are not quoted, as in GLUE's files.
   """
-  found: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+  options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
   if ".tsv" in path.name.lower():
-    found |= {"sep": "\t", "quoting": 3}  # csv.QUOTE_NONE
-  return found
+    options |= {"sep": "\t", "quoting": 3}  # csv.QUOTE_NONE
+  return options

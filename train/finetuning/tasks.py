@@ -1,9 +1,8 @@
-"""What can be fine-tuned on: the tasks, their columns, labels and metrics.
+"""The tasks for fine-tuning: their columns, labels and metrics.
 
-The table is that of the sets as they lie on the hub; a local file that has
-the same columns serves in their place. The tasks `classify`, `regress`,
-`span` and `chat` are for files of one's own, whose columns are named in the
-config.
+Columns are those of the data sets on the hub; local files with the same
+columns work as well. The tasks `classify`, `regress`, `span` and `chat` are
+for your own files, whose columns you name in the config.
 """
 
 import dataclasses
@@ -11,31 +10,31 @@ from typing import Literal
 
 from train.common.errors import UserError
 
-# classify: one of several labels; regress: a number; span: a part of the
-# second text answers the first; chat: what the assistant says.
+# What is predicted. classify: one of several labels; regress: a number; span:
+# the part of the second text that answers the first; chat: the replies.
 Kind = Literal["classify", "regress", "span", "chat"]
-PACKAGE = "package:"  # what the path of a set in an installed package starts by
+PACKAGE = "package:"  # prefix of a data.path in an installed package
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A task: where its examples are, and how answers are scored."""
+  """A task: where its examples are, and how predictions are scored."""
 
   name: str
   kind: Kind
-  first: str  # column of the text, or of the question, or of the messages
+  first: str  # column of the text, the question or the messages
   second: str = ""  # column of the second text; "": there is none
-  label: str = "label"  # column of what is to be found
-  labels: tuple[str, ...] = ()  # classes; a number in the column counts them
-  metrics: tuple[str, ...] = ()  # the first is the one that is compared
-  path: str = ""  # where the examples are; "": only where data.path says
+  label: str = "label"  # column of the label
+  labels: tuple[str, ...] = ()  # classes, by the indices in that column
+  metrics: tuple[str, ...] = ()  # runs are compared by the first
+  path: str = ""  # where the examples are; "": data.path must say it
   validation: tuple[str, ...] = ("validation",)  # splits that are evaluated
-  unanswerable: bool = False  # a span may be missing: the answer is "none"
+  unanswerable: bool = False  # whether a question may have no answer
 
-  def named(
+  def with_columns(
     self, first: str, second: str, label: str, labels: tuple[str, ...]
   ) -> "Task":
-    """The same task on other columns; empty names stay as they are."""
+    """The task with other columns and classes; empty arguments change none."""
     return dataclasses.replace(
       self,
       first=first or self.first,
@@ -104,7 +103,7 @@ def _span(name: str, path: str, unanswerable: bool) -> Task:
   )
 
 
-SPEECH = ("held_out_perplexity",)  # of what the assistant says
+CHAT_METRICS = ("held_out_perplexity",)  # of the assistant's messages
 OTHERS = (
   _span("squad", "hub:rajpurkar/squad", unanswerable=False),
   _span("squad_v2", "hub:rajpurkar/squad_v2", unanswerable=True),
@@ -138,14 +137,14 @@ OTHERS = (
   Task("classify", "classify", "text", metrics=("accuracy", "macro_f1")),
   Task("regress", "regress", "text", metrics=("pearson", "spearman")),
   _span("span", "", unanswerable=True),
-  Task("chat", "chat", "messages", label="", metrics=SPEECH),
+  Task("chat", "chat", "messages", label="", metrics=CHAT_METRICS),
   Task(
     "fiqa",
     "chat",
     "question",
     "answer",
     label="",
-    metrics=SPEECH,
+    metrics=CHAT_METRICS,
     path=f"{PACKAGE}fiqa",
   ),
 )
@@ -153,11 +152,7 @@ TASKS = {task.name: task for task in (*GLUE, *OTHERS)}
 
 
 def find(name: str) -> Task:
-  """The task of a name.
-
-  Raises:
-    UserError: there is none.
-  """
+  """The task with a name, or raises a `UserError` that lists all."""
   if name not in TASKS:
     raise UserError(
       f"--task {name!r} is unknown; the tasks are {', '.join(TASKS)}"

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, and files with the schemas that sets have on the hub."""
+"""Tiny checkpoints, and files with the columns of data sets on the hub."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ from train.finetuning import tasks
 from train.models import encoder, llama
 from train.pretrained import encoder_checkpoint, llama_checkpoint, llama_names
 
-MARKS = ("<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
 def write_bert(out: pathlib.Path) -> pathlib.Path:
@@ -49,14 +49,14 @@ def _write_encoder(out: pathlib.Path, write, **fields) -> pathlib.Path:
 def write_llama(out: pathlib.Path) -> pathlib.Path:
   """A folder with a LLaMA of two layers whose tokenizer knows ChatML."""
   vocabulary = tokenizer.train([" ".join(WORDS) * 9], 290)
-  vocabulary.add_special_tokens(list(MARKS))
+  vocabulary.add_special_tokens(list(SPECIAL_TOKENS))
   params = llama.init(TINY, 0)
   source = llama_names.from_params(
     "test",
     TINY,
     lambda: params,
     tokenizer=vocabulary.to_str(),
-    extra={"tokenizer_config.json": {"eos_token": MARKS[1]}},
+    extra={"tokenizer_config.json": {"eos_token": SPECIAL_TOKENS[1]}},
   )
   llama_checkpoint.save(source, out)
   return out
@@ -72,7 +72,7 @@ def write_lines(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
 
 
 def glue_rows(task: tasks.Task, count: int, seed: int = 0) -> list[dict]:
-  """Rows under the columns of a GLUE task; the label is told by a word."""
+  """Rows of a GLUE task; the first word determines the label."""
   source = random.Random(seed)
   rows = []
   for number in range(count):
@@ -100,15 +100,15 @@ def write_glue(
 
 
 def squad_rows(count: int, unanswerable: bool, seed: int = 0) -> list[dict]:
-  """Questions whose answer is the words after the one that they name."""
+  """Questions whose answer starts at the word that they name."""
   source = random.Random(seed)
   rows = []
   for number in range(count):
     context = text(source, 40)
     words = context.split()
-    place = source.randrange(len(words) - 3)
-    start = len(" ".join([*words[:place], ""]))
-    answer = " ".join(words[place : place + 2])
+    start_word = source.randrange(len(words) - 3)
+    start = len(" ".join([*words[:start_word], ""]))
+    answer = " ".join(words[start_word : start_word + 2])
     answers = {"text": [answer], "answer_start": [start]}
     if unanswerable and number % 3 == 2:
       answers = {"text": [], "answer_start": []}
@@ -117,7 +117,7 @@ def squad_rows(count: int, unanswerable: bool, seed: int = 0) -> list[dict]:
         "id": str(number),
         "title": "words",
         "context": context,
-        "question": f"who {words[place]} ?",
+        "question": f"who {words[start_word]} ?",
         "answers": answers,
       }
     )

