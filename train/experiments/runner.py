@@ -55,8 +55,8 @@ def work_through(
   parts = texts.prepare(text, corpus.cache_folder(DataConfig()))
   current = lambda: plan(table, tokens, text, folder)
   end, durations = time.monotonic() + 3600 * hours, []
-  with signals.stop_requests() as asked:
-    stopped = lambda: asked() or time.monotonic() > end
+  with signals.stop_requests() as stop_requested:
+    stopped = lambda: stop_requested() or time.monotonic() > end
 
     def make(run: Run, _: pathlib.Path) -> Record | None:
       now, begin = current(), time.monotonic()

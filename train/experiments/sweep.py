@@ -17,7 +17,7 @@ import filelock
 
 from train.experiments import results
 
-POLL_SECONDS = 5.0  # between looks for runs that other processes gave up
+POLL_SECONDS = 5.0  # wait before other processes' runs are checked again
 
 
 class Run(Protocol):
@@ -25,7 +25,7 @@ class Run(Protocol):
 
   @property
   def key(self) -> str:
-    """Tells the run from all others; names its folder and its lock."""
+    """Identifies the run; names its folder and its lock."""
     ...
 
 
@@ -80,7 +80,7 @@ def claim(
 
   Args:
     runs: the candidates.
-    missing: lists the runs without a result; asked again under the lock,
+    missing: lists the runs without a result; called again under the lock,
       because another process may have finished the run in the meantime.
     work: folder of the locks.
   """
