@@ -15,6 +15,7 @@ from train.common.errors import UserError
 from train.experiments import finetune_grid
 from train.experiments import results as results_lib
 from train.finetuning import evaluation, job, recipes, spans, tasks
+from train.methods import leaves
 from train.parallel import mesh as mesh_lib
 from train.pretrained import (
   checkpoint_folder,
@@ -22,7 +23,6 @@ from train.pretrained import (
   llama_checkpoint,
 )
 from train.run import history, loop, metrics, signals
-from train.step import optimizer as optimizer_lib
 
 DEVICES = jax.devices()
 SMALL = {
@@ -614,7 +614,7 @@ def test_weights_and_moments_are_sharded(bert, tmp_path, change):
   mesh = mesh_lib.make_mesh(config.mesh, 4, DEVICES[:4])
   _, placed = job.place(model, config, mesh)
   found = {
-    optimizer_lib.path_of(path): sharding.spec
+    leaves.path_of(path): sharding.spec
     for path, sharding in jax.tree_util.tree_leaves_with_path(
       (placed.shardings.params, placed.shardings.opt_state)
     )
