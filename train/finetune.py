@@ -208,7 +208,7 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   mesh = mesh_lib.make_mesh(
     config.mesh, config.data.batch, accumulate=config.train.accumulate
   )
-  tx, placed = job_lib.place(model, config, mesh)
+  tx, placed = job_lib.setup(model, config, mesh)
   if flags.dry_run:
     print_start(model, data, placed, config)
     parts = report.component_bytes(placed, config, placed.state.opt_state)

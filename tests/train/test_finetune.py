@@ -612,7 +612,7 @@ def test_weights_and_moments_are_sharded(bert, tmp_path, change):
   config = finetune.make_config(finetune.parse(given))
   model = finetune.load_model(finetune.load_examples(config), config)
   mesh = mesh_lib.make_mesh(config.mesh, 4, DEVICES[:4])
-  _, placed = job.place(model, config, mesh)
+  _, placed = job.setup(model, config, mesh)
   found = {
     leaves.path_of(path): sharding.spec
     for path, sharding in jax.tree_util.tree_leaves_with_path(

@@ -165,7 +165,7 @@ def make_adapters(model: TaskModel, config: Config) -> adapters.Adapters | None:
   return freeze.make(config.task.freeze, nnx.to_pure_dict(model.boxes))
 
 
-def place(
+def setup(
   model: TaskModel, config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[Any, train_step.Placed]:
   """The optimizer, and the shapes and shardings of the training state.
