@@ -119,20 +119,18 @@ class _GaLore:
     checks.check_not_nested(inner_state, GaLoreState)
     stored = split.split_state(self.inner, inner_state, sites)
     self._check_inner(params, low, inner_state, sites)
-    state = GaLoreState(jnp.zeros([], jnp.int32), bases, stored)
-    if self.refresh.policy == "adaptive":
-      rule: Any = self.refresh.adaptive
-      state = state._replace(
-        schedule={
-          path: adaptive.start(site.view.stack, rule)
-          for path, site in sites.items()
-        }
-      )
+    norms = None
     if self.residual:
       norms = residual_lib.start(
         self.residual, self.inner, sites, leaves, low, inner_state
       )
-      state = state._replace(recovery=norms)
+    state = GaLoreState(
+      step=jnp.zeros([], jnp.int32),
+      projector=bases,
+      inner_state=stored,
+      schedule=self._initial_schedules(sites),
+      recovery=norms,
+    )
     if self.accumulation_steps == 1:
       return state
     empty = jax.tree.map(lambda x: _zeros_like(x), low)
@@ -269,23 +267,9 @@ class _GaLore:
       low, inner_state, inner_params, **call.extra_args
     )
     new = paths.leaves_by_path(inner_updates)
-    if self.residual:
-      gains = residual_lib.gains(
-        self.inner, low, inner_state, inner_params, call.sites, call.extra_args
-      )
-      lifted, norms = residual_lib.lift(
-        self.residual,
-        gains,
-        call.sites,
-        bases,
-        paths.leaves_by_path(call.updates),
-        paths.leaves_by_path(low),
-        new,
-        state.recovery,
-      )
-      state = state._replace(recovery=norms)
-    else:
-      lifted = _lift(call, bases, new)
+    lifted, norms = self._lift(
+      call, bases, low, new, inner_state, inner_params, state.recovery
+    )
     new |= lifted
     new |= {path: new[path] + term for path, term in param_terms.items()}
     return (
@@ -295,7 +279,35 @@ class _GaLore:
       state._replace(
         step=optax.safe_increment(state.step),
         inner_state=split.split_state(self.inner, new_inner_state, call.sites),
+        recovery=norms,
       ),
+    )
+
+  def _lift(
+    self,
+    call: _Call,
+    bases: Mapping[str, projection.Bases],
+    low: optax.Updates,
+    new: Mapping[str, jax.Array],
+    inner_state: Any,
+    inner_params: optax.Params | None,
+    norms: Any,
+  ) -> tuple[dict[str, jax.Array], Any]:
+    """Projected leaves' updates at full size, and the norms of residuals."""
+    if not self.residual:
+      return _lift_leaves(call, bases, new), norms
+    gains = residual_lib.gains(
+      self.inner, low, inner_state, inner_params, call.sites, call.extra_args
+    )
+    return residual_lib.lift(
+      self.residual,
+      gains,
+      call.sites,
+      bases,
+      paths.leaves_by_path(call.updates),
+      paths.leaves_by_path(low),
+      new,
+      norms,
     )
 
   def _accumulate(
@@ -407,6 +419,15 @@ class _GaLore:
       return initial.random_basis(site, side, like, self.seed)
     return initial.basis(site, side, like, self.seed, self.basis_dtype)
 
+  def _initial_schedules(
+    self, sites: Mapping[str, plan_lib.Site]
+  ) -> dict[str, adaptive.State] | None:
+    """Path to schedule before the first refresh; None unless it is adaptive."""
+    rule: Any = self.refresh.adaptive
+    if self.refresh.policy != "adaptive":
+      return None
+    return {p: adaptive.start(x.view.stack, rule) for p, x in sites.items()}
+
   def _low_zeros(self, site: plan_lib.Site, like: Any) -> jax.Array:
     """Zeros in the shape of the projected gradient.
 
@@ -441,7 +462,7 @@ def _finite(x: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def _lift(
+def _lift_leaves(
   call: _Call,
   bases: Mapping[str, projection.Bases],
   new: Mapping[str, jax.Array],

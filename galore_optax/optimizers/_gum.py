@@ -13,7 +13,7 @@ from galore_optax._galore import galore
 from galore_optax.optimizers import _sumo
 from galore_optax.optimizers.adam8bit import Mask
 from galore_optax.optimizers.gum_sampling import Sampled
-from galore_optax.optimizers.recipe import GaLoreOptions, plan_of, recipe
+from galore_optax.optimizers.options import GaLoreOptions, plan_of, recipe
 from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import plan, sharding
 

@@ -19,7 +19,7 @@ from galore_optax import context as context_lib
 from galore_optax._galore import GaLoreState, galore
 from galore_optax.optimizers._sumo import check_finder
 from galore_optax.optimizers.adam8bit import Mask
-from galore_optax.optimizers.recipe import GaLoreOptions, plan_of, recipe
+from galore_optax.optimizers.options import GaLoreOptions, plan_of, recipe
 from galore_optax.subspace import moments, projection
 from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import paths, sharding, split

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from galore_optax import checks, linalg
 from galore_optax._galore import galore
 from galore_optax.optimizers.adam8bit import Mask
-from galore_optax.optimizers.recipe import GaLoreOptions, recipe
+from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.tree import paths, plan
 
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from galore_optax import checks
 from galore_optax._galore import galore
 from galore_optax.optimizers.adam8bit import Mask, adamw_8bit
-from galore_optax.optimizers.recipe import GaLoreOptions, recipe
+from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.subspace.refresh_settings import Refresh
 
 _NOT_THE_PAPER = {"faithful": "it is the algorithm of another paper"}

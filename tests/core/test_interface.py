@@ -10,7 +10,7 @@ import pytest
 
 import galore_optax
 from galore_optax import Adaptive, Refresh, galore
-from galore_optax.optimizers.recipe import GaLoreOptions
+from galore_optax.optimizers.options import GaLoreOptions
 from galore_optax.subspace import refresh_settings
 
 RECIPES = {
