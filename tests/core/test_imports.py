@@ -10,11 +10,11 @@ import galore_optax
 ROOT = pathlib.Path(galore_optax.__file__).parent
 # Each part may import from the parts in the rows above its own.
 ROWS = (
-  {"checks", "linalg"},
+  {"checks", "context", "linalg", "old_spellings"},
   {"quantization"},
   {"tree"},
   {"inner", "quantized_params", "subspace"},
-  {"_chain", "options", "residual"},
+  {"_chain", "residual"},
   {"_galore"},
   {"baselines", "diagnostics", "optimizers", "per_layer"},
 )
