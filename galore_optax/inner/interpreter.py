@@ -162,7 +162,7 @@ def moment_mask(
     state: Its state, whose other leaves are counters and hyperparameters.
 
   Returns:
-    A bool for each leaf, in the order of `jax.tree.leaves`.
+    A bool for each leaf, as `jax.tree.leaves` lists them.
   """
   return jax.tree.leaves(
     optax.tree.map_params(

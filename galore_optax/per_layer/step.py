@@ -272,19 +272,14 @@ class _Run(NamedTuple):
     def body(j: jax.Array, carry: tuple) -> tuple:
       dx, total, stack, states = carry
       i = count - 1 - j
-      layer, opt = _read_barrier(
-        (slices.take_layer(stack, i), slices.take_layer(states, i))
-      )
+      layer, opt = _read_barrier(slices.take_layer((stack, states), i))
       grads, dx = self._layer_gradient(
         layer, slices.take_layer(forward.inputs, i), dx
       )
       new, opt = self._update(
         {**params, key: layer}, grads, opt, scale, keys[1], (i, count)
       )
-      stack, states = (
-        slices.put_layer(stack, new[key], i),
-        slices.put_layer(states, opt, i),
-      )
+      stack, states = slices.put_layer((stack, states), (new[key], opt), i)
       return dx, total + _squares(grads), stack, states
 
     dx, total, stack, states = jax.lax.fori_loop(
@@ -339,15 +334,13 @@ class _Run(NamedTuple):
 
     def body(i: jax.Array, carry: tuple) -> tuple:
       leaf, states = carry
-      part, state = _read_barrier(
-        (slices.take_layer(leaf, i), slices.take_layer(states, i))
-      )
+      part, state = _read_barrier(slices.take_layer((leaf, states), i))
       chunk_key = None if key is None else jax.random.fold_in(key, i)
       tree, state = self._update(
         replace(part), {path: grad[i]}, state, scale, chunk_key
       )
       part = paths.leaves_by_path(tree)[path]
-      return slices.put_layer(leaf, part, i), slices.put_layer(states, state, i)
+      return slices.put_layer((leaf, states), (part, state), i)
 
     leaf, states = jax.lax.fori_loop(
       0, self.chunks[path], body, (self._in_chunks(path, old), states)
@@ -405,7 +398,7 @@ class _Run(NamedTuple):
     return paths.leaves_by_path({self.model.key: layer})
 
   def _end_leaves(self, tree: Mapping[str, Any]) -> tuple[dict, dict]:
-    """Path to leaf, of what `first` gets and of all else but the layers."""
+    """Leaves of the ends, by path: those that `first` gets, and the others."""
     ends = self.model.ends(tree)
     keys = ends if self.model.first_keys is None else self.model.first_keys
     lower = {k: v for k, v in ends.items() if k in keys}

@@ -1,7 +1,7 @@
 r"""Carries an inner optimizer's moments into a new basis.
 
-A refresh replaces the basis P that the moments are expressed in. Everything
-that this takes is here, in the order in which it is used:
+A refresh replaces the basis P in which the moments are expressed. Everything
+that carries them over is here, step by step:
 
 * `find_moments` finds the moments in an inner state, and the degree of each: 1
   for means of gradients, 2 for means of their squares. `replace_moments` puts

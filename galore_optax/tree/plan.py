@@ -160,7 +160,7 @@ class Plan:
         them.
 
     Returns:
-      Path to site, in the order of the leaves.
+      Path to site, in the sequence of the leaves.
 
     Raises:
       ValueError: If a rule matches no leaf or does not fit the leaf it matches.
@@ -194,8 +194,8 @@ class Plan:
       shapes: Path to side to shape of the basis in the state.
 
     Returns:
-      Path to site, sorted by path. The order in which `init` filled a dict is
-      lost as soon as a JAX transformation flattens it.
+      Path to site, sorted by path. JAX transformations sort the keys of a dict,
+      so that the sequence in which `init` filled it is lost.
 
     Raises:
       ValueError: If the gradients are not those of the initialised parameters.
