@@ -142,10 +142,10 @@ class _Rules(interpreter.Rules[_Part]):
   def constant(self, x: Any) -> _Part:
     return _free(x)
 
-  def is_known(self, value: _Part) -> bool:
+  def is_free(self, value: _Part) -> bool:
     return isinstance(value, Free)
 
-  def known(self, eqn: core.JaxprEqn, values: list[_Part]) -> list[_Part]:
+  def carry_out(self, eqn: core.JaxprEqn, values: list[_Part]) -> list[_Part]:
     return _bind(eqn, [x for x in values if isinstance(x, Free)])
 
   def operation(self, eqn: core.JaxprEqn, values: list[_Part]) -> list[_Part]:

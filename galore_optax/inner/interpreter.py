@@ -28,27 +28,27 @@ _CALLS = frozenset((
 class Rules(abc.ABC, Generic[Value]):
   """How operations act on abstract values.
 
-  A value is known if it depends on counters, hyperparameters and constants
-  only, so that the operations on it can be carried out.
+  A value is free if it depends on nothing but counters, hyperparameters and
+  constants. Operations on free values are carried out.
   """
 
   @abc.abstractmethod
   def constant(self, x: Any) -> Value:
-    """The abstract value of a known array."""
+    """The abstract value of a constant array."""
 
   @abc.abstractmethod
-  def is_known(self, value: Value) -> bool:
-    """Whether a value is that of a known array."""
+  def is_free(self, value: Value) -> bool:
+    """Whether a value is free."""
 
   @abc.abstractmethod
-  def known(self, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """The results of an operation on known arrays."""
+  def carry_out(self, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """The results of an operation on free values."""
 
   @abc.abstractmethod
   def operation(self, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """The results of an operation with at least one operand that is not known.
+    """The results of an operation with at least one operand that is not free.
 
-    Loops are such operations, too, and are not walked into.
+    A loop counts as one operation, and its body is not interpreted.
     """
 
   @abc.abstractmethod
@@ -121,8 +121,8 @@ def _evaluate_equation(
   """The values of one operation's results."""
   if eqn.primitive.name in _CALLS:
     return _evaluate(rules, *_called(eqn), values)
-  if all(map(rules.is_known, values)):
-    return rules.known(eqn, values)
+  if all(map(rules.is_free, values)):
+    return rules.carry_out(eqn, values)
   if eqn.primitive.name == "cond" and rules.selects(values[0]):
     index, *operands = values
     branches = [

@@ -221,10 +221,10 @@ class _Rules(interpreter.Rules[Part]):
   def constant(self, x: Any) -> Part:
     return Part(Kind.FREE, x)
 
-  def is_known(self, value: Part) -> bool:
+  def is_free(self, value: Part) -> bool:
     return value.kind is Kind.FREE
 
-  def known(self, eqn: core.JaxprEqn, values: list[Part]) -> list[Part]:
+  def carry_out(self, eqn: core.JaxprEqn, values: list[Part]) -> list[Part]:
     return _bind(eqn, [part.value for part in values], Kind.FREE)
 
   def operation(self, eqn: core.JaxprEqn, values: list[Part]) -> list[Part]:
