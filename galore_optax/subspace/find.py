@@ -88,7 +88,8 @@ def find_basis(
     >>> g = jnp.outer(jnp.arange(1.0, 5.0), jnp.ones(3))
     >>> old = start_basis(jax.random.key(0), 4, 1)
     >>> new = find_basis(g, old, "left", "subspace", 2)
-    >>> lifted = lift(project(g, {"left": new}), {"left": new})
+    >>> low = projection.project(g, {"left": new})
+    >>> lifted = projection.lift(low, {"left": new})
     >>> bool(jnp.allclose(lifted, g, atol=1e-4))
     True
   """

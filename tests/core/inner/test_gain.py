@@ -40,7 +40,7 @@ GAINS = {
 }
 UNKNOWN = {
   "running mean": optax.chain(optax.adam(1e-3), optax.ema(0.9)),
-  "clip": optax.chain(optax.adam(1e-3), optax.clip_by_block_rms(1.0)),
+  "clip": optax.chain(optax.adam(1e-3), optax.clip(1.0)),
 }
 
 
