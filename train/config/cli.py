@@ -85,7 +85,11 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags for the output folder and the dry run."""
   add = parser.add_argument
-  add("--out", type=folder, help="default: runs/PRESET-OPTIMIZER")
+  add(
+    "--out",
+    type=folder,
+    help="folder of the run; default: runs/PRESET-OPTIMIZER",
+  )
   add("--overwrite", action="store_true", help="delete an earlier run in --out")
   add(
     "--dry-run",
