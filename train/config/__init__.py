@@ -1,1 +1,1 @@
-"""What a run is: its schema, presets and command line."""
+"""The config of a run: its schema, presets and command line."""

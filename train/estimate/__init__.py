@@ -1,1 +1,1 @@
-"""What a run would take: bytes, FLOPs, communication."""
+"""Estimates of what a run takes: bytes, FLOPs, communication."""

@@ -1,1 +1,1 @@
-"""What can be trained with: one record a method, and its options."""
+"""The methods of training: a record for each, and the options of all."""
