@@ -76,7 +76,7 @@ def test_evaluation_weighs_tokens_and_knows_the_papers_count():
   assert "papers" not in text and "1.154 bits/byte" in text
   # It says little for two batches, and is shown for many.
   many = metrics.held_out([30.0] * 64, [10] * 64, text_bytes=400)
-  assert many["held_out_batches"] == metrics.ENOUGH
+  assert many["held_out_batches"] == metrics.MIN_BATCHES
   shown = f"papers' count {math.exp(3 * 64 / 65):.2f}"
   assert shown in metrics.held_out_text(many)
 
