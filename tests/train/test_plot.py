@@ -167,11 +167,11 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys):
   torn = make_run(tmp_path / "torn")
   (torn / "metrics.jsonl").write_text("{nonsense\n")
   for arguments, message in (
-    ([tmp_path], "no folder of a run"),
-    ([good, tmp_path / "none"], "none is no folder of a run"),
+    ([tmp_path], "not the folder of a run"),
+    ([good, tmp_path / "none"], "none is not the folder of a run"),
     ([empty], "holds no training step"),
     ([torn], "cannot be read"),
-    ([good, "--x", "hours"], "does not tell the time"),
+    ([good, "--x", "hours"], "has no times"),
     ([good, "--out", tmp_path / "no" / "a.png"], "cannot be written"),
     ([good, "--out", tmp_path / "a.foo"], "'foo' is not supported"),
   ):
