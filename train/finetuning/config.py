@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+from train.common.checks import check_above
 from train.common.errors import UserError
 from train.config import schema
 
@@ -15,13 +16,13 @@ USE_ACCUMULATE = "To use less memory in a step, set train.accumulate"
 class DataConfig(schema.SharedDataConfig):
   """Where the examples are, and how they are put into batches."""
 
-  # A file, folder or glob; hub:NAME or hub:NAME:SUBSET; package:NAME. "": the
+  # file, folder or glob; hub:NAME or hub:NAME:SUBSET; package:NAME. "": the
   # task's own data.
   path: str = ""
-  # Splits or files to evaluate, with commas. "": the task's own; none: a part
+  # splits or files to evaluate, with commas. "": the task's own; none: a part
   # of the training split is held out.
   validation: str = ""
-  # How conversations share rows. packed: several in a row; padded: one a row.
+  # how conversations share rows. packed: several in a row; padded: one a row.
   rows: Literal["packed", "padded"] = "packed"
   length: int = 128  # tokens of a row, at most
   holdout_every: int = 20  # hold out one example in so many, if none are named
@@ -42,11 +43,11 @@ class TaskConfig:
   evaluations: int = 1  # number of evaluations in an epoch
   group: bool = True  # whether texts of similar length share a batch
   multiple: int = 32  # rows of a batch are padded to a multiple of this length
-  # What an encoder's head reads: the first token, or the mean of all. "": as
+  # what an encoder's head reads: the first token, or the mean of all. "": as
   # the checkpoint was trained, or the first.
   pool: Literal["", "first", "mean"] = ""
   dropout: float = -1.0  # all dropout rates of an encoder; -1: the checkpoint's
-  # Regular expression of the paths of weights that stay frozen, which need no
+  # regular expression of the paths of weights that stay frozen, which need no
   # gradient and no optimizer state, such as ^embed/
   freeze: str = ""
   query: int = 64  # tokens of a question, at most
@@ -54,7 +55,7 @@ class TaskConfig:
   answer: int = 30  # tokens of an answer, at most
   n_best: int = 20  # candidates for the start and for the end of an answer
   null_threshold: float = 0.0  # margin by which "no answer" must win
-  # Prompt with which a LLaMA classifies; it contains {first}, and {second} if
+  # prompt with which a LLaMA classifies; it contains {first}, and {second} if
   # there is a second text.
   prompt: str = ""
   system: str = ""  # system message for conversations that have none
@@ -62,8 +63,8 @@ class TaskConfig:
   template: TemplateName = "chatml"  # how the messages of a chat are written
 
   def __post_init__(self):
-    schema.check_above("task", self, ("epochs", "stride"), low=-1e-9)
-    schema.check_above(
+    check_above("task", self, ("epochs", "stride"), low=-1e-9)
+    check_above(
       "task", self, ("evaluations", "multiple", "query", "answer", "n_best")
     )
     if not (self.dropout == -1 or 0 <= self.dropout < 1):
