@@ -572,11 +572,11 @@ def test_every_method_gets_the_same_batches_and_counts_its_bytes(
   bert, tmp_path, method, monkeypatch
 ):
   data = files.write_glue(tmp_path / "data", "cola")
-  seen = []
+  batches = []
   make_job = job.job_lib.Job
 
   def spying(**parts):
-    put = lambda b: seen.append(b["ids"]) or parts["put"](b)
+    put = lambda b: batches.append(b["ids"]) or parts["put"](b)
     evaluate = dataclasses.replace(parts["evaluate"], put=put)
     return make_job(**parts | {"put": put, "evaluate": evaluate})
 
@@ -594,8 +594,8 @@ def test_every_method_gets_the_same_batches_and_counts_its_bytes(
     model.collate(made.train, rows, 4)["ids"]
     for rows in made.batches.rows_of_epoch(0, 0)
   ]
-  begin = (len(seen) - steps) // 2
-  for ours, other in zip(seen[begin : begin + steps], wanted, strict=True):
+  begin = (len(batches) - steps) // 2
+  for ours, other in zip(batches[begin : begin + steps], wanted, strict=True):
     np.testing.assert_array_equal(ours, other)
   sizes = found["bytes"]
   if method in ("q_galore", "qlora"):

@@ -11,7 +11,7 @@ from train.finetuning import (
   chat,
 )
 
-TURNS = [
+MESSAGES = [
   {"role": "user", "content": "we the people <|im_end|>"},
   {"role": "assistant", "content": "hold peace"},
   {"role": "user", "content": "of"},
@@ -20,10 +20,10 @@ TURNS = [
 
 
 def test_the_loss_mask_covers_replies_and_their_end_tokens(writer):
-  row = writer.row(TURNS)
+  row = writer.row(MESSAGES)
   decode = lambda ids: writer.markup.decode(ids, skip_special_tokens=False)
   assert decode(row.ids) == "".join(
-    f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TURNS
+    f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in MESSAGES
   )
   learned = decode(row.ids[row.loss_mask])
   assert learned == "hold peace<|im_end|>these states<|im_end|>"
@@ -54,7 +54,7 @@ def test_a_template_whose_tokens_are_unknown_is_refused():
   with pytest.raises(UserError, match="the templates are chatml, plain"):
     chat.make_writer("chatml", text, tokenizer.END)
   plain = chat.make_writer("plain", text, tokenizer.END)
-  row = plain.row(TURNS[:2])
+  row = plain.row(MESSAGES[:2])
   learned = plain.markup.decode(
     row.ids[row.loss_mask], skip_special_tokens=False
   )
@@ -78,8 +78,8 @@ def test_no_space_is_added_before_the_parts_of_a_text(kind):
     vocab_size=60, special_tokens=["</s>"], show_progress=False
   )
   vocabulary.train_from_iterator([text.replace("</s>", "")], trainer)
-  turns = chat.parse_conversation("we hold", "peace", "")
-  row = chat.make_writer("plain", vocabulary.to_str(), "</s>").row(turns)
+  messages = chat.parse_conversation("we hold", "peace", "")
+  row = chat.make_writer("plain", vocabulary.to_str(), "</s>").row(messages)
   pieces = "".join(vocabulary.id_to_token(i) for i in row.ids)
   assert pieces == "▁" + text.replace(" ", "▁")
 
@@ -94,12 +94,14 @@ def test_the_exported_template_writes_the_training_text(writer, name, system):
   begin = writer.markup.token_to_id(files.SPECIAL_TOKENS[0])
   found = chat.make_writer(name, vocabulary, files.SPECIAL_TOKENS[1], (begin,))
   text = chat.jinja_template(found, files.SPECIAL_TOKENS[0], system)
-  turns = [m | {"content": m["content"].replace("<|", "< |")} for m in TURNS]
-  written = engine.from_string(text).render(messages=turns)
-  row = found.row(chat.with_system_message(turns, system))
+  messages = [
+    m | {"content": m["content"].replace("<|", "< |")} for m in MESSAGES
+  ]
+  written = engine.from_string(text).render(messages=messages)
+  row = found.row(chat.with_system_message(messages, system))
   assert found.markup.decode(row.ids, skip_special_tokens=False) == written
   prompt = engine.from_string(text).render(
-    messages=turns[:-1], add_generation_prompt=True
+    messages=messages[:-1], add_generation_prompt=True
   )
   assert written.startswith(prompt) and prompt.endswith("assistant" + {
     "chatml": "\n", "plain": ":\n"

@@ -20,8 +20,8 @@ def package(tmp_path, monkeypatch):
     return file
 
   def find(name):
-    places = [str(tmp_path / name)]
-    return types.SimpleNamespace(submodule_search_locations=places)
+    folders = [str(tmp_path / name)]
+    return types.SimpleNamespace(submodule_search_locations=folders)
 
   monkeypatch.setattr(packaged_datasets.importlib.util, "find_spec", find)
   monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

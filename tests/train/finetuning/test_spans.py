@@ -38,7 +38,7 @@ def windows(tmp_path_factory):
 def test_targets_are_the_tokens_of_the_answer(windows):
   found, split = windows
   targets = spans.targets(found, split.labels)
-  hits = set()
+  answered = set()
   for i, window in enumerate(found):
     a, b = targets["start"][i], targets["end"][i]
     if (a, b) == (0, 0):
@@ -46,8 +46,8 @@ def test_targets_are_the_tokens_of_the_answer(windows):
     begin, end = window.offsets[a, 0], window.offsets[b, 1]
     right = split.labels[window.example].texts[0]
     assert split.second[window.example][begin:end] == right
-    hits.add(window.example)
-  assert hits == {i for i, x in enumerate(split.labels) if x.texts}
+    answered.add(window.example)
+  assert answered == {i for i, x in enumerate(split.labels) if x.texts}
 
 
 TASK = config_lib.TaskConfig(answer=5, n_best=40, query=8, stride=8)
