@@ -90,7 +90,7 @@ def test_no_space_is_added_before_the_parts_of_a_text(kind):
 def test_the_exported_template_writes_the_training_text(writer, name, system):
   # As transformers reads it.
   engine = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-  vocabulary = writer.first.to_str()
+  vocabulary = writer.start.to_str()
   begin = writer.markup.token_to_id(files.SPECIAL_TOKENS[0])
   found = chat.make_writer(name, vocabulary, files.SPECIAL_TOKENS[1], (begin,))
   text = chat.jinja_template(found, files.SPECIAL_TOKENS[0], system)

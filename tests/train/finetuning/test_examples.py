@@ -80,7 +80,7 @@ FORM = r"an answer is \{\"text\": \[...\]"
   ("value", "error"),
   [
     ({"text": ["no"], "answer_start": [0]}, "but the context has"),
-    ({"text": ["in"], "answer_start": [-8]}, "at its character -8"),
+    ({"text": ["in"], "answer_start": [-8]}, "at character -8"),
     ({"text": [""], "answer_start": [0]}, "but the context has"),
     ({"text": "in", "answer_start": 0}, FORM),
     ({"text": ["in"], "answer_start": [0, 3]}, FORM),
@@ -103,7 +103,9 @@ def test_a_wrong_answer_is_named_with_its_row(tmp_path):
   rows[2]["answers"] = {"text": ["wrong"], "answer_start": [0]}
   path = files.write_lines(tmp_path / "squad.jsonl", rows)
   config = SharedDataConfig(path=str(path), holdout_every=2)
-  with pytest.raises(UserError, match="row 2, column 'answers': 'wrong'"):
+  with pytest.raises(
+    UserError, match="row 2, column 'answers': the answer is 'wrong'"
+  ):
     examples_lib.load(TASKS["squad"], config, tmp_path)
 
 
@@ -162,8 +164,11 @@ def test_the_text_none_and_quotes_are_not_special(tmp_path):
 @pytest.mark.parametrize(
   ("values", "error"),
   [
-    ([1.0, float("nan")], "row 1, column 'label': the label nan is no finite"),
-    ([True, False], "the label True is no finite"),
+    (
+      [1.0, float("nan")],
+      "row 1, column 'label': the label nan is not a finite",
+    ),
+    ([True, False], "the label True is not a finite"),
     ([-1, -1.0], "holds only -1 .*not published"),
   ],
 )
@@ -225,12 +230,12 @@ def test_the_training_split_is_not_evaluated(tmp_path):
     SharedDataConfig(**changes),
     tmp_path / "cache",
   )
-  with pytest.raises(UserError, match="the split that is trained on, 'train'"):
+  with pytest.raises(UserError, match="names 'train', the training split"):
     load(path=str(folder), validation="train")
   found = load(path=str(folder), split="validation", holdout_every=3)
   assert [split.name for split in found.evaluated] == ["held_out"]
   file = next(folder.glob("train*"))
-  with pytest.raises(UserError, match="is trained on, too"):
+  with pytest.raises(UserError, match="is also trained on"):
     load(path=str(file), validation=str(file))
 
 

@@ -84,7 +84,7 @@ def test_a_text_begins_with_the_begin_token_of_its_tokenizer(described, begins):
   ("sst2", "{first.x}", "must have {first}"),
   ("sst2", "{first!r}", "must have {first}"),
   ("sst2", "{first:d}", "must have {first}"),
-  ("sst2", "{first} {", "stand for braces"),
+  ("sst2", "{first} {", "for braces"),
 ])  # fmt: skip
 def test_a_prompt_must_contain_the_texts_of_the_task(task, prompt, error):
   config = config_lib.TaskConfig(name=task, prompt=prompt)
