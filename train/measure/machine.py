@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from train.common import units
+
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "flax", "torch", "galore-torch")
 ONE_XLA_THREAD = "--xla_cpu_multi_thread_eigen=false"  # in XLA_FLAGS
 
@@ -70,7 +72,7 @@ def _memory_gib() -> float | None:
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   except (AttributeError, ValueError, OSError):
     return None
-  return round(size / 2**30, 1)
+  return round(size / units.GIB, 1)
 
 
 def versions() -> dict[str, str]:
