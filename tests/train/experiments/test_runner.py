@@ -52,6 +52,7 @@ def ran(base, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
     patch.setitem(tables.TABLES, "quick", TINIEST)
+    patch.setattr(jax, "clear_caches", lambda: None)  # the runs are alike
     arguments = [
       "run",
       "quick",
@@ -83,7 +84,7 @@ def test_a_stopped_table_is_resumed(base, ran):
   assert (first, second, third) == (130, 0, 0)
   assert len(left) == 2 and before == []  # the lock, and the unfinished run
   found = results.read(base / "out" / "quick.jsonl")
-  assert len(found) == 6 and {path.name for path in base.glob("work/*")} == {
+  assert len(found) == 5 and {path.name for path in base.glob("work/*")} == {
     "lock"
   }
   done = [record for record in found if record["status"] == "done"]
@@ -117,9 +118,9 @@ def test_the_report_contains_the_records(base, ran, capsys):
   text = page.read_text()
   assert "Not measured yet: `python -m train.experiments run methods" in text
   assert text.count("old") == 1  # an unknown section stays
-  assert "6 of about 6 runs are done" in text
+  assert "5 of about 5 runs are done" in text
   rows = re.findall(r"^\| (AdamW, full rank|GaLore, our.*?) \|", text, re.M)
-  assert len(rows) == 2 + 4  # the table, and two rates of each in the grid
+  assert len(rows) == 2 + 3  # the table, and all points in the grid
   found = results.read(base / "out" / "quick.jsonl")
   pair = [
     math.exp(r["test_loss"])
@@ -152,7 +153,7 @@ def test_quick_ends_with_its_table(base, ran, monkeypatch, capsys):
   arguments += ["--work", str(base / "work"), "--results", str(base / "out")]
   assert command.main(arguments) == 0  # all runs are done
   output = capsys.readouterr().out
-  assert "all 6 runs are done" in output and "| AdamW, full rank | " in output
+  assert "all 5 runs are done" in output and "| AdamW, full rank | " in output
 
 
 def test_a_record_names_its_command(base, ran, monkeypatch):
@@ -171,12 +172,12 @@ def test_a_run_that_diverges_is_recorded(base, ran):
   found = results.read(base / "out" / "quick.jsonl")
   lost = [record for record in found if record["status"] == "diverged"]
   assert {record["learning_rate"] for record in lost} == {DIVERGING}
-  assert {record["entry"] for record in lost} == {"adamw", "galore"}
+  assert [record["entry"] for record in lost] == ["galore"]
   assert "no finite gradient" in lost[0]["why"]
   text = str(base / "speech.txt")
   known = runner.plan(TINIEST, TINIEST.tokens, text, base / "out")
   assert known.chosen(tables.OURS) == (8e-3, 0.25)
-  assert report.grid(known).count("diverged") == 2
+  assert report.grid(known).count("diverged") == 1
 
 
 def test_processes_on_one_table_make_different_runs(tmp_path):
