@@ -10,7 +10,6 @@ synthetic gradients from a basis whose mean squared cosine to the best one is
 
 import argparse
 import functools
-import inspect
 import pathlib
 import statistics
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import captured_energy, galore
+from galore_optax import Refresh, captured_energy
 from galore_optax.subspace import find as find_lib
 from galore_optax.subspace import projection
 from train.bench import options
@@ -36,7 +35,7 @@ SHAPES = (
   (1024, 2736, 256),
   (2048, 5461, 512),
 )
-DEFAULT_ITERATIONS = inspect.signature(galore).parameters["iterations"].default
+DEFAULT_ITERATIONS = Refresh().iterations
 FLOOR = 1e-4  # the least loss of energy that the figure shows
 SVD = "svd"
 RANDOM = "random"
