@@ -104,7 +104,7 @@ def test_sizes(text, size):
   [
     (["--target=tpu"], "--target 'tpu' is unknown"),
     (["--target=tpu:v2"], "v5e"),
-    (["--target=gpu:h100:many"], "'many' is no number"),
+    (["--target=gpu:h100:many"], "'many' is not a number"),
     (["--target=gpu:h100", "--preset=llama_8b"], "llama_8b"),
     (["--target=gpu:h100", "--fit=much"], "16GiB"),
   ],

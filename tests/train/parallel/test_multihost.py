@@ -138,7 +138,9 @@ def test_what_fails_in_one_process_ends_all(monkeypatch, error):
 def test_devices_of_other_processes_are_not_left_alone(monkeypatch):
   monkeypatch.setattr(multihost.jax, "process_count", lambda: 4)
   monkeypatch.setattr(multihost, "several", lambda environment: False)
-  with pytest.raises(UserError, match=r"one of 4 processes.*coordinator=auto"):
+  with pytest.raises(
+    UserError, match=r"belong to 4 processes.*coordinator=auto"
+  ):
     multihost.connect(schema.MeshConfig())
 
 

@@ -19,9 +19,10 @@ import pytest
 
 from train import pretrain
 from train.config import presets, schema
+from train.data import corpus
 from train.models import llama
 from train.parallel import mesh as mesh_lib
-from train.run import checkpoint, job, loop, metrics
+from train.run import checkpoint, loop, metrics
 from train.run.run_dir import FOLDER
 from train.step import optimizer, train_step
 
@@ -233,28 +234,28 @@ def is_poison(rows):
 
 def poison(monkeypatch, numbers):
   """Gives some batches a row of one id, of which the model makes a nan."""
-  plain, make_feed = llama.apply, job.make_feed
+  plain, make_loader = llama.apply, corpus.Corpus.loader
 
   def overflow(graphdef, params, ids):
     return plain(graphdef, params, ids) / jnp.where(is_poison(ids), 0.0, 1.0)
 
-  def feed(corpus, config, part, position):
-    loader = make_feed(corpus, config, part, position)
-    batches, done = loader._batches, (position or {"batches": 0})["batches"]
+  def poisoned_loader(self, seed, *part, state=None):
+    loader = make_loader(self, seed, *part, state=state)
+    batches, done = loader._batches, (state or {"batches": 0})["batches"]
 
     def poisoned():
-      for number, (rows, state) in enumerate(batches, done + 1):
+      for number, (rows, position) in enumerate(batches, done + 1):
         assert not is_poison(rows)
         if number in numbers:
           rows = np.array(rows)
           rows[3] = 7
-        yield rows, state
+        yield rows, position
 
     loader._batches = poisoned()
     return loader
 
   monkeypatch.setattr(llama, "apply", overflow)
-  monkeypatch.setattr(job, "make_feed", feed)
+  monkeypatch.setattr(corpus.Corpus, "loader", poisoned_loader)
 
 
 def test_bad_steps_are_skipped_and_too_many_in_a_row_end_the_run(
