@@ -64,10 +64,10 @@ TINY = {
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_runnable_blocks_run(name, capsys):
-  found = {"__name__": "__main__"}
-  exec(compile(BLOCKS[name], name, "exec"), found)
+  namespace = {"__name__": "__main__"}
+  exec(compile(BLOCKS[name], name, "exec"), namespace)
   if name in TRAINING:
-    assert found["losses"][-1] < 0.5 * found["losses"][0]
+    assert namespace["losses"][-1] < 0.5 * namespace["losses"][0]
 
 
 def test_every_mark_is_that_of_a_block():
@@ -125,11 +125,11 @@ def test_commands_run_in_the_order_of_the_page(page, tmp_path):
   for block in MARKED[page]:
     if not block["ordered"] or any(map(is_missing, needs(block))):
       continue
-    words = ("bash", "-euo", "pipefail", "-c", block["code"])
+    command = ("bash", "-euo", "pipefail", "-c", block["code"])
     if block["language"] == "python":
-      words = (sys.executable, "-c", block["code"])
+      command = (sys.executable, "-c", block["code"])
     done = subprocess.run(
-      words, cwd=work, env=environment, capture_output=True, text=True
+      command, cwd=work, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{block['code']}\n{done.stdout}{done.stderr}"
 
@@ -169,8 +169,8 @@ def anchors(path):
 def links(path):
   """Where a page's links and pictures lead within the repository."""
   inline = [part for token in parsed(path) for part in token.children or ()]
-  found = [part.attrGet("href") or part.attrGet("src") for part in inline]
-  return [link for link in found if link and "://" not in link]
+  targets = [part.attrGet("href") or part.attrGet("src") for part in inline]
+  return [x for x in targets if x and "://" not in x]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: NAMES[page])
@@ -197,13 +197,13 @@ REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
 
 
 def test_the_reference_has_every_public_name_once():
-  found = sorted(itertools.chain.from_iterable(map(documented, REFERENCE)))
+  in_pages = itertools.chain.from_iterable(map(documented, REFERENCE))
   public = [f"galore_optax.{x}" for x in galore_optax.__all__]
   public.remove("galore_optax.baselines")
   public += [
     f"galore_optax.baselines.{x}" for x in galore_optax.baselines.__all__
   ]
-  assert found == sorted(public)
+  assert sorted(in_pages) == sorted(public)
 
 
 def test_the_site_lists_every_page():
@@ -282,7 +282,7 @@ def test_results_of_the_readme_are_those_of_the_evidence():
   evidence = (ROOT / "docs/results/evidence.md").read_text(encoding="utf-8")
   methods = evidence.partition("<!-- methods: begin -->")[2]
   methods = methods.partition("<!-- methods: end -->")[0]
-  found = {
+  measured = {
     name: (float(mean), float(std), float(rest.split("|")[3]))
     for name, mean, std, rest in pattern.findall(methods)
   }
@@ -290,7 +290,7 @@ def test_results_of_the_readme_are_those_of_the_evidence():
   rows = pattern.findall(readme.partition("<!-- evidence -->")[2])
   assert len(rows) == 5
   for name, mean, std, state in rows:
-    expected = found[name]
+    expected = measured[name]
     assert abs(float(mean) - expected[0]) <= 0.051
     assert abs(float(std) - expected[1]) <= 0.051
     assert abs(float(state) - expected[2]) <= 0.051

@@ -47,7 +47,7 @@ class SphinxMarkup(griffe.Extension):
 
 def public_paths(pkg: griffe.Module) -> dict[str, str]:
   """Maps where a public object is defined to the name it is documented by."""
-  found = {}
+  public = {}
   for namespace in (pkg, pkg.members.get("baselines")):
     if namespace is None or namespace.is_alias:
       continue
@@ -58,8 +58,8 @@ def public_paths(pkg: griffe.Module) -> dict[str, str]:
       target = member.target_path if member.is_alias else member.path
       while target != (further := _follow(pkg, target)):
         target = further
-      found.setdefault(target, f"{namespace.path}.{name}")
-  return found
+      public.setdefault(target, f"{namespace.path}.{name}")
+  return public
 
 
 def _follow(pkg: griffe.Module, path: str) -> str:

@@ -32,9 +32,9 @@ COMPONENTS = {
 }
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """The command: 0 drawn, 2 wrong input."""
-  flags = parse(words)
+  flags = parse(argv)
   try:
     content = read(flags.source)
     if flags.measure:
@@ -50,7 +50,7 @@ def main(words: list[str] | None = None) -> int:
   return 0
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
   """Reads the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.measure.memory_bars",
@@ -71,7 +71,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     metavar="FILE",
     help="interpreter with the target's compiler; default: this one",
   )
-  return parser.parse_args(words)
+  return parser.parse_args(argv)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def gib(bar: dict[str, Any]) -> dict[str, float]:
 
 
 def peak_text(bar: dict[str, Any]) -> str:
-  """The peak in words; `> ` in front of that of a refused program."""
+  """The peak as text; `> ` precedes that of a refused program."""
   refused = bar["figures"]["components"]["activations"] is None
   return f"{'> ' * refused}{gib(bar)['peak']:.1f} GiB"
 

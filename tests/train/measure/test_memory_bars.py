@@ -37,9 +37,9 @@ def test_components_are_those_that_train_memory_reports():
 
 
 def test_the_committed_figures_add_up_and_are_of_their_flags():
-  found = memory_bars.read(PICTURED)
-  assert len(found["bars"]) == 5
-  for entry in found["bars"]:
+  bars = memory_bars.read(PICTURED)["bars"]
+  assert len(bars) == 5
+  for entry in bars:
     sizes = memory_bars.gib(entry)
     parts = sum(sizes[name] for name in memory_bars.COMPONENTS)
     assert parts == pytest.approx(sizes["peak"], rel=0.01)
@@ -86,7 +86,7 @@ def test_a_refused_program_needs_more_than_its_known_parts():
 
 
 def test_measuring_replaces_the_figures_of_one_platform(tmp_path):
-  # An interpreter that reports what it was asked, in place of the compilers.
+  # Stands for a Python with a compiler: records its arguments, prints figures.
   fake = tmp_path / "python"
   figures = json.dumps(bar(weights=3.0, peak=3.0)["figures"])
   fake.write_text(
@@ -100,8 +100,8 @@ def test_measuring_replaces_the_figures_of_one_platform(tmp_path):
   other = bar(weights=4.0) | {"flags": "--method adamw --target tpu:b"}
   bars = content(bars=[bar(weights=4.0), other])
   source.write_text(json.dumps(bars), encoding="utf-8")
-  words = [str(source), "--measure", "gpu", "--python", str(fake)]
-  assert memory_bars.main(words) == 0
+  argv = [str(source), "--measure", "gpu", "--python", str(fake)]
+  assert memory_bars.main(argv) == 0
   first, second = memory_bars.read(source)["bars"]
   assert memory_bars.gib(first)["weights"] == 3.0
   assert first["versions"] == {"jax": "1"}
