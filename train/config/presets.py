@@ -141,52 +141,6 @@ def llama_9m(optimizer: str) -> Config:
   )
 
 
-def llama_20m(optimizer: str) -> Config:
-  """20M parameters: not published; the recipe of 60M with rank d/4."""
-  return _resize(
-    llama_9m(optimizer), "llama_20m", rank=64, d_model=256, d_ff=688
-  )
-
-
-def llama_35m(optimizer: str) -> Config:
-  """35M parameters: not published; the recipe of 60M with rank d/4."""
-  return _resize(
-    llama_60m(optimizer),
-    "llama_35m",
-    rank=96,
-    d_model=384,
-    d_ff=1024,
-    n_layers=6,
-  )
-
-
-def llama_40m(optimizer: str) -> Config:
-  """43M parameters: not published; the recipe of 60M with rank d/4."""
-  return _resize(
-    llama_35m(optimizer), "llama_40m", rank=104, d_model=416, n_layers=8
-  )
-
-
-def llama_71m(optimizer: str) -> Config:
-  """71M parameters: not published; the recipe of 60M."""
-  return _resize(
-    llama_60m(optimizer), "llama_71m", rank=128, d_ff=1368, n_layers=12
-  )
-
-
-def llama_100m(optimizer: str) -> Config:
-  """100M parameters: not published; the recipe of 60M with rank d/4."""
-  return _resize(
-    llama_71m(optimizer),
-    "llama_100m",
-    rank=160,
-    vocab_size=32100,
-    d_model=640,
-    d_ff=1708,
-    n_heads=10,
-  )
-
-
 def llama_130m(optimizer: str) -> Config:
   """134M parameters, 2.6B tokens.
 
@@ -207,18 +161,6 @@ def llama_130m(optimizer: str) -> Config:
   )
 
 
-def llama_250m(optimizer: str) -> Config:
-  """247M parameters: not published; the recipe of 130M."""
-  return _resize(
-    llama_130m(optimizer),
-    "llama_250m",
-    rank=256,
-    d_ff=2560,
-    n_layers=24,
-    n_heads=16,
-  )
-
-
 def llama_350m(optimizer: str) -> Config:
   """368M parameters, 7.9B tokens.
 
@@ -228,12 +170,14 @@ def llama_350m(optimizer: str) -> Config:
   APOLLO-Mini 17.18.
   """
   return _resize(
-    llama_250m(optimizer),
+    llama_130m(optimizer),
     "llama_350m",
     rank=256,
     steps=60_000,
     d_model=1024,
     d_ff=2736,
+    n_layers=24,
+    n_heads=16,
   )
 
 
@@ -258,18 +202,6 @@ def llama_1b(optimizer: str) -> Config:
   )
 
 
-def llama_3b(optimizer: str) -> Config:
-  """2.7B parameters: not published; the recipe of 1B with rank d/4."""
-  return _resize(
-    llama_1b(optimizer),
-    "llama_3b",
-    rank=640,
-    d_model=2560,
-    d_ff=6848,
-    n_layers=32,
-  )
-
-
 def llama_7b(optimizer: str) -> Config:
   """6.7B parameters, 19.7B tokens.
 
@@ -279,12 +211,13 @@ def llama_7b(optimizer: str) -> Config:
   APOLLO (rank 256) reports 13.02 after 150K, APOLLO-Mini 13.09.
   """
   base = _resize(
-    llama_3b(optimizer),
+    llama_1b(optimizer),
     "llama_7b",
     rank=1024,
     steps=150_000,
     d_model=4096,
     d_ff=11008,
+    n_layers=32,
   )
   rate = base.optimizer.learning_rate / 2
   return _change(
@@ -297,17 +230,10 @@ PRESETS: dict[str, Callable[[Any], Config]] = {
   for preset in (
     sotu_small,
     llama_9m,
-    llama_20m,
-    llama_35m,
-    llama_40m,
     llama_60m,
-    llama_71m,
-    llama_100m,
     llama_130m,
-    llama_250m,
     llama_350m,
     llama_1b,
-    llama_3b,
     llama_7b,
   )
 }
