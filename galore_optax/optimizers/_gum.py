@@ -11,9 +11,10 @@ from jax.typing import ArrayLike
 from galore_optax import checks
 from galore_optax._galore import galore
 from galore_optax.optimizers import _sumo
+from galore_optax.optimizers import options as options_lib
 from galore_optax.optimizers.adam8bit import Mask
 from galore_optax.optimizers.gum_sampling import Sampled
-from galore_optax.optimizers.options import GaLoreOptions, plan_of, recipe
+from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import plan, sharding
 
@@ -24,10 +25,8 @@ POLICIES = ("synchronous", "staggered")
   {"scale": 0.2, "refresh": Refresh(policy="synchronous")},
   refused={
     "residual": "drawn matrices already follow what the bases leave out",
-    "accumulation_steps": (
-      "it needs the whole gradient of a step; use `optax.MultiSteps` around it"
-    ),
-    "faithful": "it is the algorithm of another paper",
+    "accumulation_steps": options_lib.WHOLE_GRADIENT,
+    "faithful": options_lib.OTHER_PAPER,
   },
 )
 def gum(
@@ -154,7 +153,7 @@ def gum(
   low_rank(())  # raises for what GaLore refuses
   settings = Sampled(
     low_rank,
-    plan_of(rules, options),
+    options_lib.plan_of(rules, options),
     sampled=sampled,
     gap=options.get("update_proj_gap"),
     decay=decay,
@@ -173,7 +172,7 @@ def gum(
 
 def _check(sampled: Any, refresh: Any, rules: Any) -> None:
   checks.check_choice("refresh", refresh.policy, POLICIES)
-  _sumo.check_finder("gum", refresh)
+  options_lib.check_finder("gum", refresh)
   if refresh.moments != "rotate" or refresh.random_from is not None:
     raise ValueError(
       "`gum` starts its momentum from zero in each period and rotates it "

@@ -17,9 +17,9 @@ from jax.typing import ArrayLike, DTypeLike
 from galore_optax import checks
 from galore_optax import context as context_lib
 from galore_optax._galore import GaLoreState, galore
-from galore_optax.optimizers._sumo import check_finder
+from galore_optax.optimizers import options as options_lib
 from galore_optax.optimizers.adam8bit import Mask
-from galore_optax.optimizers.options import GaLoreOptions, plan_of, recipe
+from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.subspace import moments, projection
 from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import paths, sharding, split
@@ -187,10 +187,8 @@ def _with_error(site: plan_lib.Site, grad: jax.Array, error: Any) -> jax.Array:
   },
   refused={
     "residual": "error feedback returns what the bases leave out",
-    "accumulation_steps": (
-      "it needs the whole gradient of a step; use `optax.MultiSteps` around it"
-    ),
-    "faithful": "it is the algorithm of another paper",
+    "accumulation_steps": options_lib.WHOLE_GRADIENT,
+    "faithful": options_lib.OTHER_PAPER,
   },
 )
 def ldadam(
@@ -294,7 +292,7 @@ def ldadam(
   core(refresh.iterations)  # raises for what GaLore refuses
   settings = _LDAdam(
     core,
-    plan_of(rules, options),
+    options_lib.plan_of(rules, options),
     refresh.iterations,
     b1,
     rho,
@@ -312,7 +310,7 @@ def ldadam(
 
 def _check_refresh(refresh: Refresh) -> None:
   checks.check_choice("refresh", refresh.policy, POLICIES)
-  check_finder("ldadam", refresh)
+  options_lib.check_finder("ldadam", refresh)
   if refresh.moments != "ldadam" or refresh.random_from is not None:
     raise ValueError(
       '`ldadam` carries moments over by Refresh(moments="ldadam") into bases '

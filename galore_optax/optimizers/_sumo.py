@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import checks, linalg
 from galore_optax._galore import galore
+from galore_optax.optimizers import options as options_lib
 from galore_optax.optimizers.adam8bit import Mask
 from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.tree import paths, plan
@@ -80,9 +81,7 @@ def scale_by_orthogonal_momentum(
   )
 
 
-@recipe(
-  {"scale": 0.2}, refused={"faithful": "it is the algorithm of another paper"}
-)
+@recipe({"scale": 0.2}, refused={"faithful": options_lib.OTHER_PAPER})
 def sumo(
   learning_rate: optax.ScalarOrSchedule,
   decay: ArrayLike = 0.95,
@@ -148,7 +147,7 @@ def sumo(
     Accelerating Memory-Efficient LLM Training
     <https://arxiv.org/abs/2505.24749>`_, 2025, Algorithm 1.
   """
-  check_finder("sumo", options.get("refresh"))
+  options_lib.check_finder("sumo", options.get("refresh"))
   checks.check_eps(eps, options.get("state_dtype"))
   rules = options["rules"] = plan.check_rules(options.get("rules", ()))
   kinds: dict[Hashable, Any] = {
@@ -161,15 +160,6 @@ def sumo(
     optax.scale_by_learning_rate(learning_rate),
   )
   return galore(inner, **options)
-
-
-def check_finder(name: str, refresh: Any) -> None:
-  """Raises if a recipe that updates in a subspace is given random bases."""
-  if refresh.finder == "random":
-    raise ValueError(
-      f'finder="random" only measures gradients, but {name} updates in the '
-      'subspace. Use "subspace" or "svd".'
-    )
 
 
 def kinds_by_name(rules: plan.Rules) -> Callable[[Any], Any]:

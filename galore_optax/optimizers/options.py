@@ -16,6 +16,13 @@ from galore_optax.tree import plan, sharding
 _Make = TypeVar("_Make", bound=Callable[..., Any])
 
 
+# Reasons why a recipe refuses an option.
+OTHER_PAPER = "it is the algorithm of another paper"
+WHOLE_GRADIENT = (
+  "it needs the whole gradient of a step; use `optax.MultiSteps` around it"
+)
+
+
 class GaLoreOptions(TypedDict, total=False):
   """The keyword arguments of `galore` that recipes share, for type checkers."""
 
@@ -98,6 +105,20 @@ def plan_of(rules: plan.Rules, options: GaLoreOptions) -> plan.Plan:
   )
   partitions = sharding.partitions(options.get("param_shardings"))
   return plan.Plan(tuple(rules), default, partitions=partitions)
+
+
+def check_finder(recipe_name: str, refresh: Any) -> None:
+  """Raises if bases are random in a recipe that updates in the subspace.
+
+  Args:
+    recipe_name: The recipe.
+    refresh: Its option `refresh`, with the defaults filled in.
+  """
+  if refresh.finder == "random":
+    raise ValueError(
+      f'finder="random" only measures gradients, but {recipe_name} updates in '
+      'the subspace. Use "subspace" or "svd".'
+    )
 
 
 def _signature(

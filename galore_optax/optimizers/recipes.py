@@ -8,21 +8,18 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import checks
 from galore_optax._galore import galore
+from galore_optax.optimizers import options as options_lib
 from galore_optax.optimizers.adam8bit import Mask, adamw_8bit
 from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.subspace.refresh_settings import Refresh
-
-_NOT_THE_PAPER = {"faithful": "it is the algorithm of another paper"}
 
 
 def _apollo(residual: str) -> dict[str, str]:
   """Options of an APOLLO recipe that must keep their defaults, and why."""
   return {
     "residual": f"it is the method residual={residual!r}",
-    "accumulation_steps": (
-      "it needs the whole gradient of a step; use `optax.MultiSteps` around it"
-    ),
-    **_NOT_THE_PAPER,
+    "accumulation_steps": options_lib.WHOLE_GRADIENT,
+    "faithful": options_lib.OTHER_PAPER,
   }
 
 
@@ -490,7 +487,7 @@ def galore_adamw_8bit(
 
 @recipe(
   {"basis_dtype": "int4", "refresh": Refresh(policy="adaptive")},
-  refused=_NOT_THE_PAPER,
+  refused={"faithful": options_lib.OTHER_PAPER},
 )
 def q_galore_adamw_8bit(
   learning_rate: optax.ScalarOrSchedule,
