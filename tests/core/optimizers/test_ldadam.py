@@ -207,7 +207,7 @@ def test_the_error_is_sharded_as_the_weights_are():
 
 
 def test_what_is_refused():
-  for name, wrong in (("b1", 1.0), ("rho", -0.1), ("iterations", 0)):
+  for name, wrong in (("b1", 1.0), ("rho", -0.1)):
     with pytest.raises(ValueError, match=f"`{name}` must"):
       ldadam(RATE, **{name: wrong})
   with pytest.raises(ValueError, match="keeps the moments"):
