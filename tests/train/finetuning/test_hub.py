@@ -35,7 +35,7 @@ for name, fields in map(json.loads, sys.stdin):
     read = examples.load(
       tasks.TASKS[name], SharedDataConfig(**fields), pathlib.Path(sys.argv[1])
     )
-    found = {s.name: [s.first[0], s.answers[:3]]
+    found = {s.name: [s.first[0], s.labels[:3]]
              for s in (read.train, *read.evaluated)}
   except UserError as error:
     found = {"error": str(error)}
@@ -44,7 +44,7 @@ for name, fields in map(json.loads, sys.stdin):
 
 
 def publish(root, repository, name, splits, features=None):
-  """Parquet files and a card, as the hub has them."""
+  """Writes Parquet files and a card, in the layout of the hub."""
   folder = root / "datasets" / repository
   files = []
   for split, rows in splits.items():
