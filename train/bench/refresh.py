@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import Refresh, captured_energy
+from galore_optax import captured_energy
 from galore_optax.subspace import find as find_lib
-from galore_optax.subspace import projection
+from galore_optax.subspace import projection, refresh_settings
 from train.bench import options
 from train.common import units
 from train.measure import bases, figure, gradients, timing
@@ -35,7 +35,7 @@ SHAPES = (
   (1024, 2736, 256),
   (2048, 5461, 512),
 )
-DEFAULT_ITERATIONS = Refresh().iterations
+DEFAULT_ITERATIONS: Any = refresh_settings.DEFAULTS.iterations
 FLOOR = 1e-4  # the least loss of energy that the figure shows
 SVD = "svd"
 RANDOM = "random"

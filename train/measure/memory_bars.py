@@ -1,4 +1,4 @@
-"""Draws what fills a device's memory, one bar a method.
+"""Draws what fills a device's memory, one bar per method.
 
     python -m train.measure.memory_bars docs/results/memory/llama_7b.json \
       --out docs/results/memory/llama_7b.png
@@ -19,9 +19,10 @@ import subprocess
 import sys
 from typing import Any
 
+from train.common import units
 from train.common.errors import UserError
+from train.measure import tables
 
-GIB = 2**30
 # Component of `train.memory --json` to its label and colour.
 COMPONENTS = {
   "weights": ("weights", "#4c72b0"),
@@ -33,7 +34,7 @@ COMPONENTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command: 0 drawn, 2 wrong input."""
+  """Runs the command: 0 when drawn, 2 for wrong input."""
   flags = parse(argv)
   try:
     content = read(flags.source)
@@ -51,13 +52,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-  """Reads the command line."""
+  """Parses the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.measure.memory_bars",
     description="Draws the memory of training steps by component.",
   )
   add = parser.add_argument
-  add("source", type=pathlib.Path, metavar="JSON", help="the bars")
+  add("source", type=pathlib.Path, metavar="JSON", help="file of the bars")
   add("--out", type=pathlib.Path, metavar="PNG", help="where to draw them")
   add(
     "--measure",
@@ -69,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     "--python",
     default=sys.executable,
     metavar="FILE",
-    help="interpreter with the target's compiler; default: this one",
+    help="Python interpreter with the target's compiler (default: this one)",
   )
   return parser.parse_args(argv)
 
@@ -133,7 +134,7 @@ def _versions(python: str) -> dict[str, str]:
 
 
 def gib(bar: dict[str, Any]) -> dict[str, float]:
-  """Component to GiB, and `peak`.
+  """GiB of each component, and of the `peak`.
 
   A compiler that refuses a program for its size does not report temporaries.
   They are 0 here, and `peak` is what the compiler says that it needs at least.
@@ -144,8 +145,8 @@ def gib(bar: dict[str, Any]) -> dict[str, float]:
   if "figures" not in bar:
     raise UserError(f"{bar['label']!r} has no figures; run --measure")
   sizes = bar["figures"]["components"]
-  return {name: (sizes[name] or 0) / GIB for name in COMPONENTS} | {
-    "peak": bar["figures"]["peak_bytes"] / GIB
+  return {name: (sizes[name] or 0) / units.GIB for name in COMPONENTS} | {
+    "peak": bar["figures"]["peak_bytes"] / units.GIB
   }
 
 
@@ -156,20 +157,20 @@ def peak_text(bar: dict[str, Any]) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-  """The figures in GiB, a line a bar."""
-  width = max(len(bar["label"]) for bar in content["bars"])
-  lines = [
-    f"{'GiB':<{width}}" + "".join(f"{x:>12}" for x in [*COMPONENTS, "peak"])
+  """The figures in GiB, one line per bar."""
+  rows = [
+    [
+      bar["label"],
+      *(f"{gib(bar)[name]:.2f}" for name in COMPONENTS),
+      peak_text(bar),
+    ]
+    for bar in content["bars"]
   ]
-  for bar in content["bars"]:
-    sizes = gib(bar)
-    cells = "".join(f"{sizes[x]:>12.2f}" for x in COMPONENTS)
-    lines.append(f"{bar['label']:<{width}}{cells}{peak_text(bar):>12}")
-  return "\n".join(lines)
+  return tables.text_table(["GiB", *COMPONENTS, "peak"], rows)
 
 
 def draw(content: dict[str, Any], path: pathlib.Path) -> None:
-  """Draws one stacked horizontal bar a method, the first at the top."""
+  """Draws a stacked horizontal bar per method, the first at the top."""
   import matplotlib
 
   matplotlib.use("Agg")
