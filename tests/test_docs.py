@@ -58,7 +58,7 @@ TINY = {
   " --set model.n_layers=1 --set model.n_heads=2 --set model.vocab_size=300"
   " --set optimizer.rank=8 --set data.path=tiny.txt --set data.length=32"
   " --set train.steps=4 --set run.watch=none --set run.sample_tokens=0",
-  "train.finetune": "--set task.epochs=1",
+  "train.finetune": "--set task.epochs=1 --set data.length=128",
 }
 
 
