@@ -343,7 +343,7 @@ def _matrix_legend(panel: plt.Axes, runs: list[Run]) -> None:
   panel.legend(handles, names, frameon=False, fontsize="small")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Runs the command: 0 when done, 2 for wrong input."""
   parser = argparse.ArgumentParser(
     prog="python -m train.plot",
@@ -370,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
     default="steps",
     help="quantity on the horizontal axis (default: %(default)s)",
   )
-  flags = parser.parse_args(arguments)
+  flags = parser.parse_args(argv)
   try:
     runs = [history.load(out) for out in flags.runs]
     single = len(runs) == 1

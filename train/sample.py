@@ -285,7 +285,7 @@ def until(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
   return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
   """Parses the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.sample",
@@ -344,7 +344,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     default="",
     help="dtype of weights and computation (default: the run's, else float32)",
   )
-  return parser.parse_args(arguments)
+  return parser.parse_args(argv)
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -381,10 +381,10 @@ def run(flags: argparse.Namespace) -> None:
     print(tokenizer.decode(ids + continuation), end="\n\n")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Runs the command: 0 when done, 2 for wrong input."""
   try:
-    run(parse(arguments))
+    run(parse(argv))
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -27,32 +27,32 @@ from train.bench.report import BENCHMARKS
 from train.common.errors import UserError
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status.
 
   Returns:
     0 when measured, 1 if a benchmark of `all` failed, 2 for wrong input.
   """
-  arguments = sys.argv[1:] if arguments is None else arguments
-  if arguments[:1] == ["loop"]:
+  argv = sys.argv[1:] if argv is None else argv
+  if argv[:1] == ["loop"]:
     from train.bench import loop
 
-    return loop.main(arguments[1:])
-  flags = parse(arguments)
+    return loop.main(argv[1:])
+  flags = parse(argv)
   try:
     if flags.benchmark == "report":
       report.write(flags.out, flags.page)
       return 0
     if flags.benchmark == "all":
       return run_all(flags)
-    run(flags, arguments)
+    run(flags, argv)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   return 0
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
   """Parses the command line; `--quick` changes the defaults."""
   parser = argparse.ArgumentParser(
     prog="python -m train.bench",
@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--out", type=pathlib.Path, help=_OUT)
     _add_common(command)
     module.add_arguments(command)
-    if "--quick" in arguments and name in arguments:
+    if "--quick" in argv and name in argv:
       command.set_defaults(**module.QUICK)
   for name in ("all", "report"):
     command = commands.add_parser(name, help=_HELP[name])
@@ -92,7 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
       command.add_argument("--only", default=",".join(BENCHMARKS), help=_ONLY)
       command.add_argument("--tpu-python", metavar="PATH", help=_TPU)
   commands.add_parser("loop", help="see python -m train.bench loop --help")
-  return parser.parse_args(arguments)
+  return parser.parse_args(argv)
 
 
 _OUT = "folder for the record and its figure (default: only print)"
@@ -116,19 +116,17 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def run(
-  flags: argparse.Namespace, arguments: list[str]
-) -> list[dict[str, Any]]:
+def run(flags: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
   """Measures one benchmark; saves its records if a folder is given."""
   if flags.single_threaded:
-    relaunch.with_one_thread(arguments)
+    relaunch.with_one_thread(argv)
   module: Any = report.module(flags.benchmark)
-  relaunch.with_devices(arguments, getattr(module, "DEVICES", 1))
+  relaunch.with_devices(argv, getattr(module, "DEVICES", 1))
   records = []
   for part, settings in getattr(module, "parts", lambda _: [("", {})])(flags):
     vars(flags).update(settings)
     results = module.measure(flags)
-    own = _arguments_of_part(arguments, settings)
+    own = _arguments_of_part(argv, settings)
     records.append(record_lib.make(flags.benchmark, own, flags, results, part))
     if flags.out:
       path = record_lib.save(records[-1], flags.out)
@@ -137,12 +135,10 @@ def run(
   return records
 
 
-def _arguments_of_part(
-  arguments: list[str], settings: dict[str, str]
-) -> list[str]:
+def _arguments_of_part(argv: list[str], settings: dict[str, str]) -> list[str]:
   """The arguments of a command that measures only this part."""
   own = [x for k, v in settings.items() for x in (f"--{k}", v)]
-  return record_lib.without(arguments, settings) + own
+  return record_lib.without(argv, settings) + own
 
 
 def run_all(flags: argparse.Namespace) -> int:
@@ -171,13 +167,13 @@ def run_all(flags: argparse.Namespace) -> int:
 
 def _arguments_of_benchmark(flags: argparse.Namespace, name: str) -> list[str]:
   """The arguments with which `all` runs one benchmark."""
-  arguments = [name, f"--out={flags.out}"]
-  arguments += ["--quick"] * flags.quick
-  arguments += ["--single-threaded"] * flags.single_threaded
-  arguments += ["--torch"] * (flags.torch and name == "step")
+  argv = [name, f"--out={flags.out}"]
+  argv += ["--quick"] * flags.quick
+  argv += ["--single-threaded"] * flags.single_threaded
+  argv += ["--torch"] * (flags.torch and name == "step")
   if name == "chips" and flags.tpu_python:
-    arguments.append(f"--python={flags.tpu_python}")
-  return arguments
+    argv.append(f"--python={flags.tpu_python}")
+  return argv
 
 
 def _has_tpu_compiler() -> bool:

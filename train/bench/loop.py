@@ -149,7 +149,7 @@ def report(config: schema.Config, times: Times, length: int) -> str:
   )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Parses the command line and prints the table; returns the exit status."""
   parser = argparse.ArgumentParser(
     prog="python -m train.bench loop",
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
   )
   add("--rounds", type=int, default=6, help="how often each way is timed")
   add("--steps", type=int, default=20, help="steps of a round")
-  flags = parser.parse_args(arguments)
+  flags = parser.parse_args(argv)
   count = flags.rounds * flags.steps
   no_pauses = [
     f"train.steps={count + 1}",

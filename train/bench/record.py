@@ -25,7 +25,7 @@ LOCAL_OPTIONS = ("out", "gradients", "keep", "python")
 
 def make(
   benchmark: str,
-  arguments: list[str],
+  argv: list[str],
   flags: argparse.Namespace,
   results: dict[str, Any],
   part: str = "",
@@ -34,7 +34,7 @@ def make(
 
   Args:
     benchmark: The benchmark's name.
-    arguments: The command-line arguments.
+    argv: The command-line arguments.
     flags: The same, parsed.
     results: What the benchmark measured.
     part: The part of the benchmark, empty if it has none.
@@ -42,7 +42,7 @@ def make(
   options = {
     k: v for k, v in sorted(vars(flags).items()) if k not in LOCAL_OPTIONS
   }
-  shared = shlex.join(without(arguments, LOCAL_OPTIONS))
+  shared = shlex.join(without(argv, LOCAL_OPTIONS))
   return {
     "benchmark": benchmark,
     "part": part,
@@ -53,10 +53,10 @@ def make(
   }
 
 
-def without(arguments: list[str], options: Collection[str]) -> list[str]:
+def without(argv: list[str], options: Collection[str]) -> list[str]:
   """Command-line arguments without some options and their values."""
   remaining, skip = [], False
-  for argument in arguments:
+  for argument in argv:
     name, has_value, _ = argument.partition("=")
     dropped = name.startswith("--") and name[2:] in options
     if not (dropped or skip):

@@ -13,14 +13,14 @@ _ONE_THREAD = {
 }
 
 
-def with_flags(arguments: list[str], flags: str, **environment: str) -> None:
+def with_flags(argv: list[str], flags: str, **environment: str) -> None:
   """Replaces this process by the same command with more flags for XLA.
 
   XLA reads its flags only once, when a process first uses it. Does nothing if
   the flags are set already.
 
   Args:
-    arguments: The arguments of `python -m train.bench`.
+    argv: The arguments of `python -m train.bench`.
     flags: What to add to `XLA_FLAGS`.
     **environment: Other variables to set.
   """
@@ -29,17 +29,17 @@ def with_flags(arguments: list[str], flags: str, **environment: str) -> None:
     return
   new = {**os.environ, "XLA_FLAGS": f"{old} {flags}".strip(), **environment}
   sys.stdout.flush()
-  command = [sys.executable, "-m", "train.bench", *arguments]
+  command = [sys.executable, "-m", "train.bench", *argv]
   os.execve(sys.executable, command, new)
 
 
-def with_one_thread(arguments: list[str]) -> None:
+def with_one_thread(argv: list[str]) -> None:
   """Like `with_flags`, with one thread for XLA and one for BLAS."""
-  with_flags(arguments, machine.ONE_XLA_THREAD, **_ONE_THREAD)
+  with_flags(argv, machine.ONE_XLA_THREAD, **_ONE_THREAD)
 
 
-def with_devices(arguments: list[str], count: int) -> None:
+def with_devices(argv: list[str], count: int) -> None:
   """Like `with_flags`, with `count` CPU devices if there are fewer devices."""
   if count > 1 and len(jax.devices()) < count:
     flag = f"--xla_force_host_platform_device_count={count}"
-    with_flags(arguments, flag, JAX_PLATFORMS="cpu")
+    with_flags(argv, flag, JAX_PLATFORMS="cpu")

@@ -49,7 +49,7 @@ def count(text: str) -> int:
   return value
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
   """Parses the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.experiments",
@@ -97,7 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
       default=report.PAGE,
       help="Markdown page with the tables (default: %(default)s)",
     )
-  return parser.parse_args(arguments)
+  return parser.parse_args(argv)
 
 
 _RESULTS = "folder of the records of finished runs (default: %(default)s)"
@@ -194,9 +194,9 @@ def execute(flags: argparse.Namespace) -> int:
   return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Runs the command: 0 when done, 2 for wrong input, 130 if stopped."""
-  flags = parse(arguments)
+  flags = parse(argv)
   return exit_status.report_errors(lambda: execute(flags))
 
 
