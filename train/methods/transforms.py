@@ -159,6 +159,16 @@ def unstacked(
   return optax.GradientTransformation(init, update)
 
 
+def refresh_of(c: OptimizerConfig) -> galore_optax.Refresh:
+  """When and how bases are recomputed, as the options say."""
+  return galore_optax.Refresh(
+    policy=c.refresh,
+    finder=c.projector,
+    moments=c.moments,
+    random_from=c.random_from or None,
+  )
+
+
 def galore_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
   """The keyword arguments of `galore_optax.galore`."""
   return {
@@ -168,12 +178,7 @@ def galore_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
     "update_proj_gap": c.update_proj_gap,
     "scale": c.scale,
     "proj_type": c.proj_type,
-    "refresh": galore_optax.Refresh(
-      policy=c.refresh,
-      finder=c.projector,
-      moments=c.moments,
-      random_from=c.random_from or None,
-    ),
+    "refresh": refresh_of(c),
     "basis_dtype": c.basis_dtype,
     "state_dtype": c.state_dtype or None,
     "accumulation_steps": c.accumulate,
@@ -183,12 +188,24 @@ def galore_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
   }
 
 
+def _adam(c: OptimizerConfig, lr: optax.Schedule) -> dict[str, Any]:
+  """The arguments of AdamW, which many recipes take."""
+  return {
+    "learning_rate": lr,
+    "b1": c.b1,
+    "b2": c.b2,
+    "eps": c.eps,
+    "weight_decay": c.weight_decay,
+    "mask": decayed,
+  }
+
+
 def galore(
   c: OptimizerConfig, lr: optax.Schedule, shardings: Any, **options: Any
 ):
   """GaLore around AdamW."""
   known = galore_options(c, shardings)
-  return galore_optax.galore(adamw(c, lr), **known | options)
+  return galore_optax.galore_adamw(**_adam(c, lr), **known | options)
 
 
 def galore_faithful(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
@@ -206,41 +223,48 @@ def galore_adafactor(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   # Projected gradients are factored like full ones, however low the rank. The
   # limit stays above the number of layers, which are stacked in another axis.
   least = min(128, c.rank) if c.rank >= 32 else 128
+  # Not the recipe: there the rate comes before the decay, and the state of
+  # checkpoints has it after.
   inner = adafactor(c, lr, min_dim_size_to_factor=least)
   return galore_optax.galore(inner, **galore_options(c, shardings))
 
 
 def galore_lion(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GaLore around Lion."""
-  return galore_optax.galore(lion(c, lr), **galore_options(c, shardings))
+  return galore_optax.galore_lion(
+    lr,
+    c.b1,
+    0.99,
+    weight_decay=c.weight_decay,
+    mask=decayed,
+    **galore_options(c, shardings),
+  )
 
 
 def galore_sgd(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GaLore around SGD with momentum."""
+  # Not the recipe, which has no weight decay.
   return galore_optax.galore(sgd(c, lr), **galore_options(c, shardings))
 
 
 def adamw_8bit(c: OptimizerConfig, lr: optax.Schedule, shardings: Any = None):
   """AdamW with moments in eight bits."""
   del shardings
-  return galore_optax.adamw_8bit(
-    lr, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decayed
-  )
+  return galore_optax.adamw_8bit(**_adam(c, lr))
 
 
-def galore_8bit(
-  c: OptimizerConfig, lr: optax.Schedule, shardings: Any, **options: Any
-):
+def galore_8bit(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GaLore around AdamW with moments in eight bits."""
   known = galore_options(c, shardings)
-  return galore_optax.galore(adamw_8bit(c, lr), **known | options)
+  return galore_optax.galore_adamw_8bit(**_adam(c, lr), **known)
 
 
 def q_galore(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """Q-GaLore: 8-bit GaLore with bases in four bits and adaptive refreshes."""
-  refresh = galore_options(c, shardings)["refresh"]
-  adaptive = dataclasses.replace(refresh, policy="adaptive")
-  return galore_8bit(c, lr, shardings, basis_dtype="int4", refresh=adaptive)
+  adaptive = dataclasses.replace(refresh_of(c), policy="adaptive")
+  options: dict[str, Any] = {"basis_dtype": "int4", "refresh": adaptive}
+  known = galore_options(c, shardings)
+  return galore_optax.q_galore_adamw_8bit(**_adam(c, lr), **known | options)
 
 
 def fira(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
@@ -248,24 +272,29 @@ def fira(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   return galore(c, lr, shardings, residual="fira")
 
 
-# A random projection is kept as a seed. Options on how bases are found,
-# refreshed and stored, and on moments in a new basis, do not apply to it.
-_RANDOM = {
-  "refresh": galore_optax.Refresh(
+def _random_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
+  """GaLore's options for random projections.
+
+  A random projection is kept as a seed. Options on how bases are found,
+  refreshed and stored, and on moments in a new basis, do not apply to it.
+  """
+  refresh = galore_optax.Refresh(
     policy="synchronous", finder="random", moments="keep"
-  ),
-  "basis_dtype": "float32",
-}
+  )
+  options: dict[str, Any] = {"refresh": refresh, "basis_dtype": "float32"}
+  return galore_options(c, shardings) | options
 
 
 def apollo(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """APOLLO: full gradients, scaled by channel."""
-  return galore(c, lr, shardings, residual="apollo", **_RANDOM)
+  options = _random_options(c, shardings)
+  return galore_optax.apollo_adamw(**_adam(c, lr), **options)
 
 
 def apollo_mini(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """APOLLO-Mini: full gradients, scaled by matrix, at rank 1."""
-  return galore(c, lr, shardings, residual="apollo_mini", rank=1, **_RANDOM)
+  options = _random_options(c, shardings) | {"rank": 1}
+  return galore_optax.apollo_mini_adamw(**_adam(c, lr), **options)
 
 
 def q_apollo_mini(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
@@ -274,31 +303,16 @@ def q_apollo_mini(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   The matrices' moments are of rank 1 and stay in full precision; the eight
   bits are for those of the embedding and the head.
   """
-  return galore_8bit(
-    c, lr, shardings, residual="apollo_mini", rank=1, **_RANDOM
+  options = _random_options(c, shardings)
+  return galore_optax.galore(
+    adamw_8bit(c, lr), **options | {"rank": 1, "residual": "apollo_mini"}
   )
 
 
 def sumo(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """SUMO: orthogonal momentum for the block matrices, AdamW for the rest."""
-  transforms: dict[Any, Any] = {
-    "matrix": galore_optax.scale_by_orthogonal_momentum(SUMO_DECAY),
-    "other": optax.scale_by_adam(c.b1, c.b2, c.eps),
-  }
-
-  def labels(params: Any) -> Any:
-    name = lambda is_matrix: "matrix" if is_matrix else "other"
-    return jax.tree.map(name, block_matrices(params))
-
-  # Not `galore_optax.sumo`: that gives leaves outside of the blocks, which
-  # are matrices too, to its momentum unless rules name them; the states of
-  # checkpoints have this partition.
-  inner = optax.chain(
-    optax.partition(transforms, labels),
-    optax.add_decayed_weights(c.weight_decay, decayed),
-    optax.scale_by_learning_rate(lr),
-  )
-  return galore_optax.galore(inner, **galore_options(c, shardings))
+  known = galore_options(c, shardings)
+  return galore_optax.sumo(decay=SUMO_DECAY, **_adam(c, lr), **known)
 
 
 def gum(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
@@ -306,14 +320,9 @@ def gum(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   _refuse(c, "moments", ("rotate",), "whose momentum begins with each draw")
   _refuse(c, "random_from", (0,), "which draws matrices, not bases")
   return galore_optax.gum(
-    lr,
-    SUMO_DECAY,
-    c.b1,
-    c.b2,
-    c.eps,
-    c.weight_decay,
-    decayed,
+    decay=SUMO_DECAY,
     sampled=c.sampled,
+    **_adam(c, lr),
     **_shared_options(c, shardings),
   )
 
@@ -326,19 +335,14 @@ def ldadam(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   _refuse(c, "moments", ("rotate", "ldadam"), "which has a rule of its own")
   _refuse(c, "random_from", (0,), "whose bases follow the momentum")
   return galore_optax.ldadam(
-    lr,
-    c.b1,
-    c.b2,
-    c.eps,
-    c.weight_decay,
-    decayed,
     error_dtype=c.state_dtype or None,
+    **_adam(c, lr),
     **_shared_options(c, shardings),
   )
 
 
 def _shared_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
-  """GaLore's options; GUM and LDAdam carry moments over in their own way."""
+  """GaLore's options for methods that carry moments over in their own way."""
   refresh = galore_optax.Refresh(policy=c.refresh, finder=c.projector)
   return galore_options(c, shardings) | {"refresh": refresh}
 
