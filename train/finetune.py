@@ -26,7 +26,7 @@ from train.common.errors import Diverged, UserError
 from train.config import cli, field_help
 from train.config.schema import HUB
 from train.data import corpus
-from train.data.packing import spread
+from train.data.packing import evenly
 from train.finetuning import (
   encoders,
   evaluation,
@@ -172,7 +172,7 @@ def tokenize(
     config.task.group,
   )
   evaluated = [
-    model.tokenize(split.take(spread(len(split), config.data.eval_rows)))
+    model.tokenize(split.take(evenly(len(split), config.data.eval_rows)))
     for split in examples.evaluated
   ]
   return job_lib.TaskData(examples.task, train, evaluated, batches)

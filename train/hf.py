@@ -1,9 +1,11 @@
-"""Weights in and out: `python -m train.hf import SRC --out DIR` and `export`.
+"""Converts LLaMA weights to the layout of Hugging Face.
 
-`import` reads LLaMA safetensors (one file or shards) or a GGUF file; `export`
-reads a run. Both write a folder in Hugging Face's layout: model.safetensors,
-config.json, generation_config.json, tokenizer.json, tokenizer_config.json.
-`transformers` loads it, and so do `train.pretrain --from` and `train.sample`.
+    python -m train.hf import SRC --out DIR     # safetensors or a GGUF file
+    python -m train.hf export RUN --out DIR     # a run of train.pretrain
+
+Both write a folder with model.safetensors, config.json, generation_config.json,
+tokenizer.json and tokenizer_config.json, which `transformers`,
+`train.pretrain --from` and `train.sample` load.
 """
 
 import argparse
@@ -16,38 +18,52 @@ from train.common.errors import UserError
 from train.pretrained import llama_checkpoint
 
 
-def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-  """Reads the command line."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+  """Parses the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m train.hf",
-    description="Reads and writes LLaMA weights in Hugging Face's layout.",
+    description="Converts LLaMA weights to the layout of Hugging Face.",
   )
   commands = parser.add_subparsers(dest="command", required=True)
   reader = commands.add_parser(
-    "import", help="a folder of safetensors or a .gguf file"
+    "import", help="convert a folder of safetensors or a .gguf file"
   )
-  reader.add_argument("source", type=pathlib.Path, metavar="SRC")
-  writer = commands.add_parser("export", help="a run of train.pretrain")
-  writer.add_argument("source", type=pathlib.Path, metavar="RUN")
+  reader.add_argument(
+    "source",
+    type=pathlib.Path,
+    metavar="SRC",
+    help="the folder or the .gguf file",
+  )
+  writer = commands.add_parser("export", help="convert a run of train.pretrain")
   writer.add_argument(
-    "--step", type=int, default=0, help="checkpoint; default: the newest"
+    "source", type=pathlib.Path, metavar="RUN", help="the folder of the run"
+  )
+  writer.add_argument(
+    "--step",
+    type=int,
+    default=0,
+    help="step of the checkpoint; default: the newest",
   )
   for command in (reader, writer):
     command.add_argument(
-      "--out", type=pathlib.Path, required=True, metavar="DIR"
+      "--out",
+      type=pathlib.Path,
+      required=True,
+      metavar="DIR",
+      help="a new or empty folder",
     )
     command.add_argument(
       "--dtype",
       choices=("float32", "bfloat16"),
       default="",
-      help="of the tensors; default: as they are",
+      help="dtype of the tensors; default: unchanged",
     )
-  return parser.parse_args(words)
+  return parser.parse_args(argv)
 
 
-def main(words: list[str] | None = None) -> int:
-  """The command: 0 done, 2 wrong input."""
-  flags = parse_arguments(words)
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command; the exit status is 0, or 2 for wrong input."""
+  flags = parse_arguments(argv)
   try:
     weights = llama_checkpoint.load(flags.source, getattr(flags, "step", 0))
     llama_checkpoint.save(weights, flags.out, flags.dtype)

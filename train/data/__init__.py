@@ -1,1 +1,1 @@
-"""Text to batches."""
+"""Turns text into batches of token ids."""

@@ -1,8 +1,8 @@
-"""From text to batches: load, hold out, tokenize, cut, share out.
+"""Prepares a text for training: loads, holds out, tokenizes, makes batches.
 
-A text in memory is tokenised as a whole, a stream as it is read. Either way a
-run evaluates on rows that are prepared here, once, and trains on batches that
-a `Loader` makes ahead of the step.
+A text in memory is tokenized as a whole, a stream while it is read. In both
+cases the held-out rows are prepared once, here, and training batches come from
+a `Loader` that runs ahead of the step.
 """
 
 import dataclasses
@@ -26,27 +26,25 @@ from train.data import tokenizer as tokenizer_lib
 from train.data.prefetch import Loader, State
 from train.data.tokenizer import Encoder
 
-SAMPLE = 2000  # documents of a stream in which token frequencies are counted
-# Characters of a stream that a tokenizer is trained on.
+SAMPLE = 2000  # documents of a stream whose token frequencies are counted
+# Characters of a stream on which a tokenizer is trained.
 TEXT_SAMPLE = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """A text that is ready to train on: batches, held-out rows, tokenizer."""
+  """A text that is ready for training: batches, held-out rows, tokenizer."""
 
   config: DataConfig
   encoder: Encoder
   feed: packing.Rows | stream.Stream
-  held_out: np.ndarray  # (rows, length + 1) int32: what an evaluation reads
-  held_out_bytes: (
-    int  # UTF-8 bytes that the predicted held-out tokens stand for
-  )
-  counts: np.ndarray  # (vocabulary,) of each id in (a sample of) the training
+  held_out: np.ndarray  # (rows, length + 1) int32: rows of an evaluation
+  held_out_bytes: int  # UTF-8 bytes of the text of the predicted tokens
+  counts: np.ndarray  # (vocabulary,) of ids in (a sample of) the training text
 
   @property
   def tokenizer(self) -> tokenizers.Tokenizer:
-    """Turns text into ids and back."""
+    """The tokenizer, without what the encoder adds."""
     return self.encoder.tokenizer
 
   @property
@@ -58,9 +56,10 @@ class Corpus:
 
   @functools.cached_property
   def digest(self) -> str:
-    """Tells other text, or other tokens of it, apart; of a stream what it can.
+    """A digest that changes with the text or its tokens.
 
-    That is the tokenizer and what is evaluated; in memory all rows, too.
+    It covers the tokenizer and the held-out rows, and all training rows of a
+    text in memory. The training text of a stream is not covered.
     """
     found = hashlib.blake2b(self.tokenizer.to_str().encode(), digest_size=16)
     found.update(np.ascontiguousarray(self.held_out).data)
@@ -69,7 +68,7 @@ class Corpus:
     return found.hexdigest()
 
   def describe(self) -> str:
-    """What is trained on and evaluated, in half a line."""
+    """Sizes of the training and the held-out text, for the log."""
     known = self.train_tokens
     size = "streamed" if known is None else f"{known:,} training tokens"
     held_out = int((self.held_out != packing.PAD).sum())
@@ -85,23 +84,23 @@ class Corpus:
     parts: int = 1,
     state: State | None = None,
   ) -> Loader:
-    """The batches of one process; close it in the end.
+    """The training batches of one process; the caller closes the loader.
 
     Args:
-      seed: decides the order of the rows.
-      part: which part of each global batch: from 0, in the order of the rows.
-      parts: into how many the batch is cut. Processes that hold the same rows
-        (a mesh whose tensor axis spans them) have the same part.
-      state: a position that `Loader.state` gave; None: the beginning.
+      seed: of the order of the rows.
+      part: index of this process's part of each global batch.
+      parts: number of parts of a global batch. Processes that hold the same
+        rows (where the mesh's tensor axis spans them) read the same part.
+      state: a position from `Loader.state`; None: the beginning.
 
     Raises:
-      UserError: the batch does not divide into `parts`, or the position is
-        not one of this text.
+      UserError: the batch is not divisible by `parts`, or the position is of
+        another text.
     """
     if self.config.batch % parts:
       raise UserError(
-        f"data.batch is {self.config.batch}, which {parts} processes do not"
-        f" divide; use a multiple of {parts}"
+        f"data.batch is {self.config.batch}, which is not divisible by the"
+        f" {parts} processes; use a multiple of {parts}"
       )
     state = self.feed.start(part, parts) if state is None else state
     batches = self.feed.batches(state, seed, part, parts)
@@ -109,21 +108,21 @@ class Corpus:
 
 
 def cache_folder(config: SharedDataConfig) -> pathlib.Path:
-  """Where tokenizers and tokenized text are kept between runs."""
+  """The folder in which tokenizers and tokenized text are cached."""
   base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   folder = config.cache or pathlib.Path(base) / "galore_optax"
   return atomic_files.make_folder(pathlib.Path(folder), "data.cache")
 
 
 def prepare(config: DataConfig, vocab_size: int) -> Corpus:
-  """Loads the text of a run and holds out, tokenizes and cuts it.
+  """Loads the text of a run, holds documents out, tokenizes, and cuts rows.
 
-  Of a stream no more is read than the held-out rows, a sample for the
-  frequencies of its tokens and, where one is trained, for the tokenizer.
+  Of a stream, only the held-out rows are read, a sample for the frequencies
+  of tokens, and a sample for the tokenizer if one is trained.
 
   Raises:
-    UserError: the text or its tokenizer cannot be read, or it is too short
-      for one batch.
+    UserError: the text or the tokenizer cannot be read, or the text is too
+      short for one batch.
   """
   cache = cache_folder(config)
   source = sources.load(config, cache)
@@ -145,7 +144,7 @@ def _prepare_whole(
   train = holdout.without(train, texts, source.name)
   encoder = tokenizer_lib.find(config, vocab_size, train["text"], cache)
   evaluated, widths, _ = _held_out_rows(texts, encoder, config)
-  chosen = packing.spread(len(evaluated), config.eval_rows)
+  chosen = packing.evenly(len(evaluated), config.eval_rows)
   feed = packing.Rows(_training_rows(train, encoder, config), config.batch)
   _check_size(source.name, config, feed.rows, evaluated)
   return Corpus(
@@ -166,10 +165,10 @@ def _prepare_stream(
 ) -> Corpus:
   def is_held_out(text: str) -> bool:
     by_text = source.held_out is None
-    return by_text and holdout.chosen(text, config.holdout_every)
+    return by_text and holdout.is_held_out(text, config.holdout_every)
 
   def keep(text: str) -> bool:
-    return not is_held_out(text) and holdout.digest(text) not in taken
+    return not is_held_out(text) and holdout.digest(text) not in digests
 
   shards = _shards(source, source.train)
   train = itertools.filterfalse(is_held_out, shards.documents())
@@ -179,16 +178,16 @@ def _prepare_stream(
     held_out = filter(is_held_out, shards.documents())
   else:
     held_out = _shards(source, source.held_out).documents()
-  rows, widths, taken = _held_out_rows(
+  rows, widths, digests = _held_out_rows(
     held_out, encoder, config, config.eval_rows
   )
   if not len(rows):
     raise UserError(_no_held_out(source.name, config))
-  seen = list(itertools.islice(filter(keep, shards.documents()), SAMPLE))
-  if not seen:
+  sample = list(itertools.islice(filter(keep, shards.documents()), SAMPLE))
+  if not sample:
     raise UserError(
-      f"{source.name} has no document that is not held out; name other text"
-      " with data.validation, or set it empty"
+      f"all documents of {source.name} are held out; name another text with"
+      " data.validation, or leave it empty"
     )
   feed = stream.Stream(
     shards,
@@ -205,7 +204,7 @@ def _prepare_stream(
     feed,
     rows,
     int(widths[:, 1:].sum()),
-    _count(np.concatenate(encoder.encode(seen)), vocab_size),
+    _count(np.concatenate(encoder.encode(sample)), vocab_size),
   )
 
 
@@ -214,7 +213,7 @@ def _shards(source: sources.Source, documents: Any) -> stream.Shards:
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-  """Texts up to about so many characters in all."""
+  """The first texts, up to about this many characters in total."""
   for text in texts:
     yield text
     characters -= len(text)
@@ -228,16 +227,16 @@ def _held_out_rows(
   config: DataConfig,
   limit: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, set[int]]:
-  """Rows of held-out documents, the first `limit` or all.
+  """Rows of held-out documents: the first `limit`, or all.
 
   Returns:
-    (rows, length + 1) ids and the bytes that each stands for, and digests of
-    the documents that were read for them.
+    Ids (rows, length + 1), the number of UTF-8 bytes of each id's text, and
+    the digests of the documents that were read.
   """
-  documents, taken, tokens = [], set(), 0
+  documents, digests, tokens = [], set(), 0
   for chunk in stream.chunks(texts):
     documents += encoder.measure(chunk)
-    taken |= {holdout.digest(text) for text in chunk}
+    digests |= {holdout.digest(text) for text in chunk}
     tokens += sum(len(ids) for ids, _ in documents[-len(chunk) :])
     filled = tokens // (config.length + 1)
     if config.rows == "padded":
@@ -246,7 +245,7 @@ def _held_out_rows(
       break
   if not documents:
     empty = np.zeros((0, config.length + 1), np.int32)
-    return empty, empty, taken
+    return empty, empty, digests
   ids, widths = zip(*documents, strict=True)
   if config.rows == "padded":
     rows = packing.pad(ids, config.length)
@@ -254,7 +253,7 @@ def _held_out_rows(
   else:
     rows = packing.pack(np.concatenate(ids), config.length)
     sizes = packing.pack(np.concatenate(widths), config.length)
-  return rows[:limit], sizes[:limit], taken
+  return rows[:limit], sizes[:limit], digests
 
 
 def _training_rows(
@@ -277,7 +276,7 @@ def _training_rows(
 
 
 def _count(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-  """How often each id of the vocabulary occurs."""
+  """The number of occurrences of each id of the vocabulary."""
   return np.bincount(ids[ids != packing.PAD], minlength=vocab_size)
 
 
@@ -288,7 +287,7 @@ def _check_size(
     raise UserError(
       f"{name} gives {len(train)} rows of {config.length + 1} tokens, fewer"
       f" than one batch of data.batch={config.batch}; lower data.batch or"
-      f" data.length, or give more text than {train.size} tokens"
+      f" data.length, or use a text of more than {train.size} tokens"
     )
   if not len(held_out):
     raise UserError(_no_held_out(name, config))
@@ -298,34 +297,34 @@ def _no_held_out(name: str, config: DataConfig) -> str:
   return (
     f"{name}: the held-out documents do not fill one row of data.length + 1 ="
     f" {config.length + 1} tokens; lower data.length or data.holdout_every, or"
-    " give more text"
+    " use more text"
   )
 
 
 def evaluation_batches(
   rows: np.ndarray, batch: int, part: int = 0, parts: int = 1
 ) -> Iterator[np.ndarray]:
-  """Batches that cover the held-out rows, or one part of each batch.
+  """Batches of the held-out rows, or one part of each batch.
 
   Yields:
-    Rows (batch / parts, length + 1): the last batch is filled up with rows
-    of padding, so that all have one shape.
+    Rows (batch / parts, length + 1). The last batch is filled up with rows of
+    padding, so that all batches have one shape.
   """
   size = batch // parts
   for start in range(part * size, len(rows) + part * size, batch):
-    found = rows[start : start + size]
+    part_rows = rows[start : start + size]
     full = np.full((size, rows.shape[1]), packing.PAD, np.int32)
-    full[: len(found)] = found
+    full[: len(part_rows)] = part_rows
     yield full
 
 
 def unigram_perplexity(counts: np.ndarray, targets: np.ndarray) -> float:
-  """Perplexity of a model that knows only how often each token occurs.
+  """Perplexity of a model that predicts tokens by their frequency alone.
 
   Args:
     counts: (vocabulary,) occurrences in the training text. One is added to
-      each, so that no token is impossible.
-    targets: held-out ids to predict, any shape; padding is left out.
+      each, so that no token has probability zero.
+    targets: held-out ids to predict, of any shape; padding is ignored.
   """
   counts = counts + 1.0
   nll = np.log(counts.sum()) - np.log(counts)[targets[targets != packing.PAD]]

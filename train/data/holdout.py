@@ -1,7 +1,7 @@
-"""Which documents are held out from training, and that none comes back.
+"""Holds documents out from training.
 
-A text may occur twice, so documents are told apart by what they say: one
-whose text is also held out is not trained on.
+A text may have several copies of a document. Documents are therefore compared
+by their text: none is trained on whose text is also held out.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ from train.common.errors import UserError
 
 
 def digest(text: str) -> int:
-  """A number of 64 bits for a text; white space around it does not count."""
+  """A 64-bit hash of a text; white space at its ends is ignored."""
   raw = text.strip().encode("utf-8", "surrogatepass")
   return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
 
 
-def chosen(text: str, every: int) -> bool:
-  """Whether a streamed document is held out: by its text, one in `every`.
+def is_held_out(text: str, every: int) -> bool:
+  """Whether a streamed document is held out: one in `every`, by its hash.
 
-  Copies of a document fall on the same side, in whatever order and by
-  however many processes the stream is read.
+  The answer is the same for all copies of a document, in any order of reading
+  and for any number of processes.
   """
   return digest(text) % every == 0
 
@@ -33,19 +33,19 @@ def split(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
   """Training and held-out documents: one in `every` is held out.
 
-  They lie evenly over the file (over the years, in the bundled corpus) and
-  start in the middle of the first group, so that neither end of the file is
-  favoured.
+  Held-out documents are evenly spaced over the file (over the years, in the
+  bundled corpus), and the first is in the middle of the first group, so that
+  neither end of the file is favoured.
 
   Raises:
-    UserError: fewer documents than it takes to hold one out.
+    UserError: there are too few documents to hold one out.
   """
   count = len(documents)
   held_out = range(every // 2, count, every)
   if count < 2:
     raise UserError(
-      "the data is a single document: nothing can be held out from it; give"
-      " more documents (a .txt file is cut at its blank lines, or as"
+      "the data is a single document, and none can be held out; use more"
+      " documents (a .txt file is split at its blank lines, or as"
       " data.documents says)"
     )
   if not held_out:
@@ -66,15 +66,15 @@ def without(
   """The documents whose text is not held out.
 
   Raises:
-    UserError: there is none.
+    UserError: there are none.
   """
-  taken = {digest(text) for text in held_out}
+  digests = {digest(text) for text in held_out}
   kept = [
-    i for i, text in enumerate(documents["text"]) if digest(text) not in taken
+    i for i, text in enumerate(documents["text"]) if digest(text) not in digests
   ]
   if not kept:
     raise UserError(
-      f"{name}: every document to train on is also held out; give more texts"
+      f"{name}: every document to train on is also held out; use more text"
     )
   if len(kept) == len(documents):
     return documents

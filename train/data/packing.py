@@ -1,8 +1,8 @@
-"""Token ids cut into rows of one length, packed or padded, and arrays of rows.
+"""Makes rows of token ids of one length, packed or padded.
 
 A row has `length + 1` ids: the model reads all but the last and predicts all
-but the first. Packed rows hold documents end to end; a padded row holds one
-document, cut off or filled up with PAD.
+but the first. Packed rows hold documents end to end. A padded row holds one
+document, truncated or filled up with PAD.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ import numpy as np
 from train.common.errors import UserError
 from train.data.prefetch import State
 
-PAD = -1  # never predicted, never an id of the vocabulary
+PAD = -1  # is never predicted, and is not an id of the vocabulary
 
 
 def pack(tokens: np.ndarray, length: int) -> np.ndarray:
-  """Cuts the stream into rows of `length + 1`: inputs and their successors.
+  """Cuts tokens into rows of `length + 1`.
 
-  No token is lost or used twice but the tail that fills no row.
+  Each token is in one row; the tail that does not fill a row is dropped.
 
   Args:
     tokens: (n,) ids.
-    length: positions the model predicts in a row.
+    length: number of tokens that the model predicts in a row.
 
   Returns:
     (n // (length + 1), length + 1) ids.
@@ -36,12 +36,12 @@ def pack(tokens: np.ndarray, length: int) -> np.ndarray:
 def pad(
   documents: Sequence[np.ndarray], length: int, filler: int = PAD
 ) -> np.ndarray:
-  """Gives every document a row of `length + 1`, cut off or filled up.
+  """Puts each document in a row of `length + 1`, truncated or filled up.
 
   Args:
     documents: arrays (n,) of ids.
-    length: positions the model predicts in a row.
-    filler: what follows a short document.
+    length: number of tokens that the model predicts in a row.
+    filler: the value after a short document.
 
   Returns:
     (documents, length + 1) int32.
@@ -53,8 +53,8 @@ def pad(
   return rows
 
 
-def spread(count: int, limit: int) -> np.ndarray:
-  """At most `limit` of the numbers below `count`, evenly spread."""
+def evenly(count: int, limit: int) -> np.ndarray:
+  """At most `limit` of the indices below `count`, evenly spaced."""
   if count <= limit:
     return np.arange(count)
   return np.linspace(0, count - 1, limit).round().astype(int)
@@ -62,36 +62,36 @@ def spread(count: int, limit: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Training rows in memory, read in an order of its own in each epoch.
+  """Training rows in memory, shuffled anew in each epoch.
 
-  The order is a function of the seed and the number of batches read, so that
-  number is the whole position. The global batch is the same however many
-  parts it is cut into.
+  The order depends on the seed and the epoch only, so a position is the number
+  of batches that have been read. The global batch does not depend on the
+  number of parts that it is divided into.
   """
 
   rows: np.ndarray  # (n, length + 1) int32
-  batch: int  # rows in a global batch, n at most
+  batch: int  # rows in a global batch; at most n
 
   def start(self, part: int, parts: int) -> State:
-    """The position before the first batch, the same for every part."""
+    """The position before the first batch; the same for every part."""
     del part, parts
     return {"batches": 0}
 
   def batches(
     self, state: State, seed: int, part: int, parts: int
   ) -> Generator[tuple[np.ndarray, State], None, None]:
-    """One part of each batch from a position on, with the position after.
+    """One part of each batch, from a position on, with the position after it.
 
-    Every epoch goes through the rows once; those that fill no batch at its
-    end wait for another epoch's order.
+    An epoch reads each row at most once; rows at its end that do not fill a
+    batch are skipped.
 
     Raises:
       UserError: the position is that of a stream.
     """
     if set(state) != {"batches"}:
       raise UserError(
-        "the saved position is that of a stream, but the text is read as a"
-        " whole now; continue with the data.stream of the run that saved it"
+        "the saved position is of a stream, but the text is now read as a"
+        " whole; continue with the data.stream of the run that saved it"
       )
     return self._batches(state["batches"], seed, part, self.batch // parts)
 

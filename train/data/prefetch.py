@@ -1,8 +1,8 @@
-"""Batches prepared in the background, with the position after each.
+"""Prepares batches in a background thread.
 
-Loading, tokenising and cutting run in a thread of their own, a few batches
-ahead of the step. A position is that after the last batch handed out, never
-that of the thread, so that a resumed run reads on exactly there.
+Loading, tokenizing and cutting run a few batches ahead of the step. The
+position of a loader is the one after the last batch that it returned, not that
+of the thread, so a resumed run continues with the next batch.
 """
 
 import queue
@@ -14,23 +14,23 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 T = TypeVar("T")
-State = dict[str, int]  # a position; JSON keeps it as it is
-PATIENCE = 5.0  # seconds a thread gets to end when it is told to
+State = dict[str, int]  # a position; can be stored as JSON
+PATIENCE = 5.0  # seconds that `close` waits for the thread to end
 
 
 class Prefetch(Iterator[T], Generic[T]):
   """Runs an iterator in a thread, a few items ahead of its consumer.
 
-  An error of the iterator is raised by `next` when its turn comes, after the
-  items that were ready before it. `close` ends the thread.
+  `next` raises an error of the iterator after the items that came before it.
+  `close` ends the thread.
   """
 
   def __init__(self, items: Iterator[T], ahead: int):
     """Starts the thread.
 
     Args:
-      items: what to iterate over; a generator is closed by the thread.
-      ahead: items to hold ready, at least 1.
+      items: the iterator; the thread closes it if it is a generator.
+      ahead: number of items to hold ready, at least 1.
     """
     self._items = items
     self._ready: queue.Queue[tuple[str, Any]] = queue.Queue(ahead)
@@ -48,7 +48,7 @@ class Prefetch(Iterator[T], Generic[T]):
           break
       else:
         self._put("error", StopIteration())
-    # Whatever went wrong is the consumer's to see, in its own thread.
+    # Every error is raised in the consumer's thread.
     except BaseException as error:
       self._put("error", error)
     finally:
@@ -57,7 +57,7 @@ class Prefetch(Iterator[T], Generic[T]):
         close()
 
   def _put(self, kind: str, value: Any) -> bool:
-    """Waits for room; False once the consumer has closed."""
+    """Waits for room in the queue; False if the consumer has closed."""
     while not self._closing.is_set():
       try:
         self._ready.put((kind, value), timeout=0.1)
@@ -67,7 +67,7 @@ class Prefetch(Iterator[T], Generic[T]):
     return False
 
   def __next__(self) -> T:
-    """The next item; raises what the iterator raised, StopIteration too."""
+    """The next item; raises the iterator's error or StopIteration."""
     if self._last is not None:
       raise self._last
     if self._closing.is_set():
@@ -79,13 +79,13 @@ class Prefetch(Iterator[T], Generic[T]):
     return value
 
   def close(self) -> None:
-    """Ends the thread; one that hangs in a read is left to the system."""
+    """Ends the thread; a thread that hangs in a read is abandoned."""
     self._closing.set()
     self._thread.join(PATIENCE)
 
 
 class Loader(Iterator[np.ndarray]):
-  """The batches of one process, prepared ahead."""
+  """The batches of one process, prepared ahead of the step."""
 
   def __init__(
     self,
@@ -96,20 +96,20 @@ class Loader(Iterator[np.ndarray]):
     """Starts to prepare batches.
 
     Args:
-      batches: batches, each with the position after it.
-      state: the position before the first.
-      ahead: batches to hold ready; 0: each is made when it is asked for.
+      batches: yields each batch with the position after it.
+      state: the position before the first batch.
+      ahead: number of batches to hold ready; 0: batches are made on demand.
     """
     self._batches: Generator | Prefetch = (
       Prefetch(batches, ahead) if ahead else batches
     )
     self._state = state
-    self.waited = 0.0  # seconds that `next` has taken, all calls together
+    self.waited = 0.0  # seconds spent in all calls of `next`
 
   def __next__(self) -> np.ndarray:
     """The next rows of this process: (B / parts, length + 1) int32 ids.
 
-    The id -1 is padding: never predicted, and no valid id.
+    The id -1 is padding, which is never predicted.
     """
     begin = time.perf_counter()
     try:
@@ -119,14 +119,14 @@ class Loader(Iterator[np.ndarray]):
     return rows
 
   def state(self) -> State:
-    """The position after the last batch handed out: names and whole numbers.
+    """The position after the last batch that was returned.
 
-    A loader that is built with it goes on with the batch that comes next.
+    A loader that starts from it returns the next batch first.
     """
     return dict(self._state)
 
   def close(self) -> None:
-    """Ends the background work; `next` may not be called after it."""
+    """Ends the background work; do not call `next` afterwards."""
     self._batches.close()
 
   def __enter__(self) -> "Loader":

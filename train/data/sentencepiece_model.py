@@ -1,7 +1,7 @@
-"""SentencePiece models as tokenizers of the `tokenizers` library.
+"""Reads SentencePiece models as tokenizers of the `tokenizers` library.
 
-The two kinds that language models use: unigram (T5) and byte-pair encoding
-with byte fallback (LLaMA, Mistral).
+Supported are the two kinds that language models use: unigram (T5), and byte
+pair encoding with byte fallback (LLaMA, Mistral).
 """
 
 import importlib
@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from train.common.errors import UserError
 
 SPACE = "▁"
-INSIDE = re.compile(f"[^{SPACE}]{SPACE}")  # a piece of more than one word
+INSIDE = re.compile(f"[^{SPACE}]{SPACE}")  # matches pieces of several words
 WORD = tokenizers.Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 UNIGRAM, BPE = 1, 2  # `model_type` in the file
 CONTROL, UNKNOWN = 3, 2  # `type` of a piece
@@ -25,7 +25,7 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
   """Reads a SentencePiece `.model` file.
 
   Raises:
-    UserError: it is no such file, or of a kind that is not supported.
+    UserError: it is not such a file, or of a kind that is not supported.
   """
   proto = _parse(path)
   kind = proto.trainer_spec.model_type
@@ -38,7 +38,7 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.normalizer = _normalizer(proto.normalizer_spec)
   if not any(INSIDE.search(piece) for piece, _ in _pieces(proto)):
-    # Words first: the time a text takes is then in proportion to its length.
+    # Split into words first, so that the time is linear in the text's length.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(WORD, "isolated")
   strip = [decoders.Strip(" ", 1, 0)]
   tokenizer.decoder = decoders.Sequence(
@@ -56,15 +56,15 @@ def _parse(path: pathlib.Path) -> Any:
     pb2 = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
   except ImportError as error:
     raise UserError(
-      f"data.tokenizer {path} needs the package that describes such files:"
-      " pip install sentencepiece"
+      f"data.tokenizer {path}: SentencePiece files need the package"
+      " sentencepiece; pip install sentencepiece"
     ) from error
   proto = pb2.ModelProto()
   try:
     proto.ParseFromString(path.read_bytes())
   except Exception as error:
     raise UserError(
-      f"data.tokenizer {path} is no SentencePiece model: {error}"
+      f"data.tokenizer {path} is not a SentencePiece model: {error}"
     ) from error
   return proto
 
@@ -83,18 +83,22 @@ def _unigram(proto: Any) -> models.Unigram:
 
 
 def _bpe(proto: Any) -> models.BPE:
-  """Merges are not in the file: a pair merges where its union is a piece."""
+  """The BPE model.
+
+  The file does not list merges: two pieces merge if their concatenation is a
+  piece.
+  """
   ids = {piece: i for i, (piece, _) in enumerate(_pieces(proto))}
   special = {p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN)}
   merges = []
   for piece, score in _pieces(proto):
-    if piece in special:  # no text spells a control piece
+    if piece in special:  # does not occur in a text
       continue
     halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
     known = [pair for pair in halves if pair[0] in ids and pair[1] in ids]
     known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     merges += [(-score, *map(len, pair), pair) for pair in known]
-  # The best score first. Equal scores keep the order of the pieces.
+  # Best score first; equal scores stay in the order of the pieces.
   merges.sort(key=lambda merge: merge[:1])
   return models.BPE(
     ids,
@@ -106,7 +110,7 @@ def _bpe(proto: Any) -> models.BPE:
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
-  """What a text goes through before it is cut, spaces as SPACE at last."""
+  """The normalisation of a text, which ends by replacing spaces by SPACE."""
   steps: list[normalizers.Normalizer] = []
   if spec.precompiled_charsmap:
     steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

@@ -1,7 +1,7 @@
-"""Text by name: local files, a set on the hub, or the bundled corpus.
+"""Loads text by name: local files, a data set of the hub, the bundled corpus.
 
-Whatever it comes from, a text leaves here as datasets with a column of
-strings, whole (`datasets.Dataset`) or read on demand (`IterableDataset`).
+Every source becomes a dataset with a column of strings, either in memory
+(`datasets.Dataset`) or read on demand (`datasets.IterableDataset`).
 """
 
 import contextlib
@@ -26,27 +26,27 @@ KINDS = {
   "csv": (".csv", ".tsv"),
   "parquet": (".parquet",),
 }
-PACKED = (".gz", ".xz", ".bz2", ".zst", ".lz4")  # one compressed file each
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst", ".lz4")  # of single files
 Documents = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Documents to train on and, where they are given, others to evaluate on."""
+  """Documents to train on and, if given, documents to evaluate on."""
 
-  name: str  # as messages call it
+  name: str  # the source, as messages call it
   field: str  # the column that holds the text
   train: Documents
-  held_out: Documents | None  # None: to be taken out of `train`
+  held_out: Documents | None  # None: to be held out from `train`
 
   @property
   def streamed(self) -> bool:
-    """Whether the documents are read as they are needed."""
+    """Whether the documents are read on demand."""
     return isinstance(self.train, datasets.IterableDataset)
 
 
 def streams(config: DataConfig) -> bool:
-  """Whether `config` asks to read on demand; `auto` does so for hub sets."""
+  """Whether `config` asks to stream; `auto` streams data sets of the hub."""
   if config.stream == "auto":
     return config.path.startswith(HUB)
   return config.stream == "true"
@@ -56,16 +56,16 @@ def load(config: DataConfig, cache: pathlib.Path) -> Source:
   """Opens the documents that `config` names.
 
   Args:
-    config: `path` says what: nothing for the bundled corpus, a file, a folder
-      or a glob, or `hub:NAME` or `hub:NAME:SUBSET`.
+    config: `path` is empty (the bundled corpus), a file, a folder, a glob,
+      `hub:NAME` or `hub:NAME:SUBSET`.
     cache: folder for the files that `datasets` maps into memory.
 
   Returns:
-    The source. Its documents are in the order of the files.
+    The source, with its documents in the order of the files.
 
   Raises:
-    UserError: it is missing, cannot be reached or read, holds no text, or
-      has no such split, subset or field.
+    UserError: the source does not exist, cannot be reached or read, has no
+      text, or has no such split, subset or field.
   """
   if config.path.startswith(HUB):
     return _load_hub(config, cache)
@@ -75,17 +75,17 @@ def load(config: DataConfig, cache: pathlib.Path) -> Source:
   train = _load_files(name, config.path or str(CORPUS), **options)
   held_out = None
   if config.validation and config.validation != "none":
-    held = f"data.validation {config.validation}"
-    held_out = _load_files(held, config.validation, **options)
-    held_out = _texts(held_out, held, field)
+    held_name = f"data.validation {config.validation}"
+    held_out = _load_files(held_name, config.validation, **options)
+    held_out = _texts(held_out, held_name, field)
   return Source(name, field, _texts(train, name, field), held_out)
 
 
 def find_files(name: str, pattern: str) -> list[pathlib.Path]:
-  """The files that a path, a folder or a glob means, sorted.
+  """The files of a path, a folder or a glob, sorted.
 
-  A folder means the files of a known kind in it, at any depth, but for those
-  whose name (or whose folder's) starts with a dot.
+  A folder stands for all files of a known kind in it, at any depth, except
+  hidden files and files in hidden folders.
   """
   path = pathlib.Path(pattern).expanduser()
   if path.is_dir():
@@ -95,9 +95,9 @@ def find_files(name: str, pattern: str) -> list[pathlib.Path]:
   elif path.exists():
     found, missing = [path], ""
   elif glob.has_magic(pattern):
-    hits = glob.glob(str(path), recursive=True)
-    found = [p for p in map(pathlib.Path, hits) if p.is_file()]
-    missing = f"{name} matches no file; quote a glob so that the shell keeps it"
+    matches = glob.glob(str(path), recursive=True)
+    found = [p for p in map(pathlib.Path, matches) if p.is_file()]
+    missing = f"{name} matches no file; quote a glob to pass it unexpanded"
   else:
     found, missing = [], f"{name} does not exist; name a file, folder or glob"
   if not found:
@@ -110,11 +110,11 @@ def _hidden(path: pathlib.Path) -> bool:
 
 
 def kind_of(path: pathlib.Path) -> str | None:
-  """The reader of `datasets` for a file, by the end of its name."""
+  """The builder of `datasets` for a file, by its extension."""
   name = path.name.lower()
   for kind, endings in KINDS.items():
     for ending in endings:
-      compressed = tuple(ending + suffix for suffix in PACKED)
+      compressed = tuple(ending + suffix for suffix in COMPRESSED)
       if name.endswith(ending) or (
         kind != "parquet" and name.endswith(compressed)
       ):
@@ -124,7 +124,7 @@ def kind_of(path: pathlib.Path) -> str | None:
 
 def _endings() -> str:
   known = [ending for endings in KINDS.values() for ending in endings]
-  return f"{', '.join(known)} (or these with {', '.join(PACKED)})"
+  return f"{', '.join(known)} (or these with {', '.join(COMPRESSED)})"
 
 
 def _load_files(
@@ -138,18 +138,20 @@ def _load_files(
   paths = find_files(name, pattern)
   kinds = {kind_of(path): path for path in reversed(paths)}
   if None in kinds:
-    raise UserError(f"{name}: {kinds[None]} ends in none of {_endings()}")
+    raise UserError(
+      f"{name}: {kinds[None]} does not end in any of {_endings()}"
+    )
   if len(kinds) > 1:
     examples = " and ".join(str(path) for path in kinds.values())
     raise UserError(
-      f"{name} holds files of several kinds, as {examples}; name one kind with"
-      " a glob"
+      f"{name} holds files of several kinds, such as {examples}; select one"
+      " kind with a glob"
     )
   paths = [path for path in paths if readable(name, path)]
   if not paths:
-    raise UserError(f"{name} is empty; it needs text to train on")
+    raise UserError(f"{name} is empty; it must have text to train on")
   (kind,) = kinds
-  # A list stands for itself: nothing in a file's name is read as a pattern.
+  # Escaped, because `datasets` would read a file's name as a pattern.
   options: dict[str, Any] = {
     "path": kind,
     "data_files": [glob.escape(str(path.resolve())) for path in paths],
@@ -167,9 +169,9 @@ def _load_files(
 
 
 def readable(name: str, path: pathlib.Path) -> bool:
-  """Whether a file has content; an empty shard among others has none."""
+  """Whether a file has content; empty shards are skipped."""
   if not os.access(path, os.R_OK):
-    raise UserError(f"{name}: {path} may not be read by this user")
+    raise UserError(f"{name}: this user has no permission to read {path}")
   return path.stat().st_size > 0
 
 
@@ -182,13 +184,13 @@ def _load_hub(config: DataConfig, cache: pathlib.Path) -> Source:
     "streaming": streams(config),
     "cache_dir": str(cache),
   }
-  said = f"data.path {config.path}"
-  with reading(said), quiet():
+  label = f"data.path {config.path}"
+  with reading(label), quiet():
     splits = datasets.load_dataset(**options)
-  train = _split(splits, config.split, said, "data.split")
+  train = _split(splits, config.split, label, "data.split")
   wanted = config.validation
   if not wanted:
-    # The split may be spelled as a slice of `train`, so it is not reused.
+    # A split named "validation" is not used if it is trained on.
     free = config.split != "validation" and "validation" in splits
     wanted = "validation" if free else "none"
   if wanted == config.split:
@@ -199,22 +201,22 @@ def _load_hub(config: DataConfig, cache: pathlib.Path) -> Source:
   field = config.text_field
   held_out = None
   if wanted != "none":
-    held_out = _split(splits, wanted, said, "data.validation")
-    held_out = _texts(held_out, said, field)
-  return Source(said, field, _texts(train, said, field), held_out)
+    held_out = _split(splits, wanted, label, "data.validation")
+    held_out = _texts(held_out, label, field)
+  return Source(label, field, _texts(train, label, field), held_out)
 
 
-def _split(splits: Any, name: str, said: str, option: str) -> Documents:
+def _split(splits: Any, name: str, label: str, option: str) -> Documents:
   if name not in splits:
     raise UserError(
-      f"{said} has no split {name!r} ({option}); its splits are"
+      f"{label} has no split {name!r} ({option}); its splits are"
       f" {', '.join(splits)}"
     )
   return splits[name]
 
 
 def _texts(documents: Documents, name: str, field: str) -> Documents:
-  """Checks the text's column; of whole sets keeps what says something."""
+  """Checks the column of the text; drops blank documents if in memory."""
   if isinstance(documents, datasets.IterableDataset):
     if documents.features is not None:
       check_field(dict(documents.features), name, field)
@@ -230,12 +232,12 @@ def _texts(documents: Documents, name: str, field: str) -> Documents:
       input_columns="text",
     )
   if not len(kept):
-    raise UserError(f"{name} holds no text, only blank documents")
+    raise UserError(f"{name} has no text, only blank documents")
   return cast(datasets.Dataset, kept)
 
 
 def blank(text: str | None) -> bool:
-  """Whether a document is nothing but white space, or not there."""
+  """Whether a document is missing, empty, or white space only."""
   return not text or text.isspace()
 
 
@@ -243,7 +245,7 @@ def check_field(types: dict[str, Any], name: str, field: str) -> None:
   """Raises unless `field` is among the columns and holds strings.
 
   Args:
-    types: what each column holds, by its name.
+    types: the type of each column, by name.
     name: the source, as messages call it.
     field: the column of the text.
   """
@@ -253,17 +255,17 @@ def check_field(types: dict[str, Any], name: str, field: str) -> None:
       " name one with data.text_field"
     )
   kind = str(getattr(types[field], "dtype", types[field]))
-  # A column of missing values only has the type null until one is found.
+  # A column in which all values so far are missing has the type null.
   if kind not in ("string", "large_string", "string_view", "null"):
-    raise UserError(f"{name}: {field!r} holds {kind}, not strings")
+    raise UserError(f"{name}: the field {field!r} holds {kind}, not strings")
 
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-  """Turns the errors of `datasets` into one sentence that names the source.
+  """Turns errors of `datasets` into one sentence that names the source.
 
-  Only its calls belong inside: its readers are many, and so are the kinds of
-  errors that they raise.
+  Any exception is caught, because its readers raise many types. So nothing but
+  calls of `datasets` belongs in the `with` block.
   """
   try:
     with _without_log():
@@ -288,7 +290,7 @@ def reading(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-  """Keeps `datasets` from logging an error that it raises as well."""
+  """Keeps `datasets` from logging errors that it also raises."""
   logger = logging.getLogger("datasets")
   level = logger.level
   logger.setLevel(logging.CRITICAL)
@@ -300,7 +302,7 @@ def _without_log() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """No bars from `datasets`: the run has one progress bar of its own."""
+  """Hides the progress bars of `datasets`: a run has a bar of its own."""
   was_on = datasets.is_progress_bar_enabled()
   datasets.disable_progress_bars()
   try:

@@ -1,11 +1,11 @@
-"""Batches of a text that is read and tokenised as it is needed.
+"""Makes batches from a text that is read and tokenized on demand.
 
-The shards of a set are shared out among the processes and read one after
-another, in an order of each epoch's own; `buffer` documents at a time form a
-block, which is shuffled as a whole. A position is where the current block
-begins, and how far it was used: on resuming, one block is read again, and
+The processes divide the shards of a data set among them. Each reads its shards
+one after another, in another order in each epoch. `buffer` documents form a
+block, which is shuffled as a whole. A position is the beginning of the current
+block and how much of it was used, so a resumed run reads one block again and
 nothing before it. (`datasets` has a shuffle buffer of its own, but its saved
-state leaves out what the buffer held.)
+state does not include the contents of the buffer.)
 """
 
 import contextlib
@@ -22,25 +22,25 @@ from train.data import packing, sources
 from train.data.prefetch import Prefetch, State
 from train.data.tokenizer import Encoder
 
-TABLE = 1000  # examples that are read together
-# What is tokenised together, on all cores: many short documents or few long.
+TABLE = 1000  # examples that are read at once
+# Limits of what is tokenized at once, on all cores: documents, characters.
 CHUNK, CHARACTERS = 256, 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-  """A place among the tokens that one process reads."""
+  """A position among the tokens that one process reads."""
 
   epoch: int = 0
-  shard: int = 0  # where the block begins: place in the epoch's order of shards
-  example: int = 0  # and in that shard
-  block: int = 0  # number of the block in the epoch
-  document: int = 0  # in the block's shuffled order
-  offset: int = 0  # tokens of that document that are used up
+  shard: int = 0  # the block's first shard: index in the epoch's shard order
+  example: int = 0  # the block's first example in that shard
+  block: int = 0  # index of the block in the epoch
+  document: int = 0  # index in the block's shuffled order
+  offset: int = 0  # tokens of that document that have been used
 
 
 def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-  """The texts in groups that are neither too many nor too long at once."""
+  """Groups of texts, limited in number (CHUNK) and size (CHARACTERS)."""
   group, characters = [], 0
   for text in texts:
     group.append(text)
@@ -53,7 +53,7 @@ def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class Shards:
-  """The shards of an iterable dataset, each of which can be read alone."""
+  """The shards of an iterable dataset, which can be read separately."""
 
   def __init__(
     self, documents: datasets.IterableDataset, field: str, name: str
@@ -64,26 +64,26 @@ class Shards:
   def texts(self, shard: int, start: int = 0) -> Iterator[str | None]:
     """The texts of a shard from example `start` on.
 
-    Those before it are read, as a compressed file must be, but not unpacked.
+    Earlier examples are read, as a compressed file requires, but not converted.
     """
     part = self._documents.shard(num_shards=self.count, index=shard)
-    where = f"{self.name}, shard {shard + 1} of {self.count}"
+    name = f"{self.name}, shard {shard + 1} of {self.count}"
     tables: Iterator[pa.Table] = part.with_format("arrow").iter(TABLE)
     while True:
-      with sources.reading(where):
+      with sources.reading(name):
         table = next(tables, None)
       if table is None:
         return
       sources.check_field(
         dict(zip(table.column_names, table.schema.types, strict=True)),
-        where,
+        name,
         self._field,
       )
       yield from table[self._field].slice(start).to_pylist()
       start = max(0, start - table.num_rows)
 
   def documents(self) -> Iterator[str]:
-    """All documents that say something, once, in the order of the files."""
+    """All documents that are not blank, in the order of the files."""
     for shard in range(self.count):
       for text in self.texts(shard):
         if text is not None and not sources.blank(text):
@@ -92,10 +92,10 @@ class Shards:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """Training rows of a text that is read on demand."""
+  """Training rows from a text that is read on demand."""
 
   shards: Shards
-  keep: Callable[[str], bool]  # whether a document may be trained on
+  keep: Callable[[str], bool]  # whether to train on a document
   encoder: Encoder
   packed: bool
   length: int
@@ -103,7 +103,7 @@ class Stream:
   buffer: int  # documents in a block
 
   def start(self, part: int, parts: int) -> State:
-    """The position of a part before its first batch."""
+    """The position before the first batch of a part."""
     return self._state(Position(), part, parts)
 
   def _state(self, at: Position, part: int, parts: int) -> State:
@@ -113,26 +113,26 @@ class Stream:
   def batches(
     self, state: State, seed: int, part: int, parts: int
   ) -> Generator[tuple[np.ndarray, State], None, None]:
-    """One part of each batch from a position on, with the position after.
+    """One part of each batch, from a position on, with the position after it.
 
     Raises:
-      UserError: the position is not one of this part of these shards.
+      UserError: the position is of another part, or of other shards.
     """
     expected = self.start(part, parts)
     if set(state) != set(expected):
       raise UserError(
-        "the saved position is that of text in memory, but the text is"
-        " streamed now; continue with the data.stream of the run that saved it"
+        "the saved position is of a text in memory, but the text is now"
+        " streamed; continue with the data.stream of the run that saved it"
       )
-    for name, what in (
-      ("parts", "parts of a batch (a stream continues with as many only)"),
-      ("part", "as number of the part that this process reads"),
-      ("shards", "shards (the data has changed)"),
+    for name, change in (
+      ("parts", "; a stream continues with the same number of parts only"),
+      ("part", "; each process must continue its own part"),
+      ("shards", "; the data has changed"),
     ):
       if state[name] != expected[name]:
         raise UserError(
-          f"{self.shards.name}: the saved position is one of {state[name]}"
-          f" {what}, now there are {expected[name]}"
+          f"{self.shards.name}: the saved position has {name}={state[name]},"
+          f" but now {name}={expected[name]}{change}"
         )
     names = [field.name for field in dataclasses.fields(Position)]
     at = Position(**{name: state[name] for name in names})
@@ -141,7 +141,7 @@ class Stream:
   def _batches(
     self, at: Position, seed: int, part: int, parts: int
   ) -> Generator[tuple[np.ndarray, State], None, None]:
-    # Reading the next block goes on while this one is tokenised.
+    # The next block is read while this one is tokenized.
     blocks = Prefetch(self._blocks(at, seed, part, parts), 1)
     with contextlib.closing(blocks):
       documents = self._encoded(blocks, at.document)
@@ -152,27 +152,27 @@ class Stream:
   def _read(
     self, at: Position, seed: int, part: int, parts: int
   ) -> Iterator[tuple[int, int, str | None]]:
-    """One epoch's texts of a part, each with the place of the next one.
+    """The texts of a part in one epoch, each with the position after it.
 
-    A part has every `parts`-th shard in all epochs, so that no document is
-    ever read by two; if there are fewer shards than parts, it has every
-    `parts`-th example of each shard.
+    A part has every `parts`-th shard, the same in all epochs, so that no
+    document is read by two parts. If there are fewer shards than parts, it has
+    every `parts`-th example of each shard.
     """
     whole = self.shards.count >= parts
     mine = range(part, self.shards.count, parts) if whole else None
     mine = np.asarray(mine if whole else range(self.shards.count))
     order = np.random.default_rng([seed, at.epoch]).permutation(mine)
-    for place in range(at.shard, len(order)):
-      example = at.example if place == at.shard else 0
-      for text in self.shards.texts(int(order[place]), example):
+    for index in range(at.shard, len(order)):
+      example = at.example if index == at.shard else 0
+      for text in self.shards.texts(int(order[index]), example):
         example += 1
         if whole or (example - 1) % parts == part:
-          yield place, example, text
+          yield index, example, text
 
   def _blocks(
     self, at: Position, seed: int, part: int, parts: int
   ) -> Iterator[tuple[Position, list[str]]]:
-    """Blocks of shuffled documents from the one at a position on, for ever."""
+    """Blocks of shuffled documents from a position on, without end."""
     at, kept = dataclasses.replace(at, document=0, offset=0), at.block
     while True:
       texts = self._read(at, seed, part, parts)
@@ -197,7 +197,7 @@ class Stream:
   def _encoded(
     self, blocks: Iterator[tuple[Position, list[str]]], first: int
   ) -> Iterator[tuple[Position, np.ndarray]]:
-    """Documents as ids, from number `first` of the first block on."""
+    """Documents as ids, from document `first` of the first block on."""
     for at, texts in blocks:
       number = first
       for chunk in chunks(texts[first:]):
@@ -212,7 +212,7 @@ class Stream:
     offset: int,
     size: int,
   ) -> Iterator[tuple[np.ndarray, Position]]:
-    """Batches of `size` rows with the position of the token after each."""
+    """Batches of `size` packed rows, each with the position after it."""
     need = size * (self.length + 1)
     pieces, missing, begun = [], need, None
     for at, ids in documents:
@@ -234,8 +234,8 @@ class Stream:
     offset: int,
     size: int,
   ) -> Iterator[tuple[np.ndarray, Position]]:
-    """Batches of `size` documents with the position after each."""
-    if offset:  # the document at the position is in a batch already
+    """Batches of `size` padded rows, each with the position after it."""
+    if offset:  # the document at the position is already in a batch
       next(documents)
     while True:
       taken = list(itertools.islice(documents, size))
@@ -245,7 +245,7 @@ class Stream:
       yield rows, dataclasses.replace(last, offset=len(ids))
 
   def _check_epochs(self, first: int, last: int) -> None:
-    """Raises if a batch needed a whole epoch, beside its two ends."""
+    """Raises if one batch spans a whole epoch: the text is too short."""
     if last > first + 1:
       raise UserError(
         f"{self.shards.name} has fewer rows of {self.length + 1} tokens than"

@@ -1,9 +1,9 @@
-"""Tokenizers: of a file, of the hub, or trained on the training text here.
+"""Loads a tokenizer from a file or the hub, or trains one on the text.
 
-The one that is trained is a byte-level BPE. Bytes are its alphabet, so any
-text encodes and decodes back to itself. A vocabulary of 2,048 keeps the
-embedding and the head of a small model small; the 32,000 entries of LLaMA's
-would be most of its parameters.
+The trained tokenizer is a byte-level BPE: its alphabet is the 256 bytes, so
+any text decodes back to itself. A vocabulary of 2,048 keeps the embedding and
+the head of a small model small; with the 32,000 entries of LLaMA's vocabulary
+they would be most of its parameters.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from train.common.errors import UserError, first_line
 from train.config.schema import HUB, DataConfig
 from train.data import sentencepiece_model
 
-END = "<|endoftext|>"  # closes every document
+END = "<|endoftext|>"  # ends every document
 MINIMUM = 257  # the 256 bytes and END
 
 
 def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-  """Learns at most `vocab_size` entries from `texts`: END, bytes, merges."""
+  """Trains a byte-level BPE of at most `vocab_size` entries on `texts`."""
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.pre_tokenizer = level
@@ -43,12 +43,12 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-  # A text that contains END spelled out must not end a document.
+  # A text that spells END must not end the document.
   tokenizer.encode_special_tokens = True
   tokenizer.no_padding()
   tokenizer.no_truncation()
-  # Nothing is put around a text: documents are closed by who packs them, and
-  # whoever reads the exported tokenizer must not close the prompt.
+  # No tokens are added around a text: `Encoder` adds the end token, and the
+  # exported tokenizer must not end a prompt.
   if tokenizer.post_processor is not None:
     tokenizer.post_processor = tokenizers.processors.Sequence([])
   return tokenizer
@@ -57,15 +57,15 @@ def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 def cached(
   texts: list[str], vocab_size: int, folder: pathlib.Path
 ) -> tuple[tokenizers.Tokenizer, pathlib.Path, bool]:
-  """Trains a tokenizer, or reads the one trained on the same texts before.
+  """Trains a tokenizer, or reads it if it was trained on these texts before.
 
   Args:
     texts: the training documents.
-    vocab_size: entries to learn, at most.
-    folder: where tokenizers are kept, one file for each content and size.
+    vocab_size: maximum number of entries.
+    folder: has one file for each combination of texts and size.
 
   Returns:
-    The tokenizer, its file, and whether it was there already.
+    The tokenizer, its file, and whether the file already existed.
   """
   digest = hashlib.sha256(str(vocab_size).encode())
   for text in texts:
@@ -78,37 +78,37 @@ def cached(
   return tokenizer, path, False
 
 
-# Names under which tokenizers are known to keep their end of a text.
+# Known end-of-text tokens, in order of preference.
 ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """A tokenizer, and the token that closes every document."""
+  """A tokenizer, and the token that ends every document."""
 
   tokenizer: tokenizers.Tokenizer
-  end: int
-  unknown: int | None = None  # stands for text that no token stands for
+  end: int  # id of the end token
+  unknown: int | None = None  # id of text that is not in the vocabulary
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    """Each text's ids (n,) int32, with the end token last and only there."""
+    """The ids (n,) int32 of each text; the end token is last, and only last."""
     found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [self._close(encoding.ids) for encoding in found]
 
   def _close(self, ids: list[int]) -> np.ndarray:
     closed = np.asarray([*ids, self.end], np.int32)
     if self.unknown is not None:
-      # A unigram model finds its end token where a text spells it.
+      # A unigram model encodes a text that spells the end token as that token.
       closed[:-1][closed[:-1] == self.end] = self.unknown
     return closed
 
   def measure(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Each text's ids, and how many of its UTF-8 bytes each token stands for.
+    """The ids of each text, and the number of UTF-8 bytes of each token.
 
-    The bytes of a document add up to its length. A byte-level tokenizer is
-    counted by the bytes of its tokens. Of others the tokens may normalise the
-    text: there a token stands for what lies between the end of the token
-    before it and its own.
+    The bytes of all tokens add up to the length of the document. The tokens of
+    a byte-level tokenizer have their own bytes. Other tokenizers may normalise
+    the text: there, a token has the bytes from the end of the token before it
+    to its own end.
     """
     found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
     return [
@@ -118,14 +118,14 @@ class Encoder:
 
   def _bytes(self, encoding: tokenizers.Encoding, text: str) -> np.ndarray:
     if isinstance(self.tokenizer.decoder, tokenizers.decoders.ByteLevel):
-      # Each character of such a token spells one byte.
+      # Each character of such a token is one byte.
       return np.asarray([*map(len, encoding.tokens), 0])
     widths = [len(character.encode()) for character in text]
-    until = np.concatenate([[0], np.cumsum(widths, dtype=int)])
+    start_bytes = np.concatenate([[0], np.cumsum(widths, dtype=int)])
     ends = np.asarray([stop for _, stop in encoding.offsets], int)
-    # What follows the last token falls to the end token.
+    # Text after the last token is counted for the end token.
     ends = np.concatenate([np.maximum.accumulate(ends), [len(text)]])
-    return np.diff(until[ends], prepend=0)
+    return np.diff(start_bytes[ends], prepend=0)
 
 
 def find(
@@ -137,21 +137,22 @@ def find(
   """The tokenizer that `config` names, or one trained on `texts`.
 
   Args:
-    config: its `tokenizer` and `end_token`.
-    vocab_size: entries in the model's embedding.
-    texts: training documents, read only where a tokenizer is to be trained.
-    cache: where trained tokenizers are kept.
+    config: `tokenizer` and `end_token` are used.
+    vocab_size: rows of the model's embedding.
+    texts: training documents; read only if a tokenizer must be trained.
+    cache: the folder of trained tokenizers.
 
   Returns:
     A tokenizer whose ids are all below `vocab_size`, and its end token.
 
   Raises:
-    UserError: it cannot be read, is too large, or has no known end token.
+    UserError: the tokenizer cannot be read, is too large, or has no known end
+      token.
   """
   if not config.tokenizer:
     if vocab_size < MINIMUM:
       raise UserError(
-        f"model.vocab_size is {vocab_size}; the byte-level tokenizer needs"
+        f"model.vocab_size is {vocab_size}; a byte-level tokenizer needs"
         f" {MINIMUM} or more"
       )
     tokenizer, path, found = cached(list(texts), vocab_size, cache)
@@ -168,14 +169,14 @@ def find(
 
 
 def make_encoder(tokenizer: tokenizers.Tokenizer, end: str) -> Encoder:
-  """An encoder that closes documents with `end`, one of the vocabulary."""
+  """An encoder that ends documents with `end`, a token of the vocabulary."""
   number = tokenizer.token_to_id(end)
   assert number is not None, end
   return Encoder(tokenizer, number, _unknown(tokenizer))
 
 
 def _unknown(tokenizer: tokenizers.Tokenizer) -> int | None:
-  """The id of what the tokenizer does not know; bytes leave nothing unknown."""
+  """The id of the unknown token; None for tokenizers that have none."""
   model = tokenizer.model
   if isinstance(model, tokenizers.models.Unigram):
     return json.loads(tokenizer.to_str())["model"]["unk_id"]
@@ -184,7 +185,7 @@ def _unknown(tokenizer: tokenizers.Tokenizer) -> int | None:
 
 
 def _read(path: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
-  """A tokenizer and the settings that lie beside it, or none."""
+  """A tokenizer, and the content of its tokenizer_config.json or {}."""
   if path.startswith(HUB):
     return _from_hub(path.removeprefix(HUB), name)
   file = pathlib.Path(path).expanduser()
@@ -199,12 +200,12 @@ def _read(path: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
     if file.suffix == ".model":
       return sentencepiece_model.load(file), {}
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
-  # The library raises a bare Exception for whatever it cannot parse.
+  # The library raises a bare Exception if it cannot parse the file.
   except Exception as error:
     if isinstance(error, UserError):
       raise
     raise UserError(
-      f"{name} is no tokenizer.json that `tokenizers` reads:"
+      f"{name} is not a tokenizer.json that `tokenizers` can read:"
       f" {first_line(error)}"
     ) from error
   beside = file.with_name("tokenizer_config.json")
@@ -223,7 +224,10 @@ def _from_hub(repository: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
 def _end_token(
   tokenizer: tokenizers.Tokenizer, asked: str, settings: dict, name: str
 ) -> str:
-  """The token that closes a document: asked for, the settings', or known."""
+  """The token that ends a document.
+
+  It is `asked`, or the one in tokenizer_config.json, or the first of ENDS.
+  """
   own = settings.get("eos_token")
   own = own.get("content") if isinstance(own, dict) else own
   names = [asked] if asked else [own] if own else ENDS
@@ -231,7 +235,7 @@ def _end_token(
     if token is not None and tokenizer.token_to_id(token) is not None:
       return token
   raise UserError(
-    f"{name} has no token {' or '.join(map(repr, names))} to close a document"
+    f"{name} has no token {' or '.join(map(repr, names))} to end a document"
     " with; name one of its tokens with data.end_token"
   )
 
@@ -239,13 +243,14 @@ def _end_token(
 def _fit(
   tokenizer: tokenizers.Tokenizer, vocab_size: int, end: str, name: str
 ) -> tokenizers.Tokenizer:
-  """The tokenizer without special entries that the model has no room for.
+  """The tokenizer without special tokens beyond the model's vocabulary.
 
-  T5's is such a one: 32,000 pieces, and 100 sentinels that stand for gaps in
-  its own pre-training. No text means them.
+  T5's tokenizer has 32,000 pieces and 100 sentinels, which mark gaps in T5's
+  own pre-training and do not occur in a text.
 
   Raises:
-    UserError: an entry that is needed has no room.
+    UserError: a token beyond the vocabulary is not special, or is the end
+      token.
   """
   added = tokenizer.get_added_tokens_decoder()
   beyond = {

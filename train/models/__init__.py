@@ -1,1 +1,1 @@
-"""The models: a LLaMA, BERT-like encoders, their attention."""
+"""LLaMA, BERT and RoBERTa in Flax NNX, and what they share."""

@@ -1,11 +1,11 @@
-"""Causal attention: what is computed once, how it is computed by the device.
+"""Causal attention, with the implementation that the device runs best.
 
-    xla     plain products and a softmax, anywhere; (T, T) scores are in memory
+    xla     plain products and a softmax, on any device; stores (T, T) scores
     cudnn   cuDNN's fused attention: NVIDIA GPUs, bfloat16
     splash  a fused Pallas kernel: TPUs
-    auto    the fused form of the device at hand where it takes the shapes
+    auto    the fused implementation for the device, if it takes the shapes
 
-The fused forms keep no scores: their memory grows with T, not with T^2.
+The fused implementations store no scores: their memory grows with T, not T^2.
 
 Array names end in their shape: B rows, T positions, N query heads, K key and
 value heads (query head i reads head i // (N / K)), H head width.
@@ -24,7 +24,7 @@ from train.common.errors import UserError
 from train.config.schema import AttentionName
 from train.parallel.mesh import BATCH_AXES
 
-LANES = 128  # splash works on tiles of so many positions
+LANES = 128  # positions in the smallest tile of splash attention
 HALF = (jnp.bfloat16, jnp.float16)
 
 
@@ -35,21 +35,21 @@ def attend(
   v_BxTxKxH: jax.Array,
   segments_BxT: jax.Array | None = None,
 ) -> jax.Array:
-  """Each position's mix of the values up to its own.
+  """Causal attention: each position attends to itself and earlier ones.
 
   Args:
     form: `model.attention`.
-    q_BxTxNxH: queries, turned to their positions.
-    k_BxTxKxH: keys, turned to their positions.
+    q_BxTxNxH: queries, after the rotary embedding.
+    k_BxTxKxH: keys, after the rotary embedding.
     v_BxTxKxH: values.
-    segments_BxT: numbers of the texts that share a row, which do not see each
-      other; None: a row is one text. With them the fused forms are not taken.
+    segments_BxT: numbers of the texts that share a row and do not attend to
+      each other; None: a row is one text. With segments, `xla` is used.
 
   Returns:
     (B, T, N, H), in the dtype of the queries.
 
   Raises:
-    UserError: the form cannot run on this device, or not on these shapes.
+    UserError: the implementation cannot run on this device or these shapes.
   """
   form = choose(form, q_BxTxNxH)
   if segments_BxT is not None:
@@ -71,10 +71,10 @@ def attend(
 
 
 def target() -> tuple[str, str]:
-  """Platform and kind of the devices that are traced for.
+  """Platform and kind of the device that the program is traced for.
 
-  Those of the mesh in use, which may be another machine's when a program is
-  compiled ahead of time, else JAX's default device.
+  That is a device of the current mesh, which may be of another machine when
+  a program is compiled ahead of time; without a mesh, JAX's default device.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is None or device.platform is None:
@@ -83,21 +83,21 @@ def target() -> tuple[str, str]:
 
 
 def _is_nvidia(kind: str) -> bool:
-  return "NVIDIA" in kind  # AMD's are the platform "gpu" as well
+  return "NVIDIA" in kind  # the platform of AMD GPUs is "gpu", too
 
 
 def _is_too_old() -> bool:
-  """Whether the device here is older than cuDNN's kernel asks for, Ampere."""
-  found = getattr(jax.devices()[0], "compute_capability", "")
-  major = found.partition(".")[0]
+  """Whether the local GPU is older than Ampere, which cuDNN's kernel needs."""
+  capability = getattr(jax.devices()[0], "compute_capability", "")
+  major = capability.partition(".")[0]
   return major.isdigit() and int(major) < 8
 
 
 def choose(form: AttentionName, q_BxTxNxH: jax.Array) -> AttentionName:
-  """The form that is meant on these devices: never `auto`.
+  """Resolves `auto` to an implementation; checks one that is named.
 
   Raises:
-    UserError: it was asked for by name and cannot run.
+    UserError: the named implementation cannot run.
   """
   if form == "auto":
     return _best(q_BxTxNxH)
@@ -106,7 +106,7 @@ def choose(form: AttentionName, q_BxTxNxH: jax.Array) -> AttentionName:
 
 
 def _best(q_BxTxNxH: jax.Array) -> AttentionName:
-  """The fused form that takes these shapes on these devices, else `xla`."""
+  """The fused implementation that takes these shapes, else `xla`."""
   length, width = q_BxTxNxH.shape[1], q_BxTxNxH.shape[3]
   platform, kind = target()
   if platform == "tpu" and length % LANES == 0:
@@ -119,29 +119,30 @@ def _best(q_BxTxNxH: jax.Array) -> AttentionName:
 
 
 def _check(form: AttentionName, q_BxTxNxH: jax.Array) -> None:
-  """Refuses a form that was asked for by name where it cannot run."""
+  """Raises unless the named implementation can run."""
   platform, kind = target()
   if form == "splash" and platform != "tpu":
     raise UserError(
-      f"model.attention=splash runs on TPUs, the device is {kind}; use auto"
+      f"model.attention=splash runs on TPUs only, the device is {kind};"
+      " use auto"
     )
   if form != "cudnn":
     return
   if not _is_nvidia(kind):
     raise UserError(
-      f"model.attention=cudnn runs on NVIDIA GPUs, the device is {kind};"
+      f"model.attention=cudnn runs on NVIDIA GPUs only, the device is {kind};"
       " use auto"
     )
   if _is_too_old():
     raise UserError(
-      f"model.attention=cudnn needs an Ampere GPU or a later one, the device"
-      f" is {kind}; use auto"
+      "model.attention=cudnn needs an Ampere GPU or a newer one, the device is"
+      f" {kind}; use auto"
     )
   width = q_BxTxNxH.shape[3]
   if q_BxTxNxH.dtype not in HALF or width % 8 or width > 256:
     raise UserError(
-      "model.attention=cudnn takes bfloat16 heads whose width is a multiple"
-      f" of 8 up to 256, not {q_BxTxNxH.dtype} heads of {width} features;"
+      "model.attention=cudnn needs bfloat16 heads whose width is a multiple of"
+      f" 8 and at most 256, not {q_BxTxNxH.dtype} heads of {width} features;"
       " set model.dtype=bfloat16, or use auto"
     )
 
@@ -152,16 +153,16 @@ def splash(
   v_BxTxKxH: jax.Array,
   interpret: bool = False,
 ) -> jax.Array:
-  """Splash attention on each device's rows and heads.
+  """Splash attention; each device computes its own rows and heads.
 
-  Positions are filled up to whole tiles: what is added lies in the future of
-  every real position, so it changes none.
+  Positions are padded to whole tiles. The padding comes after every real
+  position, so the causal mask hides it.
 
   Args:
     q_BxTxNxH: queries.
     k_BxTxKxH: keys.
     v_BxTxKxH: values.
-    interpret: run the kernel step by step, on any device: for tests.
+    interpret: runs the kernel in Pallas's interpreter, on any device: tests.
 
   Returns:
     (B, T, N, H).
@@ -175,18 +176,18 @@ def splash(
   run = functools.partial(_splash_local, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size > 1 and mesh.are_all_axes_auto:
-    # The compiler cannot split a kernel: each device is given its own part.
-    spec = _split(rows, k_BxTxKxH.shape[2], mesh)
+    # The compiler cannot partition a Pallas kernel, so shard_map does.
+    spec = _partition(rows, k_BxTxKxH.shape[2], mesh)
     run = jax.shard_map(
       run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
     )
   return run(*heads_first)[:, :, :length].swapaxes(1, 2)
 
 
-def _split(
+def _partition(
   rows: int, heads: int, mesh: jax.sharding.AbstractMesh
 ) -> PartitionSpec:
-  """Rows over the batch's axes and heads over tensor, where they divide."""
+  """Divides rows over the batch axes and heads over `tensor`, if they fit."""
   shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   return PartitionSpec(
     BATCH_AXES if rows % shards == 0 else None,
@@ -195,9 +196,9 @@ def _split(
 
 
 def _splash_local(q, k, v, interpret: bool) -> jax.Array:
-  """The kernel on (B, heads, T, H), T a multiple of LANES."""
+  """Runs the kernel on (B, heads, T, H), where T is a multiple of LANES."""
   heads, length = q.shape[1:3]
-  # The largest tile up to 512 that divides the length: larger ones run faster.
+  # The largest tile that divides the length: larger tiles are faster.
   tile = next(t for t in (512, 384, 256, LANES) if length % t == 0)
   sizes = splash_attention.BlockSizes(
     block_q=tile,

@@ -1,8 +1,4 @@
-"""A BERT-family encoder in Flax NNX: BERT or RoBERTa, by its config.
-
-What the two differ in is said by `train/models/encoder_config.py`: where
-positions start, whether there are two token types, and where the head drops
-out. The masked-language-model head is left out.
+"""A BERT or RoBERTa encoder in Flax NNX.
 
     graphdef, boxes = encoder.abstract(config)        # shapes, no memory
     params = encoder.init(config, seed)               # nested dicts
@@ -10,15 +6,18 @@ out. The masked-language-model head is left out.
     encoder.classify(graphdef, params, ids, mask, types)        (B, labels)
     encoder.spans(graphdef, params, ids, mask, types)           2 x (B, T)
 
-`ids` (B, T) int32, `mask` (B, T) true where a token stands and false on
-padding, `types` (B, T) the segment of each token, or None: all of the first.
-A `key` switches dropout on. Regression is `classify` with labels=1. Weights
+`ids` (B, T) are int32; `mask` (B, T) is true on tokens and false on padding;
+`types` (B, T) is the segment of each token, or None: all in the first segment.
+With a `key`, dropout is on. Regression is `classify` with labels=1. Weights
 and tokenizers come from `train.pretrained.encoder_checkpoint.load`.
 
-As in `train/models/llama.py` the layers are one stacked module that `nnx.scan`
-walks, so every kernel of theirs is (L, rows, columns), and rows and positions
-are one flat axis between the attentions. Names of local arrays end in their
-shape: B rows, T positions, M = B * T tokens, D d_model, N heads, H head width.
+The two families differ in where positions start, in the number of token types,
+and in the dropout of the head; `train/models/encoder_config.py` has the
+fields. There is no masked-language-model head.
+
+The layers are stacked as in `train/models/llama.py`. Names of local arrays end
+in their shape: B rows, T positions, M = B * T tokens, D d_model, N heads, H
+head width.
 """
 
 import functools
@@ -29,21 +28,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train.common.errors import UserError
-from train.models import attention
+from train.models import attention, layers
 from train.models.encoder_config import Config
-from train.models.llama import REMAT
-from train.parallel.mesh import RULES, constrain_batch
+from train.parallel.mesh import constrain_batch
 
 ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
   "relu": jax.nn.relu,
 }
-# GaLore's rules for this model's leaves, for who does not name the matrices
-# himself: the papers leave the pooler and the heads at full rank.
+# GaLore's rules for this model: the papers keep the pooler and the heads at
+# full rank.
 FULL_RANK = ((r"^(pooler|head)/", None),)
 
-Keys = jax.Array | None  # of dropout; None: nothing is dropped
+Keys = jax.Array | None  # of dropout; None: no dropout
 
 
 def _split(key: Keys, count: int) -> list[Keys]:
@@ -55,18 +53,13 @@ def _drop(rate: float, x: jax.Array, key: Keys) -> jax.Array:
 
 
 def _linear(
-  config: Config, fan_in: int, fan_out: int, axes: tuple, rngs: nnx.Rngs
+  config: Config,
+  fan_in: int,
+  fan_out: int,
+  axes: tuple[str, str],
+  rngs: nnx.Rngs,
 ) -> nnx.Linear:
-  return nnx.Linear(
-    fan_in,
-    fan_out,
-    dtype=jnp.dtype(config.dtype),
-    param_dtype=jnp.dtype(config.param_dtype),
-    kernel_init=nnx.initializers.normal(config.init_std),
-    kernel_metadata={"out_sharding": axes},
-    bias_metadata={"out_sharding": ("norm",)},
-    rngs=rngs,
-  )
+  return layers.linear(config, fan_in, fan_out, axes, rngs, use_bias=True)
 
 
 def _norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -83,29 +76,15 @@ def _norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
   )
 
 
-def _table(
-  config: Config, rows: int, first_axis: str, rngs: nnx.Rngs
-) -> nnx.Embed:
-  return nnx.Embed(
-    rows,
-    config.d_model,
-    dtype=jnp.dtype(config.dtype),
-    param_dtype=jnp.dtype(config.param_dtype),
-    embedding_init=nnx.initializers.normal(config.init_std),
-    embedding_metadata={"out_sharding": (first_axis, "features")},
-    rngs=rngs,
-  )
-
-
 class Embeddings(nnx.Module):
-  """Words, positions and token types added up, and normalised."""
+  """The normalised sum of token, position and token type embeddings."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
-    places = config.max_length + config.position_offset
-    self.words = _table(config, config.vocab_size, "table", rngs)
-    self.positions = _table(config, places, "norm", rngs)
-    self.types = _table(config, config.n_types, "norm", rngs)
+    positions = config.max_length + config.position_offset
+    self.words = layers.embedding(config, config.vocab_size, "table", rngs)
+    self.positions = layers.embedding(config, positions, "norm", rngs)
+    self.types = layers.embedding(config, config.n_types, "norm", rngs)
     self.norm = _norm(config, rngs)
 
   def __call__(
@@ -113,34 +92,39 @@ class Embeddings(nnx.Module):
   ) -> jax.Array:
     """Token ids (B, T) to (B * T, D)."""
     x_BxTxD = self.words(ids_BxT) + self.types(types_BxT)
-    x_BxTxD = x_BxTxD + self.positions(self._places(mask_BxT))
+    x_BxTxD = x_BxTxD + self.positions(self._positions(mask_BxT))
     return self.norm(x_BxTxD.reshape(-1, self.config.d_model))
 
-  def _places(self, mask_BxT: jax.Array) -> jax.Array:
-    """Rows of the position table."""
+  def _positions(self, mask_BxT: jax.Array) -> jax.Array:
+    """The row of the position table for each token."""
     if self.config.family == "bert":
       return jnp.arange(mask_BxT.shape[1])[None]
-    # RoBERTa counts tokens, and gives all padding the row before the first.
-    counted = jnp.cumsum(mask_BxT, axis=1) * mask_BxT
-    return counted + self.config.position_offset - 1
+    # RoBERTa counts tokens only; all padding has the row before the first.
+    count_BxT = jnp.cumsum(mask_BxT, axis=1) * mask_BxT
+    return count_BxT + self.config.position_offset - 1
 
 
-def _library(config: Config, q_BxTxNxH: jax.Array) -> Literal["cudnn", "xla"]:
-  """What computes the attention; splash gains nothing at such lengths."""
+def _implementation(
+  config: Config, q_BxTxNxH: jax.Array
+) -> Literal["cudnn", "xla"]:
+  """The implementation of attention that is used on this device.
+
+  Splash attention is never used: it gains nothing at these lengths.
+  """
   if attention.choose(config.attention, q_BxTxNxH) != "cudnn":
     return "xla"
-  # With a mask cuDNN has a backward pass for even lengths only.
+  # With a mask, cuDNN has a backward pass for even lengths only.
   length = q_BxTxNxH.shape[1]
   if length % 2 and config.attention == "cudnn":
     raise UserError(
-      f"model.attention=cudnn takes texts of an even length, not {length}; pad"
-      " them by one, or use auto"
+      f"model.attention=cudnn needs texts of an even length, not {length}; pad"
+      " them by one token, or use auto"
     )
   return "xla" if length % 2 else "cudnn"
 
 
 class Attention(nnx.Module):
-  """Self-attention in which every token sees every other, padding excepted."""
+  """Self-attention to all tokens of a text, but not to its padding."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
@@ -157,12 +141,12 @@ class Attention(nnx.Module):
     config, (rows, length) = self.config, mask_BxT.shape
     shape = (rows, length, config.n_heads, config.head_width)
     q, k, v = (f(x_MxD).reshape(shape) for f in (self.q, self.k, self.v))
-    # The fused form on GPUs wants all of (T, T).
+    # cuDNN needs the mask in its full shape.
     mask_Bx1xTxT = jnp.broadcast_to(
       mask_BxT[:, None, None], (rows, 1, length, length)
     )
     if key is not None and config.attention_dropout:
-      # No fused form can drop weights that it never holds.
+      # Fused attention never holds the weights, so it cannot drop them.
       out = nnx.dot_product_attention(
         q,
         k,
@@ -176,7 +160,7 @@ class Attention(nnx.Module):
       ).astype(q.dtype)
     else:
       out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask_Bx1xTxT, implementation=_library(config, q)
+        q, k, v, mask=mask_Bx1xTxT, implementation=_implementation(config, q)
       )
     return self.o(out.reshape(len(x_MxD), -1))
 
@@ -196,7 +180,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One layer: attention and feed-forward, each normalised after its sum."""
+  """One encoder layer: attention and feed-forward, each post-normalised."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.rate = config.dropout
@@ -216,29 +200,16 @@ class Block(nnx.Module):
     return self.mlp_norm(x_MxD + _drop(self.rate, self.mlp(x_MxD), second))
 
 
-def _stack(config: Config, rngs: nnx.Rngs) -> Block:
-  """All layers as one Block whose parameters have a leading layer axis."""
-
-  @nnx.split_rngs(splits=config.n_layers)
-  @nnx.vmap(
-    in_axes=(0,),
-    out_axes=0,
-    transform_metadata={nnx.PARTITION_NAME: "layers"},
-  )
-  def make(rngs: nnx.Rngs) -> Block:
-    return Block(config, rngs=rngs)
-
-  return make(rngs)
-
-
 class Encoder(nnx.Module):
-  """Token ids (B, T) int32 to hidden states, and those to a head's logits."""
+  """Token ids (B, T) int32 to hidden states, and to the logits of a head."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
     d = config.d_model
     self.embed = Embeddings(config, rngs=rngs)
-    self.layers = _stack(config, rngs)
+    self.layers = layers.stack(
+      lambda rngs: Block(config, rngs=rngs), config.n_layers, rngs
+    )
     if config.head == "classify":
       self.pooler = _linear(config, d, d, ("embed", "heads"), rngs)
       self.head = _linear(config, d, config.labels, ("embed", "norm"), rngs)
@@ -256,17 +227,17 @@ class Encoder(nnx.Module):
 
     Args:
       ids_BxT: token ids.
-      mask_BxT: true (or 1) where a token stands; padding may hold any id.
-      types_BxT: the segment of each token; None: all of the first.
-      key: of dropout; None: nothing is dropped.
+      mask_BxT: true (or 1) on tokens, false on padding, which may have any id.
+      types_BxT: the segment of each token; None: all in the first.
+      key: of dropout; None: no dropout.
 
     Raises:
-      UserError: there are more positions than the model has embeddings.
+      UserError: the texts are longer than the model's table of positions.
     """
     length, most = ids_BxT.shape[1], self.config.max_length
     if length > most:
       raise UserError(
-        f"texts of {length} tokens, but the model has {most} positions; cut"
+        f"texts have {length} tokens, but the model has {most} positions; cut"
         f" them to {most} or fewer"
       )
     mask_BxT = mask_BxT.astype(bool)
@@ -284,17 +255,9 @@ class Encoder(nnx.Module):
     def body(x: jax.Array, layer: Block, key: Keys) -> jax.Array:
       return layer(x, mask_BxT, key)
 
-    if self.config.remat != "none":
-      body = nnx.remat(body, policy=REMAT[self.config.remat])
-    scan = nnx.scan(
-      body,
-      in_axes=(nnx.Carry, 0, 0),
-      out_axes=nnx.Carry,
-      unroll=self.config.unroll,
-    )
     count = self.config.n_layers
     keys = None if key is None else jax.random.split(key, count)
-    return scan(x_MxD, self.layers, keys)
+    return layers.scan(self.config, body, x_MxD, self.layers, keys)
 
   def classify(
     self,
@@ -303,7 +266,7 @@ class Encoder(nnx.Module):
     types_BxT: jax.Array | None = None,
     key: Keys = None,
   ) -> jax.Array:
-    """Logits (B, labels) float32 of each text or pair of texts."""
+    """Logits (B, labels) float32 for each text or pair of texts."""
     body, before, after = _split(key, 3)
     rate, roberta = self.config.head_dropout, self.config.family == "roberta"
     x_BxTxD = self(ids_BxT, mask_BxT, types_BxT, body)
@@ -312,7 +275,7 @@ class Encoder(nnx.Module):
       if self.config.pool == "first"
       else mean_of_tokens(x_BxTxD, mask_BxT)
     )
-    # RoBERTa's head drops on both sides of its dense layer, BERT's on one.
+    # RoBERTa has dropout before and after the dense layer, BERT only after.
     x_BxD = _drop(rate, x_BxD, before if roberta else None)
     x_BxD = _drop(rate, jnp.tanh(self.pooler(x_BxD)), after)
     return self.head(x_BxD).astype(jnp.float32)
@@ -324,10 +287,9 @@ class Encoder(nnx.Module):
     types_BxT: jax.Array | None = None,
     key: Keys = None,
   ) -> tuple[jax.Array, jax.Array]:
-    """Logits (B, T) float32 of a span's first and of its last token.
+    """Logits (B, T) float32 of the first and the last token of a span.
 
-    Positions that cannot be either (padding, the question) have logits too:
-    who decodes leaves them out.
+    Padding and the question have logits too; the caller must mask them.
     """
     x_BxTxD = self(ids_BxT, mask_BxT, types_BxT, key)
     logits_BxTx2 = self.head(x_BxTxD).astype(jnp.float32)
@@ -335,10 +297,10 @@ class Encoder(nnx.Module):
 
 
 def mean_of_tokens(x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-  """The mean (B, D) of the hidden states of each text's tokens.
+  """The mean hidden state (B, D) of each text, without its padding.
 
-  Scaled to length one it is the embedding of a sentence in the models that
-  were trained so, such as all-MiniLM-L6-v2.
+  Scaled to unit length, it is the sentence embedding of models that were
+  trained for it, such as all-MiniLM-L6-v2.
   """
   weight_BxT = mask_BxT.astype(x_BxTxD.dtype)
   total_BxD = jnp.einsum("btd,bt->bd", x_BxTxD, weight_BxT)
@@ -346,20 +308,19 @@ def mean_of_tokens(x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 
 
 def abstract(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
-  """The model's structure, and its parameters as boxes without memory.
+  """The model's structure and the shapes of its parameters; no memory.
 
-  As `train.models.llama.abstract`: each box holds a shape and the axes' names.
+  Returns:
+    The graph definition, and the parameters as boxes with shapes and logical
+    axis names, as in `train.models.llama.abstract`.
   """
-  with nnx.use_eager_sharding(False), nnx.logical_axis_rules(RULES):
-    model = nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0)))
+  model = layers.abstract(lambda rngs: Encoder(config, rngs=rngs))
   return nnx.split(model, nnx.Param)
 
 
 def init(config: Config, seed: int | jax.Array) -> dict:
-  """Fresh parameters as nested dicts: `layers/attn/q/kernel` and so on."""
-  with nnx.use_eager_sharding(False):
-    model = Encoder(config, rngs=nnx.Rngs(seed))
-  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  """Random parameters as nested dicts: `layers/attn/q/kernel` and so on."""
+  return layers.init(lambda rngs: Encoder(config, rngs=rngs), seed)
 
 
 def hidden(

@@ -1,4 +1,4 @@
-"""The shape of a BERT-family encoder, and how it is computed."""
+"""The config of a BERT or RoBERTa encoder."""
 
 import dataclasses
 from typing import Literal
@@ -10,7 +10,7 @@ Head = Literal["none", "classify", "spans"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Shape of an encoder, its head, and how it is computed."""
+  """Sizes of an encoder, its head, and how it is computed."""
 
   vocab_size: int
   d_model: int
@@ -19,8 +19,8 @@ class Config:
   n_heads: int
   family: Literal["bert", "roberta"] = "bert"
   max_length: int = 512  # positions with an embedding of their own
-  position_offset: int = 0  # rows before position 0's: RoBERTa's 2
-  n_types: int = 2  # segments: RoBERTa's 1
+  position_offset: int = 0  # rows of the table before position 0; RoBERTa: 2
+  n_types: int = 2  # segments; RoBERTa: 1
   pad_id: int = 0
   norm_eps: float = 1e-12
   activation: Literal["gelu", "gelu_new", "relu"] = "gelu"
@@ -30,7 +30,7 @@ class Config:
   head_dropout: float = 0.1  # before the head
   head: Head = "none"
   labels: int = 2  # outputs of the classification head; 1: regression
-  # What the head sees of a text: its first token, or the mean of its tokens.
+  # The input of the head: a text's first token, or the mean of its tokens.
   pool: Literal["first", "mean"] = "first"
   dtype: Literal["float32", "bfloat16"] = "float32"
   param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -41,8 +41,8 @@ class Config:
   def __post_init__(self):
     if self.d_model % self.n_heads:
       raise UserError(
-        f"the encoder's d_model is {self.d_model}, which its n_heads"
-        f" {self.n_heads} do not divide"
+        f"the encoder's d_model is {self.d_model}, which is not divisible by"
+        f" its n_heads, {self.n_heads}"
       )
     if self.labels < 1:
       raise UserError(f"the encoder's labels is {self.labels}; give 1 or more")

@@ -1,13 +1,16 @@
 """A LLaMA decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, no biases.
 
-The layers are one stacked module that `nnx.scan` walks, so a block is traced
-and compiled once whatever the depth, and every kernel has a leading layer
-axis: (L, rows, columns).
+    graphdef, boxes = llama.abstract(config)        # shapes, no memory
+    params = llama.init(config, seed)               # nested dicts
+    llama.apply(graphdef, params, tokens)           # logits (B, T, V)
+
+The layers are stacked (see `train/models/layers.py`), so every kernel in them
+is (L, rows, columns).
 
 Names of local arrays end in their shape: B rows, T positions, M = B * T
 tokens, D d_model, N query heads, K key/value heads, H head width, V
-vocabulary. Between the attentions, rows and positions are one flat axis M: a
-weight's gradient is then one plain matrix product, which the CPU compiler
+vocabulary. Outside the attention, rows and positions are one flat axis M: the
+gradient of a weight is then one plain matrix product, which the CPU compiler
 runs two to three times faster than one that contracts two axes.
 """
 
@@ -19,32 +22,25 @@ import numpy as np
 from flax import nnx
 
 from train.config.schema import ModelConfig
-from train.models import attention
-from train.parallel.mesh import RULES, constrain_batch
-
-# What a layer keeps for its backward pass beside its input. `full`: nothing,
-# a third more compute for L times fewer activations. `dots`: the outputs of
-# the projections, so that only the attention and what is elementwise is
-# computed twice.
-REMAT = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+from train.models import attention, layers
+from train.parallel.mesh import constrain_batch
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of earlier positions
 
 
 def _frequencies(width: int, theta: float) -> np.ndarray:
-  """Radians a position, of each pair of features: (H / 2,)."""
+  """Radians per position for each pair of features: (H / 2,)."""
   return theta ** (-np.arange(0, width, 2, dtype=np.float32) / width)
 
 
 @functools.cache
-def _turns(length: int, width: int, theta: float) -> tuple[np.ndarray, ...]:
-  """Cosines and sines of positions 0, 1, ...: (T, H / 2) each.
+def _rotary_table(
+  length: int, width: int, theta: float
+) -> tuple[np.ndarray, np.ndarray]:
+  """Cosines and sines of the angles of positions 0, 1, ...: (T, H / 2) each.
 
-  A table, for XLA would put the functions into every loop that uses them, and
-  take each sine anew for all rows and heads.
+  They are constants of the program. XLA would otherwise put the functions into
+  every loop that uses them, and compute each sine again for all rows and heads.
   """
   positions_T = np.arange(length, dtype=np.float32)
   angles_TxH = np.outer(positions_T, _frequencies(width, theta))
@@ -54,47 +50,43 @@ def _turns(length: int, width: int, theta: float) -> tuple[np.ndarray, ...]:
 def rotary(
   x_BxTxNxH: jax.Array, theta: float, positions_BxT: jax.Array | None = None
 ) -> jax.Array:
-  """Rotates each head by its position: the rotary embedding.
+  """Rotates each head by an angle that grows with its position (RoPE).
 
-  Feature i is paired with feature i + H/2 and the pair is turned by
-  position * theta^(-2i/H), so the product of a query and a key depends on
-  their positions only through the difference.
+  Features i and i + H/2 are a pair, which is rotated by
+  position * theta^(-2i/H). The product of a query and a key therefore depends
+  on their positions only through the difference.
 
   Args:
     x_BxTxNxH: queries or keys.
     theta: base of the geometric series of wavelengths.
-    positions_BxT: their places; 0, 1, ... by default. (1, T) serves all rows.
+    positions_BxT: their positions; None: 0, 1, ... Of shape (1, T) they apply
+      to all rows.
 
   Returns:
-    The rotated array, in the dtype it came in.
+    The rotated array, in the dtype of the input.
   """
   length, width = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
   if positions_BxT is None:
-    cos, sin = _turns(length, width, theta)
+    cos, sin = _rotary_table(length, width, theta)
   else:
     # Angles stay in float32: bfloat16 cannot tell position 256 from 257.
-    places_BxTx1 = positions_BxT[..., None].astype(jnp.float32)
-    angles_BxTxH = places_BxTx1 * _frequencies(width, theta)
+    positions_BxTx1 = positions_BxT[..., None].astype(jnp.float32)
+    angles_BxTxH = positions_BxTx1 * _frequencies(width, theta)
     cos, sin = jnp.cos(angles_BxTxH), jnp.sin(angles_BxTxH)
-  cos, sin = cos[..., None, :], sin[..., None, :]  # one turn for all heads
+  cos, sin = cos[..., None, :], sin[..., None, :]  # all heads share the angles
   left, right = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-  turned = (left * cos - right * sin, right * cos + left * sin)
-  return jnp.concatenate(turned, axis=-1).astype(x_BxTxNxH.dtype)
+  rotated = (left * cos - right * sin, right * cos + left * sin)
+  return jnp.concatenate(rotated, axis=-1).astype(x_BxTxNxH.dtype)
 
 
 def _linear(
-  config: ModelConfig, fan_in: int, fan_out: int, axes: tuple, rngs: nnx.Rngs
+  config: ModelConfig,
+  fan_in: int,
+  fan_out: int,
+  axes: tuple[str, str],
+  rngs: nnx.Rngs,
 ) -> nnx.Linear:
-  return nnx.Linear(
-    fan_in,
-    fan_out,
-    use_bias=False,
-    dtype=jnp.dtype(config.dtype),
-    param_dtype=jnp.dtype(config.param_dtype),
-    kernel_init=nnx.initializers.normal(config.init_std),
-    kernel_metadata={"out_sharding": axes},
-    rngs=rngs,
-  )
+  return layers.linear(config, fan_in, fan_out, axes, rngs, use_bias=False)
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -127,7 +119,7 @@ class Attention(nnx.Module):
     length: int,
     segments_BxT: jax.Array | None = None,
   ) -> jax.Array:
-    """Attends within rows of `length`, and segments; (M, D) to (M, D)."""
+    """Attends within rows of `length` and segments; (M, D) to (M, D)."""
     heads = self._heads(x_MxD, length)
     out = attention.attend(self.config.attention, *heads, segments_BxT)
     return self.o(out.reshape(len(x_MxD), -1))
@@ -135,16 +127,16 @@ class Attention(nnx.Module):
   def extend(
     self, x_MxD: jax.Array, positions_BxT: jax.Array, cache: Cache
   ) -> tuple[jax.Array, Cache]:
-    """Attends to what the cache holds and to `x_MxD`, which it takes in.
+    """Attends to the cached positions and to the new ones.
 
     Args:
-      x_MxD: T new positions a row.
-      positions_BxT: their places in the cache, ascending within a row.
-      cache: keys and values (B, S, K, H); what lies behind a position is
-        not read, so it need not be cleared.
+      x_MxD: T new positions of each row.
+      positions_BxT: their indices in the cache, ascending within a row.
+      cache: keys and values (B, S, K, H). Entries after a position are not
+        read, so they need not be cleared.
 
     Returns:
-      (M, D), and the cache with the new keys and values.
+      (M, D), and the cache with the keys and values of the new positions.
     """
     q, *new = self._heads(x_MxD, positions_BxT.shape[1], positions_BxT)
     row_Bx1 = jnp.arange(len(positions_BxT))[:, None]
@@ -210,25 +202,10 @@ class Block(nnx.Module):
   def extend(
     self, x_MxD: jax.Array, positions_BxT: jax.Array, cache: Cache
   ) -> tuple[jax.Array, Cache]:
-    """The same for positions that follow those in the cache."""
+    """The same layer on positions that follow those in the cache."""
     mixed, cache = self.attn.extend(self.attn_norm(x_MxD), positions_BxT, cache)
     x_MxD = x_MxD + mixed
     return x_MxD + self.mlp(self.mlp_norm(x_MxD)), cache
-
-
-def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Block:
-  """All layers as one Block whose parameters have a leading layer axis."""
-
-  @nnx.split_rngs(splits=config.n_layers)
-  @nnx.vmap(
-    in_axes=(0,),
-    out_axes=0,
-    transform_metadata={nnx.PARTITION_NAME: "layers"},
-  )
-  def make(rngs: nnx.Rngs) -> Block:
-    return Block(config, rngs=rngs)
-
-  return make(rngs)
 
 
 class Llama(nnx.Module):
@@ -236,16 +213,10 @@ class Llama(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.embed = nnx.Embed(
-      config.vocab_size,
-      config.d_model,
-      dtype=jnp.dtype(config.dtype),
-      param_dtype=jnp.dtype(config.param_dtype),
-      embedding_init=nnx.initializers.normal(config.init_std),
-      embedding_metadata={"out_sharding": ("table", "features")},
-      rngs=rngs,
+    self.embed = layers.embedding(config, config.vocab_size, "table", rngs)
+    self.layers = layers.stack(
+      lambda rngs: Block(config, rngs=rngs), config.n_layers, rngs
     )
-    self.layers = _stack(config, rngs)
     self.norm = _norm(config, rngs)
     if not config.tie_embeddings:
       axes = ("embed", "vocab")
@@ -259,16 +230,16 @@ class Llama(nnx.Module):
 
     Args:
       tokens_BxT: token ids.
-      segments_BxT: numbers of the texts that share a row, which do not see
-        each other; None: a row is one text. That positions go on counting
-        makes no difference, as only their distances matter.
+      segments_BxT: numbers of the texts that share a row and do not attend to
+        each other; None: a row is one text. Positions do not restart with a
+        text, which changes nothing: only their differences matter.
     """
     rows, length = tokens_BxT.shape
     x_MxD = self.embed(tokens_BxT.reshape(-1))
     return self.head(self._scan_layers(x_MxD, length, segments_BxT), rows)
 
   def head(self, x_MxD: jax.Array, rows: int) -> jax.Array:
-    """Logits (B, T, V) float32 of what the last layer gives, (B * T, D)."""
+    """Logits (B, T, V) float32 of the last layer's output (B * T, D)."""
     x_MxD = constrain_batch(self.norm(x_MxD), rows)
     if self.config.tie_embeddings:
       logits_MxV = self.embed.attend(x_MxD)
@@ -285,19 +256,11 @@ class Llama(nnx.Module):
     def body(x: jax.Array, layer: Block) -> jax.Array:
       return layer(x, length, segments_BxT)
 
-    if self.config.remat != "none":
-      body = nnx.remat(body, policy=REMAT[self.config.remat])
-    scan = nnx.scan(
-      body,
-      in_axes=(nnx.Carry, 0),
-      out_axes=nnx.Carry,
-      unroll=self.config.unroll,
-    )
-    return scan(x_MxD, self.layers)
+    return layers.scan(self.config, body, x_MxD, self.layers)
 
 
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-  """The model's structure and its parameters' shapes, without memory.
+  """The model's structure and the shapes of its parameters; no memory.
 
   Returns:
     The graph definition, and the parameters as `nnx.Param` boxes that hold
@@ -307,19 +270,13 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def abstract_model(config: ModelConfig) -> Llama:
-  """The model with shapes in place of its parameters."""
-  # Eagerly sharded variables would ask for a mesh here, where none is needed:
-  # `mesh.param_shardings` reads the names. The rules are for eval_shape,
-  # which translates the names if there is a mesh.
-  with nnx.use_eager_sharding(False), nnx.logical_axis_rules(RULES):
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+  """The model as a module, with shapes in place of its parameters."""
+  return layers.abstract(lambda rngs: Llama(config, rngs=rngs))
 
 
 def init(config: ModelConfig, seed: int | jax.Array) -> dict:
-  """Fresh parameters as nested dicts: `layers/attn/q/kernel` and so on."""
-  with nnx.use_eager_sharding(False):
-    model = Llama(config, rngs=nnx.Rngs(seed))
-  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  """Random parameters as nested dicts: `layers/attn/q/kernel` and so on."""
+  return layers.init(lambda rngs: Llama(config, rngs=rngs), seed)
 
 
 def apply(
@@ -332,17 +289,17 @@ def apply(
   return nnx.merge(graphdef, params)(tokens, segments)
 
 
-# The model in three pieces, for those who walk the layers themselves:
+# The model in three pieces, for callers that loop over the layers themselves:
 #   x = embed(config, params, tokens)
 #   for layer in the slices of params["layers"]: x = block(config, layer, x, T)
 #   logits = head(config, params, x, B)
 
 
 def embed(config: ModelConfig, params: dict, tokens: jax.Array) -> jax.Array:
-  """Rows of the embedding: ids (B, T) to (B * T, D).
+  """The embeddings of token ids: (B, T) to (B * T, D).
 
   Args:
-    config: the model's.
+    config: of the model.
     params: all parameters, or those outside `layers`.
     tokens: token ids (B, T).
   """
@@ -355,9 +312,9 @@ def block(
   """One layer: (B * T, D) to (B * T, D).
 
   Args:
-    config: the model's.
-    layer: one layer's parameters, a slice of `params["layers"]`.
-    x: activations, rows of `length` positions one after the other.
+    config: of the model.
+    layer: parameters of one layer, a slice of `params["layers"]`.
+    x: activations of rows of `length` positions, one row after another.
     length: T.
   """
   return nnx.merge(_structures(config)[1], layer)(x, length)
@@ -369,16 +326,16 @@ def head(
   """The last norm and the head: (B * T, D) to logits (B, T, V) float32.
 
   Args:
-    config: the model's.
+    config: of the model.
     params: all parameters, or those outside `layers`.
-    x: what the last layer gives.
+    x: the output of the last layer.
     rows: B.
   """
   return _outer(config, params).head(x, rows)
 
 
 def empty_cache(config: ModelConfig, rows: int, length: int) -> Cache:
-  """Room for the keys and values of all layers, each (L, B, S, K, H)."""
+  """A cache for the keys and values of all layers, each (L, B, S, K, H)."""
   shape = (config.n_layers, rows, length, config.kv_heads, config.head_width)
   return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
@@ -390,30 +347,31 @@ def extend(
   positions: jax.Array,
   cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-  """All layers on tokens that follow those in the cache.
+  """Applies all layers to tokens that follow those in the cache.
 
   Args:
-    config: the model's.
+    config: of the model.
     params: all parameters.
     tokens: token ids (B, T).
-    positions: (B, T), their places in the cache, ascending within a row.
+    positions: (B, T), their indices in the cache, ascending within a row.
     cache: from `empty_cache` or an earlier call.
 
   Returns:
-    What `head` takes, (B * T, D), and the cache with the tokens in it.
+    The output of the last layer, (B * T, D), for `head`; and the cache with
+    the keys and values of these tokens.
   """
   structure = _structures(config)[1]
 
   def body(x: jax.Array, slices: tuple) -> tuple[jax.Array, Cache]:
-    layer, kept = slices
-    return nnx.merge(structure, layer).extend(x, positions, kept)
+    layer, layer_cache = slices
+    return nnx.merge(structure, layer).extend(x, positions, layer_cache)
 
   x = embed(config, params, tokens)
   return jax.lax.scan(body, x, (params["layers"], cache))
 
 
 def _outer(config: ModelConfig, params: dict) -> Llama:
-  """The model without its layers."""
+  """The model without its layers, with parameters."""
   rest = {name: part for name, part in params.items() if name != "layers"}
   return nnx.merge(_structures(config)[0], rest)
 

@@ -1,1 +1,1 @@
-"""Weights and tokenizers of other libraries, in and out."""
+"""Loads and saves pretrained weights and tokenizers."""

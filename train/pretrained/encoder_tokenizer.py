@@ -1,12 +1,13 @@
-"""Texts, pairs of texts and windows of long texts as a BERT reads them.
+"""Tokenizes texts, pairs of texts, and windows of long texts for an encoder.
 
     tokenizer = encoder_tokenizer.load(folder, config)
     rows = tokenizer.texts(first, second, length=128)
     windows = tokenizer.windows(questions, contexts, length=384, stride=128)
     batch = tokenizer.pad(rows)         # {"ids", "mask", "types"}, each (B, T)
 
-A folder's tokenizer is its tokenizer.json, or what older checkpoints have: a
-vocab.txt (WordPiece) or a vocab.json with merges.txt (RoBERTa's bytes).
+The tokenizer of a checkpoint is its tokenizer.json, or, in older checkpoints,
+a vocab.txt (BERT's WordPiece) or a vocab.json with merges.txt (RoBERTa's
+byte-level BPE).
 """
 
 import dataclasses
@@ -25,37 +26,37 @@ from tokenizers import (
   processors,
 )
 
-from train.common.errors import UserError
+from train.common.errors import UserError, first_line
 from train.models.encoder_config import Config
 
-Cut = Literal["longest_first", "only_first", "only_second"]
+Truncation = Literal["longest_first", "only_first", "only_second"]
 
 
 class Row(NamedTuple):
-  """One text or pair of texts with the tokens that go around them."""
+  """The tokens of a text or a pair of texts, with the special tokens."""
 
   ids: np.ndarray  # (n,) int32
   types: np.ndarray  # (n,) int32: the segment of each token
 
 
 class Window(NamedTuple):
-  """A question and a part of its context."""
+  """The tokens of a question and of a part of its context."""
 
   ids: np.ndarray  # (n,) int32
   types: np.ndarray  # (n,) int32
-  example: int  # which question
-  # (n, 2) int32: where in the context's characters a token begins and ends;
-  # -1 outside the context.
+  example: int  # index of the question
+  # (n, 2) int32: the first character of each token in the context, and the
+  # one after its last; -1 for tokens outside the context.
   offsets: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A tokenizer that knows what to put around texts, and how to pad."""
+  """A tokenizer that adds special tokens, truncates and pads."""
 
   tokenizer: tokenizers.Tokenizer
   pad_id: int
-  max_length: int  # positions of the model
+  max_length: int  # number of positions of the model
 
   @property
   def text(self) -> str:
@@ -65,10 +66,10 @@ class Tokenizer:
     return plain.to_str(pretty=True)
 
   def special_tokens(self) -> dict[str, str]:
-    """The tokens that pad and that stand around a text, by their roles."""
+    """The special tokens by their roles, as in tokenizer_config.json."""
     first, *_, last = self.tokenizer.encode("a").tokens
     pad = self.tokenizer.id_to_token(self.pad_id)
-    assert pad is not None  # `load` has looked
+    assert pad is not None  # `load` has checked it
     return {"pad_token": pad, "cls_token": first, "sep_token": last}
 
   def texts(
@@ -76,34 +77,34 @@ class Tokenizer:
     first: Sequence[str],
     second: Sequence[str] | None = None,
     length: int = 0,
-    cut: Cut = "longest_first",
+    truncation: Truncation = "longest_first",
   ) -> list[Row]:
-    """Each text, or each pair of texts, in at most `length` tokens.
+    """Tokenizes texts or pairs of texts, in at most `length` tokens each.
 
     Args:
       first: texts.
-      second: their partners; None: there are none.
-      length: tokens that are kept, those around the texts counted; 0: as
-        many as the model has positions for.
-      cut: what a pair that is too long loses tokens from.
+      second: the second text of each pair; None: no pairs.
+      length: maximum number of tokens, special tokens included; 0: the number
+        of positions of the model.
+      truncation: which text of a pair is truncated.
 
     Raises:
-      UserError: `length` is more than the model has positions for, or leaves
-        no room for text.
+      UserError: `length` exceeds the positions of the model, or leaves no room
+        for text.
     """
     length = length or self.max_length
     self._check_length(length, 1)
-    cut = "only_first" if second is None else cut
-    self.tokenizer.enable_truncation(length, strategy=cut)
+    truncation = "only_first" if second is None else truncation
+    self.tokenizer.enable_truncation(length, strategy=truncation)
     try:
       found = self._encode(first, second)
-    # The library has no class of its own for what it cannot cut.
+    # The library has no exception type of its own for failed truncation.
     except Exception as error:
       if "Truncation" not in str(error):
         raise
       raise UserError(
-        f"a pair cannot be cut {cut} to {length} tokens, as the other text"
-        " alone has as many; cut longest_first, or allow more tokens"
+        f"a pair cannot be truncated to {length} tokens by {truncation}: the"
+        " other text alone has as many; use longest_first, or allow more tokens"
       ) from error
     return [Row(_array(e.ids), _array(e.type_ids)) for e in found]
 
@@ -115,21 +116,21 @@ class Tokenizer:
     stride: int = 128,
     query: int = 64,
   ) -> list[Window]:
-    """Each question with its context, which long contexts share out.
+    """Tokenizes questions with their contexts, in windows of the context.
 
     Args:
-      questions: they come first, and whole: up to `query` tokens.
-      contexts: as many; each fills as many windows as it needs.
-      length: tokens of a window, at most.
-      stride: tokens that two neighbouring windows have in common.
-      query: tokens that are kept of a question.
+      questions: stand first in each window, truncated to `query` tokens.
+      contexts: one for each question; a long one is split into windows.
+      length: maximum number of tokens of a window.
+      stride: number of context tokens that neighbouring windows share.
+      query: maximum number of tokens of a question.
 
     Returns:
       The windows of the first question, then those of the second, ...
 
     Raises:
-      UserError: `length` is more than the model has positions for, or too
-        small for `query` and `stride`.
+      UserError: `length` exceeds the positions of the model, or is too small
+        for `query` and `stride`.
     """
     self._check_length(
       length, query + stride + 1, ", task.query or task.stride"
@@ -153,17 +154,17 @@ class Tokenizer:
     count: int = 0,
     multiple: int = 32,
   ) -> dict[str, np.ndarray]:
-    """Rows as one batch of arrays (B, T), int32.
+    """Pads rows to one batch of arrays (B, T), int32.
 
     Args:
       rows: of `texts` or `windows`.
       length: T; 0: that of the longest row, rounded up to a `multiple`, so
         that few shapes are compiled.
-      count: B; rows that are missing are all padding. 0: as many as given.
+      count: B; missing rows are all padding. 0: the number of rows.
       multiple: see `length`.
 
     Returns:
-      `ids`, `mask` (1 where a token stands) and `types`.
+      `ids`, `mask` (1 on tokens, 0 on padding) and `types`.
     """
     longest = max(len(row.ids) for row in rows)
     rounded = -(-longest // multiple) * multiple
@@ -192,13 +193,12 @@ class Tokenizer:
     return question[: found.offsets[query - 1][1]]
 
   def _check_length(self, length: int, text: int, others: str = "") -> None:
-    around = self.tokenizer.num_special_tokens_to_add(is_pair=True)
-    if not around + text <= length <= self.max_length:
+    least = self.tokenizer.num_special_tokens_to_add(is_pair=True) + text
+    if not least <= length <= self.max_length:
       raise UserError(
-        f"texts of {length} tokens cannot be made: the model has"
-        f" {self.max_length} positions, and {around + text} is the least that"
-        " holds the tokens around two texts and what is asked of the texts;"
-        f" change data.length{others}"
+        f"texts cannot have {length} tokens: the model has {self.max_length}"
+        f" positions, and special tokens and text need {least} or more; change"
+        f" data.length{others}"
       )
 
 
@@ -214,19 +214,20 @@ def _window(encoding: tokenizers.Encoding, example: int) -> Window:
 
 
 def load(folder: pathlib.Path, config: Config) -> Tokenizer:
-  """The tokenizer that lies beside a checkpoint.
+  """Loads the tokenizer of a checkpoint.
 
   Args:
-    folder: the checkpoint's.
-    config: of the model, which must have room for the vocabulary.
+    folder: of the checkpoint.
+    config: of the model, which must have an embedding for every token.
 
   Raises:
-    UserError: there is none, it cannot be read, or it does not fit.
+    UserError: there is no tokenizer, it cannot be read, or it does not fit the
+      model.
   """
   path, tokenizer = _read(folder)
   tokenizer.no_padding()
   tokenizer.no_truncation()
-  # A text that spells a special token does not mean it.
+  # A special token that is spelled in a text is text.
   tokenizer.encode_special_tokens = True
   _check(tokenizer, config, path)
   return Tokenizer(tokenizer, config.pad_id, config.max_length)
@@ -243,13 +244,13 @@ def _read(folder: pathlib.Path) -> tuple[pathlib.Path, tokenizers.Tokenizer]:
     if path.is_file():
       try:
         return path, reader(path, _settings(folder))
-      # The library raises a bare Exception for whatever it cannot parse.
+      # The library raises a bare Exception if it cannot parse the file.
       except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be read ({reason})") from error
   raise UserError(
     f"{folder} has no tokenizer: neither tokenizer.json nor vocab.txt nor"
-    " vocab.json with merges.txt"
+    " vocab.json with merges.txt; put one there"
   )
 
 
@@ -259,7 +260,7 @@ def _settings(folder: pathlib.Path) -> dict:
 
 
 def _word_pieces(path: pathlib.Path, settings: dict) -> tokenizers.Tokenizer:
-  """BERT's, of a vocab.txt."""
+  """BERT's tokenizer, from a vocab.txt."""
   tokenizer = tokenizers.Tokenizer(
     models.WordPiece.from_file(str(path), unk_token="[UNK]")
   )
@@ -280,7 +281,7 @@ def _word_pieces(path: pathlib.Path, settings: dict) -> tokenizers.Tokenizer:
 
 
 def _byte_pairs(path: pathlib.Path, settings: dict) -> tokenizers.Tokenizer:
-  """RoBERTa's, of a vocab.json and merges.txt."""
+  """RoBERTa's tokenizer, from a vocab.json and merges.txt."""
   vocabulary = str(path.with_name("vocab.json"))
   tokenizer = tokenizers.Tokenizer(
     models.BPE.from_file(vocabulary, str(path), unk_token="<unk>")
@@ -312,26 +313,27 @@ def _with_special(
 def _check(
   tokenizer: tokenizers.Tokenizer, config: Config, path: pathlib.Path
 ) -> None:
-  """Refuses what would not give the model what it was trained on."""
+  """Refuses a tokenizer that cannot be the one the model was trained with."""
   most = max(tokenizer.get_vocab(with_added_tokens=True).values())
   if most >= config.vocab_size:
     raise UserError(
       f"{path} has the id {most}, but the model's vocab_size is"
-      f" {config.vocab_size}; it is another model's"
+      f" {config.vocab_size}; it belongs to another model"
     )
   if tokenizer.id_to_token(config.pad_id) is None:
     raise UserError(
-      f"{path} has no token {config.pad_id}, the model's pad_token_id; it is"
-      " another model's"
+      f"{path} has no token {config.pad_id}, the model's pad_token_id; it"
+      " belongs to another model"
     )
   pair = tokenizer.encode("a", "b")
   if not any(pair.special_tokens_mask):
     raise UserError(
-      f"{path} puts no tokens around a text; give it the post_processor that"
-      " the model was trained with"
+      f"{path} adds no special tokens to a text; give it the post_processor"
+      " that the model was trained with"
     )
   if max(pair.type_ids) >= config.n_types:
     raise UserError(
-      f"{path} numbers the second text {max(pair.type_ids)}, but the model"
-      f" has type_vocab_size={config.n_types}; it is another model's"
+      f"{path} gives the second text the type {max(pair.type_ids)}, but the"
+      f" model has type_vocab_size={config.n_types}; it belongs to another"
+      " model"
     )

@@ -137,7 +137,7 @@ BAD_FILES = {
   "blank.txt": (b" \n\n \n", "no text|no document|do not fill"),
   "latin.txt": ("na\xefve".encode("latin-1"), "cannot be read.*utf-8"),
   "latin.csv": ("text\nna\xefve".encode("latin-1"), "cannot be read.*utf-8"),
-  "speech.pdf": (b"words", "ends in none of"),
+  "speech.pdf": (b"words", "does not end in any of"),
   "broken.jsonl": (b'{"text": "a"}\n{"text', "cannot be read"),
   "broken.json.gz": (gzip.compress(as_json(TEXTS))[:40], "cannot be read"),
   "broken.parquet": (b"words", "cannot be read"),

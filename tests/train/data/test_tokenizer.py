@@ -138,7 +138,7 @@ def test_files_that_are_no_tokenizers(tmp_path):
   with pytest.raises(UserError, match="does not exist"):
     find(path, 64, tmp_path)
   path.write_text("{}")
-  with pytest.raises(UserError, match=r"no tokenizer\.json that"):
+  with pytest.raises(UserError, match=r"not a tokenizer\.json that"):
     find(path, 64, tmp_path)
 
 
@@ -181,7 +181,7 @@ def test_files_that_are_not_sentencepiece_s(tmp_path):
   sentencepiece = pytest.importorskip("sentencepiece")
   path = tmp_path / "x.model"
   path.write_bytes(b"words")
-  with pytest.raises(UserError, match="is no SentencePiece model"):
+  with pytest.raises(UserError, match="is not a SentencePiece model"):
     find(path, 330, tmp_path)
   text = tmp_path / "text"
   text.write_text(speech(9))

@@ -80,9 +80,9 @@ def test_auto_takes_what_runs(monkeypatch, device, shape, dtype, form):
 @pytest.mark.parametrize(
   "form, device, dtype, said",
   [
-    ("splash", CPU, "float32", "runs on TPUs, the device is cpu"),
-    ("cudnn", TPU, "bfloat16", "runs on NVIDIA GPUs, the device is TPU"),
-    ("cudnn", AMD, "bfloat16", "runs on NVIDIA GPUs, the device is AMD"),
+    ("splash", CPU, "float32", "runs on TPUs only, the device is cpu"),
+    ("cudnn", TPU, "bfloat16", "runs on NVIDIA GPUs only, the device is TPU"),
+    ("cudnn", AMD, "bfloat16", "runs on NVIDIA GPUs only, the device is AMD"),
     ("cudnn", GPU, "float32", "float32 heads of 64.*model.dtype=bfloat16"),
   ],
 )

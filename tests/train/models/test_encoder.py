@@ -197,7 +197,7 @@ def test_a_mesh_gives_the_same_logits():
 @pytest.mark.parametrize(
   "change, said",
   [
-    ({"n_heads": 3}, "16, which its n_heads 3 do not divide"),
+    ({"n_heads": 3}, "16, which is not divisible by its n_heads, 3"),
     ({"labels": 0}, "labels is 0"),
     ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
   ],
@@ -212,7 +212,7 @@ def test_cudnn_is_taken_where_it_takes_the_length(monkeypatch):
 
   def chosen(length, **how):
     q = jax.ShapeDtypeStruct((1, length, 4, 8), jnp.bfloat16)
-    return encoder._library(dataclasses.replace(config, **how), q)
+    return encoder._implementation(dataclasses.replace(config, **how), q)
 
   assert chosen(8) == "xla"  # there is no GPU
   monkeypatch.setattr(attention, "target", lambda: ("gpu", "NVIDIA H100"))
@@ -224,5 +224,5 @@ def test_cudnn_is_taken_where_it_takes_the_length(monkeypatch):
 
 def test_longer_texts_than_positions_are_refused():
   ids = jnp.zeros((1, 17), int)
-  with pytest.raises(UserError, match="17 tokens, but the model has 16"):
+  with pytest.raises(UserError, match="have 17 tokens, but the model has 16"):
     classify(BERT, ids=ids, mask=jnp.ones_like(ids))

@@ -243,8 +243,8 @@ def test_wrong_tensors_are_named_before_any_is_read(written, kind):
     ("is_decoder", True, "is_decoder is True"),
     ("embedding_size", 8, "embedding_size is 8"),
     ("hidden_size", None, "has no hidden_size"),
-    ("num_attention_heads", 5, "n_heads 5 do not divide"),
-    ("vocab_size", 7, "the model's vocab_size is 7; it is another model's"),
+    ("num_attention_heads", 5, "not divisible by its n_heads, 5"),
+    ("vocab_size", 7, "the model's vocab_size is 7; it belongs to another"),
     ("num_hidden_layers", 3, r"lacks encoder\.layer\.2.*describes 3 layers"),
   ],
 )

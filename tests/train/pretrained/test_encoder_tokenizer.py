@@ -95,12 +95,12 @@ def test_the_state_of_one_call_does_not_reach_the_next(tokenizer):
 @pytest.mark.parametrize(
   "call, said",
   [
-    (lambda t: t.texts(["we"], length=33), "33 tokens .* has 32 positions"),
-    (lambda t: t.texts(["we"], length=3), "4 is the least"),
-    (lambda t: t.windows(["we"], ["one"], 32, 20, query=20), "44 is the least"),
+    (lambda t: t.texts(["we"], length=33), "33 tokens: .* has 32 positions"),
+    (lambda t: t.texts(["we"], length=3), "need 4 or more"),
+    (lambda t: t.windows(["we"], ["one"], 32, 20, query=20), "need 44 or more"),
     (
       lambda t: t.texts(["we " * 20], ["one"], 8, "only_second"),
-      "cut longest_first",
+      "use longest_first",
     ),
   ],
 )
@@ -128,7 +128,7 @@ def write_json(folder: pathlib.Path, change) -> None:
 def test_what_does_not_fit_the_model_is_refused(tmp_path):
   encoder_files.write_bert(tmp_path)
   roberta = encoder.Config(60, 16, 24, 2, 4, n_types=1)
-  with pytest.raises(UserError, match="numbers the second text 1"):
+  with pytest.raises(UserError, match="gives the second text the type 1"):
     encoder_tokenizer.load(tmp_path, roberta)
   beyond = encoder.Config(60, 16, 24, 2, 4, pad_id=50)
   with pytest.raises(UserError, match="no token 50, the model's pad_token_id"):
@@ -139,7 +139,7 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
     found.post_processor = bare
 
   write_json(tmp_path, strip)
-  with pytest.raises(UserError, match="puts no tokens around a text"):
+  with pytest.raises(UserError, match="adds no special tokens to a text"):
     encoder_tokenizer.load(tmp_path, CONFIG)
   (tmp_path / "tokenizer.json").write_text("{")
   with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
