@@ -1,1 +1,1 @@
-"""Comparisons with other implementations, live or recorded."""
+"""Comparisons with other implementations, run live or recorded."""

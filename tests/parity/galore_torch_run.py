@@ -2,15 +2,15 @@
 
     python -m tests.parity.galore_torch_run
 
-records the run in `galore_torch.npz`, with which the tests compare in every
-run. It needs the extra `parity`; where that is installed the tests also repeat
-it live.
+records the run in `galore_torch.npz`; the tests compare with this record.
+Recording needs the extra `parity`; where it is installed, the tests also run
+galore-torch live.
 
-Singular vectors are defined up to their signs, and galore-torch reads its old
-moments in the new basis, so that its path depends on the signs that the SVD of
-the machine happens to choose. Here they are fixed: the largest entry of each
-vector is positive. And its epsilon is added before the bias correction, which
-ours is after: it is set so small that the place does not matter.
+Singular vectors are defined up to their signs. galore-torch keeps its old
+moments in a new basis, so its weights depend on the signs that the machine's
+SVD returns. Here the signs are fixed: the largest entry of each vector is
+positive. galore-torch adds epsilon before the bias correction, and we add it
+after: epsilon is so small here that this makes no difference.
 """
 
 import pathlib

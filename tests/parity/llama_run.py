@@ -2,9 +2,9 @@
 
     python -m tests.parity.llama_run
 
-records configs, weights, tokens and logits in `llama.npz`, with which the
-tests compare in every run. It needs the extra `parity`; where that is
-installed the tests also repeat it live.
+records configs, weights and logits in `llama.npz`; the tests compare with this
+record. Recording needs the extra `parity`; where it is installed, the tests
+also run transformers live.
 """
 
 import json
@@ -27,7 +27,7 @@ CASES = {
   "tied": {
     "num_key_value_heads": 1,
     "tie_word_embeddings": True,
-    # Both spellings: of transformers before 5, and since.
+    # The spelling of transformers before version 5, and that of version 5.
     "rope_theta": 500000.0,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     "rms_norm_eps": 1e-5,
@@ -46,7 +46,7 @@ def tokens() -> np.ndarray:
 
 
 def build(case: str):
-  """The model, with weights large enough for the logits to mean something."""
+  """The model, with weights that are large enough for distinct logits."""
   import torch
   import transformers
 
@@ -70,7 +70,7 @@ def logits(model) -> np.ndarray:
 
 
 def run(case: str) -> dict[str, np.ndarray]:
-  """Weights by their names, and the logits."""
+  """The weights by name, and the logits."""
   model = build(case)
   arrays = {n: p.detach().numpy() for n, p in model.named_parameters()}
   return {**arrays, "logits": logits(model)}

@@ -2,13 +2,13 @@
 
     python -m tests.parity.nf4_run
 
-records its code book, its codes, scales and what they stand for, with and
-without double quantisation, in `nf4.npz`, with which the tests compare in
-every run. It needs the extra `parity`; where that is installed the tests also
-repeat it live.
+records the code book, the codes, the scales and the dequantised values, with
+and without double quantisation, in `nf4.npz`; the tests compare with this
+record. Recording needs the extra `parity`; where it is installed, the tests
+also run bitsandbytes live.
 
-The weight is of shape (8, 1024): bitsandbytes cuts the flattened weight in
-blocks of 64 elements, which there lie along the last axis, as ours do.
+The weight has the shape (8, 1024). bitsandbytes divides the flattened weight
+into blocks of 64 elements, which then lie along the last axis, as ours do.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ SHAPE, BLOCK = (8, 1024), 64
 
 
 def weight() -> np.ndarray:
-  """Normal entries whose size differs from block to block, float32."""
+  """Normal entries whose scale differs between blocks, float32."""
   rng = np.random.default_rng(0)
   size = np.exp(rng.normal(size=(SHAPE[0], SHAPE[1] // BLOCK, 1)))
   x = 0.02 * size * rng.normal(size=(*size.shape[:2], BLOCK))
@@ -28,7 +28,7 @@ def weight() -> np.ndarray:
 
 
 def run() -> dict[str, np.ndarray]:
-  """The code book, and of the weight codes 0 ... 15, scales and values."""
+  """The code book, and the codes 0 ... 15, scales and values of the weight."""
   import torch
   from bitsandbytes import functional
 

@@ -1,10 +1,10 @@
-"""Runs torchmetrics on fixed answers to fixed questions.
+"""Runs torchmetrics on fixed answers.
 
     python -m tests.parity.scores_run
 
-records the scores in `scores.json`, with which the tests compare in every
-run. It needs torchmetrics beside the extra `parity`; where both are installed
-the tests also repeat it live.
+records the scores in `scores.json`; the tests compare with this record.
+Recording needs the extra `parity`; where it is installed, the tests also run
+torchmetrics live.
 """
 
 import json
@@ -14,8 +14,8 @@ import numpy as np
 
 RECORD = pathlib.Path(__file__).with_name("scores.json")
 
-# Found answers and all that are right: case, punctuation, articles, white
-# space, words in another order, words twice, nothing in common, numbers.
+# Predicted answers, each with all right answers. They differ in case,
+# punctuation, articles, white space, order and number of words.
 ANSWERS = [
   ("the Norman conquest", ["Norman conquest", "conquest"]),
   ("in  1066,", ["1066", "the year 1066"]),
@@ -32,13 +32,13 @@ ANSWERS = [
 
 
 def numbers() -> dict[str, np.ndarray]:
-  """Classes and numbers, right ones and found ones."""
+  """Classes and numbers, right ones and predicted ones."""
   rng = np.random.default_rng(0)
   right = rng.integers(0, 2, 200)
   found = np.where(rng.random(200) < 0.75, right, 1 - right)
   three = rng.integers(0, 3, 200)
   guessed = np.where(rng.random(200) < 0.6, three, rng.integers(0, 3, 200))
-  score = np.round(rng.uniform(0, 5, 200), 1)  # some are equal, as in STS-B
+  score = np.round(rng.uniform(0, 5, 200), 1)  # with ties, as in STS-B
   near = score + rng.normal(size=200)
   return {
     "right": right,

@@ -1,4 +1,4 @@
-"""8-bit Adam takes bitsandbytes' path, but where that divides by nothing."""
+"""8-bit Adam equals that of bitsandbytes, except where nu rounds to zero."""
 
 import jax
 import jax.numpy as jnp
@@ -44,20 +44,20 @@ def ours():
 
 
 def _steps_apart(x, y, recorded, i):
-  """How many codes lie between moments, relative to the recorded scales."""
+  """The distance of two moments in codes, relative to the recorded scales."""
   book = np.sort(recorded["signed" if i == 1 else "unsigned"])
   scale = recorded[f"absmax{i}"].reshape(bitsandbytes_run.STEPS, -1, 1)
-  place = lambda x: np.searchsorted(
+  index = lambda x: np.searchsorted(
     (book[1:] + book[:-1]) / 2,
     x.reshape(bitsandbytes_run.STEPS, -1, 256) / scale,
   )
-  return np.abs(place(x) - place(y)).reshape(x.shape)
+  return np.abs(index(x) - index(y)).reshape(x.shape)
 
 
 def test_recorded_run(recorded):
   moments = bitsandbytes_run.moments(recorded)
   weights, mu, nu = ours()
-  # A second moment that was rounded to zero counts for more with us.
+  # Where bitsandbytes rounds nu to zero, our updates are smaller.
   lost = (moments["nu"] == 0).any(0)
   assert 0 < lost.mean() < 0.05
   for i, x, y in ((1, mu, moments["mu"]), (2, nu, moments["nu"])):
@@ -69,14 +69,14 @@ def test_recorded_run(recorded):
   )
   off = np.abs(weights[-1] - recorded["weights"])[~lost]
   assert np.mean(off) < 2e-6
-  # There bitsandbytes takes steps of many times the learning rate.
+  # There, the steps of bitsandbytes are many times the learning rate.
   assert np.abs(recorded["weights"][lost]).max() > 100 * bitsandbytes_run.RATE
   assert (
     np.abs(weights).max() < 1.5 * bitsandbytes_run.STEPS * bitsandbytes_run.RATE
   )
 
 
-def test_live_run_is_the_recorded_one(recorded):
+def test_a_live_run_equals_the_recorded_one(recorded):
   pytest.importorskip(
     "bitsandbytes", reason="needs the extra `parity` (torch, bitsandbytes)"
   )

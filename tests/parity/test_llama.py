@@ -1,4 +1,4 @@
-"""Our LLaMA and the one of transformers give the same logits."""
+"""Our LLaMA and that of transformers give the same logits."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ NEEDS = "needs the extra `parity` (torch, transformers)"
 
 
 def read(case, arrays):
-  """The case's arrays as weights to import."""
+  """The recorded weights of a case."""
   named = {
     name.removeprefix(f"{case}/"): array
     for name, array in arrays.items()
@@ -52,7 +52,7 @@ def test_recorded_logits(case, recorded):
 
 
 @pytest.mark.parametrize("case", llama_run.CASES)
-def test_live_logits_are_the_recorded_ones(case, recorded):
+def test_live_logits_equal_the_recorded_ones(case, recorded):
   pytest.importorskip("transformers", reason=NEEDS)
   for name, array in llama_run.run(case).items():
     np.testing.assert_allclose(array, recorded[f"{case}/{name}"], atol=1e-5)
@@ -60,11 +60,11 @@ def test_live_logits_are_the_recorded_ones(case, recorded):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", llama_run.CASES)
-def test_transformers_loads_what_we_write(case, dtype, recorded, tmp_path):
+def test_transformers_loads_our_folders(case, dtype, recorded, tmp_path):
   transformers = pytest.importorskip("transformers", reason=NEEDS)
   torch = pytest.importorskip("torch", reason=NEEDS)
   given = read(case, recorded)
-  # Through our own parameters, as a run's are.
+  # Through our own parameters, as for a run.
   params = llama_names.to_params(given)
   ours = llama_names.from_params(
     case, given.model, lambda: params, extra=given.extra

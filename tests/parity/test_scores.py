@@ -1,4 +1,4 @@
-"""Scores of tasks are those of torchmetrics on fixed answers."""
+"""The scores of tasks equal those of torchmetrics on fixed answers."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ def ours():
   return found | {f"squad_{name}": value for name, value in squad.items()}
 
 
-def test_scores_are_those_recorded(ours):
+def test_scores_equal_the_recorded_ones(ours):
   recorded = json.loads(scores_run.RECORD.read_text())
   assert ours == pytest.approx(recorded, abs=1e-6)
   assert 0.2 < ours["squad_exact_match"] < ours["squad_f1"] < 1
@@ -33,6 +33,6 @@ def test_scores_are_those_recorded(ours):
   importlib.util.find_spec("torchmetrics") is None,
   reason="torchmetrics is not installed; compared with its record only",
 )
-def test_the_record_is_what_torchmetrics_gives():
+def test_live_scores_equal_the_recorded_ones():
   recorded = json.loads(scores_run.RECORD.read_text())
   assert scores_run.run() == pytest.approx(recorded, abs=1e-6)

@@ -1,8 +1,8 @@
-"""A stand-in for the hub on this machine: what `datasets` asks, from a folder.
+"""A local server that stands in for the Hugging Face hub.
 
-It answers the few requests that loading a data set or a tokenizer makes, in
-the hub's own format, so that the libraries' code runs as it does against the
-real one. `root` holds `datasets/OWNER/NAME/...` and `models/NAME/...`.
+It answers the few requests that loading a data set, a tokenizer or a model
+makes, in the hub's format, so that the libraries run their own code. `root`
+holds `datasets/OWNER/NAME/...` and `models/NAME/...`.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ COMMIT = "0" * 39 + "1"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-  """Serves a folder on a port of its own until it is closed."""
+  """Serves a folder on a free port until it is closed."""
 
   def __init__(self, root: pathlib.Path):
     super().__init__(("127.0.0.1", 0), Handler)

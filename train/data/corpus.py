@@ -61,11 +61,11 @@ class Corpus:
     It covers the tokenizer and the held-out rows, and all training rows of a
     text in memory. The training text of a stream is not covered.
     """
-    found = hashlib.blake2b(self.tokenizer.to_str().encode(), digest_size=16)
-    found.update(np.ascontiguousarray(self.held_out).data)
+    digest = hashlib.blake2b(self.tokenizer.to_str().encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(self.held_out).data)
     if isinstance(self.feed, packing.Rows):
-      found.update(np.ascontiguousarray(self.feed.rows).data)
-    return found.hexdigest()
+      digest.update(np.ascontiguousarray(self.feed.rows).data)
+    return digest.hexdigest()
 
   def describe(self) -> str:
     """Sizes of the training and the held-out text, for the log."""

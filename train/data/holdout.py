@@ -69,13 +69,13 @@ def without(
     UserError: there are none.
   """
   digests = {digest(text) for text in held_out}
-  kept = [
+  indices = [
     i for i, text in enumerate(documents["text"]) if digest(text) not in digests
   ]
-  if not kept:
+  if not indices:
     raise UserError(
       f"{name}: every document to train on is also held out; use more text"
     )
-  if len(kept) == len(documents):
+  if len(indices) == len(documents):
     return documents
-  return cast(datasets.Dataset, documents.select(kept))
+  return cast(datasets.Dataset, documents.select(indices))

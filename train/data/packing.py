@@ -48,8 +48,8 @@ def pad(
   """
   rows = np.full((len(documents), length + 1), filler, np.int32)
   for row, ids in zip(rows, documents, strict=True):
-    kept = ids[: length + 1]
-    row[: len(kept)] = kept
+    ids = ids[: length + 1]
+    row[: len(ids)] = ids
   return rows
 
 

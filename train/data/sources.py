@@ -89,20 +89,20 @@ def find_files(name: str, pattern: str) -> list[pathlib.Path]:
   """
   path = pathlib.Path(pattern).expanduser()
   if path.is_dir():
-    found = [p for p in path.rglob("*") if p.is_file() and kind_of(p)]
-    found = [p for p in found if not _hidden(p.relative_to(path))]
+    files = [p for p in path.rglob("*") if p.is_file() and kind_of(p)]
+    files = [p for p in files if not _hidden(p.relative_to(path))]
     missing = f"{name} is a folder without files that end in {_endings()}"
   elif path.exists():
-    found, missing = [path], ""
+    files, missing = [path], ""
   elif glob.has_magic(pattern):
     matches = glob.glob(str(path), recursive=True)
-    found = [p for p in map(pathlib.Path, matches) if p.is_file()]
+    files = [p for p in map(pathlib.Path, matches) if p.is_file()]
     missing = f"{name} matches no file; quote a glob to pass it unexpanded"
   else:
-    found, missing = [], f"{name} does not exist; name a file, folder or glob"
-  if not found:
+    files, missing = [], f"{name} does not exist; name a file, folder or glob"
+  if not files:
     raise UserError(missing)
-  return sorted(found)
+  return sorted(files)
 
 
 def _hidden(path: pathlib.Path) -> bool:
@@ -226,14 +226,14 @@ def _texts(documents: Documents, name: str, field: str) -> Documents:
   if field != "text":
     documents = documents.rename_column(field, "text")
   with quiet():
-    kept = documents.filter(
+    filled = documents.filter(
       lambda texts: [not blank(text) for text in texts],
       batched=True,
       input_columns="text",
     )
-  if not len(kept):
+  if not len(filled):
     raise UserError(f"{name} has no text, only blank documents")
-  return cast(datasets.Dataset, kept)
+  return cast(datasets.Dataset, filled)
 
 
 def blank(text: str | None) -> bool:

@@ -173,7 +173,8 @@ class Stream:
     self, at: Position, seed: int, part: int, parts: int
   ) -> Iterator[tuple[Position, list[str]]]:
     """Blocks of shuffled documents from a position on, without end."""
-    at, kept = dataclasses.replace(at, document=0, offset=0), at.block
+    # Zero while the epoch has had no document to train on.
+    at, used = dataclasses.replace(at, document=0, offset=0), at.block
     while True:
       texts = self._read(at, seed, part, parts)
       while block := list(itertools.islice(texts, self.buffer)):
@@ -184,15 +185,15 @@ class Stream:
         ]
         order = np.random.default_rng([seed, at.epoch, at.block, part])
         yield at, [chosen[i] for i in order.permutation(len(chosen))]
-        kept += len(chosen)
+        used += len(chosen)
         shard, example, _ = block[-1]
         at = Position(at.epoch, shard, example, at.block + 1)
-      if not kept:
+      if not used:
         raise UserError(
           f"{self.shards.name} has no document to train on"
           + (f" for part {part + 1} of {parts}" if parts > 1 else "")
         )
-      at, kept = Position(at.epoch + 1), 0
+      at, used = Position(at.epoch + 1), 0
 
   def _encoded(
     self, blocks: Iterator[tuple[Position, list[str]]], first: int

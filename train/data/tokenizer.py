@@ -92,8 +92,10 @@ class Encoder:
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     """The ids (n,) int32 of each text; the end token is last, and only last."""
-    found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [self._close(encoding.ids) for encoding in found]
+    encodings = self.tokenizer.encode_batch_fast(
+      texts, add_special_tokens=False
+    )
+    return [self._close(encoding.ids) for encoding in encodings]
 
   def _close(self, ids: list[int]) -> np.ndarray:
     closed = np.asarray([*ids, self.end], np.int32)
@@ -110,10 +112,10 @@ class Encoder:
     the text: there, a token has the bytes from the end of the token before it
     to its own end.
     """
-    found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+    encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
     return [
       (self._close(e.ids), self._bytes(e, text))
-      for e, text in zip(found, texts, strict=True)
+      for e, text in zip(encodings, texts, strict=True)
     ]
 
   def _bytes(self, encoding: tokenizers.Encoding, text: str) -> np.ndarray:
@@ -155,8 +157,8 @@ def find(
         f"model.vocab_size is {vocab_size}; a byte-level tokenizer needs"
         f" {MINIMUM} or more"
       )
-    tokenizer, path, found = cached(list(texts), vocab_size, cache)
-    print(f"tokenizer  {'read from' if found else 'trained:'} {path}")
+    tokenizer, path, existed = cached(list(texts), vocab_size, cache)
+    print(f"tokenizer  {'read from' if existed else 'trained:'} {path}")
     return make_encoder(tokenizer, END)
   name = f"data.tokenizer {config.tokenizer}"
   tokenizer, settings = _read(config.tokenizer, name)

@@ -69,12 +69,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     UserError: the file cannot be read, or holds something else.
   """
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error})") from None
-  if not isinstance(found, dict):
+  if not isinstance(content, dict):
     raise UserError(f"{path} does not hold a JSON object")
-  return found
+  return content
 
 
 def read_text(path: pathlib.Path) -> str:

@@ -70,7 +70,7 @@ def load(
   tokenizer = encoder_tokenizer.load(folder, config)
   shapes, read = checkpoint_folder.open_tensors(folder)
   theirs, ours = _class_names(given), [name.lower() for name in names]
-  # Numbers are not names: they say the position of the class, and it is kept.
+  # Class names that are numbers are positions: their order does not change.
   named = bool(theirs) and bool(ours) and not all(map(_is_number, ours))
   same = sorted(theirs) == sorted(ours)
   refused = {}
@@ -88,10 +88,10 @@ def load(
 
 def _class_names(given: Mapping[str, Any]) -> list[str]:
   """The names of a checkpoint's classes, in order; [] if it has no names."""
-  found = given.get("id2label")
-  if not isinstance(found, Mapping):
+  labels = given.get("id2label")
+  if not isinstance(labels, Mapping):
     return []
-  names = [str(found.get(str(i), "")).lower() for i in range(len(found))]
+  names = [str(labels.get(str(i), "")).lower() for i in range(len(labels))]
   return [] if all(map(_is_number, names)) else names
 
 

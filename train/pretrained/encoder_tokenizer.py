@@ -97,7 +97,7 @@ class Tokenizer:
     truncation = "only_first" if second is None else truncation
     self.tokenizer.enable_truncation(length, strategy=truncation)
     try:
-      found = self._encode(first, second)
+      encodings = self._encode(first, second)
     # The library has no exception type of its own for failed truncation.
     except Exception as error:
       if "Truncation" not in str(error):
@@ -106,7 +106,7 @@ class Tokenizer:
         f"a pair cannot be truncated to {length} tokens by {truncation}: the"
         " other text alone has as many; use longest_first, or allow more tokens"
       ) from error
-    return [Row(_array(e.ids), _array(e.type_ids)) for e in found]
+    return [Row(_array(e.ids), _array(e.type_ids)) for e in encodings]
 
   def windows(
     self,
@@ -140,10 +140,10 @@ class Tokenizer:
     self.tokenizer.enable_truncation(
       length, stride=stride, strategy="only_second"
     )
-    found = self._encode(short, contexts)
+    encodings = self._encode(short, contexts)
     return [
       _window(part, example)
-      for example, encoding in enumerate(found)
+      for example, encoding in enumerate(encodings)
       for part in (encoding, *encoding.overflowing)
     ]
 
@@ -187,10 +187,10 @@ class Tokenizer:
     return self.tokenizer.encode_batch(list(given))
 
   def _shorten(self, question: str, query: int) -> str:
-    found = self.tokenizer.encode(question, add_special_tokens=False)
-    if len(found) <= query:
+    encoding = self.tokenizer.encode(question, add_special_tokens=False)
+    if len(encoding) <= query:
       return question
-    return question[: found.offsets[query - 1][1]]
+    return question[: encoding.offsets[query - 1][1]]
 
   def _check_length(self, length: int, text: int, others: str = "") -> None:
     least = self.tokenizer.num_special_tokens_to_add(is_pair=True) + text
@@ -297,10 +297,10 @@ def _byte_pairs(path: pathlib.Path, settings: dict) -> tokenizers.Tokenizer:
 
 
 def _id(tokenizer: tokenizers.Tokenizer, token: str) -> int:
-  found = tokenizer.token_to_id(token)
-  if found is None:
+  number = tokenizer.token_to_id(token)
+  if number is None:
     raise ValueError(f"the vocabulary has no {token}")
-  return found
+  return number
 
 
 def _with_special(

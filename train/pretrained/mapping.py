@@ -77,7 +77,7 @@ def tensors(
   """
   rows = {entry.path: entry for entry in table}
   assert shapes.keys() <= rows.keys(), shapes.keys() - rows.keys()
-  found = {}
+  expanded = {}
   for path, (name, _, transpose) in rows.items():
     if path not in shapes:
       continue
@@ -85,10 +85,10 @@ def tensors(
     if LAYER in name:
       layers, shape = range(shape[0]), shape[1:]
     for i in layers:
-      found[name.replace(LAYER, str(i))] = Tensor(
+      expanded[name.replace(LAYER, str(i))] = Tensor(
         path, i, shape[::-1] if transpose else shape, transpose
       )
-  return found
+  return expanded
 
 
 def check_names(
@@ -181,10 +181,10 @@ def nested(arrays: Mapping[str, np.ndarray]) -> dict:
 
 def to_tensor(params: Mapping[str, Any], tensor: Tensor) -> np.ndarray:
   """One tensor of a checkpoint, from our parameters as nested dicts."""
-  found: Any = params
+  param: Any = params
   for key in tensor.path.split(SEPARATOR):
-    found = found[key]
-  array = np.asarray(found)
+    param = param[key]
+  array = np.asarray(param)
   array = array if tensor.layer is None else array[tensor.layer]
   return np.ascontiguousarray(array.T if tensor.transpose else array)
 

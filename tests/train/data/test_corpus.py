@@ -22,14 +22,14 @@ def config_of(path, folder, **fields):
 
 
 @hypothesis.given(st.integers(0, 200), st.integers(1, 20))
-def test_packing_keeps_every_token_once_in_order(count, length):
+def test_packing_has_every_token_once_in_order(count, length):
   found = packing.pack(np.arange(count), length)
   assert found.shape == (count // (length + 1), length + 1)
   assert found.reshape(-1).tolist() == list(range(found.size))
   assert count - found.size <= length
 
 
-def test_padding_gives_a_document_a_row():
+def test_padding_puts_each_document_in_a_row():
   found = packing.pad([np.arange(2), np.arange(9), np.arange(4)], 3)
   assert found.tolist() == [[0, 1, -1, -1], [0, 1, 2, 3], [0, 1, 2, 3]]
   assert found.dtype == np.int32
@@ -59,7 +59,7 @@ def take(feed, count, state=None, part=0, parts=1, seed=7):
   return [(batch[:, 0].tolist(), after) for batch, after in found]
 
 
-def test_an_epoch_takes_every_row_once_and_each_epoch_anew():
+def test_an_epoch_has_every_row_once_and_an_order_of_its_own():
   feed = packing.Rows(np.arange(26)[:, None], 6)
   batches = [batch for batch, _ in take(feed, 8)]
   first, second = np.reshape(batches, (2, 24)).tolist()
@@ -68,7 +68,7 @@ def test_an_epoch_takes_every_row_once_and_each_epoch_anew():
   assert [batch for batch, _ in take(feed, 4, seed=8)] != batches[:4]
 
 
-def test_rows_in_memory_continue_from_any_position_in_any_parts():
+def test_rows_in_memory_continue_from_any_position():
   feed = packing.Rows(np.arange(50)[:, None], 8)
   whole = take(feed, 20)
   for index in (1, 5, 6, 7, 17):  # an epoch has six batches
@@ -88,16 +88,16 @@ def test_evaluation_reads_every_row_once(count, parts):
   ]
   assert len({len(stream) for stream in streams}) == 1
   assert all(batch.shape == (4 // parts, 3) for s in streams for batch in s)
-  seen = np.concatenate(
+  read = np.concatenate(
     [np.concatenate(batch) for batch in zip(*streams, strict=True)]
   )
-  real = seen[seen[:, 0] != packing.PAD]
+  real = read[read[:, 0] != packing.PAD]
   assert real.tolist() == held_out.tolist()
-  assert (seen[len(real) :] == packing.PAD).all()
+  assert (read[len(real) :] == packing.PAD).all()
 
 
 def test_unigram_perplexity_by_hand():
-  # Counts 3, 1, 0 and one each: probabilities 4/7, 2/7, 1/7.
+  # Counts 3, 1, 0 plus one each: probabilities 4/7, 2/7, 1/7.
   found = corpus_lib.unigram_perplexity(
     np.array([3, 1, 0]), np.array([[0, 1], [2, packing.PAD]])
   )
@@ -110,7 +110,7 @@ def corpus(text_file, tmp_path_factory):
   return corpus_lib.prepare(config_of(text_file, folder, prefetch=0), 300)
 
 
-def test_a_whole_corpus_is_split_packed_and_disjoint(corpus, text_file):
+def test_training_and_held_out_rows_are_disjoint(corpus, text_file):
   train = corpus.feed.rows
   assert train.shape[1] == corpus.held_out.shape[1] == 17
   text = corpus.tokenizer.decode(train.reshape(-1).tolist())
@@ -127,7 +127,7 @@ def test_held_out_bytes_are_those_of_the_predicted_tokens(corpus):
   assert corpus.held_out_bytes == sum(len(t.encode()) for t in texts)
 
 
-def test_the_loader_of_a_corpus_continues_where_it_was(corpus):
+def test_a_loader_continues_from_its_state(corpus):
   with corpus.loader(seed=3) as loader:
     first = [next(loader).tolist() for _ in range(3)]
     state = loader.state()
@@ -178,13 +178,13 @@ def test_another_file_can_be_held_out(text_file, tmp_path):
   assert all(p in text for p in text_file.read_text().split("\n\n")[:99])
 
 
-def test_nothing_is_left_to_train_on(text_file, tmp_path):
+def test_a_text_that_is_all_held_out_is_refused(text_file, tmp_path):
   config = config_of(text_file, tmp_path, validation=str(text_file))
   with pytest.raises(UserError, match="every document to train on is also"):
     corpus_lib.prepare(config, 300)
 
 
-def test_the_bundled_corpus_is_whole(tmp_path_factory):
+def test_the_bundled_corpus_has_all_speeches(tmp_path_factory):
   from train.data import sources
 
   folder = tmp_path_factory.mktemp("bundled")
@@ -196,14 +196,14 @@ def test_the_bundled_corpus_is_whole(tmp_path_factory):
   assert len(holdout.without(train, held_out["text"], "")) == len(train) == 221
 
 
-def test_too_few_held_out_tokens(text_file, tmp_path):
+def test_too_few_held_out_tokens_are_refused(text_file, tmp_path):
   config = config_of(text_file, tmp_path, batch=2)
   config = dataclasses.replace(config, length=250, holdout_every=200)
   with pytest.raises(UserError, match="held-out documents do not fill"):
     corpus_lib.prepare(config, 300)
 
 
-def test_a_vocabulary_smaller_than_the_bytes(text_file, tmp_path):
+def test_a_vocabulary_smaller_than_the_bytes_is_refused(text_file, tmp_path):
   with pytest.raises(UserError, match=r"model.vocab_size is 100.* 257"):
     corpus_lib.prepare(config_of(text_file, tmp_path), 100)
 

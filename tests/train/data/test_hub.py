@@ -1,8 +1,7 @@
-"""The path of C4 and t5-base through the libraries' own code.
+"""C4 and t5-base from the hub, through the libraries' own code.
 
-Only the address of the hub differs: a server on this machine answers. The
-libraries read the address when they are imported, so that what a user of the
-hub does runs in a process of its own.
+Only the address of the hub differs: a local server answers. The libraries read
+the address when they are imported, so each test runs in its own process.
 """
 
 import gzip
@@ -30,7 +29,7 @@ configs:
 ---
 """
 
-# What `corpus.prepare` and its loader do with each config, as JSON lines.
+# Prints what `corpus.prepare` and a loader return for each config, as JSON.
 USER = """
 import json, sys
 from train.data import corpus as corpus_lib
@@ -97,7 +96,7 @@ def server(tmp_path_factory):
 
 
 def as_user(address, folder, configs, **environment):
-  """What a process of its own finds for each config."""
+  """Runs USER in its own process; returns its result for each config."""
   environment = os.environ | environment | {
     "HF_ENDPOINT": address,
     "HF_HOME": str(folder / "home"),
@@ -113,7 +112,7 @@ def as_user(address, folder, configs, **environment):
   return [json.loads(x[6:]) for x in lines if x.startswith("FOUND ")]
 
 
-def test_c4_up_to_the_first_batch_and_its_continuation(server, tmp_path):
+def test_c4_is_read_and_continued(server, tmp_path):
   good = [{}, {"rows": "padded"}, {"stream": "false"}, {"validation": "none"}]
   bad = {
     "has no split 'test' (data.split); its splits are train": {"split": "test"},
@@ -143,7 +142,7 @@ def test_c4_up_to_the_first_batch_and_its_continuation(server, tmp_path):
     assert message in result["error"] and "\n" not in result["error"], result
 
 
-def test_a_hub_that_is_switched_off_is_said_to_be(tmp_path):
+def test_an_unreachable_hub_is_reported(tmp_path):
   found = as_user(
     "http://127.0.0.1:9", tmp_path,
     [{}, {"path": "", "validation": ""}], HF_HUB_OFFLINE="1",

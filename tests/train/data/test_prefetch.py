@@ -16,7 +16,7 @@ def numbered(count, started=None):
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 4])
-def test_the_state_is_of_what_was_handed_out(ahead):
+def test_the_state_is_that_of_the_last_returned_batch(ahead):
   started = []
   with Loader(numbered(9, started), {"batches": 0}, ahead) as loader:
     assert loader.state() == {"batches": 0}
@@ -24,7 +24,7 @@ def test_the_state_is_of_what_was_handed_out(ahead):
     deadline = time.monotonic() + 10
     while len(started) < 2 + ahead and time.monotonic() < deadline:
       time.sleep(0.01)
-    # The thread is ahead, and the position is not.
+    # The thread is ahead; the position is not.
     assert len(started) >= 2 + ahead
     assert loader.state() == {"batches": 2}
     assert [rows[0, 0] for rows in loader] == list(range(2, 9))
@@ -32,7 +32,7 @@ def test_the_state_is_of_what_was_handed_out(ahead):
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_an_error_comes_in_its_turn(ahead):
+def test_an_error_is_raised_after_the_items_before_it(ahead):
   def failing():
     yield from numbered(2)
     raise UserError("shard 3 cannot be read")
@@ -42,7 +42,7 @@ def test_an_error_comes_in_its_turn(ahead):
     with pytest.raises(UserError, match="shard 3"):
       next(loader)
     assert loader.state() == {"batches": 2}
-    if ahead:  # again and again; a loader without thread has ended
+    if ahead:  # is raised again; a loader without a thread has ended
       with pytest.raises(UserError, match="shard 3"):
         next(loader)
 
@@ -66,7 +66,7 @@ def test_closing_ends_the_thread_and_the_iterator():
     next(outer)
 
 
-def test_waiting_is_measured():
+def test_waiting_time_is_measured():
   def slow():
     for i in range(3):
       time.sleep(0.05)
@@ -75,7 +75,7 @@ def test_waiting_is_measured():
   with Loader(slow(), {}, 1) as loader:
     next(loader)
     assert loader.waited >= 0.04
-    time.sleep(0.2)  # the thread works on
+    time.sleep(0.2)  # the thread prepares the next batch
     before = loader.waited
     next(loader)
     assert loader.waited - before < 0.04

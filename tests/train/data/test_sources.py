@@ -68,7 +68,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch):
-  # A read that fails is tried again; on local files that changes nothing.
+  # `datasets` retries a failed read, which does not help with local files.
   monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
 
 
@@ -82,7 +82,7 @@ def texts_of(config, cache):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_kind_of_file_whole_and_streamed(form, tmp_path, cache):
+def test_every_kind_of_file_in_memory_and_streamed(form, tmp_path, cache):
   path = tmp_path / form
   path.write_bytes(FORMS[form])
   for choice in ("false", "true"):
@@ -108,7 +108,7 @@ def test_folders_and_globs_are_read_in_the_order_of_names(
   assert texts_of(some, cache) == TEXTS[:2]
 
 
-def test_a_text_file_is_cut_as_asked(tmp_path, cache):
+def test_a_text_file_is_split_into_documents(tmp_path, cache):
   path = tmp_path / "a.txt"
   path.write_text("one\ntwo\n\nthree")
   found = {
@@ -123,7 +123,7 @@ def test_a_text_file_is_cut_as_asked(tmp_path, cache):
 
 
 @pytest.mark.parametrize("choice", ["false", "true"])
-def test_another_field_may_hold_the_text(choice, tmp_path, cache):
+def test_text_field_names_the_column(choice, tmp_path, cache):
   path = tmp_path / "a.jsonl"
   path.write_bytes(as_json(TEXTS, "content"))
   config = DataConfig(path=str(path), text_field="content", stream=choice)
@@ -148,7 +148,7 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("choice", ["false", "true"])
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_named_with_what_is_wrong(
+def test_errors_name_the_file_and_the_fault(
   tmp_path, cache, name, choice, caplog
 ):
   content, message = BAD_FILES[name]
@@ -160,11 +160,11 @@ def test_a_bad_file_is_named_with_what_is_wrong(
     corpus.prepare(config, 300)
   assert name in str(raised.value)
   assert "\n" not in str(raised.value)
-  # What is raised is not logged by `datasets` as well.
+  # `datasets` does not also log the error.
   assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
-def test_too_small_a_file(tmp_path, cache):
+def test_a_file_that_is_too_small_is_refused(tmp_path, cache):
   texts = {
     "one paragraph only": "single document",
     "one\n\ntwo\n\nthree": "holdout_every",
@@ -180,7 +180,7 @@ def test_too_small_a_file(tmp_path, cache):
       corpus.prepare(config, 300)
 
 
-def test_folders_that_do_not_say_what_is_meant(tmp_path, cache):
+def test_ambiguous_folders_are_refused(tmp_path, cache):
   with pytest.raises(UserError, match="a folder without files that end in"):
     sources.load(DataConfig(path=str(tmp_path)), cache)
   (tmp_path / "a.jsonl").write_bytes(as_json(TEXTS))

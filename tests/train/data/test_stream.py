@@ -20,7 +20,7 @@ def document(shard, index):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Shards of unequal length, in C4's form; one of them is empty."""
+  """Shards of unequal length in the format of C4; one is empty."""
   root = tmp_path_factory.mktemp("shards")
   for shard in range(SHARDS):
     lines = [
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
   (root / "c4-train.00009.json.gz").write_bytes(gzip.compress(b""))
   held_out = root / "validation" / "held.json"
   held_out.parent.mkdir()
-  # The last is a document of the training, too.
+  # The last is also a training document.
   texts = [*(f"held out {i} of them" for i in range(5)), document(1, 7)]
   held_out.write_text("\n".join(json.dumps({"text": t}) for t in texts))
   return root
@@ -74,7 +74,7 @@ def take(corpus, count, state=None, seed=5, part=0, parts=1):
 
 
 def names(corpus, batches):
-  """Documents whose beginning is in the batches, by epoch."""
+  """The documents that begin in the batches, by epoch."""
   found = collections.defaultdict(list)
   for rows, state in batches:
     for row in rows:
@@ -88,10 +88,10 @@ def names(corpus, batches):
 ALL = {(s, i) for s in range(SHARDS) for i in range(DOCUMENTS + s)}
 
 
-def test_an_epoch_reads_every_document_once_and_each_anew(padded):
+def test_an_epoch_has_every_document_once_and_an_order_of_its_own(padded):
   rows = [row for batch, _ in take(padded, 70) for row in batch]
   texts = [padded.tokenizer.decode([i for i in r if i >= 0]) for r in rows]
-  # One copy of a held-out document was left out.
+  # The copy of a held-out document is skipped.
   expected = sorted(document(*name) for name in ALL - {(1, 7)})
   size = len(expected)
   assert sorted(texts[:size]) == sorted(texts[size : 2 * size]) == expected
@@ -100,7 +100,7 @@ def test_an_epoch_reads_every_document_once_and_each_anew(padded):
   assert take(padded, 3) != take(padded, 3, seed=6)
 
 
-def test_packed_rows_are_the_documents_end_to_end(packed, padded):
+def test_packed_rows_hold_the_documents_end_to_end(packed, padded):
   ids = np.array([batch for batch, _ in take(packed, 30)]).reshape(-1)
   order = [row for batch, _ in take(padded, 30) for row in batch]
   expected = [i for row in order for i in row if i >= 0]
@@ -116,7 +116,7 @@ def test_any_position_continues_bit_for_bit(packed):
   assert len({s["shard"] for s in states}) > 2
   for index in [*range(1, 12), 38, 39, 40, 41, 42, 76, 80, 81, 82, 117]:
     assert take(packed, 4, states[index]) == whole[index + 1 : index + 5]
-  # Positions that lie in a block, at its end, and across the epochs.
+  # Positions within a block, at its end, and at the end of an epoch.
   edges = [i for i in range(1, 125) if states[i]["block"] == 0
            and states[i - 1]["block"]]  # fmt: skip
   for index in edges:
@@ -132,7 +132,7 @@ def test_padded_rows_continue_bit_for_bit(padded):
     assert take(padded, 4, state) == whole[index + 1 : index + 5]
 
 
-def test_prefetching_changes_neither_rows_nor_positions(make, packed):
+def test_prefetching_does_not_change_rows_or_positions(make, packed):
   ahead = make(prefetch=3)
   whole = take(ahead, 12)
   assert whole == take(packed, 12)
@@ -141,9 +141,9 @@ def test_prefetching_changes_neither_rows_nor_positions(make, packed):
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_parts_of_a_stream_are_disjoint(parts, make):
-  # Two parts share out four shards; with four parts one has the empty file.
+  # Two parts divide four shards; of four parts, one has the empty file.
   corpus = make(rows="padded", length=60, shuffle_buffer=7)
-  seen = []
+  read = []
   for part in range(parts):
     if parts == 4 and part == 3:
       with pytest.raises(UserError, match=r"no document.* part 4 of 4"):
@@ -151,13 +151,13 @@ def test_the_parts_of_a_stream_are_disjoint(parts, make):
       continue
     batches = take(corpus, 40, part=part, parts=parts)
     assert all(len(rows) == 4 // parts for rows, _ in batches)
-    seen.append({name for v in names(corpus, batches).values() for name in v})
-  for one, other in itertools.combinations(seen, 2):
+    read.append({name for v in names(corpus, batches).values() for name in v})
+  for one, other in itertools.combinations(read, 2):
     assert not one & other
-  assert len(set.union(*seen)) > 60
+  assert len(set.union(*read)) > 60
 
 
-def test_more_parts_than_shards_take_turns(folder, make):
+def test_more_parts_than_shards_divide_the_examples(folder, make):
   corpus = make(
     path=str(folder / "c4-train.00001.json.gz"), rows="padded", length=60
   )
@@ -191,13 +191,13 @@ def test_held_out_rows_stop_at_the_limit(make, packed):
   assert "held out" in packed.tokenizer.decode(packed.held_out[0].tolist())
 
 
-def test_the_tokenizer_of_a_stream_sees_training_documents_only(make):
+def test_a_stream_trains_a_tokenizer_and_counts_tokens(make):
   plain = make(validation="none", holdout_every=4)
   assert plain.tokenizer.get_vocab_size() <= 300
   assert plain.counts.sum() > 500 and plain.train_tokens is None
 
 
-def test_positions_of_something_else_are_refused(packed, folder, make):
+def test_positions_of_another_text_are_refused(packed, folder, make):
   state = take(packed, 1)[0][1]
   with pytest.raises(UserError, match=r"has parts=1, but now parts=2"):
     packed.loader(0, 0, 2, state)
@@ -209,13 +209,13 @@ def test_positions_of_something_else_are_refused(packed, folder, make):
 
 
 @pytest.mark.parametrize("form", ["packed", "padded"])
-def test_a_stream_smaller_than_a_batch(make, form):
+def test_a_stream_smaller_than_a_batch_is_refused(make, form):
   corpus = make(batch=2000, rows=form)
   with pytest.raises(UserError, match="fewer rows of 9 tokens than"):
     take(corpus, 1)
 
 
-def test_a_shard_that_breaks_is_named(make, tmp_path, folder):
+def test_a_broken_shard_is_named(make, tmp_path, folder):
   for path in folder.glob("*.gz"):
     (tmp_path / path.name).write_bytes(path.read_bytes())
   corpus = make(path=str(tmp_path), prefetch=2)
@@ -225,7 +225,7 @@ def test_a_shard_that_breaks_is_named(make, tmp_path, folder):
     take(corpus, 99)
 
 
-def test_long_documents_are_tokenised_a_few_at_a_time(monkeypatch):
+def test_chunks_are_limited_in_number_and_size(monkeypatch):
   monkeypatch.setattr(stream, "CHUNK", 3)
   monkeypatch.setattr(stream, "CHARACTERS", 10)
   texts = ["a", "b", "c", "d" * 11, "e" * 5, "f" * 5, "g"]

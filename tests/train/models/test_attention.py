@@ -41,12 +41,12 @@ def compare(found, expected):
 
 
 @pytest.mark.parametrize("length", [100, 128])
-def test_splash_is_the_plain_form_to_rounding(length):
+def test_splash_equals_xla_to_rounding(length):
   given = arrays(length)
   compare(value_and_grads(splash, *given), value_and_grads(plain, *given))
 
 
-def test_splash_on_a_mesh_keeps_rows_and_heads_apart():
+def test_splash_on_a_mesh_equals_xla():
   given = arrays(128, heads=4, kv_heads=2, rows=2)
   mesh = make_mesh(MeshConfig(tensor=2), 2, jax.devices()[:4])
   with jax.set_mesh(mesh):
@@ -72,7 +72,7 @@ AMD = ("gpu", "AMD Instinct MI300X")
     (GPU, (1, 256, 2, 256), "bfloat16", "xla"),
   ],
 )
-def test_auto_takes_what_runs(monkeypatch, device, shape, dtype, form):
+def test_auto_chooses_what_runs(monkeypatch, device, shape, dtype, form):
   monkeypatch.setattr(attention, "target", lambda: device)
   assert attention.choose("auto", jnp.zeros(shape, dtype)) == form
 
@@ -86,7 +86,7 @@ def test_auto_takes_what_runs(monkeypatch, device, shape, dtype, form):
     ("cudnn", GPU, "float32", "float32 heads of 64.*model.dtype=bfloat16"),
   ],
 )
-def test_a_named_form_that_cannot_run_is_refused(
+def test_a_named_implementation_that_cannot_run_is_refused(
   monkeypatch, form, device, dtype, said
 ):
   monkeypatch.setattr(attention, "target", lambda: device)
@@ -94,7 +94,7 @@ def test_a_named_form_that_cannot_run_is_refused(
     attention.choose(form, jnp.zeros((1, 256, 2, 64), dtype))
 
 
-def test_the_device_is_the_mesh_s():
+def test_the_target_is_the_device_of_the_mesh():
   with jax.set_mesh(make_mesh(MeshConfig(), 8)):
     assert attention.target() == CPU
   assert attention.target() == CPU

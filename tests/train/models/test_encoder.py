@@ -18,28 +18,40 @@ ROBERTA = dataclasses.replace(
   BERT, family="roberta", position_offset=2, n_types=1, pad_id=1
 )
 FAMILIES = {"bert": BERT, "roberta": ROBERTA}
-IDS = jnp.arange(2, 20).reshape(2, 9)  # each token has a row of its own
+IDS = jnp.arange(2, 20).reshape(2, 9)  # all tokens differ
 MASK = jnp.array([[1] * 9, [1] * 5 + [0] * 4])
 KEY = jax.random.key(3)
+HOW = ("remat", "unroll")
+RATES = ("dropout", "attention_dropout", "head_dropout")
 CLASSIFY = jax.jit(encoder.classify, static_argnums=0)
 
 
 @functools.cache
-def build(config):
-  """Structure, and parameters large enough to tell tokens apart."""
-  params = encoder.init(config, 0)
-  large = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
-  return encoder.abstract(config)[0], large
+def structure(config):
+  return encoder.abstract(config)[0]
+
+
+@functools.cache
+def large(config):
+  """Parameters that are large enough to tell tokens apart."""
+  params = jax.jit(encoder.init, static_argnums=0)(config, 0)
+  return jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
+
+
+def params_of(config):
+  """The same parameters for all configs of one shape."""
+  same = {name: getattr(BERT, name) for name in ("pool", "dtype", *HOW, *RATES)}
+  return large(dataclasses.replace(config, **same))
 
 
 def classify(config, params=None, ids=IDS, mask=MASK, types=None, key=None):
-  graphdef, fresh = build(config)
-  return CLASSIFY(graphdef, params or fresh, ids, mask, types, key)
+  params = params or params_of(config)
+  return CLASSIFY(structure(config), params, ids, mask, types, key)
 
 
 def reach(config, function):
-  """How far each output of row 1 depends on each of its tokens."""
-  graphdef, params = build(config)
+  """The largest derivative of each output of row 1 by each of its tokens."""
+  graphdef, params = structure(config), params_of(config)
 
   def outputs(table):
     changed = params | {
@@ -53,7 +65,7 @@ def reach(config, function):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_see_each_other_and_no_padding(family):
+def test_tokens_attend_to_each_other_and_not_to_padding(family):
   config = dataclasses.replace(FAMILIES[family], head="none")
 
   def squares(*args):
@@ -65,34 +77,34 @@ def test_tokens_see_each_other_and_no_padding(family):
 
 
 @pytest.mark.parametrize("pool", ["first", "mean"])
-def test_logits_are_of_all_tokens_and_of_no_padding(pool):
+def test_logits_depend_on_all_tokens_and_not_on_padding(pool):
   config = dataclasses.replace(BERT, pool=pool)
   found = reach(config, lambda *args: encoder.classify(*args)[1])
   assert (found[:, :5] > 1e-6).all() and (found[:, 5:] == 0).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_changes_nothing_wherever_and_whatever_it_is(family):
+def test_padding_does_not_change_the_logits(family):
   config = FAMILIES[family]
   short = classify(config, ids=IDS[1:, :5], mask=MASK[1:, :5])
   np.testing.assert_allclose(classify(config)[1:], short, atol=1e-5)
-  if family == "roberta":  # which counts tokens, from wherever they begin
-    turned = [jnp.roll(x, 4, axis=1) for x in (IDS, MASK)]
+  if family == "roberta":  # counts tokens, so they may begin anywhere
+    shifted = [jnp.roll(x, 4, axis=1) for x in (IDS, MASK)]
     config = dataclasses.replace(config, pool="mean")
-    left = classify(config, ids=turned[0], mask=turned[1])[1:]
+    left = classify(config, ids=shifted[0], mask=shifted[1])[1:]
     np.testing.assert_allclose(left, classify(config)[1:], atol=1e-5)
 
 
-def test_a_row_of_padding_alone_is_finite_with_its_gradient():
+def test_a_row_of_padding_has_finite_gradients():
   config = dataclasses.replace(ROBERTA, pool="mean")
   mask = MASK.at[1].set(0)
   found = jax.grad(lambda p: classify(config, p, mask=mask).sum())(
-    build(config)[1]
+    params_of(config)
   )
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
-def test_token_types_count():
+def test_token_types_change_the_logits():
   types = jnp.zeros_like(IDS).at[:, 4:].set(1)
   plain, typed = classify(BERT), classify(BERT, types=types)
   assert np.abs(plain - typed).min() > 1e-3
@@ -102,17 +114,16 @@ def test_token_types_count():
 
 @functools.cache
 def gradient(config):
-  """Of the logits' squares, with dropout."""
-  return jax.grad(lambda p: (classify(config, p, key=KEY) ** 2).sum())(
-    build(config)[1]
-  )
+  """The gradient of the logits' squares, with dropout."""
+  loss = lambda p: (classify(config, p, key=KEY) ** 2).sum()
+  return jax.jit(jax.grad(loss))(params_of(config))
 
 
 @pytest.mark.parametrize(
   "how", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}]
 )
-def test_how_layers_are_run_changes_no_gradient(how):
-  """Nor does it what they drop."""
+def test_remat_and_unroll_do_not_change_the_gradient(how):
+  """Nor the dropout masks."""
   plain, other = gradient(BERT), gradient(dataclasses.replace(BERT, **how))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3),
@@ -121,11 +132,8 @@ def test_how_layers_are_run_changes_no_gradient(how):
   )
 
 
-RATES = ("dropout", "attention_dropout", "head_dropout")
-
-
 @pytest.mark.parametrize("rate", RATES)
-def test_each_dropout_acts_with_a_key_only(rate):
+def test_dropout_needs_a_key(rate):
   off = dict.fromkeys(RATES, 0.0)
   config = dataclasses.replace(BERT, **off | {rate: 0.5})
   plain = classify(config)
@@ -140,20 +148,22 @@ def test_each_dropout_acts_with_a_key_only(rate):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dtypes_are_those_of_the_config(family):
+def test_dtypes_are_as_in_the_config(family):
   config = FAMILIES[family]
   half = dataclasses.replace(config, dtype="bfloat16")
   full, low = classify(config), classify(half)
   assert low.dtype == jnp.float32
   assert 0 < np.abs(full - low).max() < 0.2
   stored = dataclasses.replace(half, param_dtype="bfloat16")
-  kinds = {x.dtype for x in jax.tree.leaves(encoder.init(stored, 0))}
+  params = jax.eval_shape(lambda: encoder.init(stored, 0))
+  kinds = {x.dtype for x in jax.tree.leaves(params)}
   assert kinds == {jnp.dtype("bfloat16")}
 
 
 def test_spans_have_a_start_and_an_end_for_each_position():
   config = dataclasses.replace(BERT, head="spans")
-  start, end = encoder.spans(*build(config), IDS, MASK)
+  run = jax.jit(encoder.spans, static_argnums=0)
+  start, end = run(structure(config), params_of(config), IDS, MASK)
   assert start.shape == end.shape == IDS.shape
   assert start.dtype == jnp.float32
   assert np.abs(start - end).max() > 1e-2
@@ -182,7 +192,7 @@ def test_a_mesh_gives_the_same_logits():
     pytest.skip(f"needs 8 devices, found {jax.device_count()}")
   devices = mesh.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), batch=8)
   ids, mask = jnp.tile(IDS, (4, 1)), jnp.tile(MASK, (4, 1))
-  graphdef, params = build(BERT)
+  graphdef, params = structure(BERT), params_of(BERT)
   expected = classify(BERT, ids=ids, mask=mask)
   boxes = encoder.abstract(BERT)[1]
   placed = jax.device_put(params, mesh.param_shardings(boxes, devices))
@@ -207,14 +217,14 @@ def test_wrong_configs_are_refused(change, said):
     dataclasses.replace(BERT, **change)
 
 
-def test_cudnn_is_taken_where_it_takes_the_length(monkeypatch):
+def test_cudnn_is_used_for_even_lengths_on_its_gpus(monkeypatch):
   config = dataclasses.replace(BERT, d_model=32, dtype="bfloat16")
 
   def chosen(length, **how):
     q = jax.ShapeDtypeStruct((1, length, 4, 8), jnp.bfloat16)
     return encoder._implementation(dataclasses.replace(config, **how), q)
 
-  assert chosen(8) == "xla"  # there is no GPU
+  assert chosen(8) == "xla"  # no GPU here
   monkeypatch.setattr(attention, "target", lambda: ("gpu", "NVIDIA H100"))
   assert (chosen(8), chosen(9)) == ("cudnn", "xla")
   assert chosen(8, attention="xla") == "xla"
@@ -222,7 +232,7 @@ def test_cudnn_is_taken_where_it_takes_the_length(monkeypatch):
     chosen(9, attention="cudnn")
 
 
-def test_longer_texts_than_positions_are_refused():
+def test_texts_longer_than_the_position_table_are_refused():
   ids = jnp.zeros((1, 17), int)
   with pytest.raises(UserError, match="have 17 tokens, but the model has 16"):
     classify(BERT, ids=ids, mask=jnp.ones_like(ids))

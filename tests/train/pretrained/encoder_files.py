@@ -1,4 +1,4 @@
-"""Tokenizers of small BERTs and RoBERTas, as older checkpoints keep them."""
+"""Writes tokenizers of BERT and RoBERTa in the files of older checkpoints."""
 
 import json
 import pathlib
@@ -11,14 +11,14 @@ PIECES = ["##s", "##ing", "wind", "##ow", "who", "why", "?", ".", ","]
 
 
 def write_bert(folder: pathlib.Path) -> int:
-  """A vocab.txt; returns its size."""
+  """Writes a vocab.txt; returns its size."""
   tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *PIECES]
   (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
   return len(tokens)
 
 
 def write_roberta(folder: pathlib.Path) -> int:
-  """A vocab.json and merges.txt; returns the size of the vocabulary."""
+  """Writes a vocab.json and merges.txt; returns the vocabulary's size."""
   special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
   tokenizer = tokenizers.ByteLevelBPETokenizer()
   tokenizer.train_from_iterator(

