@@ -270,7 +270,7 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def abstract_model(config: ModelConfig) -> Llama:
-  """The model as a module, with shapes in place of its parameters."""
+  """The model as a module, with shapes instead of parameters."""
   return layers.abstract(lambda rngs: Llama(config, rngs=rngs))
 
 

@@ -164,7 +164,7 @@ def read_into(
   """Reads tensors into the parameters that they belong to.
 
   Args:
-    arrays: our parameters by path, written in place and in their own dtype.
+    arrays: our parameters by path, filled in their own dtype.
     wanted: the tensors, by name.
     read: reads one tensor.
   """

@@ -78,7 +78,7 @@ def test_auto_chooses_what_runs(monkeypatch, device, shape, dtype, form):
 
 
 @pytest.mark.parametrize(
-  "form, device, dtype, said",
+  "form, device, dtype, message",
   [
     ("splash", CPU, "float32", "runs on TPUs only, the device is cpu"),
     ("cudnn", TPU, "bfloat16", "runs on NVIDIA GPUs only, the device is TPU"),
@@ -87,10 +87,10 @@ def test_auto_chooses_what_runs(monkeypatch, device, shape, dtype, form):
   ],
 )
 def test_a_named_implementation_that_cannot_run_is_refused(
-  monkeypatch, form, device, dtype, said
+  monkeypatch, form, device, dtype, message
 ):
   monkeypatch.setattr(attention, "target", lambda: device)
-  with pytest.raises(UserError, match=said):
+  with pytest.raises(UserError, match=message):
     attention.choose(form, jnp.zeros((1, 256, 2, 64), dtype))
 
 

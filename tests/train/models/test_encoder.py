@@ -205,15 +205,15 @@ def test_a_mesh_gives_the_same_logits():
 
 
 @pytest.mark.parametrize(
-  "change, said",
+  "change, message",
   [
     ({"n_heads": 3}, "16, which is not divisible by its n_heads, 3"),
     ({"labels": 0}, "labels is 0"),
     ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
   ],
 )
-def test_wrong_configs_are_refused(change, said):
-  with pytest.raises(UserError, match=said):
+def test_wrong_configs_are_refused(change, message):
+  with pytest.raises(UserError, match=message):
     dataclasses.replace(BERT, **change)
 
 

@@ -215,7 +215,7 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_wrong_tensors_are_named_before_any_is_read(written, kind):
   config = config_of(written)
-  name, tensor, said = WRONG[kind]
+  name, tensor, message = WRONG[kind]
   shapes = {n: x.shape for n, x in tensors_of(written).items()}
   full = f"{config.family}.{name}"
   shapes = {n: s for n, s in shapes.items() if n != full}
@@ -225,12 +225,12 @@ def test_wrong_tensors_are_named_before_any_is_read(written, kind):
   def read(name):
     raise AssertionError(f"{name} was read")
 
-  with pytest.raises(UserError, match=said):
+  with pytest.raises(UserError, match=message):
     encoder_names.to_params("here", config, shapes, read)
 
 
 @pytest.mark.parametrize(
-  "field, value, said",
+  "field, value, message",
   [
     ("model_type", "distilbert", "'distilbert'; only 'bert' and 'roberta'"),
     ("model_type", None, "model_type is None"),
@@ -244,9 +244,11 @@ def test_wrong_tensors_are_named_before_any_is_read(written, kind):
     ("num_hidden_layers", 3, r"lacks encoder\.layer\.2.*describes 3 layers"),
   ],
 )
-def test_another_architecture_is_refused(written, tmp_path, field, value, said):
+def test_another_architecture_is_refused(
+  written, tmp_path, field, value, message
+):
   copy(written, tmp_path, **{field: value})
-  with pytest.raises(UserError, match=said):
+  with pytest.raises(UserError, match=message):
     encoder_checkpoint.load(tmp_path, "classify")
 
 

@@ -93,7 +93,7 @@ def test_truncation_of_one_call_does_not_affect_the_next(tokenizer):
 
 
 @pytest.mark.parametrize(
-  "call, said",
+  "call, message",
   [
     (lambda t: t.texts(["we"], length=33), "33 tokens: .* has 32 positions"),
     (lambda t: t.texts(["we"], length=3), "need 4 or more"),
@@ -104,8 +104,8 @@ def test_truncation_of_one_call_does_not_affect_the_next(tokenizer):
     ),
   ],
 )
-def test_impossible_lengths_are_refused(tokenizer, call, said):
-  with pytest.raises(UserError, match=said):
+def test_impossible_lengths_are_refused(tokenizer, call, message):
+  with pytest.raises(UserError, match=message):
     call(tokenizer)
 
 

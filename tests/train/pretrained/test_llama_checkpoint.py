@@ -127,10 +127,10 @@ WRONG_TENSORS = {
 @pytest.mark.parametrize("kind", WRONG_TENSORS)
 def test_wrong_tensors_are_named(written, tmp_path, kind):
   tensors = copy(written, tmp_path)
-  *how, said = WRONG_TENSORS[kind]
+  *how, message = WRONG_TENSORS[kind]
   change(tensors, *how)
   save(tensors, tmp_path / checkpoint_folder.WEIGHTS)
-  with pytest.raises(UserError, match=said):
+  with pytest.raises(UserError, match=message):
     llama_names.to_params(llama_checkpoint.load(tmp_path))
 
 
@@ -150,7 +150,7 @@ def test_rotary_tables_are_ignored_and_a_tied_head_is_the_embedding(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "field, value, said",
+  "field, value, message",
   [
     ("model_type", "gpt2", "model_type is 'gpt2'; only 'llama'"),
     ("hidden_act", "gelu", "hidden_act is 'gelu'"),
@@ -162,10 +162,10 @@ def test_rotary_tables_are_ignored_and_a_tied_head_is_the_embedding(tmp_path):
     ("hidden_size", None, "has no hidden_size"),
   ],
 )
-def test_another_architecture_is_refused(field, value, said):
+def test_another_architecture_is_refused(field, value, message):
   config = llama_names.model_to_hf(TINY, "float32", {})
   config = {k: v for k, v in (config | {field: value}).items() if v is not None}
-  with pytest.raises(UserError, match=said):
+  with pytest.raises(UserError, match=message):
     llama_names.model_from_hf(config, "config.json")
 
 
