@@ -34,7 +34,7 @@ def structure(config):
 @functools.cache
 def large(config):
   """Parameters that are large enough to tell tokens apart."""
-  params = jax.jit(encoder.init, static_argnums=0)(config, 0)
+  params = jax.jit(encoder.init, static_argnums=(0, 1))(config, 0)
   return jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.train.conftest import TINY
 from train.models import llama
 
-INIT = jax.jit(llama.init, static_argnums=0)
+INIT = jax.jit(llama.init, static_argnums=(0, 1))
 APPLY = jax.jit(llama.apply, static_argnums=0)
 
 
