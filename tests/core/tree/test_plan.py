@@ -30,6 +30,7 @@ def arrays(**shapes):
   }
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 @pytest.mark.parametrize(
   "path",
   [
@@ -110,6 +111,7 @@ def test_sides(proj_type, wide, tall):
   assert found == {"wide": wide, "tall": tall}
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 def test_matrices_without_savings_are_projected_only_by_a_rule():
   params = arrays(w=(8, 8), x=(8, 8))
   assert not projected(params, rank=6)
