@@ -45,7 +45,7 @@ from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
 from train.run import checkpoint, exit_status, loop, run_dir, signals, sinks
 from train.run.job import Job
-from train.step.train_step import Placed, TrainState
+from train.step.train_step import AbstractState, TrainState
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -208,10 +208,10 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   mesh = mesh_lib.make_mesh(
     config.mesh, config.data.batch, accumulate=config.train.accumulate
   )
-  tx, placed = job_lib.setup(model, config, mesh)
+  tx, abstract = job_lib.setup(model, config, mesh)
   if flags.dry_run:
-    print_start(model, data, placed, config)
-    parts = report.component_bytes(placed, config, placed.state.opt_state)
+    print_start(model, data, abstract, config)
+    parts = report.component_bytes(abstract, config, abstract.state.opt_state)
     print(f"\n{report.table(parts)}")
     return 0
   multihost.run_on_first(
@@ -224,12 +224,12 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   digest = examples_lib.digest(examples)
   multihost.run_on_first(lambda: run_dir.record_examples(out, digest))
   with jax.set_mesh(mesh), signals.stop_requests() as stopped:
-    job, state = job_lib.prepare(config, out, model, data, mesh, tx, placed)
-    print_start(model, data, placed, config)
+    job, state = job_lib.prepare(config, out, model, data, mesh, tx, abstract)
+    print_start(model, data, abstract, config)
     print(f"folder     {out}")
     try:
       stop = signals.agreed_stop(stopped, mesh)
-      return train(config, model, placed, job, state, stop)
+      return train(config, model, abstract, job, state, stop)
     except Diverged:
       if multihost.is_first():  # a result without scores: it diverged
         report.write(out, config, {"scores": {}})
@@ -249,7 +249,7 @@ def _check_source(source: str, out: pathlib.Path) -> None:
 def train(
   config: Config,
   model: TaskModel,
-  placed: Placed,
+  abstract: AbstractState,
   job: Job,
   state: TrainState,
   stopped: Callable[[], bool],
@@ -263,15 +263,18 @@ def train(
   status = exit_status.report_end(job, outcome, start)
   if status is not None:
     return status
-  finish(config, model, placed, job, outcome.state)
+  finish(config, model, abstract, job, outcome.state)
   return 0
 
 
 def print_start(
-  model: TaskModel, data: job_lib.TaskData, placed: Placed, config: Config
+  model: TaskModel,
+  data: job_lib.TaskData,
+  abstract: AbstractState,
+  config: Config,
 ) -> None:
   """Prints what is trained, on which examples, and how."""
-  count = sum(x.size for x in jax.tree.leaves(placed.weights))
+  count = sum(x.size for x in jax.tree.leaves(abstract.weights))
   sizes = ", ".join(
     f"{tokenized.split.name} {len(tokenized.split):,}"
     for tokenized in (data.train, *data.evaluated)
@@ -306,11 +309,15 @@ def _describe(task: Task) -> str:
 
 
 def finish(
-  config: Config, model: TaskModel, placed: Placed, job: Job, state: TrainState
+  config: Config,
+  model: TaskModel,
+  abstract: AbstractState,
+  job: Job,
+  state: TrainState,
 ) -> None:
   """Reports a complete run: memory, scores, the trained model, a picture."""
   scores = evaluation.final_scores(job.out, config.train.steps)
-  parts = report.component_bytes(placed, config, state.opt_state)
+  parts = report.component_bytes(abstract, config, state.opt_state)
   print(f"\n{report.table(parts)}\n\nscores     {evaluation.describe(scores)}")
   if not multihost.is_first():
     return
@@ -325,7 +332,7 @@ def finish(
     # In the dtype of the other parameters, also where weights have 8 bits.
     weights = jax.tree.map(
       lambda x: np.asarray(x).astype(config.model.param_dtype),
-      jax.device_get(placed.read(state.params)),
+      jax.device_get(abstract.read(state.params)),
     )
     shutil.rmtree(job.out / "model", ignore_errors=True)
     model.save(job.out / "model", weights)

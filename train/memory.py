@@ -153,7 +153,7 @@ def measure(
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
-    exact = argument_parts(config, setup.placed)
+    exact = argument_parts(config, setup.abstract)
     try:
       sizes = _compile(config, setup, target)
     except jax.errors.JaxRuntimeError as error:
@@ -192,7 +192,7 @@ def _compile(
   config: schema.Config, setup: setup_lib.Setup, target: aot_targets.Target
 ) -> dict[str, Any]:
   """Memory and collectives of the compiled step, on each device."""
-  mesh, placed = setup.mesh, setup.placed
+  mesh, abstract = setup.mesh, setup.abstract
   rows = jax.ShapeDtypeStruct(
     (config.data.batch, config.data.length + 1),
     "int32",
@@ -200,11 +200,11 @@ def _compile(
   )
   state = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    placed.state,
-    placed.shardings,
+    abstract.state,
+    abstract.shardings,
   )
   step: Any = train_step.make_train_step(
-    setup.updater, placed, config.train, config.optimizer.accumulate
+    setup.updater, abstract, config.train, config.optimizer.accumulate
   )
   compiled = (
     step.trace(state, rows)
@@ -243,17 +243,17 @@ def _needed(error: Exception) -> int:
 
 
 def argument_parts(
-  config: schema.Config, placed: train_step.Placed
+  config: schema.Config, abstract: train_step.AbstractState
 ) -> dict[str, int]:
   """Bytes on one device that are known before compiling, by component."""
-  state, where = placed.state, placed.shardings
+  state, where = abstract.state, abstract.shardings
   whole = dry_run.shard_bytes(state.opt_state, where.opt_state)
   held = dry_run.shard_bytes(_bases(state.opt_state), _bases(where.opt_state))
   return {
     "weights": dry_run.shard_bytes(state.params, where.params),
     "moments": whole - held,
     "bases": held,
-    "gradients": dry_run.shard_bytes(*dry_run.gradients(config, placed)),
+    "gradients": dry_run.shard_bytes(*dry_run.gradients(config, abstract)),
   }
 
 

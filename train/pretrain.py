@@ -82,7 +82,7 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
     status = exit_status.report_end(job, outcome, start)
     if status is not None:
       return status
-    report(config, corpus, setup.placed, job, outcome.state)
+    report(config, corpus, setup.abstract, job, outcome.state)
     return 0
 
 
@@ -94,7 +94,7 @@ def introduce(
   out: pathlib.Path,
 ) -> None:
   """Prints what is about to be trained, and on which data and devices."""
-  count = sum(x.size for x in jax.tree.leaves(setup.placed.weights))
+  count = sum(x.size for x in jax.tree.leaves(setup.abstract.weights))
   shape = " x ".join(f"{n} {axis}" for axis, n in setup.mesh.shape.items())
   print(
     f"model      {count:,} parameters, {config.model.n_layers} layers,"
@@ -132,12 +132,12 @@ def _method(config: schema.Config) -> str:
 def report(
   config: schema.Config,
   corpus: corpus_lib.Corpus,
-  placed: train_step.Placed,
+  abstract: train_step.AbstractState,
   job: Job,
   state: train_step.TrainState,
 ) -> None:
   """Reports a finished run: memory table, picture, sample."""
-  params = placed.weights
+  params = abstract.weights
   sizes = [
     (x.size, is_matrix)
     for x, is_matrix in zip(
@@ -152,13 +152,13 @@ def report(
     optimizer.accounting(
       config.optimizer,
       params,
-      galore_optax.state_bytes(placed.state.opt_state),
+      galore_optax.state_bytes(abstract.state.opt_state),
     ),
     optimizer.accounting_note(params),
   )
   print(f"\n{table}\n")
-  if placed.adapters is not None:
-    print(f"weights    {adapters.weights_text(placed.state.params)}\n")
+  if abstract.adapters is not None:
+    print(f"weights    {adapters.weights_text(abstract.state.params)}\n")
   rare = metrics.refreshes_text(
     galore_optax.refresh_counts(state.opt_state),
     int(state.step),
@@ -173,13 +173,13 @@ def report(
   # This comes last, because it needs all weights at once, which may not fit on
   # a chip that trained them layer by layer.
   if jax.process_count() == 1 and config.run.sample_tokens:
-    print(f"\nsample: {sample(config, corpus, placed, job.out, state)}")
+    print(f"\nsample: {sample(config, corpus, abstract, job.out, state)}")
 
 
 def sample(
   config: schema.Config,
   corpus: corpus_lib.Corpus,
-  placed: train_step.Placed,
+  abstract: train_step.AbstractState,
   out: pathlib.Path,
   state: train_step.TrainState,
 ) -> str:
@@ -188,7 +188,7 @@ def sample(
   try:
     text = sample_lib.sample_text(
       config.model,
-      placed.read(state.params),
+      abstract.read(state.params),
       corpus.tokenizer,
       run.prompt,
       run.sample_tokens,

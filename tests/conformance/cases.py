@@ -218,7 +218,7 @@ OPTAX_FAILS = {
   ("values in float16", CONTROL): "squared gradients and eps vanish in nu",
   ("rank-one gradient", CONTROL): "the root in Adam has no slope at zero",
   ("rank-one gradient", "galore_adafactor"): (
-    "nor has that in Adafactor, whose mean over rows spreads it"
+    "nor has that in Adafactor, whose mean over rows carries it to all of them"
   ),
   ("annotated bias", "galore_adafactor"): (
     "flax copies a bias's axes on Adafactor's placeholders of shape (1,)"

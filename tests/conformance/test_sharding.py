@@ -107,10 +107,10 @@ def test_auto_mesh(name):
   tx = cases.make(name)
   named = _shardings(_mesh(_AUTO))
   params, grads = _problem(named)
-  placed = state_shardings(tx, params, named)
-  state = jax.jit(tx.init, out_shardings=placed)(params)
-  assert jax.tree.map(lambda x: x.sharding, state) == placed
-  update = jax.jit(tx.update, out_shardings=(named, placed))
+  of_state = state_shardings(tx, params, named)
+  state = jax.jit(tx.init, out_shardings=of_state)(params)
+  assert jax.tree.map(lambda x: x.sharding, state) == of_state
+  update = jax.jit(tx.update, out_shardings=(named, of_state))
   for g in grads:
     updates, state = update(g, state, params)
     params = optax.apply_updates(params, updates)
@@ -125,7 +125,7 @@ def test_shardings_by_map_params(name, guard):
   mesh = _mesh(_AUTO)
   params, _ = _problem()
   is_masked = lambda x: isinstance(x, optax.MaskedNode)
-  placed = optax.tree.map_params(
+  of_state = optax.tree.map_params(
     tx,
     lambda x, sharding: x if is_masked(x) else sharding,
     jax.eval_shape(tx.init, params),
@@ -133,9 +133,9 @@ def test_shardings_by_map_params(name, guard):
     transform_non_params=lambda _: jax.NamedSharding(mesh, jax.P()),
     is_leaf=is_masked if guard else None,
   )
-  state = jax.jit(tx.init, out_shardings=placed)(params)
+  state = jax.jit(tx.init, out_shardings=of_state)(params)
   found = jax.tree.map(lambda x: x.sharding, state)
-  assert found == jax.tree.broadcast(placed, state)
+  assert found == jax.tree.broadcast(of_state, state)
   if name == cases.CONTROL:
     assert optax.tree.get(found, "mu") == _shardings(mesh)
 
@@ -144,9 +144,9 @@ def _specs_of(tx):
   """Specs of the bases of the leaf `both`, and of all first moments."""
   keep = lambda tree: {name: tree[name] for name in ("bias", "both")}
   params, named = keep(_problem()[0]), keep(_shardings(_mesh(_AUTO)))
-  placed = state_shardings(tx, params, named)
-  state = jax.jit(tx.init, out_shardings=placed)(params)
-  assert jax.tree.map(lambda x: x.sharding, state) == placed
+  of_state = state_shardings(tx, params, named)
+  state = jax.jit(tx.init, out_shardings=of_state)(params)
+  assert jax.tree.map(lambda x: x.sharding, state) == of_state
   specs = jax.tree.map(lambda x: tuple(x.sharding.spec), state)
   [(_, mu)] = optax.tree.get_all_with_path(specs, "mu")
   return cases.bases(specs)["both"], mu
@@ -213,16 +213,16 @@ def test_state_shardings_of_both_sides():
 
 def test_state_shardings_of_stacked_layers():
   named = _shardings(_mesh(_AUTO))
-  placed = state_shardings(_LOW, _problem()[0], named)
-  specs = jax.tree.map(lambda x: tuple(x.spec), placed)
+  of_state = state_shardings(_LOW, _problem()[0], named)
+  specs = jax.tree.map(lambda x: tuple(x.spec), of_state)
   assert cases.bases(specs)["stack"] == {"left": ("y", "x", None)}
   assert optax.tree.get(specs, "nu").low["stack"] == ("y", "x", None)
 
 
 def test_state_shardings_without_galore():
   named = _shardings(_mesh(_AUTO))
-  placed = state_shardings(optax.adam(1e-3), _problem()[0], named)
-  assert optax.tree.get(placed, "mu") == named
+  of_state = state_shardings(optax.adam(1e-3), _problem()[0], named)
+  assert optax.tree.get(of_state, "mu") == named
 
 
 def test_traced_rank_is_refused_with_what_works_instead():
@@ -271,9 +271,9 @@ def _updates(tx, spec):
     {"w": jax.device_put(cases.normal({"w": (8, 16, 24)}, k)["w"], sharding)}
     for k in (0, 1)
   )
-  placed = state_shardings(tx, params, {"w": sharding})
-  update = jax.jit(tx.update, out_shardings=({"w": sharding}, placed))
-  state = jax.jit(tx.init, out_shardings=placed)(params)
+  of_state = state_shardings(tx, params, {"w": sharding})
+  update = jax.jit(tx.update, out_shardings=({"w": sharding}, of_state))
+  state = jax.jit(tx.init, out_shardings=of_state)(params)
   text = update.lower(grads, state, params).compile().as_text()
   found = []
   for _ in range(3):
@@ -292,7 +292,7 @@ def _updates(tx, spec):
   ],
   ids=str,
 )
-def test_told_of_shardings_nothing_is_gathered(spec, sides):
+def test_given_shardings_nothing_is_gathered(spec, sides):
   """No gradient, basis or moment; and the updates are those of one device."""
   mesh = _one_by_eight()
   make = functools.partial(galore_adamw, 1e-2, rank=2, update_proj_gap=4)
@@ -313,21 +313,21 @@ def _gathered(text):
   return max(math.prod(map(int, shape.split(","))) for shape in found)
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_told_of_shardings_matrices_are_gathered_one_by_one(told):
+@pytest.mark.parametrize("given", [False, True])
+def test_given_shardings_matrices_are_gathered_one_by_one(given):
   """The side is divided, so that low-rank updates have to be gathered."""
   spec, rank = jax.P(None, "x"), 8
   mesh = _one_by_eight()
   where = {"w": jax.NamedSharding(mesh, spec)}
   make = functools.partial(galore_adamw, 1e-2, rank=rank, update_proj_gap=4)
-  found, text = _updates(make(param_shardings=where if told else None), spec)
-  assert _gathered(text) == rank * 24 * (1 if told else 8)
+  found, text = _updates(make(param_shardings=where if given else None), spec)
+  assert _gathered(text) == rank * 24 * (1 if given else 8)
   wanted, _ = _updates(make(), jax.P())
   for x, y in zip(found, wanted, strict=True):
     cases.assert_close(x, y, 1e-4, 1e-5)
 
 
-def test_untold_stacks_of_divided_layers_are_gathered():
+def test_without_shardings_stacks_of_divided_layers_are_gathered():
   """What `param_shardings` is for; if this fails, it has become needless."""
   tx = galore_adamw(1e-2, rank=2, update_proj_gap=4)
   assert "all-gather" in _updates(tx, jax.P("x"))[1]

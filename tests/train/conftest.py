@@ -60,7 +60,7 @@ class Trainer:
   """A tiny model on a mesh, with its compiled steps."""
 
   mesh: jax.sharding.Mesh
-  placed: train_step_lib.Placed
+  abstract: train_step_lib.AbstractState
   tx: Any
   train_step: Any
   eval_step: Any
@@ -68,7 +68,7 @@ class Trainer:
 
   def init(self, seed: int = 0) -> train_step_lib.TrainState:
     with jax.set_mesh(self.mesh):
-      return train_step_lib.init_state(self.tx, self.placed, seed)
+      return train_step_lib.init_state(self.tx, self.abstract, seed)
 
   def put(self, array) -> jax.Array:
     return mesh_lib.put_batch(
@@ -100,15 +100,15 @@ def make_trainer(
   chosen = schema.OptimizerConfig(name=name, **(settings | fields))
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    placed = train_step_lib.abstract_state(
+    abstract = train_step_lib.abstract_state(
       model, *llama.abstract(model), tx, grid
     )
   return Trainer(
     grid,
-    placed,
+    abstract,
     tx,
-    train_step_lib.make_train_step(tx, placed, train or schema.TrainConfig()),
-    train_step_lib.make_eval_step(placed),
+    train_step_lib.make_train_step(tx, abstract, train or schema.TrainConfig()),
+    train_step_lib.make_eval_step(abstract),
     model,
   )
 

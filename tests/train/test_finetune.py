@@ -612,11 +612,11 @@ def test_weights_and_moments_are_sharded(bert, tmp_path, change):
   config = finetune.make_config(finetune.parse(given))
   model = finetune.load_model(finetune.load_examples(config), config)
   mesh = mesh_lib.make_mesh(config.mesh, 4, DEVICES[:4])
-  _, placed = job.setup(model, config, mesh)
+  _, abstract = job.setup(model, config, mesh)
   found = {
     leaves.path_of(path): sharding.spec
     for path, sharding in jax.tree_util.tree_leaves_with_path(
-      (placed.shardings.params, placed.shardings.opt_state)
+      (abstract.shardings.params, abstract.shardings.opt_state)
     )
   }
   kernels = [x for name, x in found.items() if "attn/q/kernel" in name]

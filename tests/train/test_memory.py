@@ -163,9 +163,9 @@ def _temporaries(tx, device):
   width, bf16 = 1024, jnp.bfloat16
   layer = {"up": (width, 4 * width), "down": (4 * width, width)}
   shapes = {f"layer_{i}": layer for i in range(8)}
-  placed = jax.sharding.SingleDeviceSharding(device)
+  where = jax.sharding.SingleDeviceSharding(device)
   struct = lambda shape, dtype: jax.ShapeDtypeStruct(
-    shape, dtype, sharding=placed
+    shape, dtype, sharding=where
   )
   params = jax.tree.map(
     lambda shape: struct(shape, bf16),

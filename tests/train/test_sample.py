@@ -180,8 +180,8 @@ def test_the_command_rejects_invalid_values(folder, capsys, flags, message):
 def test_sharded_parameters_give_the_same_tokens(params, greedy):
   grid = mesh.make_mesh(MeshConfig(fsdp=2, tensor=2), 8, jax.devices()[:4])
   shardings = mesh.param_shardings(llama.abstract(CONFIG)[1], grid)
-  placed = jax.device_put(params, shardings)
-  assert len(placed["layers"]["attn"]["q"]["kernel"].sharding.device_set) == 4
+  sharded = jax.device_put(params, shardings)
+  assert len(sharded["layers"]["attn"]["q"]["kernel"].sharding.device_set) == 4
   with jax.set_mesh(grid):
-    found = sample.generate(CONFIG, placed, PROMPTS, 20, GREEDY)
+    found = sample.generate(CONFIG, sharded, PROMPTS, 20, GREEDY)
   assert found.tolist() == greedy.tolist()

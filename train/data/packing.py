@@ -100,11 +100,13 @@ class Rows:
   ) -> Generator[tuple[np.ndarray, State], None, None]:
     first, index = divmod(step, len(self.rows) // self.batch)
     for epoch in itertools.count(first):
-      order = np.random.default_rng([seed, epoch]).permutation(len(self.rows))
+      permutation = np.random.default_rng([seed, epoch]).permutation(
+        len(self.rows)
+      )
       for start in range(
-        index * self.batch, len(order) - self.batch + 1, self.batch
+        index * self.batch, len(permutation) - self.batch + 1, self.batch
       ):
         step += 1
-        mine = order[start + part * size : start + (part + 1) * size]
+        mine = permutation[start + part * size : start + (part + 1) * size]
         yield self.rows[mine], {"batches": step}
       index = 0

@@ -161,10 +161,10 @@ class Stream:
     whole = self.shards.count >= parts
     mine = range(part, self.shards.count, parts) if whole else None
     mine = np.asarray(mine if whole else range(self.shards.count))
-    order = np.random.default_rng([seed, at.epoch]).permutation(mine)
-    for index in range(at.shard, len(order)):
+    permutation = np.random.default_rng([seed, at.epoch]).permutation(mine)
+    for index in range(at.shard, len(permutation)):
       example = at.example if index == at.shard else 0
-      for text in self.shards.texts(int(order[index]), example):
+      for text in self.shards.texts(int(permutation[index]), example):
         example += 1
         if whole or (example - 1) % parts == part:
           yield index, example, text
@@ -183,8 +183,8 @@ class Stream:
           for *_, text in block
           if text is not None and not sources.blank(text) and self.keep(text)
         ]
-        order = np.random.default_rng([seed, at.epoch, at.block, part])
-        yield at, [chosen[i] for i in order.permutation(len(chosen))]
+        rng = np.random.default_rng([seed, at.epoch, at.block, part])
+        yield at, [chosen[i] for i in rng.permutation(len(chosen))]
         used += len(chosen)
         shard, example, _ = block[-1]
         at = Position(at.epoch, shard, example, at.block + 1)

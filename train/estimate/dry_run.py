@@ -62,19 +62,19 @@ def estimate(config: schema.Config) -> dict[str, Any]:
   """
   mesh: Any = abstract_mesh(config.mesh)  # shardings take it as a mesh
   setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
-  placed = setup.placed
-  own = galore_optax.state_bytes(placed.state.opt_state)
+  abstract = setup.abstract
+  own = galore_optax.state_bytes(abstract.state.opt_state)
   return {
     "preset": config.preset,
     "optimizer": config.optimizer.name,
     "mesh": dict(mesh.shape),
-    "parameters": parameters(placed.weights),
+    "parameters": parameters(abstract.weights),
     "plan": plan_rows(setup.plan, config.optimizer),
-    "bytes": memory(config, placed, mesh),
+    "bytes": memory(config, abstract, mesh),
     "optimizer_state": optimizer.accounting(
-      config.optimizer, placed.weights, own
+      config.optimizer, abstract.weights, own
     ),
-    "optimizer_state_note": optimizer.accounting_note(placed.weights),
+    "optimizer_state_note": optimizer.accounting_note(abstract.weights),
     "flops": work(config, setup),
   }
 
@@ -122,7 +122,7 @@ def _plan_row(row: Any, config: schema.OptimizerConfig) -> dict[str, Any]:
 
 def memory(
   config: schema.Config,
-  placed: train_step.Placed,
+  abstract: train_step.AbstractState,
   mesh: jax.sharding.AbstractMesh,
 ) -> dict[str, dict[str, int]]:
   """Bytes in device memory: on all devices (`whole`), and on one (`device`).
@@ -131,43 +131,43 @@ def memory(
   once if the tensor axis has size 1; for a larger one they are an upper bound.
   Gradient accumulation keeps a float32 sum besides the gradient.
   """
-  state, where = placed.state, placed.shardings
-  groups = weights(placed) | {
-    "gradients": gradients(config, placed),
+  state, where = abstract.state, abstract.shardings
+  groups = weights(abstract) | {
+    "gradients": gradients(config, abstract),
     "optimizer_state": (state.opt_state, where.opt_state),
   }
   if config.train.accumulate > 1:
     cast = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    sums = jax.tree.map(cast, placed.weights)
-    groups["gradient_sums"] = (sums, placed.weight_shardings)
+    sums = jax.tree.map(cast, abstract.weights)
+    groups["gradient_sums"] = (sums, abstract.weight_shardings)
   whole = {name: galore_optax.state_bytes(x) for name, (x, _) in groups.items()}
   device = {name: shard_bytes(*pair) for name, pair in groups.items()}
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  device["activations"] = activation_bytes(config, placed, shards)
+  device["activations"] = activation_bytes(config, abstract, shards)
   whole["activations"] = shards * device["activations"]
   for part in (whole, device):
     part["together"] = sum(part.values())
   return {"whole": whole, "device": device}
 
 
-def weights(placed: train_step.Placed) -> dict[str, tuple[Any, Any]]:
+def weights(abstract: train_step.AbstractState) -> dict[str, tuple[Any, Any]]:
   """Shapes and shardings of the weights, by group.
 
   Methods with factors have frozen and trained weights, and those that a step
   makes of both.
   """
-  params, where = placed.state.params, placed.shardings.params
-  if placed.adapters is None:
+  params, where = abstract.state.params, abstract.shardings.params
+  if abstract.adapters is None:
     return {"weights": (params, where)}
   return {
     "frozen_weights": (params["frozen"], where["frozen"]),
     "trained_weights": (params["adapters"], where["adapters"]),
-    "made_weights": (placed.weights, placed.weight_shardings),
+    "made_weights": (abstract.weights, abstract.weight_shardings),
   }
 
 
 def gradients(
-  config: schema.Config, placed: train_step.Placed
+  config: schema.Config, abstract: train_step.AbstractState
 ) -> tuple[Any, Any]:
   """Shapes and shardings of the gradients that are alive at the same time.
 
@@ -175,14 +175,14 @@ def gradients(
   the embedding or the head, whichever is larger.
   """
   if not config.train.layerwise:
-    return placed.weights, placed.weight_shardings
-  ends = {k: v for k, v in placed.weights.items() if k != "layers"}
+    return abstract.weights, abstract.weight_shardings
+  ends = {k: v for k, v in abstract.weights.items() if k != "layers"}
   largest = max(ends, key=lambda k: galore_optax.state_bytes(ends[k]))
   layer = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype),
-    placed.weights["layers"],
+    abstract.weights["layers"],
   )
-  shardings = placed.weight_shardings
+  shardings = abstract.weight_shardings
   return (
     {"layers": layer, largest: ends[largest]},
     {"layers": shardings["layers"], largest: shardings[largest]},
@@ -202,7 +202,7 @@ def shard_bytes(tree: Any, shardings: Any) -> int:
 
 
 def activation_bytes(
-  config: schema.Config, placed: train_step.Placed, shards: int
+  config: schema.Config, abstract: train_step.AbstractState, shards: int
 ) -> int:
   """Maximum bytes that the loss and gradient of a microbatch keep."""
   parts = shards * config.parts
@@ -214,22 +214,22 @@ def activation_bytes(
       f" use a multiple of {parts}"
     )
   program = flops.trace_loss(
-    placed.graphdef, placed.weights, rows, config.data.length, gradient=True
+    abstract.graphdef, abstract.weights, rows, config.data.length, gradient=True
   )
   return jaxpr_cost.peak_bytes(program)
 
 
 def work(config: schema.Config, setup: setup_lib.Setup) -> dict[str, float]:
   """FLOPs of the matrix products of a token, a step, and the run."""
-  placed, length = setup.placed, config.data.length
-  forward = flops.forward_per_token(placed.graphdef, placed.weights, length)
+  abstract, length = setup.abstract, config.data.length
+  forward = flops.forward_per_token(abstract.graphdef, abstract.weights, length)
   again = flops.recompute_per_token(
-    placed.graphdef, placed.weights, length, forward
+    abstract.graphdef, abstract.weights, length, forward
   )
-  if placed.adapters is None:
-    update = flops.update_every_step(setup.tx, placed.weights)
+  if abstract.adapters is None:
+    update = flops.update_every_step(setup.tx, abstract.weights)
   else:
-    update = flops.adapters_every_step(placed.adapters, placed.state.params)
+    update = flops.adapters_every_step(abstract.adapters, abstract.state.params)
   refresh = flops.refresh(setup.plan.rows, config.optimizer)
   gap = config.optimizer.update_proj_gap
   tokens = config.data.batch * length

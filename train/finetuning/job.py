@@ -91,7 +91,9 @@ def forward_flops(model: TaskModel, data: TaskData, weights: Any) -> float:
 
 
 def make_gradient(
-  model: TaskModel, placed: train_step.Placed, config: schema.SharedTrainConfig
+  model: TaskModel,
+  abstract: train_step.AbstractState,
+  config: schema.SharedTrainConfig,
 ) -> train_step.Gradient:
   """The gradient of the mean loss of a batch, over `accumulate` parts of it."""
   differentiate = jax.value_and_grad(
@@ -117,7 +119,7 @@ def make_gradient(
       return jax.tree.map(jnp.add, total, (grads, loss)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), weights)
-    zeros = jax.lax.with_sharding_constraint(zeros, placed.weight_shardings)
+    zeros = jax.lax.with_sharding_constraint(zeros, abstract.weight_shardings)
     parts = {
       k: mesh_lib.microbatches(v, config.accumulate) for k, v in batch.items()
     }
@@ -167,7 +169,7 @@ def make_adapters(model: TaskModel, config: Config) -> adapters.Adapters | None:
 
 def setup(
   model: TaskModel, config: Config, mesh: jax.sharding.Mesh
-) -> tuple[Any, train_step.Placed]:
+) -> tuple[Any, train_step.AbstractState]:
   """The optimizer, and the shapes and shardings of the training state.
 
   Nothing is allocated yet.
@@ -197,19 +199,19 @@ def prepare(
   data: TaskData,
   mesh: jax.sharding.Mesh,
   tx: Any,
-  placed: train_step.Placed,
+  abstract: train_step.AbstractState,
 ) -> tuple[job_lib.Job, train_step.TrainState]:
   """Builds a fine-tuning job, with a new or a restored training state."""
   shared, train = as_pretraining(config), config.train
   state, progress = job_lib.restore_or_init(
-    out, tx, placed, train.seed, lambda: model.params
+    out, tx, abstract, train.seed, lambda: model.params
   )
   part, sharding = mesh_lib.batch_part(mesh), mesh_lib.batch_sharding(mesh)
   put = lambda batch: {
     k: mesh_lib.put_batch(v, sharding) for k, v in batch.items()
   }
   log = job_lib.open_log(config, out, int(state.step))
-  eval_step = make_eval_step(model, placed)
+  eval_step = make_eval_step(model, abstract)
   # As many rows at a time as in a part of a training step.
   rows = config.data.batch // train.accumulate
   position = progress.data or {"batches": 0}
@@ -219,13 +221,13 @@ def prepare(
     run=config.run,
     rates=job_lib.learning_rates(shared.optimizer, train.steps),
     train_step=train_step.make_train_step(
-      tx, placed, shared.train, gradient=make_gradient(model, placed, train)
+      tx, abstract, shared.train, gradient=make_gradient(model, abstract, train)
     ),
     eval_step=eval_step,
     put=put,
     evaluate=Evaluator(model, data, rows, part, eval_step, put, log),
     batch_shape=None,  # batches are as long as their longest row
-    forward_flops=forward_flops(model, data, placed.weights),
+    forward_flops=forward_flops(model, data, abstract.weights),
     feed=prefetch.Loader(
       cast(Any, data.batches.iterate(position, train.seed, *part)),
       position,
@@ -241,7 +243,9 @@ def prepare(
   return job, state
 
 
-def make_eval_step(model: TaskModel, placed: train_step.Placed) -> Callable:
+def make_eval_step(
+  model: TaskModel, abstract: train_step.AbstractState
+) -> Callable:
   """The evaluation step, jitted.
 
   Returns:
@@ -250,10 +254,10 @@ def make_eval_step(model: TaskModel, placed: train_step.Placed) -> Callable:
   """
 
   @functools.partial(
-    jax.jit, out_shardings=mesh_lib.replicated(placed.shardings.step.mesh)
+    jax.jit, out_shardings=mesh_lib.replicated(abstract.shardings.step.mesh)
   )
   def eval_step(params: dict, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
-    weights = placed.read(params)
+    weights = abstract.read(params)
     loss = model.loss(weights, batch, None)
     return model.outputs(weights, batch), loss, model.count_items(batch)
 

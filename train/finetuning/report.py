@@ -17,7 +17,7 @@ FILE = "result.json"
 
 
 def component_bytes(
-  placed: train_step.Placed, config: Config, opt_state: Any
+  abstract: train_step.AbstractState, config: Config, opt_state: Any
 ) -> dict[str, int]:
   """Bytes of weights, adapters, gradients and optimizer state.
 
@@ -25,9 +25,9 @@ def component_bytes(
   only. `optimizer_blocks` is the part of the optimizer state that belongs to
   the matrices of the blocks, which have factors or a state of low rank.
   """
-  params = placed.state.params
-  trained = params if placed.adapters is None else params["adapters"]
-  differentiated = placed.weights if placed.adapters is None else trained
+  params = abstract.state.params
+  trained = params if abstract.adapters is None else params["adapters"]
+  differentiated = abstract.weights if abstract.adapters is None else trained
   parts = {"weights": galore_optax.state_bytes(params)}
   if methods.get(config.optimizer.name).factors:
     factors = {p: x for p, x in trained.items() if p.startswith("layers/")}

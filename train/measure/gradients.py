@@ -54,7 +54,7 @@ def record(
   recorded: dict[str, np.ndarray] = {}
   with trial.start(config) as run:
     job, state, compiled = run.job, run.state, run.compile_step()
-    gradient = jax.jit(jax.grad(_loss(run.setup.placed.graphdef)))
+    gradient = jax.jit(jax.grad(_loss(run.setup.abstract.graphdef)))
     for step in range(1, last + 1):
       batch = job.put(next(job.feed))
       if step in names:

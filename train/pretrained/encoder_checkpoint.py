@@ -80,8 +80,8 @@ def load(
     str(folder), config, shapes, read, seed, refused
   )
   if named and same:
-    order = [theirs.index(name) for name in ours]
-    params["head"] = {k: x[..., order] for k, x in params["head"].items()}
+    permutation = [theirs.index(name) for name in ours]
+    params["head"] = {k: x[..., permutation] for k, x in params["head"].items()}
   extra = {name: v for name, v in given.items() if name.endswith("_token_id")}
   return Loaded(config, params, tokenizer, notes, extra)
 

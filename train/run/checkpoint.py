@@ -24,7 +24,7 @@ from train.common.errors import UserError
 from train.parallel import multihost
 from train.run.checksums import check_sums
 from train.run.run_dir import FOLDER
-from train.step.train_step import Placed, TrainState
+from train.step.train_step import AbstractState, TrainState
 
 PROGRESS = "progress"  # name of the JSON that is saved with the state
 LOSS = "held_out_loss"
@@ -52,15 +52,15 @@ def steps_in(out: pathlib.Path) -> list[int]:
 
 
 def restore(
-  out: pathlib.Path, placed: Placed, say: Callable[[str], None] = print
+  out: pathlib.Path, abstract: AbstractState, say: Callable[[str], None] = print
 ) -> tuple[TrainState, Progress] | None:
-  """Reads the newest good checkpoint onto the devices of `placed`.
+  """Reads the newest good checkpoint onto the devices of `abstract`.
 
   A damaged one is reported and renamed, and the one before it is tried.
 
   Args:
     out: the run's folder.
-    placed: shapes and shardings of the state.
+    abstract: shapes and shardings of the state.
     say: prints what is wrong with damaged checkpoints.
 
   Returns:
@@ -73,7 +73,7 @@ def restore(
   for step in reversed(steps_in(out)):
     found, reason = None, None
     try:
-      found = _load(out / FOLDER / str(step), placed)
+      found = _load(out / FOLDER / str(step), abstract)
     # A broken file surfaces as many exception types.
     except Exception as error:
       reason = _reason(error)
@@ -91,19 +91,21 @@ def restore(
   )
 
 
-def _load(path: pathlib.Path, placed: Placed) -> tuple[TrainState, Progress]:
+def _load(
+  path: pathlib.Path, abstract: AbstractState
+) -> tuple[TrainState, Progress]:
   """Reads one checkpoint and verifies its checksums."""
-  abstract = jax.tree.map(
+  target = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    placed.state,
-    placed.shardings,
+    abstract.state,
+    abstract.shardings,
   )
   with _context():
     loaded = ocp.load_checkpointables(
-      str(path.resolve()), {"state": abstract, PROGRESS: None}
+      str(path.resolve()), {"state": target, PROGRESS: None}
     )
   state, progress = loaded["state"], loaded[PROGRESS]
-  if check_sums(state, placed.shardings.step.mesh) != progress["check_sums"]:
+  if check_sums(state, abstract.shardings.step.mesh) != progress["check_sums"]:
     raise Damaged("its arrays differ from those that were saved")
   return state, Progress(progress["seconds"], _own(progress["data"]))
 

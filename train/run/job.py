@@ -85,14 +85,14 @@ def prepare(
     watcher: measures subspaces; None for no measurements.
     initial_params: see `restore_or_init`.
   """
-  mesh, placed = setup.mesh, setup.placed
+  mesh, abstract = setup.mesh, setup.abstract
   state, progress = restore_or_init(
-    out, setup.updater, placed, config.train.seed, initial_params
+    out, setup.updater, abstract, config.train.seed, initial_params
   )
   part = mesh_lib.batch_part(mesh)
   sharding = mesh_lib.batch_sharding(mesh)
   put = lambda rows: mesh_lib.put_batch(rows, sharding)
-  eval_step = train_step_lib.make_eval_step(placed, config.parts)
+  eval_step = train_step_lib.make_eval_step(abstract, config.parts)
   log = open_log(config, out, int(state.step))
   evaluator = perplexity.Evaluator(
     corpus, config.data.batch, part, eval_step, put, log
@@ -103,7 +103,7 @@ def prepare(
     run=config.run,
     rates=learning_rates(config.optimizer, config.train.steps),
     train_step=train_step_lib.make_train_step(
-      setup.updater, placed, config.train, config.optimizer.accumulate
+      setup.updater, abstract, config.train, config.optimizer.accumulate
     ),
     eval_step=eval_step,
     put=put,
@@ -112,7 +112,7 @@ def prepare(
       (config.data.batch, config.data.length + 1), "int32", sharding=sharding
     ),
     forward_flops=flops.forward_per_token(
-      placed.graphdef, placed.weights, config.data.length
+      abstract.graphdef, abstract.weights, config.data.length
     ),
     feed=corpus.loader(config.train.seed, *part, state=progress.data),
     checkpoints=checkpoint.Checkpoints(
@@ -128,7 +128,7 @@ def prepare(
 def restore_or_init(
   out: pathlib.Path,
   updater: train_step_lib.Updater,
-  placed: train_step_lib.Placed,
+  abstract: train_step_lib.AbstractState,
   seed: int,
   initial_params: Callable[[], dict | None] = lambda: None,
 ) -> tuple[train_step_lib.TrainState, checkpoint.Progress]:
@@ -137,7 +137,7 @@ def restore_or_init(
   Args:
     out: the run's folder.
     updater: what updates the weights.
-    placed: where the state lives.
+    abstract: where the state lives.
     seed: of fresh weights.
     initial_params: reads the weights to start from, arrays on the host; called
       only where there is no checkpoint. It returns None for fresh weights.
@@ -145,10 +145,10 @@ def restore_or_init(
   Raises:
     UserError: there are checkpoints, and none can be restored.
   """
-  restored = checkpoint.restore(out, placed)
+  restored = checkpoint.restore(out, abstract)
   if restored is None:
     params = initial_params()
-    state = train_step_lib.init_state(updater, placed, seed, params)
+    state = train_step_lib.init_state(updater, abstract, seed, params)
     return state, checkpoint.Progress(0.0, None)
   print(f"continuing from the checkpoint of step {int(restored[0].step)}")
   return restored

@@ -164,10 +164,14 @@ class Watcher:
       UserError: `run.watch` matches no matrix.
     """
     known, self.why_not = candidates(config, setup.plan)
-    if known and not (known := _visible(known, setup.placed.state)):
+    if known and not (known := _visible(known, setup.abstract.state)):
       self.why_not = "their bases are not kept layer by layer"
     self.matrices = choose(run.watch, known, self.why_not)
-    self._model, self._config, self._parts = setup.placed.config, config, parts
+    self._model, self._config, self._parts = (
+      setup.abstract.config,
+      config,
+      parts,
+    )
     self._every = run.watch_every or self._period()
     where = mesh.replicated(setup.mesh)
     self._jit_before: Any = jax.jit(self._before, out_shardings=where)

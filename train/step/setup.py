@@ -20,14 +20,14 @@ class Setup(NamedTuple):
     mesh: the devices, which may be abstract.
     tx: the optimizer.
     updater: what updates the weights: `tx`, or its layer-by-layer form.
-    placed: shapes and shardings of the training state.
+    abstract: shapes and shardings of the training state.
     plan: how `tx` treats each leaf of the weights.
   """
 
   mesh: jax.sharding.Mesh
   tx: optax.GradientTransformationExtraArgs
   updater: train_step.Updater
-  placed: train_step.Placed
+  abstract: train_step.AbstractState
   plan: galore_optax.diagnostics.Description
 
 
@@ -51,9 +51,9 @@ def make(
   if train.layerwise:
     updater = per_layer.fuse(tx, model, train, nnx.to_pure_dict(boxes))
   changed = adapters.make(optimizer_config)
-  placed = train_step.abstract_state(
+  abstract = train_step.abstract_state(
     model, graphdef, boxes, updater, mesh, changed
   )
   of_weights = tx if changed is None else changed.over_weights(tx)
-  plan = galore_optax.describe(of_weights, placed.weights)
-  return Setup(mesh, tx, updater, placed, plan)
+  plan = galore_optax.describe(of_weights, abstract.weights)
+  return Setup(mesh, tx, updater, abstract, plan)

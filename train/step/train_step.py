@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
-class Placed(NamedTuple):
+class AbstractState(NamedTuple):
   """A model and its training state on a mesh, before they take any memory."""
 
   config: ModelConfig
@@ -127,7 +127,7 @@ def abstract_state(
   tx: Updater,
   mesh: jax.sharding.Mesh,
   adapters: Adapters | None = None,
-) -> Placed:
+) -> AbstractState:
   """Shapes and shardings of a model and its training state.
 
   Args:
@@ -149,7 +149,7 @@ def abstract_state(
   # Without these, `jit` would put a copy of every moment on every device.
   opt_shardings = galore_optax.state_shardings(tx, trained, where)
   whole = mesh_lib.replicated(mesh)
-  return Placed(
+  return AbstractState(
     config,
     graphdef,
     TrainState(count, count, count, params, opt_state),
@@ -173,7 +173,7 @@ def _abstract_params(
 
 def init_state(
   tx: Updater,
-  placed: Placed,
+  abstract: AbstractState,
   seed: int,
   params: dict | None = None,
 ) -> TrainState:
@@ -181,17 +181,17 @@ def init_state(
 
   Args:
     tx: what updates the weights.
-    placed: the model, and where the state lives.
+    abstract: the model, and where the state lives.
     seed: of fresh parameters.
     params: those to start from instead, arrays on the host.
   """
-  config = placed.config
+  config = abstract.config
 
   def init(params: dict | None) -> TrainState:
     params = llama.init(config, seed) if params is None else params
     zeros = (jnp.zeros((), jnp.int32),) * 3
-    if placed.adapters is not None:
-      params = placed.adapters.init(params, seed)
+    if abstract.adapters is not None:
+      params = abstract.adapters.init(params, seed)
       return TrainState(*zeros, params, tx.init(params["adapters"]))
     opt_state = tx.init(params)
     return TrainState(*zeros, store(config, params), opt_state)
@@ -200,16 +200,16 @@ def init_state(
     params = jax.tree.map(
       lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__),
       params,
-      placed.weight_shardings,
+      abstract.weight_shardings,
     )
   # Given parameters are donated, so that the model is never in memory twice.
-  run = jax.jit(init, out_shardings=placed.shardings, donate_argnums=0)
+  run = jax.jit(init, out_shardings=abstract.shardings, donate_argnums=0)
   return run(params)
 
 
 def make_train_step(
   tx: Updater,
-  placed: Placed,
+  abstract: AbstractState,
   config: TrainConfig,
   low_rank_parts: int = 1,
   gradient: Gradient | None = None,
@@ -222,7 +222,7 @@ def make_train_step(
 
   Args:
     tx: what updates the weights.
-    placed: the model, and where the state lives.
+    abstract: the model, and where the state lives.
     config: microbatches, z-loss, rounding and seed.
     low_rank_parts: microbatches whose gradients `tx` adds up at low rank.
     gradient: function of the weights, a batch and the number of the step that
@@ -237,13 +237,13 @@ def make_train_step(
   if isinstance(tx, galore_optax.Layerwise):
     step = _in_parts(_without_z_loss(tx), low_rank_parts)
   elif low_rank_parts > 1:
-    step = _in_parts(_part_of_step(tx, placed, config), low_rank_parts)
+    step = _in_parts(_part_of_step(tx, abstract, config), low_rank_parts)
   else:
-    step = _whole_step(tx, placed, config, gradient)
+    step = _whole_step(tx, abstract, config, gradient)
   return jax.jit(
     step,
     donate_argnums=0,
-    out_shardings=(placed.shardings, mesh_lib.replicated(_mesh(placed))),
+    out_shardings=(abstract.shardings, mesh_lib.replicated(_mesh(abstract))),
   )
 
 
@@ -292,13 +292,13 @@ def _in_parts(run: Callable, count: int) -> Callable:
 
 
 def _part_of_step(
-  tx: optax.GradientTransformation, placed: Placed, config: TrainConfig
+  tx: optax.GradientTransformation, abstract: AbstractState, config: TrainConfig
 ) -> Callable:
   """A microbatch through the model and an optimizer that accumulates."""
-  gradient = make_gradient(placed, config)
+  gradient = make_gradient(abstract, config)
 
   def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
-    weights = placed.read(params)
+    weights = abstract.read(params)
     grads, loss, _ = gradient(weights, rows)
     # GaLore replaces gradients that are not finite by zero.
     updates, opt_state = tx.update(grads, opt_state, weights)
@@ -343,19 +343,19 @@ def finish(
 
 def _whole_step(
   tx: optax.GradientTransformation,
-  placed: Placed,
+  abstract: AbstractState,
   config: TrainConfig,
   gradient: Gradient | None = None,
 ):
   """The step that computes the whole gradient before it updates weights."""
   if gradient is None:
-    of_tokens = make_gradient(placed, config)
+    of_tokens = make_gradient(abstract, config)
     gradient = lambda weights, rows, step: of_tokens(weights, rows)
 
   def train_step(
     state: TrainState, rows: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    weights, trained, back = placed.differentiable(state.params)
+    weights, trained, back = abstract.differentiable(state.params)
     grads, loss, tokens = gradient(weights, rows, state.step)
     grads = back(grads)
     norm = optax.tree.norm(grads)
@@ -364,11 +364,11 @@ def _whole_step(
 
     def update() -> tuple[Any, Any]:
       updates, opt_state = tx.update(grads, state.opt_state, trained)
-      params = placed.add(state.params, updates, key)
-      if placed.adapters is None:
+      params = abstract.add(state.params, updates, key)
+      if abstract.adapters is None:
         return params, opt_state
       count = state.step - state.skipped + 1
-      return placed.adapters.restart_if_due(
+      return abstract.adapters.restart_if_due(
         params, opt_state, count, config.seed
       )
 
@@ -381,7 +381,7 @@ def _whole_step(
 
 
 def make_gradient(
-  placed: Placed, config: TrainConfig
+  abstract: AbstractState, config: TrainConfig
 ) -> Callable[[dict, jax.Array], tuple[dict, jax.Array, jax.Array]]:
   """A function from parameters and rows to gradient, loss and token count.
 
@@ -392,7 +392,7 @@ def make_gradient(
   def share(
     params: dict, rows: jax.Array, tokens: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    losses, log_z = _losses(placed.graphdef, params, rows)
+    losses, log_z = _losses(abstract.graphdef, params, rows)
     loss = losses.sum() / tokens
     penalty = config.z_loss * jnp.square(log_z).sum() / tokens
     return (loss + penalty if config.z_loss else loss), loss
@@ -412,7 +412,7 @@ def make_gradient(
 
     # In float32 for weights of any dtype, because many small terms are added.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    zeros = jax.lax.with_sharding_constraint(zeros, placed.weight_shardings)
+    zeros = jax.lax.with_sharding_constraint(zeros, abstract.weight_shardings)
     parts = mesh_lib.microbatches(rows, config.accumulate)
     (grads, loss), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), parts)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, params)
@@ -422,12 +422,12 @@ def make_gradient(
 
 
 def make_eval_step(
-  placed: Placed, parts: int = 1
+  abstract: AbstractState, parts: int = 1
 ) -> Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]:
   """The jitted evaluation step.
 
   Args:
-    placed: the model, and where the state lives.
+    abstract: the model, and where the state lives.
     parts: microbatches that are evaluated one after the other, so that an
       evaluation takes no more memory than a training step.
 
@@ -437,8 +437,8 @@ def make_eval_step(
   """
 
   def eval_step(params: dict, rows: jax.Array):
-    if placed.adapters is not None:
-      params = placed.read(params)
+    if abstract.adapters is not None:
+      params = abstract.read(params)
     if parts == 1:
       return sums(params, rows)
     cut = mesh_lib.microbatches(rows, parts)
@@ -446,13 +446,13 @@ def make_eval_step(
     return total.sum(), count.sum()
 
   def sums(params: dict, rows: jax.Array):
-    if placed.config.weights != "full":
+    if abstract.config.weights != "full":
       # Dequantises the weights of one layer at a time.
-      return per_layer.summed_loss(placed.config, params, rows)
-    losses = token_losses(placed.graphdef, params, rows)
+      return per_layer.summed_loss(abstract.config, params, rows)
+    losses = token_losses(abstract.graphdef, params, rows)
     return losses.sum(), is_predicted(rows).sum()
 
-  return jax.jit(eval_step, out_shardings=mesh_lib.replicated(_mesh(placed)))
+  return jax.jit(eval_step, out_shardings=mesh_lib.replicated(_mesh(abstract)))
 
 
 def all_finite(params: dict) -> bool:
@@ -468,8 +468,8 @@ def _all_finite(params: dict) -> jax.Array:
   return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
-def _mesh(placed: Placed) -> jax.sharding.Mesh:
-  return placed.shardings.step.mesh
+def _mesh(abstract: AbstractState) -> jax.sharding.Mesh:
+  return abstract.shardings.step.mesh
 
 
 def count_programs(f: Callable) -> int:

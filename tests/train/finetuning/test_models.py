@@ -143,13 +143,13 @@ def test_accumulation_gives_the_same_gradient(writer):
                          [0, 0, 1, 1], training=True)  # fmt: skip
   batch = found.collate(found.tokenize(split), range(4), 4)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  placed = types.SimpleNamespace(
+  abstract = types.SimpleNamespace(
     weight_shardings=jax.tree.map(lambda _: here, params)
   )
   results = []
   for parts in (1, 2):
     settings = SharedTrainConfig(accumulate=parts)
-    gradient = job.make_gradient(found, placed, settings)  # type: ignore
+    gradient = job.make_gradient(found, abstract, settings)  # type: ignore
     results.append(jax.jit(gradient)(params, batch, 0))
   (grads, loss, tokens), (others, other, count) = results
   assert int(tokens) == int(count)

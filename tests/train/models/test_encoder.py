@@ -195,12 +195,12 @@ def test_a_mesh_gives_the_same_logits():
   graphdef, params = structure(BERT), params_of(BERT)
   expected = classify(BERT, ids=ids, mask=mask)
   boxes = encoder.abstract(BERT)[1]
-  placed = jax.device_put(params, mesh.param_shardings(boxes, devices))
-  up = placed["layers"]["mlp"]["up"]["kernel"]
+  sharded = jax.device_put(params, mesh.param_shardings(boxes, devices))
+  up = sharded["layers"]["mlp"]["up"]["kernel"]
   assert up.addressable_shards[0].data.size < up.size
   with jax.set_mesh(devices):
     batch = jax.device_put((ids, mask), mesh.batch_sharding(devices))
-    found = CLASSIFY(graphdef, placed, *batch)
+    found = CLASSIFY(graphdef, sharded, *batch)
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -250,7 +250,7 @@ def test_a_run_with_int8_weights_is_exported_dequantised(tmp_path):
     saver.close()
   out = str(tmp_path / "o")
   assert hf.main(["export", str(tmp_path / "run"), "--out", out]) == 0
-  expected = jax.device_get(small.placed.read(state.params))
+  expected = jax.device_get(small.abstract.read(state.params))
   same(llama_names.to_params(llama_checkpoint.load(tmp_path / "o")), expected)
   base = presets.make("sotu_small", "galore")
   assert llama_checkpoint.adopt(base, tmp_path / "run").model.weights == "full"
@@ -270,9 +270,9 @@ def test_a_run_starts_from_a_folder_or_a_run(written, run, trainer):
 
   config = llama_checkpoint.adopt(base, run.out)
   assert config.model == dataclasses.replace(TINY, unroll=4)
-  placed, params = trainer.placed, llama_checkpoint.initial_params(config)
+  abstract, params = trainer.abstract, llama_checkpoint.initial_params(config)
   with jax.set_mesh(trainer.mesh):
-    state = train_step.init_state(trainer.tx, placed, 0, params)
+    state = train_step.init_state(trainer.tx, abstract, 0, params)
   same(jax.device_get(state.params), run.params)
   assert int(state.step) == 0
   # A change of the sizes after `adopt` does not fit the weights.

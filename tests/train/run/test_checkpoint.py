@@ -50,7 +50,7 @@ def test_a_state_comes_back_bit_for_bit_and_trains_on(
     state, values = trainer.train_step(state, trainer.put(rows))
     store.close()
     assert store.latest == 4 and not store.failure
-    restored, progress = checkpoint.restore(tmp_path, trainer.placed)
+    restored, progress = checkpoint.restore(tmp_path, trainer.abstract)
     assert progress == PROGRESS
     assert int(restored.step) == 4
     repeated, same = trainer.train_step(restored, trainer.put(rows))
@@ -63,7 +63,7 @@ def test_a_state_moves_to_another_mesh(state, tmp_path):
     pytest.skip(f"needs 8 devices, found {jax.device_count()}")
   save(tmp_path, (state, None))
   other = make_trainer("galore", 8, fsdp=2, tensor=2)
-  restored, _ = checkpoint.restore(tmp_path, other.placed)
+  restored, _ = checkpoint.restore(tmp_path, other.abstract)
   jax.tree.map(np.testing.assert_array_equal, state, restored)
   kernel = restored.params["layers"]["mlp"]["up"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
@@ -86,7 +86,7 @@ def test_the_newest_and_the_best_are_kept(state, tmp_path):
 
 
 def test_a_folder_without_checkpoints_restores_nothing(trainer, tmp_path):
-  assert checkpoint.restore(tmp_path, trainer.placed) is None
+  assert checkpoint.restore(tmp_path, trainer.abstract) is None
 
 
 def biggest(folder):
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   save(tmp_path, (at(state, 4), 3.0), (at(state, 8), 2.0))
   damage(tmp_path / FOLDER / "8")
   printed = []
-  restored, _ = checkpoint.restore(tmp_path, trainer.placed, printed.append)
+  restored, _ = checkpoint.restore(tmp_path, trainer.abstract, printed.append)
   assert int(restored.step) == 4
   jax.tree.map(np.testing.assert_array_equal, state.params, restored.params)
   (text,) = printed
@@ -154,7 +154,7 @@ def test_checkpoints_of_another_state_are_refused(trainer, state, tmp_path):
   save(tmp_path, (at(state, 4), None), (at(state, 8), None))
   other = make_trainer("sgd", devices=1)
   with pytest.raises(UserError) as raised:
-    checkpoint.restore(tmp_path, other.placed)
+    checkpoint.restore(tmp_path, other.abstract)
   for word in ("step 8: ", "step 4: ", str(tmp_path / FOLDER), "--overwrite"):
     assert word in str(raised.value)
   assert kept(tmp_path) == ["4", "8"]  # nothing was set aside

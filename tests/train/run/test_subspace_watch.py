@@ -28,9 +28,9 @@ def whole(trainer):
 
 def make_watcher(trainer, whole, **changes):
   run = dataclasses.replace(whole.run, **changes)
-  plan = galore_optax.describe(trainer.tx, trainer.placed.weights)
+  plan = galore_optax.describe(trainer.tx, trainer.abstract.weights)
   built = setup.Setup(
-    trainer.mesh, trainer.tx, trainer.tx, trainer.placed, plan
+    trainer.mesh, trainer.tx, trainer.tx, trainer.abstract, plan
   )
   return subspace_watch.Watcher(run, whole.optimizer, built)
 
@@ -45,7 +45,7 @@ def measured(trainer, whole, rows):
     for index in range(7):
       exact = jax.grad(
         lambda p: train_step.token_losses(
-          trainer.placed.graphdef, p, batch
+          trainer.abstract.graphdef, p, batch
         ).sum()
       )(state.params)
       exact = jax.device_get(exact)
@@ -112,8 +112,10 @@ def test_quantised_weights_are_measured_as_the_model_reads_them(whole, rows):
   with jax.set_mesh(trainer.mesh):
     batch = trainer.put(rows)
     exact = jax.grad(
-      lambda p: train_step.token_losses(trainer.placed.graphdef, p, batch).sum()
-    )(trainer.placed.read(state.params))
+      lambda p: train_step.token_losses(
+        trainer.abstract.graphdef, p, batch
+      ).sum()
+    )(trainer.abstract.read(state.params))
     exact = jax.device_get(exact["layers"]["mlp"]["up"]["kernel"][1])
     before = jax.device_get(watcher.before(state, batch))
     np.testing.assert_allclose(

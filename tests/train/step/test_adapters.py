@@ -41,7 +41,7 @@ class Trainer:
   """A tiny model with factors, and its compiled steps."""
 
   mesh: jax.sharding.Mesh
-  placed: train_step_lib.Placed
+  abstract: train_step_lib.AbstractState
   tx: optax.GradientTransformation
   train_step: object
   eval_step: object
@@ -49,7 +49,7 @@ class Trainer:
   @functools.cached_property
   def fresh(self):
     with jax.set_mesh(self.mesh):
-      state = train_step_lib.init_state(self.tx, self.placed, 0)
+      state = train_step_lib.init_state(self.tx, self.abstract, 0)
       where = jax.tree.map(lambda x: x.sharding, state)
       return jax.device_get(state), where
 
@@ -78,16 +78,16 @@ def trainer(name, devices=1, fsdp=1, tensor=1, accumulate=1):
   chosen = schema.OptimizerConfig(name=name, **FIELDS)
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    placed = train_step_lib.abstract_state(
+    abstract = train_step_lib.abstract_state(
       TINY, *llama.abstract(TINY), tx, grid, adapters.make(chosen)
     )
   train = schema.TrainConfig(accumulate=accumulate)
   return Trainer(
     grid,
-    placed,
+    abstract,
     tx,
-    train_step_lib.make_train_step(tx, placed, train),
-    train_step_lib.make_eval_step(placed),
+    train_step_lib.make_train_step(tx, abstract, train),
+    train_step_lib.make_eval_step(abstract),
   )
 
 
@@ -116,8 +116,8 @@ def test_training_learns_in_one_program(name, rows):
     same(state.params["frozen"], frozen)
   with jax.set_mesh(here.mesh):
     total, count = here.eval_step(state.params, here.put(rows))
-  read = here.placed.read(state.params)
-  expected = train_step_lib.token_losses(here.placed.graphdef, read, rows)
+  read = here.abstract.read(state.params)
+  expected = train_step_lib.token_losses(here.abstract.graphdef, read, rows)
   assert count == expected.size
   np.testing.assert_allclose(total, expected.sum(), rtol=1e-4)
 
@@ -128,9 +128,9 @@ def test_the_step_is_the_gradient_of_the_adapters(rows):
   frozen, trained = state.params["frozen"], state.params["adapters"]
 
   def loss(trained):
-    params = here.placed.adapters.method.apply(frozen, trained)
+    params = here.abstract.adapters.method.apply(frozen, trained)
     return train_step_lib.token_losses(
-      here.placed.graphdef, params, rows
+      here.abstract.graphdef, params, rows
     ).mean()
 
   grads = jax.jit(jax.grad(loss))(trained)
@@ -206,7 +206,7 @@ def test_a_step_that_is_skipped_restarts_nothing(rows):
 
 def test_the_factor_on_the_matrices_is_that_on_their_factors():
   here = trainer("lora")
-  is_matrix = leaves.block_matrices(here.placed.state.params["adapters"])
+  is_matrix = leaves.block_matrices(here.abstract.state.params["adapters"])
   flat = {
     leaves.path_of(path): x
     for path, x in jax.tree_util.tree_leaves_with_path(is_matrix)
@@ -268,14 +268,14 @@ def losses_in(out):
 def arrays_in(out, chosen):
   tx = optimizer.make_optimizer(chosen.optimizer, 12)
   parts = adapters.make(chosen.optimizer)
-  placed = train_step_lib.abstract_state(
+  abstract = train_step_lib.abstract_state(
     chosen.model,
     *llama.abstract(chosen.model),
     tx,
     mesh_lib.make_mesh(chosen.mesh, 8),
     parts,
   )
-  state, _ = checkpoint.restore(out, placed)
+  state, _ = checkpoint.restore(out, abstract)
   return jax.device_get(state), parts
 
 

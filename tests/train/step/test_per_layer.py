@@ -51,18 +51,20 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
     weights = jax.eval_shape(lambda: llama.init(model, 0))
     tx = per_layer.fuse(tx, model, config.train, weights)
   with jax.set_mesh(where):
-    placed = train_step.abstract_state(model, *llama.abstract(model), tx, where)
-    state = train_step.init_state(tx, placed, 0)
-    train = train_step.make_train_step(tx, placed, config.train, parts)
+    abstract = train_step.abstract_state(
+      model, *llama.abstract(model), tx, where
+    )
+    state = train_step.init_state(tx, abstract, 0)
+    train = train_step.make_train_step(tx, abstract, config.train, parts)
     losses = []
     for _ in range(STEPS):
       state, values = train(
         state, mesh_lib.put_batch(rows, mesh_lib.batch_sharding(where))
       )
       losses.append(float(values["loss"]))
-    evaluate = train_step.make_eval_step(placed)
+    evaluate = train_step.make_eval_step(abstract)
     total, count = evaluate(state.params, rows)
-  weights = jax.device_get(placed.read(state.params))
+  weights = jax.device_get(abstract.read(state.params))
   return np.array(losses), weights, float(total) / int(count)
 
 
@@ -183,10 +185,10 @@ def test_codes_are_what_is_kept(batch):
   where = mesh_lib.make_mesh(
     schema.MeshConfig(data=1), 8, devices=jax.devices()[:1]
   )
-  placed = train_step.abstract_state(model, *llama.abstract(model), tx, where)
-  kernel = placed.state.params["layers"]["attn"]["q"]["kernel"]
+  abstract = train_step.abstract_state(model, *llama.abstract(model), tx, where)
+  kernel = abstract.state.params["layers"]["attn"]["q"]["kernel"]
   assert kernel.codes.dtype == jnp.int8
-  assert placed.state.params["embed"]["embedding"].dtype == jnp.float32
+  assert abstract.state.params["embed"]["embedding"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from train.step import optimizer, train_step
 
 def test_the_loss_is_the_cross_entropy_of_the_next_token(trainer, rows):
   params = trainer.init().params
-  graphdef = trainer.placed.graphdef
+  graphdef = trainer.abstract.graphdef
   losses = train_step.token_losses(graphdef, params, rows)
   assert losses.shape == (8, 16)
   logits = llama.apply(graphdef, params, rows)
@@ -60,7 +60,7 @@ def padded(rows):
 
 
 def test_padding_is_never_predicted(trainer, rows):
-  params, graphdef = trainer.init().params, trainer.placed.graphdef
+  params, graphdef = trainer.init().params, trainer.abstract.graphdef
   whole = np.array(train_step.token_losses(graphdef, params, rows))
   cut = np.array(train_step.token_losses(graphdef, params, padded(rows)))
   valid = np.array(train_step.is_predicted(padded(rows)))
@@ -75,7 +75,9 @@ def test_evaluation_leaves_out_the_padding(trainer, rows):
   filled[3:] = train_step.PADDING
   with jax.set_mesh(trainer.mesh):
     total, count = trainer.eval_step(params, trainer.put(filled))
-  expected = train_step.token_losses(trainer.placed.graphdef, params, rows)[:3]
+  expected = train_step.token_losses(trainer.abstract.graphdef, params, rows)[
+    :3
+  ]
   assert count == 3 * 16
   np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
 
@@ -85,7 +87,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(trainer, rows):
 
   def gradient(**fields):
     chosen = schema.TrainConfig(**fields)
-    return jax.jit(train_step.make_gradient(trainer.placed, chosen))(
+    return jax.jit(train_step.make_gradient(trainer.abstract, chosen))(
       params, rows
     )
 
@@ -108,7 +110,7 @@ def test_an_evaluation_in_parts_adds_up_to_the_whole(trainer, rows):
   params, rows = trainer.init().params, padded(rows)
   with jax.set_mesh(trainer.mesh):
     whole, count = trainer.eval_step(params, trainer.put(rows))
-    cut = train_step.make_eval_step(trainer.placed, parts=4)
+    cut = train_step.make_eval_step(trainer.abstract, parts=4)
     parts, again = cut(params, trainer.put(rows))
     compiled = [
       run.lower(params, trainer.put(rows)).compile().memory_analysis()
@@ -122,7 +124,7 @@ def test_an_evaluation_in_parts_adds_up_to_the_whole(trainer, rows):
 
 def test_the_z_loss_is_the_mean_square_of_the_normaliser(trainer, rows):
   params, rows = trainer.init().params, padded(rows)
-  graphdef, valid = trainer.placed.graphdef, train_step.is_predicted(rows)
+  graphdef, valid = trainer.abstract.graphdef, train_step.is_predicted(rows)
 
   def expected(params):
     logits = llama.apply(graphdef, params, jnp.maximum(rows[:, :-1], 0))
@@ -134,7 +136,7 @@ def test_the_z_loss_is_the_mean_square_of_the_normaliser(trainer, rows):
 
   chosen = schema.TrainConfig(z_loss=0.3)
   with jax.set_mesh(trainer.mesh):
-    gradient = jax.jit(train_step.make_gradient(trainer.placed, chosen))
+    gradient = jax.jit(train_step.make_gradient(trainer.abstract, chosen))
     found, loss, _ = gradient(params, rows)
     wanted = jax.jit(jax.grad(expected))(params)
     plain = train_step.token_losses(graphdef, params, rows).sum() / 74
@@ -181,10 +183,10 @@ def test_the_computation_is_in_bfloat16_and_the_weights_keep_their_dtype(
   trainer = make_trainer("galore", 1, train=train, model=model)
   batch = jax.ShapeDtypeStruct((8, 17), jnp.int32)
   with jax.set_mesh(trainer.mesh):
-    lowered = trainer.train_step.lower(trainer.placed.state, batch)
+    lowered = trainer.train_step.lower(trainer.abstract.state, batch)
   state, metrics = lowered.out_info
   assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {stored}
-  dtypes = jax.tree.map(lambda x: x.dtype, trainer.placed.state)
+  dtypes = jax.tree.map(lambda x: x.dtype, trainer.abstract.state)
   assert jax.tree.map(lambda x: x.dtype, state) == dtypes
   assert metrics["loss"].dtype == jnp.float32
   dots = [x for x in lowered.as_text().splitlines() if "dot_general" in x]
@@ -215,10 +217,10 @@ def test_parts_take_the_rows_of_every_device():
   grid = mesh.make_mesh(schema.MeshConfig(fsdp=2), 16, jax.devices()[:4], 2)
   rows = np.arange(16, dtype=np.int32).reshape(16, 1)
   with jax.set_mesh(grid):
-    placed = mesh.put_batch(rows, mesh.batch_sharding(grid))
+    batch = mesh.put_batch(rows, mesh.batch_sharding(grid))
     cut = jax.jit(lambda x: mesh.microbatches(x, 2))
-    parts = cut(placed)
-    text = cut.lower(placed).compile().as_text()
+    parts = cut(batch)
+    text = cut.lower(batch).compile().as_text()
   assert sorted(np.ravel(parts)) == list(range(16))
   assert parts.sharding.shard_shape(parts.shape) == (2, 2, 1)
   for word in ("all-to-all", "collective-permute", "all-gather"):
