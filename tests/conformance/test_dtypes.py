@@ -155,6 +155,7 @@ def _complex(tree):
   return {**tree, "kernel": tree["kernel"] * (1 + 2j)}
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 @every
 def test_complex_leaves_are_optimised_at_full_rank(name):
   """Right as without GaLore: they are not projected."""

@@ -51,6 +51,11 @@ def _problem(shardings=None):
   return jax.device_put(found, (shardings, [shardings, shardings]))
 
 
+def _tolerance(name):
+  """Relative and absolute; GUM's full-size polar factors amplify rounding."""
+  return (1e-3, 1e-4) if name == "gum" else (1e-4, 1e-5)
+
+
 @functools.cache
 def _wanted(name):
   return jax.device_get(cases.run(cases.make(name), *_problem())[0])
@@ -71,7 +76,7 @@ def test_explicit_mesh(name):
       assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, g)
       assert jax.tree.map(jax.typeof, state) == kinds
       params = optax.apply_updates(params, updates)
-  cases.assert_close(jax.device_get(params), _wanted(name), 1e-4, 1e-5)
+  cases.assert_close(jax.device_get(params), _wanted(name), *_tolerance(name))
 
 
 def _specs(tree):
@@ -114,7 +119,7 @@ def test_auto_mesh(name):
   for g in grads:
     updates, state = update(g, state, params)
     params = optax.apply_updates(params, updates)
-  cases.assert_close(jax.device_get(params), _wanted(name), 1e-4, 1e-5)
+  cases.assert_close(jax.device_get(params), _wanted(name), *_tolerance(name))
 
 
 @every

@@ -78,6 +78,7 @@ def test_trees_without_leaves(name, empty):
   assert updates == empty
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 @every
 @pytest.mark.parametrize("leaf", ["kernel", "bias"])
 def test_a_bare_array(name, leaf):
@@ -103,6 +104,7 @@ _ODD_SHAPES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 @every
 def test_odd_shapes(name):
   params = cases.normal(_ODD_SHAPES)

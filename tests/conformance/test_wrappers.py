@@ -59,6 +59,7 @@ def test_partition(name):
   cases.assert_close(found["bias"], stepped)
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 @every_galore
 def test_rule_none_leaves_a_leaf_to_the_inner_optimizer(name):
   case = cases.OPTIMIZERS[name]
@@ -104,9 +105,9 @@ def test_inject_hyperparams_with_nothing_but_a_schedule_and_a_rank(name):
   tx = optax.inject_hyperparams(alias)(
     learning_rate=optax.linear_schedule(1e-2, 0.0, 9), rank=4
   )
-  params, grads = cases.problem()
+  params, grads = cases.problem(name=name)
   state = tx.init(params)
-  assert cases.bases(state)["kernel"]["left"].shape == (8, 4)
+  assert cases.bases(state)["kernel"]["left"].shape[-2:] == (8, 4)
   jax.eval_shape(tx.update, grads[0], state, params)
 
 

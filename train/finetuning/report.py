@@ -59,7 +59,7 @@ def table(parts: dict[str, int]) -> str:
     "optimizer_blocks": "  of which the blocks' matrices",
   }
   return "\n".join(
-    f"{named[name]:<30}{size:>14,} bytes {size / 2**20:>10,.2f} MiB"
+    f"{named[name]:<32}{size:>14,} bytes {size / 2**20:>10,.2f} MiB"
     for name, size in parts.items()
   )
 
