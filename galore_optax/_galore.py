@@ -521,7 +521,8 @@ they see full-size updates and keep no state, for instance
     optax.scale_by_trust_ratio(),
     optax.scale_by_learning_rate(learning_rate),
   )
-or pass `params_mode="project"` to let `inner` see the projected weights. An
+or pass `params_mode="project"` to let `inner` see the projected weights.
+`optax.adafactor` only needs `multiply_by_parameter_scale=False`. An
 `inner` whose state begins with the weights cannot use those either: put
 `optax.contrib.schedule_free` and similar optimizers around GaLore."""
 
@@ -567,9 +568,10 @@ def galore(
   inner optimizer's moments at rank r instead of at full size.
 
   Args:
-    inner: Any Optax optimizer. Its weight decay acts on the full weights (with
-      `params_mode="split"`). If None, the result marks where GaLore is in
-      :func:`galore_optax.chain`.
+    inner: An Optax optimizer. Its weight decay acts on the full weights (with
+      `params_mode="split"`), so the terms of its update that depend on the
+      weights must be separable from those of the gradient. If None, the
+      result marks where GaLore is in :func:`galore_optax.chain`.
     rank: Rank r: a positive int, or a fraction in (0, 1] of each matrix's
       shorter side (a float).
     update_proj_gap: Steps T between two refreshes of a basis.
@@ -620,7 +622,9 @@ def galore(
     state_dtype: Dtype in which `inner` sees gradients and parameters, and so
       the dtype of its moments. None: that of the parameters but at least
       float32, because a bfloat16 second moment does not decay at b2 = 0.999. In
-      float16 an ε of 1e-8 is 0, and Adam would divide 0 by 0.
+      float16 an ε of 1e-8 is 0, and Adam would divide 0 by 0. For moments in
+      8 bits take :func:`galore_optax.galore_adamw_8bit`, or
+      :func:`galore_optax.scale_by_adam_8bit` as `inner`.
     accumulation_steps: Number k of calls of `update` that make one step; None
       means 1. The first k - 1 calls return zeros and only add the projected
       gradient to a low-rank accumulator; the k-th makes a step with the mean.
@@ -644,8 +648,8 @@ def galore(
       weights began, such as a schedule-free one, is refused.
 
   Returns:
-    A gradient transformation. A gradient that is not finite counts as zero: of
-    a projected matrix the whole matrix, elsewhere the single entry.
+    A gradient transformation. A projected matrix whose gradient has an entry
+    that is not finite counts as zero; elsewhere only that entry does.
     `init` raises ValueError or TypeError for rules, leaves or an inner
     optimizer that do not fit, and `update` for gradients that do not.
 

@@ -302,9 +302,9 @@ def describe(
       Quantised parameters count as the float32 weights they stand for.
 
   Returns:
-    A table to print: leaf, shape, matrix view, projected side, rank, bytes of
-    the leaf's optimizer state, bytes under Adam in float32, and why a leaf is
-    at full rank, see :class:`Row`.
+    A table to print, with the leaf, its shape, matrix view, projected side,
+    rank, bytes of optimizer state, bytes under Adam in float32, and why it is
+    at full rank.
 
   Raises:
     ValueError: If the optimizer does not fit the parameters.

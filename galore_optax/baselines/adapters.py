@@ -99,8 +99,8 @@ class LowRank:
       params: Parameters; any pytree.
 
     Returns:
-      The frozen part: the parameters, with `optax.MaskedNode()` in place of
-      what is trained. And the adapters, for an optimizer: path to
+      The frozen part, which is the parameters with `optax.MaskedNode()` in
+      place of what is trained. And the adapters, for an optimizer: path to
       :class:`galore_optax.baselines.Adapter`, or to the leaf itself where it
       is trained at full rank.
 

@@ -25,10 +25,10 @@ class Adaptive:
   window and growth are Q-GaLore's; the limit and `overlap` are this library's.
 
   Attributes:
-    threshold: Mean similarity at which a subspace counts as settled.
-    window: Number of similarities that are averaged.
-    growth: Factor on the gap.
-    limit: Largest gap, as a multiple of `update_proj_gap`.
+    threshold: Mean similarity at which a subspace counts as settled, 0.4.
+    window: Number of similarities that are averaged, 5.
+    growth: Factor on the gap, 2.
+    limit: Largest gap, as a multiple of `update_proj_gap`, 16.
     measure: How similar two subspaces are. `overlap`: :math:`\|P_{new}^\top
       P_{old}\|_F^2 / r`, the mean squared cosine between them. For exact bases
       of pure noise it is r / m. `finder="subspace"` starts from the old basis
