@@ -52,7 +52,7 @@ def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
 
   Returns:
     Path of a projected leaf to side (`left`, `right`) to its basis, (..., m, r)
-    or (..., n, r), dequantised if it is stored quantised. A random projection
+    or (..., n, r), dequantized if it is stored quantized. A random projection
     of which only the seed is stored is drawn. It is not orthonormal, so that
     its captured energy and overlap mean nothing.
 
@@ -106,7 +106,7 @@ def stable_rank(g: jax.Array) -> jax.Array:
 
   It says how many directions have most of a matrix's energy. It is between 1,
   for rank one, and the shorter side, for equal singular values. The spectral
-  norm is computed by power iteration, which needs no factorisation.
+  norm is computed by power iteration, which needs no factorization.
 
   Args:
     g: Matrices (..., m, n).
@@ -154,7 +154,7 @@ def captured_energy(g: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
   """
   g = _normalized(g)
   low = projection.project(g, projection.read(bases))
-  # The columns of quantised bases do not have length one exactly.
+  # The columns of quantized bases do not have length one exactly.
   return jnp.minimum(_ratio(_energy(low), _energy(g)), 1)
 
 
@@ -299,7 +299,7 @@ def describe(
   Args:
     tx: Any optimizer, with or without GaLore anywhere in it.
     params: Parameters, or their `jax.ShapeDtypeStruct`. Nothing is allocated.
-      Quantised parameters count as the float32 weights they stand for.
+      Quantized parameters count as the float32 weights they stand for.
 
   Returns:
     A table to print, with the leaf, its shape, matrix view, projected side,
@@ -343,7 +343,7 @@ def describe(
 
 
 def _dequantized_shape(x: Any) -> Any:
-  """A leaf, or the shape of the weight that a quantised leaf stands for."""
+  """A leaf, or the shape of the weight that a quantized leaf stands for."""
   if not qarray.is_quantized(x):
     return x
   return jax.ShapeDtypeStruct(x.shape, jnp.float32)

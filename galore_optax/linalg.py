@@ -13,12 +13,12 @@ _BLOCK = 64
 
 @jax.custom_batching.sequential_vmap
 def orthonormalize(y: jax.Array) -> jax.Array:
-  """Orthonormalises the columns of a matrix, by shifted CholeskyQR.
+  """Orthonormalizes the columns of a matrix, by shifted CholeskyQR.
 
   The r x r factor is inverted, and y multiplied by the inverse, instead of
   solving against y. The long dimension then takes part in matrix products only,
   which need no all-gather if it is sharded. `vmap` runs one matrix after
-  another, because batched factorisations hang on CPU.
+  another, because batched factorizations hang on CPU.
 
   Args:
     y: Matrix (m, r) of full column rank.
@@ -59,7 +59,7 @@ def inverse_cholesky(gram: jax.Array, shift: jax.Array) -> jax.Array:
 def eliminate(gram: jax.Array, shift: jax.Array) -> jax.Array:
   """Inverse Cholesky factor L⁻¹ of a shifted matrix, by block elimination.
 
-  CPU libraries run larger factorisations, and every triangular solve, in
+  CPU libraries run larger factorizations, and every triangular solve, in
   several threads. On a busy machine these wait for each other a thousand times
   longer than they work. The blocks here are small enough for one thread.
 
@@ -103,7 +103,7 @@ def eliminate(gram: jax.Array, shift: jax.Array) -> jax.Array:
 def _inverse_transposed(
   gram: jax.Array, shift: jax.Array, first: jax.Array, rank: int
 ) -> jax.Array:
-  """Transpose of L⁻¹ for a small block, read off one larger factorisation.
+  """Transpose of L⁻¹ for a small block, read off one larger factorization.
 
   The Cholesky factor of ((L Lᵀ, I), (I, c)) has it below L. The number c only
   has to be large enough for the matrix to be positive definite.

@@ -18,11 +18,11 @@ KINDS = ("int8", "int4", "float8")
 def quantize_params(
   params: optax.Params, rules: Any = ("kernel$",), kind: str = "int8"
 ) -> Any:
-  r"""Quantises the weights whose paths match a rule.
+  r"""Quantizes the weights whose paths match a rule.
 
   Args:
-    params: Parameters; leaves that are quantised already are unchanged.
-    rules: Regular expressions. A leaf of two axes or more is quantised if one
+    params: Parameters; leaves that are quantized already are unchanged.
+    rules: Regular expressions. A leaf of two axes or more is quantized if one
       of them is found in its path (`re.search` in `layers/attn/q/kernel`).
     kind: `int8`, `int4` or `float8`, see :func:`galore_optax.quantize`.
 
@@ -52,7 +52,7 @@ def quantize_params(
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
       raise TypeError(
         f"The leaf {path!r} is {jnp.result_type(x)}; only real floating-point "
-        "weights are quantised. Give `rules` that do not match it."
+        "weights are quantized. Give `rules` that do not match it."
       )
     return _quantize(x, kind)
 
@@ -60,14 +60,14 @@ def quantize_params(
 
 
 def dequantize_params(params: optax.Params, dtype: Any = None) -> Any:
-  """Parameters with all quantised weights read as arrays, for the model.
+  """Parameters with all quantized weights read as arrays, for the model.
 
   Args:
-    params: Parameters, some of them quantised.
-    dtype: Dtype of the weights that were quantised; None for float32.
+    params: Parameters, some of them quantized.
+    dtype: Dtype of the weights that were quantized; None for float32.
 
   Returns:
-    Parameters without quantised leaves. All other leaves are unchanged.
+    Parameters without quantized leaves. All other leaves are unchanged.
 
   Example:
     >>> params = quantize_params({"kernel": jnp.ones((512, 256))})
@@ -86,9 +86,9 @@ def dequantize_params(params: optax.Params, dtype: Any = None) -> Any:
 def apply_updates(
   params: optax.Params, updates: optax.Updates, key: jax.Array | None
 ) -> Any:
-  r"""Adds updates to parameters of which some are quantised.
+  r"""Adds updates to parameters of which some are quantized.
 
-  A quantised weight is dequantised, updated and quantised again,
+  A quantized weight is dequantized, updated and quantized again,
 
   .. math::
 
@@ -101,7 +101,7 @@ def apply_updates(
   parameters updates are added as by `optax.apply_updates`.
 
   Args:
-    params: Parameters, some of them quantised.
+    params: Parameters, some of them quantized.
     updates: Updates in the shapes of the weights; leaves that are None are
       skipped.
     key: Random key of this step. None rounds to the nearest, which loses small
@@ -112,9 +112,9 @@ def apply_updates(
     The new parameters, in the formats of the old ones.
 
   Raises:
-    TypeError: If updates are quantised, which happens if the gradient was taken
-      at quantised weights.
-    ValueError: If the update of a quantised weight has another shape.
+    TypeError: If updates are quantized, which happens if the gradient was taken
+      at quantized weights.
+    ValueError: If the update of a quantized weight has another shape.
 
   Example:
     >>> params = quantize_params({"kernel": jnp.ones((512, 256))})
@@ -145,7 +145,7 @@ def apply_updates(
 
 
 def _check_updates(params: Any, updates: Any) -> None:
-  """Raises if an update does not fit its quantised weight."""
+  """Raises if an update does not fit its quantized weight."""
   given = paths.leaves_by_path(updates)
   paths.check_arrays(
     given,

@@ -115,7 +115,7 @@ def start(
     inner: The inner optimizer.
     sites: Path to site.
     leaves: Path to parameter; norms are put on its mesh.
-    low: The tree that the inner optimizer was initialised with.
+    low: The tree that the inner optimizer was initialized with.
     inner_state: The inner optimizer's state.
 
   Returns:

@@ -1,7 +1,7 @@
 """Settings of the whole test run: eight CPU devices, and a quick compiler.
 
 The tests run small programs a few times, and most of their time would go into
-optimising them. `XLA_FLAGS= pytest` compiles them as users do.
+optimizing them. `XLA_FLAGS= pytest` compiles them as users do.
 """
 
 import importlib.metadata

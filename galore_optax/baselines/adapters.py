@@ -170,7 +170,7 @@ class LowRank:
   def restart(
     self, key: jax.Array, frozen: Any, adapters: dict[str, Any], opt_state: Any
   ) -> tuple[Any, dict, Any]:
-    r"""Adds the products to the weights, and initialises the factors again.
+    r"""Adds the products to the weights, and initializes the factors again.
 
     .. math::
 
@@ -307,16 +307,16 @@ def quantize_weight(x: jax.Array, double: bool) -> qarray.QArray:
   """A frozen weight in four bits, as in QLoRA.
 
   64 elements share a scale. In float32 the scales take 0.5 bits an element, and
-  0.127 bits if they are quantised themselves, to 8-bit dynamic codes. (The
+  0.127 bits if they are quantized themselves, to 8-bit dynamic codes. (The
   paper subtracts the mean of the scales and uses a signed code; the unsigned
   code needs no mean.)
 
   Args:
     x: The weight.
-    double: Whether scales are quantised, too.
+    double: Whether scales are quantized, too.
 
   Returns:
-    The quantised weight, sharded like `x`. With `double`, its scales are a
+    The quantized weight, sharded like `x`. With `double`, its scales are a
     :class:`galore_optax.QArray`, and it can be read and sliced, but not
     updated.
   """

@@ -68,7 +68,7 @@ def approximation(key: jax.Array, x: jax.Array, rank: int, start: str) -> Pair:
   find = lambda g: find_lib.find_basis(
     g, basis, "left", "subspace", jnp.int32(_ITERATIONS)
   )
-  # One matrix at a time: batches of factorisations can hang on CPU.
+  # One matrix at a time: batches of factorizations can hang on CPU.
   a = slices.map_matrices(find, x)
   b = projection.project(x, {"left": a})
   # Both factors get the same norm, so that they learn at the same rate.

@@ -1,6 +1,6 @@
-"""LoRA, QLoRA, ReLoRA and Low-Rank factorisation.
+"""LoRA, QLoRA, ReLoRA and Low-Rank factorization.
 
-They are reparametrisations, not optimizers: they change what is trained, and
+They are reparametrizations, not optimizers: they change what is trained, and
 any Optax optimizer trains the factors. GaLore instead changes the optimizer,
 and trains the weights themselves.
 """
@@ -118,9 +118,9 @@ def qlora(
 ) -> LowRank:
   """QLoRA: LoRA with frozen weights in four bits.
 
-  Weights that have factors are quantised to the NormalFloat code, with a scale
+  Weights that have factors are quantized to the NormalFloat code, with a scale
   for every 64 elements. No other copy of them is kept. Leaves without factors
-  are not quantised.
+  are not quantized.
 
   Args:
     rank: See :func:`lora`.
@@ -128,7 +128,7 @@ def qlora(
     rules: See :func:`lora`.
     full: See :func:`lora`.
     dtype: See :func:`lora`.
-    double_quantization: Whether the scales are quantised to eight bits. A
+    double_quantization: Whether the scales are quantized to eight bits. A
       weight then takes 4.13 bits, and 4.5 bits otherwise.
 
   Returns:
@@ -215,7 +215,7 @@ def low_rank(
   dtype: Any = None,
   start: str = "spectral",
 ) -> LowRank:
-  r"""Low-Rank factorisation: replaces each weight by a product, W = a b.
+  r"""Low-Rank factorization: replaces each weight by a product, W = a b.
 
   Args:
     rank: See :func:`lora`.

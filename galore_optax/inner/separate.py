@@ -122,7 +122,7 @@ def check_initial_state(
 
   Args:
     inner: The inner optimizer.
-    params: What it is initialised with.
+    params: What it is initialized with.
     low: Mapping whose keys are the paths of the projected leaves.
 
   Raises:

@@ -1,4 +1,4 @@
-"""GUM: orthogonalised momentum in subspaces, unbiased on average."""
+"""GUM: orthogonalized momentum in subspaces, unbiased on average."""
 
 from collections.abc import Hashable
 from typing import Any, Unpack

@@ -21,7 +21,7 @@ def scale_by_orthogonal_momentum(
   nesterov: bool = False,
   accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-  r"""Orthogonalised momentum: all its singular values are made equal.
+  r"""Orthogonalized momentum: all its singular values are made equal.
 
   .. math::
 
@@ -74,7 +74,7 @@ def scale_by_orthogonal_momentum(
     return jax.tree.map(scaled, updates), state
 
   # `optax.trace` names the momentum `trace` in the state, by which
-  # `subspace.moments` recognises it.
+  # `subspace.moments` recognizes it.
   return optax.chain(
     optax.trace(decay, nesterov, accumulator_dtype),
     optax.GradientTransformation(init, update),
@@ -94,7 +94,7 @@ def sumo(
   nesterov: bool = False,
   **options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  r"""SUMO: momentum in the gradients' subspaces, orthogonalised exactly.
+  r"""SUMO: momentum in the gradients' subspaces, orthogonalized exactly.
 
   .. math::
 
@@ -166,7 +166,7 @@ def kinds_by_name(rules: plan.Rules) -> Callable[[Any], Any]:
   """Labels leaves `matrix` if rules and names allow GaLore to project them.
 
   A matrix that stays at full rank because it is small is labelled `matrix` too:
-  its momentum is orthogonalised at full size.
+  its momentum is orthogonalized at full size.
   """
   by_rule = plan.Plan(tuple(rules), plan.Projection())
 

@@ -56,7 +56,7 @@ class Layered(NamedTuple):
         Gradients have the same structure. From a list, a compiler may update
         each layer as soon as its gradient is known.
       batch: The batch that `first` and `last` take.
-      dtype: Dtype in which quantised weights are read.
+      dtype: Dtype in which quantized weights are read.
 
     Returns:
       The value of `last`.
@@ -182,8 +182,8 @@ def check_layers(model: Layered, params: Any) -> None:
   for path, x in leaves.items():
     if qarray.is_quantized(x) and x.ndim < 3:
       raise ValueError(
-        f"The leaf {path!r} of `params[{model.key!r}]` is a quantised stack of "
-        f"vectors, of shape {x.shape}, whose blocks may cross layers. Quantise "
+        f"The leaf {path!r} of `params[{model.key!r}]` is a quantized stack of "
+        f"vectors, of shape {x.shape}, whose blocks may cross layers. Quantize "
         "matrices only."
       )
   counts = {path: jnp.shape(x)[:1] for path, x in leaves.items()}

@@ -103,14 +103,14 @@ def layerwise(
   Args:
     tx: The optimizer.
     model: The model in three parts. Its layers must be stacked.
-    dtype: Dtype in which quantised weights are read, None for float32.
+    dtype: Dtype in which quantized weights are read, None for float32.
     clip_norm: Largest global norm of the gradient; None for no clipping.
     chunks: Path of a leaf outside of the layers to the number of chunks of rows
       in which it is updated, one after the other. An embedding of 32,000 rows
       has as many elements as a whole layer; in chunks its update takes no more
       memory than a layer's. The optimizer sees each chunk as a leaf of that
       path, which gives the same result for elementwise ones such as Adam.
-    stochastic_rounding: Whether quantised weights are rounded at random.
+    stochastic_rounding: Whether quantized weights are rounded at random.
     seed: Seed of the rounding.
 
   Returns:
@@ -501,8 +501,8 @@ def _check_chunks(
       )
     if qarray.is_quantized(leaves[path]):
       raise ValueError(
-        f"`chunks` divides {path!r}, which is quantised: its blocks may lie "
-        "across rows. Take it out of `chunks`, or do not quantise it."
+        f"`chunks` divides {path!r}, which is quantized: its blocks may lie "
+        "across rows. Take it out of `chunks`, or do not quantize it."
       )
     shape = jnp.shape(ends[path])
     if count < 1 or not shape or shape[0] % count:

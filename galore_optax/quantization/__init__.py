@@ -1,1 +1,1 @@
-"""Quantised arrays with codes of 4 and 8 bits."""
+"""Quantized arrays with codes of 4 and 8 bits."""

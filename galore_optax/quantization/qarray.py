@@ -1,4 +1,4 @@
-"""Block-wise quantised arrays: codes of 4 or 8 bits, and one scale a block."""
+"""Block-wise quantized arrays: codes of 4 or 8 bits, and one scale a block."""
 
 import dataclasses
 from typing import Any
@@ -30,7 +30,7 @@ def rounds_at_random(kind: str) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QArray:
-  """A quantised array: codes, with one scale for every block of elements.
+  """A quantized array: codes, with one scale for every block of elements.
 
   Blocks lie along the longer one of the last two axes. In a basis, a block is
   part of a column; in a projected gradient, it is part of one direction, whose
@@ -103,7 +103,7 @@ def quantize(
   symmetric: bool = False,
   key: jax.Array | None = None,
 ) -> QArray:
-  r"""Quantises an array block by block.
+  r"""Quantizes an array block by block.
 
   `int4`, `int8`: uniform steps. For a block with smallest element a and
   largest b, both extended to contain 0,
@@ -126,7 +126,7 @@ def quantize(
 
   Args:
     x: Array of finite floats with at least one axis. Magnitudes above 8e37 may
-      be quantised as 8e37 or as 0.
+      be quantized as 8e37 or as 0.
     kind: The format.
     block: Elements that share a scale, at most.
     symmetric: Whether the steps of `int4` and `int8` are the same on both
@@ -136,7 +136,7 @@ def quantize(
       the nearest.
 
   Returns:
-    The quantised array.
+    The quantized array.
 
   Raises:
     ValueError: If `kind` is unknown, `block` is not positive, `x` has no axes,
@@ -176,10 +176,10 @@ def quantize(
 
 
 def dequantize(q: QArray, dtype: Any = jnp.float32) -> jax.Array:
-  """The array that a quantised one stands for.
+  """The array that a quantized one stands for.
 
   Args:
-    q: The quantised array.
+    q: The quantized array.
     dtype: Dtype of the result; the arithmetic is float32.
 
   Returns:
@@ -213,7 +213,7 @@ def _scale(q: QArray) -> jax.Array:
 def requantize_on_grid(
   q: QArray, x: jax.Array, key: jax.Array | None = None
 ) -> QArray:
-  """Quantises new values of a quantised array, on its old levels if they fit.
+  """Quantizes new values of a quantized array, on its old levels if they fit.
 
   With new levels every number of a block would be rounded again, also those
   that hardly changed; rounded at random, they would drift. So `int4` and `int8`
@@ -226,7 +226,7 @@ def requantize_on_grid(
     key: See :func:`quantize`.
 
   Returns:
-    `x`, quantised in the format of `q`.
+    `x`, quantized in the format of `q`.
   """
   if q.kind not in rounding.BITS or q.zero is None:
     return requantize(q, x, key)
@@ -258,7 +258,7 @@ def elementwise_scale(q: QArray) -> jax.Array:
   """The scale of every element.
 
   Args:
-    q: The quantised array.
+    q: The quantized array.
 
   Returns:
     float32 of shape `q.shape`.
@@ -270,7 +270,7 @@ def any_in_block(q: QArray, mask: jax.Array) -> jax.Array:
   """Whether a mask is true anywhere in each block.
 
   Args:
-    q: The quantised array whose blocks are meant.
+    q: The quantized array whose blocks are meant.
     mask: bool, of shape `q.shape`.
 
   Returns:
@@ -285,11 +285,11 @@ def where_blocks(mask: jax.Array, x: QArray, y: QArray) -> QArray:
 
   Args:
     mask: bool, in the shape of the scales.
-    x: A quantised array.
+    x: A quantized array.
     y: Another one of the same shape and format.
 
   Returns:
-    The quantised array.
+    The quantized array.
   """
   of_elements = Blocks(x.shape, x.scale.shape).expand_to_array(mask)
   return dataclasses.replace(
@@ -307,7 +307,7 @@ def zeros(
   block: int = BLOCK,
   symmetric: bool = False,
 ) -> QArray:
-  """A quantised array of zeros.
+  """A quantized array of zeros.
 
   Args:
     shape: Shape of the array.
@@ -316,7 +316,7 @@ def zeros(
     symmetric: See :func:`quantize`.
 
   Returns:
-    The quantised array.
+    The quantized array.
   """
   small = scale_shape(shape, block)
   zero = None
@@ -328,15 +328,15 @@ def zeros(
 
 
 def requantize(q: QArray, x: jax.Array, key: jax.Array | None = None) -> QArray:
-  """Quantises an array in the format of another one.
+  """Quantizes an array in the format of another one.
 
   Args:
-    q: A quantised array, whose kind, blocks and symmetry are used.
+    q: A quantized array, whose kind, blocks and symmetry are used.
     x: Array of the same shape.
     key: See :func:`quantize`.
 
   Returns:
-    `x`, quantised.
+    `x`, quantized.
   """
   block = Blocks(q.shape, q.scale.shape).length
   return quantize(x, q.kind, block=block, symmetric=q.zero is None, key=key)

@@ -51,7 +51,7 @@ _DEGREES_IN = {
 def find_moments(state: Any) -> dict[str, tuple[int, split.Split]]:
   """The moments in an inner state that can be carried into new bases.
 
-  Moments are recognised by the names of their fields in Optax's states. A first
+  Moments are recognized by the names of their fields in Optax's states. A first
   moment is linear in the gradient, a second one is a mean of its squares.
 
   Args:

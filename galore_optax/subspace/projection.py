@@ -115,7 +115,7 @@ def basis_shapes(
 def write(bases: Bases, stored: Mapping[str, Any]) -> dict[str, Any]:
   """Bases in the format in which the state stores them.
 
-  A quantised basis is rounded to the nearest, and not made orthonormal again:
+  A quantized basis is rounded to the nearest, and not made orthonormal again:
   the gradient is projected and lifted with the same, slightly skew basis.
 
   Args:
@@ -195,7 +195,7 @@ def drop_null(low: jax.Array, bases: Bases, tolerance: jax.Array) -> jax.Array:
   """Zeroes the directions in which a projected gradient is rounding noise.
 
   If the numerical rank of the gradient is below r, the remaining rows of R are
-  rounding errors, about 1e-7 of the largest row. A normalising optimizer such
+  rounding errors, about 1e-7 of the largest row. A normalizing optimizer such
   as Adam would scale them up to full-size updates in random directions.
 
   Args:

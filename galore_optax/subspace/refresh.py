@@ -224,7 +224,7 @@ def _refresh_group(
   """Refreshes the matrices of a group that are due.
 
   A loop goes through the matrices, however many there are: batched
-  factorisations hang on CPU, and whole stacks pass through the branches so that
+  factorizations hang on CPU, and whole stacks pass through the branches so that
   they are updated in place.
   """
   names = [site.path for site in group.members]

@@ -22,7 +22,7 @@ Slot = tuple[Mapping[str, Any], Mapping[str, Any], adaptive.State | None]
 class Group:
   """Leaves whose bases are found by the same compiled computation.
 
-  Factorisations compile slowly, so they are compiled once for all leaves whose
+  Factorizations compile slowly, so they are compiled once for all leaves whose
   bases have the same shape and dtype, left or right. Products with gradients
   and moments are compiled once for each kind: the leaves of a group whose
   gradients and moments have the same shapes too. On a mesh, the paths of a
@@ -129,7 +129,7 @@ def group(
     slots: Path to what a refresh changes.
     grads: Path to gradients (..., m, n).
     share: Whether leaves share a computation at all.
-    by_gradient: Whether the gradient itself is factorised, not products with
+    by_gradient: Whether the gradient itself is factorized, not products with
       it: the leaves of a group then have gradients of the same shape too.
 
   Returns:

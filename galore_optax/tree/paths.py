@@ -34,7 +34,7 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def check_arrays(leaves: Mapping[str, Any], advice: str) -> None:
-  """Raises if a leaf is a quantised array.
+  """Raises if a leaf is a quantized array.
 
   Args:
     leaves: Path to leaf.
@@ -49,7 +49,7 @@ def check_arrays(leaves: Mapping[str, Any], advice: str) -> None:
 
 
 def flatten(tree: Any, is_leaf: Callable = lambda _: False) -> tuple:
-  """Flattens with key paths; a quantised array is one leaf."""
+  """Flattens with key paths; a quantized array is one leaf."""
   return jax.tree_util.tree_flatten_with_path(
     tree, is_leaf=lambda x: qarray.is_quantized(x) or is_leaf(x)
   )
@@ -60,7 +60,7 @@ def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
 
   Args:
     f: From a path, see :func:`leaves_by_path`, and a leaf to a leaf.
-    tree: Any pytree; a quantised array is one leaf.
+    tree: Any pytree; a quantized array is one leaf.
 
   Returns:
     The tree of the results.

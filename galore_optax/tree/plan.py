@@ -165,10 +165,10 @@ class Plan:
     Raises:
       ValueError: If a rule matches no leaf or does not fit the leaf it matches.
       TypeError: If a leaf is neither real nor complex floating point or is
-        quantised, or a rule asks for the projection of a complex one.
+        quantized, or a rule asks for the projection of a complex one.
     """
     self._check_rules([*leaves, *masked])
-    paths.check_arrays(leaves, BEFORE_QUANTISING)
+    paths.check_arrays(leaves, BEFORE_QUANTIzING)
     decisions = {
       path: self._decide(path, leaf) for path, leaf in leaves.items()
     }
@@ -184,7 +184,7 @@ class Plan:
   def sites_from_bases(
     self, leaves: Mapping[str, Any], shapes: Mapping[str, Mapping[str, tuple]]
   ) -> dict[str, Site]:
-    """The sites that a state was initialised with.
+    """The sites that a state was initialized with.
 
     Ranks and sides are read off the bases, because the numbers given to
     `galore` may be traced values by now.
@@ -198,8 +198,8 @@ class Plan:
       so that the sequence in which `init` filled it is lost.
 
     Raises:
-      ValueError: If the gradients are not those of the initialised parameters.
-      TypeError: If they are quantised.
+      ValueError: If the gradients are not those of the initialized parameters.
+      TypeError: If they are quantized.
     """
     paths.check_arrays(leaves, AT_ARRAYS)
     missing = [path for path in shapes if path not in leaves]
@@ -307,7 +307,7 @@ class Plan:
         return "complex"
       raise TypeError(
         f"The leaf {path!r} is {dtype}; only real leaves are projected. Give "
-        "it the rule None to optimise it at full rank."
+        "it the rule None to optimize it at full rank."
       )
     return self._decide_by_shape(path, np.shape(leaf), how, rule is not None)
 
@@ -336,7 +336,7 @@ class Plan:
 
 
 # Advice for `paths.check_arrays`, at `init` and at `update`.
-BEFORE_QUANTISING = (
+BEFORE_QUANTIzING = (
   "The optimizer's state is made of arrays: give `init` the parameters before "
   "`quantize_params`, or `dequantize_params(params)`."
 )

@@ -40,12 +40,12 @@ def shard_quantized_like(
   """As :func:`shard_like`, for codes and their scales.
 
   Args:
-    q: The new quantised array.
+    q: The new quantized array.
     like: The parameter.
     spec: From the parameter's partition to the array's.
 
   Returns:
-    The quantised array, sharded if the parameter's sharding is known here.
+    The quantized array, sharded if the parameter's sharding is known here.
   """
 
   def scales(parts: tuple) -> tuple:
@@ -198,7 +198,7 @@ def on_mesh(x: Any) -> bool:
 
 
 def quantized_shardings(params: Any, param_shardings: Any) -> Any:
-  """Shardings for parameters of which some are quantised.
+  """Shardings for parameters of which some are quantized.
 
   Codes are sharded like the weights they stand for. Scales are, too, except
   that an axis that the mesh does not divide stays whole.
@@ -219,7 +219,7 @@ def quantized_shardings(params: Any, param_shardings: Any) -> Any:
     spec = _divisible(sharding.mesh, spec, x.scale.shape)
     scales = jax.NamedSharding(sharding.mesh, jax.P(*spec))
     zero = None if x.zero is None else scales
-    scale = shard(x.scale, scales)  # which may be quantised itself
+    scale = shard(x.scale, scales)  # which may be quantized itself
     return dataclasses.replace(x, codes=sharding, scale=scale, zero=zero)
 
   return jax.tree.map(
@@ -251,8 +251,8 @@ def state_shardings(tx: Any, params: Any, param_shardings: Any) -> Any:
     tx: Any optimizer, with or without GaLore anywhere in it, or what
       :func:`galore_optax.layerwise` returns.
     params: Parameters, or their `jax.ShapeDtypeStruct`. Where they are
-      quantised, `tx` is given the weights that they stand for.
-    param_shardings: `jax.NamedSharding` for each parameter; for a quantised one
+      quantized, `tx` is given the weights that they stand for.
+    param_shardings: `jax.NamedSharding` for each parameter; for a quantized one
       that of the weight, or one for each of its arrays.
 
   Returns:

@@ -1,6 +1,6 @@
 """The contract of a gradient transformation, under every transformation of JAX.
 
-Purity, extra arguments, tracing, differentiation, vectorisation, donation,
+Purity, extra arguments, tracing, differentiation, vectorization, donation,
 abstract values, state by name, and gradients that are zero or not finite.
 """
 

@@ -157,7 +157,7 @@ def _complex(tree):
 
 @pytest.mark.filterwarnings("ignore:galore projects none")
 @every
-def test_complex_leaves_are_optimised_at_full_rank(name):
+def test_complex_leaves_are_optimized_at_full_rank(name):
   """Right as without GaLore: they are not projected."""
   case = cases.OPTIMIZERS[name]
   params, grads = cases.problem()

@@ -84,7 +84,7 @@ def test_nnx_optimizer_under_jit(name):
 
 
 def test_nnx_optimizer_does_not_keep_codes():
-  """Flax takes a quantised moment apart after the first step.
+  """Flax takes a quantized moment apart after the first step.
 
   Such states go with `nnx.split`, `nnx.merge` and plain `jax.jit`, above.
   """

@@ -1,6 +1,6 @@
 """What the traced programs hold, whatever they are wrapped in.
 
-Batched factorisations can hang on CPU, and a factorisation outside of a loop
+Batched factorizations can hang on CPU, and a factorization outside of a loop
 would run at every step: each is of one matrix, in a loop over those due.
 """
 
@@ -14,7 +14,7 @@ import pytest
 from tests.conformance import cases
 from tests.conformance.cases import every_galore
 
-_FACTORISATIONS = {
+_FACTORIzATIONS = {
   *("cholesky", "triangular_solve", "svd", "qr", "geqrf", "geqp3"),
   *("householder_product", "eigh", "eig", "lu", "schur", "hessenberg"),
   *("tridiagonal", "tridiagonal_solve"),
@@ -86,12 +86,12 @@ def _inner(value):
 
 @every_galore
 @pytest.mark.parametrize("use", _USES)
-def test_factorisations_are_of_one_matrix(name, use):
+def test_factorizations_are_of_one_matrix(name, use):
   trace = _traced(name, use)
   found = [
     eqn
     for eqn, _ in _walk(trace.jaxpr.jaxpr)
-    if eqn.primitive.name in _FACTORISATIONS
+    if eqn.primitive.name in _FACTORIzATIONS
   ]
   assert found
   for eqn in found:
@@ -112,13 +112,13 @@ def test_lapack_calls_are_not_batched(name, use):
 
 @every_galore
 @pytest.mark.parametrize("use", ["plain", "vmap"])
-def test_factorisations_are_in_loops_over_what_is_due(name, use):
+def test_factorizations_are_in_loops_over_what_is_due(name, use):
   """So that also under `vmap`, where a branch is a selection, none is idle."""
   trace = _traced(name, use)
   depths = [
     loops
     for eqn, loops in _walk(trace.jaxpr.jaxpr)
-    if eqn.primitive.name in _FACTORISATIONS
+    if eqn.primitive.name in _FACTORIzATIONS
   ]
   # Subspace iteration has loops of its own, over iterations and over passes,
   # and `vmap` adds one over its members.

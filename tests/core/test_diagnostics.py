@@ -85,7 +85,7 @@ def low_bits():
   return tx, params, state, grads
 
 
-def test_quantised_bases(low_bits):
+def test_quantized_bases(low_bits):
   """As the state stores them, and as arrays."""
   _, params, state, grads = low_bits
   found = find_bases(state)
@@ -124,7 +124,7 @@ def test_refreshes_are_counted(low_bits):
   assert refresh_counts(optax.adam(1e-3).init(params)) == {}
 
 
-def test_quantised_states_are_described_leaf_by_leaf(low_bits):
+def test_quantized_states_are_described_leaf_by_leaf(low_bits):
   """4-bit codes count as half a byte, and belong to their parameter."""
   tx, params, state, _ = low_bits
   table = describe(tx, params)
@@ -173,7 +173,7 @@ def test_every_leaf_at_full_rank_has_its_reason():
   assert "because of" not in str(plain)
 
 
-def test_quantised_weights_are_described_as_float32_weights():
+def test_quantized_weights_are_described_as_float32_weights():
   params = {"kernel": jnp.zeros((64, 96)), "bias": jnp.zeros(96)}
   tx = galore(optax.adam(1e-3), rank=4)
   assert str(describe(tx, quantize_params(params))) == str(describe(tx, params))

@@ -162,7 +162,7 @@ def test_leaves(params, options, error, message):
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
-def test_complex_leaves_without_a_rule_are_optimised_at_full_rank(dtype):
+def test_complex_leaves_without_a_rule_are_optimized_at_full_rank(dtype):
   params = {"fft": jnp.ones((16, 24), complex), "w": jnp.ones((16, 24))}
   tx = galore(optax.adam(0.1), rank=4, state_dtype=dtype)
   control = optax.adam(0.1)
@@ -266,7 +266,7 @@ def test_state_shardings_want_named_shardings():
     state_shardings(TX, PARAMS, {"w": jax.P(), "bias": jax.P()})
 
 
-QUANTISED = quantize_params({"attn": {"kernel": jnp.ones((64, 96))}})
+QUANTIzED = quantize_params({"attn": {"kernel": jnp.ones((64, 96))}})
 NOT_AN_ARRAY = r"'attn/kernel' is a QArray \(int8, shape \(64, 96\)\)"
 
 
@@ -284,20 +284,20 @@ NOT_AN_ARRAY = r"'attn/kernel' is a QArray \(int8, shape \(64, 96\)\)"
     ),
   ],
 )
-def test_quantised_weights_where_arrays_belong(call, advice):
+def test_quantized_weights_where_arrays_belong(call, advice):
   with pytest.raises(TypeError, match=NOT_AN_ARRAY) as error:
-    call(QUANTISED)
+    call(QUANTIzED)
   assert advice in str(error.value)
 
 
-def test_arithmetic_with_quantised_weights():
+def test_arithmetic_with_quantized_weights():
   with pytest.raises(TypeError, match="`dequantize_params`"):
-    jnp.ones(64) @ QUANTISED["attn"]["kernel"]
+    jnp.ones(64) @ QUANTIzED["attn"]["kernel"]
 
 
-def test_an_update_of_another_shape_than_its_quantised_weight():
+def test_an_update_of_another_shape_than_its_quantized_weight():
   with pytest.raises(ValueError, match=r"'attn/kernel' is \(1, 96\).*\(64, 96"):
-    apply_updates(QUANTISED, {"attn": {"kernel": jnp.ones((1, 96))}}, None)
+    apply_updates(QUANTIzED, {"attn": {"kernel": jnp.ones((1, 96))}}, None)
 
 
 def test_the_optimizer_before_its_subspace():

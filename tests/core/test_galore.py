@@ -456,7 +456,7 @@ def test_a_name_that_one_state_has_is_not_looked_for_in_others():
 
 
 @pytest.mark.parametrize(("decays", "wanted"), [((0.1, 0), 0.1), ((0, 0.1), 0)])
-def test_an_optimizer_that_goes_by_axes_decays_what_it_optimises(
+def test_an_optimizer_that_goes_by_axes_decays_what_it_optimizes(
   decays, wanted
 ):
   """A kernel of three axes that is read as a matrix is Muon's, not Adam's."""

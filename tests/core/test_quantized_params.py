@@ -1,4 +1,4 @@
-"""Updates of quantised weights are right in expectation, and change no more."""
+"""Updates of quantized weights are right in expectation, and change no more."""
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def test_other_leaves_are_added_to_as_by_optax():
 
 @pytest.mark.parametrize("kind", ["int4", "float8"])
 def test_other_formats_train(kind):
-  """A linear regression, with gradients at the dequantised weights."""
+  """A linear regression, with gradients at the dequantized weights."""
   key = None if kind == "float8" else jax.random.key(0)
   x, target = normal((32, 16)), normal((16, 8), 1)
 
@@ -162,7 +162,7 @@ def test_rules_may_be_an_iterator():
   assert isinstance(found["w"], QArray)
 
 
-def test_which_leaves_are_quantised():
+def test_which_leaves_are_quantized():
   params = {
     "attn": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)},
     "stack": {"kernel": jnp.ones((3, 8, 4))},
@@ -224,6 +224,6 @@ def test_errors(rules, kind, error, message):
     quantize_params(WEIGHTS, rules, kind)
 
 
-def test_integers_are_not_quantised():
+def test_integers_are_not_quantized():
   with pytest.raises(TypeError, match=r"'kernel' is int32; only real float"):
     quantize_params({"kernel": jnp.ones((4, 4), int)})

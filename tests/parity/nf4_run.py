@@ -2,8 +2,8 @@
 
     python -m tests.parity.nf4_run
 
-records the code book, the codes, the scales and the dequantised values, with
-and without double quantisation, in `nf4.npz`; the tests compare with this
+records the code book, the codes, the scales and the dequantized values, with
+and without double quantization, in `nf4.npz`; the tests compare with this
 record. Recording needs the extra `parity`; where it is installed, the tests
 also run bitsandbytes live.
 

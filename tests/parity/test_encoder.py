@@ -213,7 +213,7 @@ def test_a_published_model_gives_the_embeddings_of_transformers(minilm):
 def test_a_published_model_takes_a_head(minilm):
   found = encoder_checkpoint.load(minilm, "classify", labels=3, dropout=0.0)
   assert found.notes == (
-    "head is initialised: the checkpoint has no classifier.weight and no"
+    "head is initialized: the checkpoint has no classifier.weight and no"
     " classifier.bias",
     "not read from the checkpoint: embeddings.position_ids",
   )

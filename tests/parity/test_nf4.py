@@ -1,4 +1,4 @@
-"""NF4 has bitsandbytes' codes; double quantisation has no larger error."""
+"""NF4 has bitsandbytes' codes; double quantization has no larger error."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +35,7 @@ def test_codes_scales_and_values(recorded, ours):
   )
 
 
-def test_double_quantisation_has_no_larger_error(recorded, ours):
+def test_double_quantization_has_no_larger_error(recorded, ours):
   x, once = nf4_run.weight(), np.asarray(recorded["values_single"])
   values = dequantize(adapters.quantize_weight(jnp.asarray(x), double=True))
   size = lambda x: np.sqrt(np.mean(np.square(x)))

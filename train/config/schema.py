@@ -109,9 +109,9 @@ class SharedDataConfig:
   holdout_every: int = 20  # hold out one document in this many
   eval_rows: int = 512  # maximum number of held-out rows in an evaluation
   prefetch: int = 4  # batches prepared ahead of the step; 0: none
-  # folder for the tokenizer and the tokenised text; empty:
+  # folder for the tokenizer and the tokenized text; empty:
   # ~/.cache/galore_optax
-  cache: str = ""  # tokenizer and tokenised text; "": ~/.cache/galore_optax
+  cache: str = ""  # tokenizer and tokenized text; "": ~/.cache/galore_optax
 
   def __post_init__(self):
     check_above("data", self, ("length", "batch", "eval_rows"))
@@ -129,7 +129,7 @@ class DataConfig(SharedDataConfig):
   text_field: str = "text"  # column that holds the text
   # what a document is in a .txt file
   documents: Literal["paragraph", "line", "file"] = "paragraph"
-  # read and tokenise on demand instead of up front; auto: only for hub datasets
+  # read and tokenize on demand instead of up front; auto: only for hub datasets
   stream: Literal["auto", "true", "false"] = "auto"
   # a tokenizer.json or .model file, or hub:NAME; empty: trained on the text
   tokenizer: str = ""
@@ -179,7 +179,7 @@ class SharedTrainConfig:
 class TrainConfig(SharedTrainConfig):
   """How long to train, and what a step is."""
 
-  # weight of the squared log-normaliser in the loss; 0: none
+  # weight of the squared log-normalizer in the loss; 0: none
   z_loss: float = 0.0
   layerwise: bool = False  # update each layer inside the backward pass
 

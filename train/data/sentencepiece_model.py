@@ -110,7 +110,7 @@ def _bpe(proto: Any) -> models.BPE:
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
-  """The normalisation of a text, which ends by replacing spaces by SPACE."""
+  """The normalization of a text, which ends by replacing spaces by SPACE."""
   steps: list[normalizers.Normalizer] = []
   if spec.precompiled_charsmap:
     steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

@@ -108,7 +108,7 @@ class Encoder:
     """The ids of each text, and the number of UTF-8 bytes of each token.
 
     The bytes of all tokens add up to the length of the document. The tokens of
-    a byte-level tokenizer have their own bytes. Other tokenizers may normalise
+    a byte-level tokenizer have their own bytes. Other tokenizers may normalize
     the text: there, a token has the bytes from the end of the token before it
     to its own end.
     """

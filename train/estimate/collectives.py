@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its optimised HLO.
+"""The collectives of a compiled program, read from its optimized HLO.
 
 What devices send each other is not in a jaxpr, because the compiler's
 partitioner decides it. The text of the compiled module shows all collectives,
@@ -160,7 +160,7 @@ class Module:
       types = {y.name: y.arrays for y in self.computations[computation]}
       arrays = tuple(a for name in x.operands for a in types.get(name, ()))
     elif x.opcode.endswith("-start") and kind != "all-reduce":
-      arrays = arrays[1:2]  # of operand, result and synchronisation
+      arrays = arrays[1:2]  # of operand, result and synchronization
     arrays = arrays or x.arrays
     dtype, shape = max(arrays, key=_bytes)
     source = re.search(r'op_name="([^"]*)"', x.rest)

@@ -1,6 +1,6 @@
 """FLOPs of a model and an optimizer, and the peak FLOPs of devices.
 
-MFU is model FLOPs utilisation: three times the matrix products of the forward
+MFU is model FLOPs utilization: three times the matrix products of the forward
 pass (the backward pass takes two for each one), without what is recomputed,
 divided by the peak of the devices. Attention counts in full, as in the PaLM
 paper (arXiv 2204.02311, appendix B), though half of it is masked.
@@ -51,7 +51,7 @@ def peak(device_kind: str) -> float:
   return math.nan
 
 
-def utilisation(tokens_per_second: float, forward: float) -> float:
+def utilization(tokens_per_second: float, forward: float) -> float:
   """MFU of the devices in use; nan if their peak is not known.
 
   Args:

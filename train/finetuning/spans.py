@@ -23,20 +23,20 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
   """Lower case, no punctuation, no articles, single spaces."""
   text = text.lower().translate(PUNCTUATION)
   return " ".join(ARTICLES.sub(" ", text).split())
 
 
 def exact_match(prediction: str, label: str) -> float:
-  """1 if the two texts are equal after normalisation, else 0."""
-  return float(normalise(prediction) == normalise(label))
+  """1 if the two texts are equal after normalization, else 0."""
+  return float(normalize(prediction) == normalize(label))
 
 
 def word_f1(prediction: str, label: str) -> float:
-  """F1 of the words that the two texts share, after normalisation."""
-  a, b = normalise(prediction).split(), normalise(label).split()
+  """F1 of the words that the two texts share, after normalization."""
+  a, b = normalize(prediction).split(), normalize(label).split()
   if not a or not b:
     return float(a == b)
   shared = sum((collections.Counter(a) & collections.Counter(b)).values())
@@ -58,7 +58,7 @@ def score(
     predictions: the predicted answer to each question; "" for no answer.
     labels: the accepted answers to each question.
   """
-  accepted = [tuple(filter(normalise, s.texts)) or ("",) for s in labels]
+  accepted = [tuple(filter(normalize, s.texts)) or ("",) for s in labels]
   pairs = list(zip(predictions, accepted, strict=True))
   f1 = np.array([max(word_f1(x, y) for y in texts) for x, texts in pairs])
   em = np.array([max(exact_match(x, y) for y in texts) for x, texts in pairs])

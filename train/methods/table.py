@@ -275,7 +275,7 @@ _RECORDS = (
   # SUMO and GUM take GaLore's rate, which is not tuned for them.
   Method(
     "sumo",
-    "SUMO: orthogonalised momentum in a subspace",
+    "SUMO: orthogonalized momentum in a subspace",
     transforms.sumo,
     projects=True,
     small={"learning_rate": 8e-3, "scale": 0.2},

@@ -77,7 +77,7 @@ def _norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class Embeddings(nnx.Module):
-  """The normalised sum of token, position and token type embeddings."""
+  """The normalized sum of token, position and token type embeddings."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
@@ -180,7 +180,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One encoder layer: attention and feed-forward, each post-normalised."""
+  """One encoder layer: attention and feed-forward, each post-normalized."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.rate = config.dropout

@@ -180,7 +180,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One decoder layer: attention and feed-forward, each pre-normalised."""
+  """One decoder layer: attention and feed-forward, each pre-normalized."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.attn_norm = _norm(config, rngs)

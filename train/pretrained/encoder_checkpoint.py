@@ -31,7 +31,7 @@ class Loaded:
   config: Config
   params: dict  # nested dicts of arrays on the host
   tokenizer: encoder_tokenizer.Tokenizer
-  notes: tuple[str, ...]  # sentences: what is initialised, what is not read
+  notes: tuple[str, ...]  # sentences: what is initialized, what is not read
   # Other fields of config.json: names of labels, ids of special tokens.
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -49,12 +49,12 @@ def load(
   Args:
     path: a folder, or `hub:NAME`.
     head: the head on top of the encoder. If the checkpoint has none that fits,
-      it is initialised, and `notes` says so.
+      it is initialized, and `notes` says so.
     labels: outputs of a classification head; 1: regression.
-    seed: of a head that is initialised.
+    seed: of a head that is initialized.
     names: of the classes, in the order of the task. A head for the same
       classes in another order is reordered; a head for other classes is
-      initialised.
+      initialized.
     **changes: other fields of `Config` (`dtype`, `remat`, `dropout`, ...).
 
   Raises:

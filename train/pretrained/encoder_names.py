@@ -1,7 +1,7 @@
 """Names, shapes and configs of BERT and RoBERTa, at Hugging Face and here.
 
 `table` pairs the names of the tensors. The encoder itself must be in a
-checkpoint, exactly; a head that is missing or does not fit is initialised.
+checkpoint, exactly; a head that is missing or does not fit is initialized.
 """
 
 import functools
@@ -122,13 +122,13 @@ def to_params(
     config: of the model.
     shapes: of the checkpoint's tensors, by name.
     read: reads one tensor, by name.
-    seed: of a head that is initialised.
-    refused: modules of the head that are initialised although their shapes
+    seed: of a head that is initialized.
+    refused: modules of the head that are initialized although their shapes
       fit, each with what is wrong with them in the checkpoint.
 
   Returns:
     Nested dicts of arrays on the host, in `config.param_dtype`; and notes,
-    sentences that say what was initialised and what was not read.
+    sentences that say what was initialized and what was not read.
 
   Raises:
     UserError: tensors of the encoder are missing, unexpected, or of another
@@ -182,7 +182,7 @@ def _fresh_modules(
   given: Mapping[str, str],
   shapes: Mapping[str, Shape],
 ) -> dict[str, list[str]]:
-  """Modules of the head that must be initialised, each with the reasons."""
+  """Modules of the head that must be initialized, each with the reasons."""
   fresh: dict[str, list[str]] = {}
   for name, tensor in wanted.items():
     if _is_encoder(tensor):
@@ -199,9 +199,9 @@ def _fresh_modules(
 def _notes(
   fresh: Mapping[str, list[str]], unread: list[str]
 ) -> tuple[str, ...]:
-  """Sentences about modules that were initialised and tensors not read."""
+  """Sentences about modules that were initialized and tensors not read."""
   notes = [
-    f"{module} is initialised: the checkpoint has {' and '.join(reasons)}"
+    f"{module} is initialized: the checkpoint has {' and '.join(reasons)}"
     for module, reasons in fresh.items()
   ]
   if unread:

@@ -1,6 +1,6 @@
 """Reads LLaMA weights from a GGUF file; needs the extra `gguf`.
 
-Tensors are dequantised, their names are translated by the table of the `gguf`
+Tensors are dequantized, their names are translated by the table of the `gguf`
 package, the rows of queries and keys are put back into Hugging Face's order,
 and the tokenizer becomes a tokenizer.json.
 """
@@ -25,7 +25,7 @@ BEFORE_BYTES = {
 
 
 def load(path: pathlib.Path) -> Weights:
-  """Opens a GGUF file; tensors are dequantised when they are read.
+  """Opens a GGUF file; tensors are dequantized when they are read.
 
   Raises:
     UserError: the package is missing, the file is damaged, or it holds

@@ -108,7 +108,7 @@ class Reporter:
     # The schedule counts updates, and a skipped step makes none.
     lr = float(job.rates[step - 1 - skipped])
     rate = self.speed.rate
-    mfu = flops.utilisation(rate, job.forward_flops)
+    mfu = flops.utilization(rate, job.forward_flops)
     norm = fetched["grad_norm"]
     self.progress.update(step, fetched["loss"], lr, rate, tokens, norm, mfu)
     if subspaces and job.watcher:

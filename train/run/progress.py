@@ -42,7 +42,7 @@ class Progress:
       rate: tokens a second; nan if it is not known yet.
       tokens: tokens of a batch, for the remaining time.
       norm: norm of the gradient.
-      mfu: model FLOPs utilisation, 0 to 1; nan if it is not known.
+      mfu: model FLOPs utilization, 0 to 1; nan if it is not known.
     """
     left = format_clock((self._steps - step) * tokens / rate)
     shown = {

@@ -273,7 +273,7 @@ class Watcher:
     return jax.lax.scan(add, zeros, parts)[0]
 
   def _read(self, params: Any) -> Any:
-    """The parameters, dequantised."""
+    """The parameters, dequantized."""
     return galore_optax.dequantize_params(params, self._model.dtype)
 
   def _loss(self, chosen: dict, params: dict, rows: jax.Array) -> jax.Array:
@@ -282,7 +282,7 @@ class Watcher:
     tokens = jnp.maximum(rows[:, :-1], 0)  # padding is negative
 
     def walk(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-      # Quantised weights are read one layer at a time, as in the step.
+      # Quantized weights are read one layer at a time, as in the step.
       layer = self._read(_slice(params["layers"], i))
       for m in self.matrices:
         here = jnp.where(i == m.layer, chosen[m.name], _leaf(layer, m.path[7:]))
@@ -341,7 +341,7 @@ def compare(
 
 
 def _slice(stacked: Any, i: Any) -> Any:
-  """One layer of a stacked leaf; of a quantised one, its codes and scales."""
+  """One layer of a stacked leaf; of a quantized one, its codes and scales."""
   return jax.tree.map(lambda x: x[i], stacked)
 
 

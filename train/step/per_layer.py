@@ -61,7 +61,7 @@ def summed_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Summed loss in nats and number of predicted tokens of rows (B, T + 1).
 
-  Quantised weights are dequantised one layer at a time.
+  Quantized weights are dequantized one layer at a time.
   """
   model = layered(config, TrainConfig())
   model = model._replace(
@@ -161,7 +161,7 @@ def _upper(config: ModelConfig) -> nnx.GraphDef:
 def _all_sums(
   config: ModelConfig, upper: dict, x_BxTxD: jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Summed losses and squared log-normalisers, and the number of tokens.
+  """Summed losses and squared log-normalizers, and the number of tokens.
 
   A chunk has some positions of every row, so that on a mesh every device has a
   part of it.

@@ -43,7 +43,7 @@ class AbstractState(NamedTuple):
   adapters: Adapters | None = None  # of LoRA and its variants
 
   def read(self, params: dict) -> dict:
-    """The weights that the model computes with, dequantised."""
+    """The weights that the model computes with, dequantized."""
     if self.adapters is not None:
       return self.adapters.read(params)
     return galore_optax.dequantize_params(params, self.config.dtype)
@@ -68,12 +68,12 @@ class AbstractState(NamedTuple):
     return params | {"adapters": adapters}
 
 
-# The matrices that `model.weights` quantises: those that GaLore projects.
+# The matrices that `model.weights` quantizes: those that GaLore projects.
 BLOCK_MATRICES = ("layers/.*kernel$",)
 
 
 def store(config: ModelConfig, params: dict) -> dict:
-  """Parameters as training stores them, which may be quantised."""
+  """Parameters as training stores them, which may be quantized."""
   if config.weights == "full":
     return params
   return galore_optax.quantize_params(params, BLOCK_MATRICES, config.weights)
@@ -99,7 +99,7 @@ def token_losses(
 def _losses(
   graphdef: nnx.GraphDef, params: dict, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy and log-normaliser of each token, 0 at padding."""
+  """Cross-entropy and log-normalizer of each token, 0 at padding."""
   targets, valid = rows[:, 1:], is_predicted(rows)
   logits = llama.apply(graphdef, params, jnp.maximum(rows[:, :-1], 0))
   log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -317,7 +317,7 @@ def _count_of(opt_state: Any) -> jax.Array:
 
 
 def _rounding_key(config: TrainConfig, count: jax.Array) -> jax.Array | None:
-  """The random key for rounding quantised weights; None to round to nearest."""
+  """The random key for rounding quantized weights; None to round to nearest."""
   if config.rounding == "nearest":
     return None
   return jax.random.fold_in(jax.random.key(config.seed), count)
@@ -447,7 +447,7 @@ def make_eval_step(
 
   def sums(params: dict, rows: jax.Array):
     if abstract.config.weights != "full":
-      # Dequantises the weights of one layer at a time.
+      # Dequantizes the weights of one layer at a time.
       return per_layer.summed_loss(abstract.config, params, rows)
     losses = token_losses(abstract.graphdef, params, rows)
     return losses.sum(), is_predicted(rows).sum()

@@ -330,7 +330,7 @@ def test_a_stack_equals_its_matrices(method):
   x, y = fresh["layers/kernel"], adapters["layers/kernel"]
   trained = {"layers/kernel": Adapter(y.a[1], y.b[1], x.view, x.scale, x.dtype)}
   found = join(alone)(frozen, trained)["layers"]["kernel"]
-  # Scales of a stack may be quantised in other blocks than those of a matrix.
+  # Scales of a stack may be quantized in other blocks than those of a matrix.
   limit = 1e-6 if method is LORA else 0.004 * np.abs(whole).max()
   np.testing.assert_allclose(found, whole[1], atol=limit)
 

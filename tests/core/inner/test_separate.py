@@ -106,7 +106,7 @@ def test_parameter_term_is_the_difference_to_zero_parameters(name):
 
 
 @pytest.mark.parametrize("name", COUPLED)
-def test_coupled_optimizers_are_recognised(name):
+def test_coupled_optimizers_are_recognized(name):
   inner, state = warm(COUPLED[name])
   with pytest.raises(separate.CoupledError, match=r"'a'|all leaves"):
     param_term(inner, state)

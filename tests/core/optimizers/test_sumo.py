@@ -1,4 +1,4 @@
-"""Orthogonalised momentum: against NumPy's SVD, its limits, its refusals."""
+"""Orthogonalized momentum: against NumPy's SVD, its limits, its refusals."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def test_directions_that_are_not_there_stay_out(shape):
   assert not polar_factor(jnp.zeros(shape)).any()
 
 
-def test_no_factorisation_is_called_on_a_stack():
+def test_no_factorization_is_called_on_a_stack():
   """They hang on CPU where they are batched."""
   stack = jnp.ones((4, 8, 12))
   for f in (polar_factor, jax.vmap(polar_factor)):
@@ -153,7 +153,7 @@ def test_other_leaves_get_adamw():
     assert not np.allclose(ours["kernel"], adamw["kernel"], rtol=0.1)
 
 
-def test_a_matrix_too_small_to_project_is_orthogonalised_whole():
+def test_a_matrix_too_small_to_project_is_orthogonalized_whole():
   params = {"w": jnp.zeros((4, 6)), "v": jnp.zeros((8, 64))}
   tx = sumo(1.0, rank=4, scale=1.0)
   assert "full rank" in str(describe(tx, params))

@@ -275,7 +275,7 @@ def test_inputs_of_layers_may_be_trees_with_numbers_and_masks():
 RULES = ("layers/w", "head")
 
 
-def test_quantised_weights_rounded_to_the_nearest():
+def test_quantized_weights_rounded_to_the_nearest():
   """Codes are those of the usual step, except near the middle of two levels."""
   params = quantize_params(small(), RULES)
   tx = _tx(scale=4.0)
@@ -292,13 +292,13 @@ def test_quantised_weights_rounded_to_the_nearest():
 
 @functools.cache
 def small_weights():
-  """Quantised weights, bases and moments together."""
+  """Quantized weights, bases and moments together."""
   tx = q_galore_adamw_8bit(RATE, **SETTINGS, min_size=0)
   run = layerwise(tx, PLAIN, clip_norm=5.0, seed=3)
   return run, train(run, quantize_params(small(), RULES), batches())
 
 
-def test_quantised_weights_rounded_at_random():
+def test_quantized_weights_rounded_at_random():
   _, (params, _, metrics) = small_weights()
   assert metrics["loss"][-5:].mean() < 0.7 * metrics["loss"][0]
   wide = by_q_galore()
@@ -362,19 +362,19 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_mesh(quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_mesh(quantized):
   """On eight devices, with the state sharded by `state_shardings`."""
   mesh = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Auto,))
   named = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), SPECS)
   params, run = small(), layerwise(_tx(), PLAIN, clip_norm=0.6)
-  if quantised:
+  if quantized:
     params = quantize_params(params, RULES)
     run = layerwise(OPTIMIZERS["q_galore"](), PLAIN, stochastic_rounding=False)
   shardings = state_shardings(run, params, named)
   w = optax.tree.get(shardings.layers, "mu").low["layers/w"]
   specs = {x.spec for x in jax.tree.leaves(w)}
-  if not quantised:
+  if not quantized:
     basis = shardings.layers.projector["layers/w"]["left"]
     assert basis.spec == jax.P(None, "fsdp", None)
     assert specs <= {jax.P(None, None, None), jax.P()}
@@ -394,9 +394,9 @@ def test_mesh(quantised):
     found, state, metrics = step(found, state, batch)
   assert jax.tree.map(lambda x: x.sharding, found) == weights
   np.testing.assert_allclose(
-    metrics["loss"], wanted[2]["loss"][-1], rtol=1e-3 if quantised else 1e-5
+    metrics["loss"], wanted[2]["loss"][-1], rtol=1e-3 if quantized else 1e-5
   )
-  if not quantised:
+  if not quantized:
     jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
       jax.device_get(found),
@@ -481,7 +481,7 @@ def test_only_plain_dicts_hold_a_stack():
     ({"layers": [{"w": jnp.ones((8, 8))}] * 3}, r"list of single.*`galore_op"),
     ({"layers": [jnp.ones((3, 8, 8))] * 2}, r"list of single.*a tuple"),
     ({"layers": quantize_params({"w": jnp.ones((3, 300))}, ("w",))},
-     r"'w'.*quantised stack of vectors, of shape \(3, 300\)"),
+     r"'w'.*quantized stack of vectors, of shape \(3, 300\)"),
   ],
 )  # fmt: skip
 def test_parameters_without_a_stack(changes, message):
@@ -525,8 +525,8 @@ def test_errors(options, error, message):
     layerwise(**given).init(small())
 
 
-def test_quantised_leaves_cannot_be_chunked():
+def test_quantized_leaves_cannot_be_chunked():
   params = quantize_params(small(), ("head",))
   run = layerwise(optax.sgd(1.0), PLAIN, chunks={"head": 2})
-  with pytest.raises(ValueError, match="divides 'head', which is quantised"):
+  with pytest.raises(ValueError, match="divides 'head', which is quantized"):
     run.init(params)

@@ -68,7 +68,7 @@ def test_zeros_and_blocks_of_zeros_are_exact():
   np.testing.assert_array_equal(empty, 0)
 
 
-def test_scales_can_be_quantised_themselves():
+def test_scales_can_be_quantized_themselves():
   x = normal((3, 512, 256)) * jnp.exp(normal((3, 512, 1), 1))
   single = quantize(x, "nf4", block=64)
   double = jax.jit(adapters.quantize_weight, static_argnums=1)(x, True)

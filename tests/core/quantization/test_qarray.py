@@ -169,7 +169,7 @@ STACKS = [(kind, symmetric, (2, 40, 7)) for kind, symmetric in EVERY]
 @pytest.mark.parametrize(
   ("kind", "symmetric", "shape"), [*STACKS, ("int8", False, (2, 3, 7, 40))]
 )
-def test_slicing_a_stack_commutes_with_quantising(kind, symmetric, shape):
+def test_slicing_a_stack_commutes_with_quantizing(kind, symmetric, shape):
   x = values(shape, kind)
   code = codec(kind, symmetric, 16)
   q, _ = code(x)
@@ -197,7 +197,7 @@ def test_blocks_are_independent(kind, symmetric):
 
 
 @every
-def test_quantising_again_changes_almost_nothing(kind, symmetric):
+def test_quantizing_again_changes_almost_nothing(kind, symmetric):
   code = codec(kind, symmetric)
   for seed in range(3):
     # The largest must be positive: the signed dynamic code has no -1.

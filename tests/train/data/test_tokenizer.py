@@ -102,7 +102,7 @@ def test_sentinels_beyond_the_vocabulary_are_dropped(file, tmp_path):
     find(file, 40, tmp_path)
 
 
-def test_bytes_of_a_normalising_tokenizer_add_up(file, tmp_path):
+def test_bytes_of_a_normalizing_tokenizer_add_up(file, tmp_path):
   encoder = find(file, 64, tmp_path)
   texts = ["the  cab", "añb🙂", " the ", "é", ""]
   for text, (ids, widths) in zip(texts, encoder.measure(texts), strict=True):

@@ -155,7 +155,7 @@ def test_peaks_are_found_by_the_names_that_devices_give():
     assert flops.peak(kind) == teraflops * 1e12, kind
   for kind in ("cpu", "NVIDIA A1000", "NVIDIA GeForce RTX 3090 Ti", "TPU v3"):
     assert math.isnan(flops.peak(kind)), kind
-  assert math.isnan(flops.utilisation(1e4, 1e9))  # of these CPU devices
+  assert math.isnan(flops.utilization(1e4, 1e9))  # of these CPU devices
 
 
 def test_matrices_too_small_for_the_rank_are_told():

@@ -93,7 +93,7 @@ def test_activations_are_close_to_the_compilers_buffers(vocab_size, remat):
   tables = [np.zeros(v.aval.shape, v.aval.dtype) for v in jaxpr.constvars]
   closed = jax.extend.core.ClosedJaxpr(jaxpr, tables)
   run = jax.jit(jax.extend.core.jaxpr_as_fun(closed))
-  # Optimised as users have it, whatever the tests are compiled with.
+  # Optimized as users have it, whatever the tests are compiled with.
   options = {"xla_backend_optimization_level": 3}
   compiled = run.lower(*shapes).compile(options)
   buffers = compiled.memory_analysis().temp_size_in_bytes

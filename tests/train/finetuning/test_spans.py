@@ -104,7 +104,7 @@ def test_right_logits_decode_to_the_right_answers(windows):
 @pytest.mark.parametrize(
   ("found", "gold", "right"),
   [
-    ("", ("the", "the Beatles"), 0.0),  # "the" is empty after normalisation
+    ("", ("the", "the Beatles"), 0.0),  # "the" is empty after normalization
     ("Beatles", ("the", "the Beatles"), 1.0),
     ("", ("the",), 1.0),
     ("", (), 1.0),
@@ -112,7 +112,7 @@ def test_right_logits_decode_to_the_right_answers(windows):
     ("Beatles", (), 0.0),
   ],
 )
-def test_answers_that_are_empty_after_normalisation_are_ignored(
+def test_answers_that_are_empty_after_normalization_are_ignored(
   found, gold, right
 ):
   """As in the evaluation of SQuAD 2.0."""

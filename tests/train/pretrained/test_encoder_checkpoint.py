@@ -87,10 +87,10 @@ def test_load_reads_what_save_wrote(written):
     encoder_checkpoint.save(found, written.out)
 
 
-def test_a_head_with_another_number_of_labels_is_initialised(written):
+def test_a_head_with_another_number_of_labels_is_initialized(written):
   found = encoder_checkpoint.load(written.out, "classify", 2, seed=1)
   [note] = found.notes
-  assert note.startswith("head is initialised: the checkpoint has")
+  assert note.startswith("head is initialized: the checkpoint has")
   assert "(3, 16), not (2, 16)" in note
   same(found.params["pooler"], written.params["pooler"])
   head = found.params["head"]
@@ -126,13 +126,13 @@ def test_a_head_with_classes_in_another_order_is_reordered(written, tmp_path):
   same(found.params["head"], written.params["head"])
 
 
-def test_a_head_for_other_classes_is_initialised(written, tmp_path):
+def test_a_head_for_other_classes_is_initialized(written, tmp_path):
   folder = copy(written, tmp_path, id2label=NAMES)
   ours = ("entailment", "neutral", "unrelated")
   found = encoder_checkpoint.load(folder, "classify", 3, names=ours)
   [note] = found.notes
   assert note == (
-    "head is initialised: the checkpoint has classes of other names,"
+    "head is initialized: the checkpoint has classes of other names,"
     " contradiction, neutral, entailment"
   )
   assert (found.params["head"]["bias"] == 0).all()

@@ -236,7 +236,7 @@ def test_a_run_is_exported(run, tmp_path, capsys):
   assert "checkpoints/7 cannot be read" in capsys.readouterr().err
 
 
-def test_a_run_with_int8_weights_is_exported_dequantised(tmp_path):
+def test_a_run_with_int8_weights_is_exported_dequantized(tmp_path):
   small = make_trainer(
     "adamw", 1, model=dataclasses.replace(TINY, weights="int8")
   )

@@ -104,7 +104,7 @@ def test_measurements_are_rare_by_default(trainer, whole):
   assert due[0] == 0 and 10 < len(due) <= 1000 / subspace_watch.RARE + 1
 
 
-def test_quantised_weights_are_measured_as_the_model_reads_them(whole, rows):
+def test_quantized_weights_are_measured_as_the_model_reads_them(whole, rows):
   model = dataclasses.replace(TINY, weights="int8")
   trainer = make_trainer("q_galore", devices=1, model=model)
   watcher = make_watcher(trainer, dataclasses.replace(whole, model=model))

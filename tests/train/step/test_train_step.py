@@ -122,7 +122,7 @@ def test_an_evaluation_in_parts_adds_up_to_the_whole(trainer, rows):
   assert sizes[1] < sizes[0] / 2
 
 
-def test_the_z_loss_is_the_mean_square_of_the_normaliser(trainer, rows):
+def test_the_z_loss_is_the_mean_square_of_the_normalizer(trainer, rows):
   params, rows = trainer.init().params, padded(rows)
   graphdef, valid = trainer.abstract.graphdef, train_step.is_predicted(rows)
 
