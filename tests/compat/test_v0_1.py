@@ -17,15 +17,16 @@ from train import finetune, pretrain
 
 ARCHIVE = pathlib.Path(__file__).with_name("v0_1_runs.tar.xz")
 DONE = 4  # steps of the checkpoint
+# One for each way in which states differ. The others are among the slow tests.
 PRETRAINED = (
   "galore",
   "q_galore",
-  "fira",
   "relora",
   "ldadam",
-  "gum",
-  "galore_adafactor",
-  "galore_8bit",
+  *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("fira", "gum", "galore_adafactor", "galore_8bit")
+  ),
 )
 
 
@@ -78,7 +79,9 @@ def test_pretraining_goes_on(name, folder, capsys):
   check_losses(run, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["galore", "lora"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("galore", marks=pytest.mark.slow), "lora"]
+)
 def test_fine_tuning_goes_on(name, folder, capsys):
   run = folder / f"finetune_{name}"
   flags = ["--task", "mnli", "--from", str(folder / "bert")]

@@ -75,6 +75,7 @@ def test_refreshes_at_zero_and_every_gap_only():
   assert changed == [0, 3, 6]
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 def test_projects_what_saves_nothing():
   params = {"w": jnp.ones((8, 8))}
   assert galore(optax.adam(1.0), rank=8, faithful=True).init(params).projector

@@ -109,7 +109,7 @@ def test_svd_and_rotation_cost_more():
 
 def test_every_optimizer_is_counted():
   for name, method in methods.METHODS.items():
-    found = estimate("llama_9m", name)
+    found = estimate("llama_9m", name, "model.n_layers=1", "data.length=64")
     state = found["bytes"]["whole"]["optimizer_state"]
     assert found["optimizer_state"][f"this run ({name})"] == state
     finds_bases = (

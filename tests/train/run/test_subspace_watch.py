@@ -127,6 +127,7 @@ def test_quantized_weights_are_measured_as_the_model_reads_them(whole, rows):
   assert values[at + "energy"] > 2 * values[at + "energy_before"]
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 @pytest.mark.parametrize(
   ("method", "fields", "why_not"),
   [
