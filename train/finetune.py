@@ -40,7 +40,7 @@ from train.finetuning.batches import TrainBatches
 from train.finetuning.config import Config
 from train.finetuning.task_model import TaskModel
 from train.finetuning.tasks import TASKS, Task
-from train.methods import table as methods
+from train.methods import registry
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
 from train.run import checkpoint, exit_status, loop, run_dir, signals, sinks
@@ -296,7 +296,7 @@ def print_start(
 def _method(config: Config) -> str:
   """The optimizer's name, with its rank if it has one."""
   name = config.optimizer.name
-  method = methods.get(name)
+  method = registry.get(name)
   if method.factors or method.projects:
     return f"{name}, rank {config.optimizer.rank}"
   return name

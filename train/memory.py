@@ -25,7 +25,7 @@ from train.common import units
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.estimate import aot_targets, collectives, dry_run
-from train.methods import table as methods
+from train.methods import registry
 from train.parallel import mesh as mesh_lib
 from train.step import setup as setup_lib
 from train.step import train_step
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     "--method",
     default="q_galore",
     metavar="NAME[,NAME]",
-    help="optimizers, compared: " + ", ".join(methods.METHODS),
+    help="optimizers, compared: " + ", ".join(registry.METHODS),
   )
   add("--layerwise", action="store_true", help="update layer by layer")
   add("--seq", type=int, metavar="N", help="tokens a row; default: the preset")

@@ -19,7 +19,7 @@ from train.common import atomic_files
 from train.config import cli, presets, schema
 from train.data import corpus as corpus_lib
 from train.estimate import dry_run
-from train.methods import table as methods
+from train.methods import registry
 from train.methods.leaves import block_matrices
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
@@ -104,7 +104,7 @@ def introduce(
     f"devices    {setup.mesh.size} {jax.devices()[0].device_kind}: {shape}\n"
     f"folder     {out}"
   )
-  if not methods.get(config.optimizer.name).projects:
+  if not registry.get(config.optimizer.name).projects:
     return
   rows = dry_run.plan_rows(setup.plan, config.optimizer)
   print("", *dry_run.plan_table(rows), "", sep="\n")
@@ -118,7 +118,7 @@ def introduce(
 def _method(config: schema.Config) -> str:
   """The optimizer and its settings, in one or two lines."""
   chosen, weights = config.optimizer, config.model.weights
-  method = methods.get(chosen.name)
+  method = registry.get(chosen.name)
   text = f"{chosen.name}, learning rate {chosen.learning_rate:g}"
   text += f", weights in {weights}" if weights != "full" else ""
   if method.factors:

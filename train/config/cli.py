@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 from train.config import field_help, presets
-from train.methods import table as methods
+from train.methods import registry
 
 
 def folder(text: str) -> pathlib.Path:
@@ -30,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     epilog="presets:\n"
     + presets.summary()
     + "\n\noptimizers:\n"
-    + methods.summary()
+    + registry.summary()
     + "\n\nfields for --set, with their values in the default run and, in"
     " parentheses,\ntheir types or choices:\n\n"
     + field_help.summary(presets.make("sotu_small", "galore")),

@@ -37,7 +37,7 @@ from train.config.schema import (
   RunConfig,
   TrainConfig,
 )
-from train.methods import table as methods
+from train.methods import registry
 
 
 def _change(config: Config, group: str, **fields: Any) -> Config:
@@ -53,7 +53,7 @@ def sotu_small(optimizer: str) -> Config:
   578 for a unigram model, and 45 with GaLore at the end (46 with a basis every
   50 steps).
   """
-  method = methods.get(optimizer)
+  method = registry.get(optimizer)
   # In a short run, some methods gain from sixty bases instead of ten
   # (docs/results/evidence.md). Others keep ten, because more were not tried, or
   # take an SVD of every matrix, or because for GUM the gap is also how long a
@@ -83,7 +83,7 @@ def llama_60m(optimizer: str) -> Config:
   # The papers name no rate for their full-rank baselines: 1e-3 is the middle
   # of their grid, not tuned. The GaLore methods take .01 with alpha = .25, and
   # so do Fira, SUMO and GUM; APOLLO takes .01 with an alpha of its own.
-  method = methods.get(optimizer)
+  method = registry.get(optimizer)
   return Config(
     preset="llama_60m",
     model=ModelConfig(
@@ -249,12 +249,12 @@ def make(preset: str, optimizer: str) -> Config:
     raise UserError(
       f"--preset {preset!r} is unknown; the presets are {', '.join(PRESETS)}"
     )
-  if optimizer not in methods.METHODS:
+  if optimizer not in registry.METHODS:
     raise UserError(
       f"--optimizer {optimizer!r} is unknown; the optimizers are"
-      f" {', '.join(methods.METHODS)}"
+      f" {', '.join(registry.METHODS)}"
     )
-  method, config = methods.get(optimizer), PRESETS[preset](optimizer)
+  method, config = registry.get(optimizer), PRESETS[preset](optimizer)
   config = _change(config, "model", weights=method.weights)
   return _change(config, "optimizer", **method.options)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from train.common.checks import check_above
 from train.common.errors import UserError
-from train.methods import table as methods
+from train.methods import registry
 from train.methods.options import OptimizerConfig, SharedOptimizerConfig
 
 Dtype = Literal["float32", "bfloat16"]
@@ -283,7 +283,7 @@ class SharedConfig:
   run: SharedRunConfig = SharedRunConfig()
 
   def __post_init__(self):
-    method = methods.get(self.optimizer.name)
+    method = registry.get(self.optimizer.name)
     if self.optimizer.moments == "ldadam" and not method.around_adam:
       raise UserError(
         f"optimizer.moments=ldadam is for AdamW in a subspace, not for"
@@ -328,7 +328,7 @@ class Config(SharedConfig):
         " microbatches; use one of them"
       )
     name = self.optimizer.name
-    method = methods.get(name)
+    method = registry.get(name)
     if self.train.layerwise and method.one_layer:
       raise UserError(
         "train.layerwise updates one layer after the other inside the backward"

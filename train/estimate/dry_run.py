@@ -19,8 +19,7 @@ from train.common.errors import UserError
 from train.common.units import format_bytes, format_duration, format_si
 from train.config import schema
 from train.estimate import flops, jaxpr_cost
-from train.methods import leaves
-from train.methods import table as methods
+from train.methods import leaves, registry
 from train.parallel import mesh as mesh_lib
 from train.step import optimizer, train_step
 from train.step import setup as setup_lib
@@ -105,7 +104,7 @@ def plan_rows(
 def _plan_row(row: Any, config: schema.OptimizerConfig) -> dict[str, Any]:
   side, rank = row.side or "full rank", row.rank
   block = row.path.startswith("layers/") and row.path.endswith("/kernel")
-  method = methods.get(config.name)
+  method = registry.get(config.name)
   if method.by_optax and block:
     side, rank = "long side", config.rank
   if method.factors and block:

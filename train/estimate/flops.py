@@ -18,7 +18,7 @@ from flax import nnx
 from jax.extend import core
 
 from train.estimate import jaxpr_cost
-from train.methods import table as methods
+from train.methods import registry
 from train.methods.options import OptimizerConfig
 from train.step import train_step
 from train.step.adapters import Adapters
@@ -146,7 +146,7 @@ def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:
     rows: rows of `galore_optax.describe`; those at full rank cost nothing.
     config: how a basis is found, and how moments are carried into it.
   """
-  method = methods.get(config.name)
+  method = registry.get(config.name)
   if method.random_bases:
     return 0.0
   exact = method.published or config.projector == "svd"

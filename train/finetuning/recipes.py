@@ -17,7 +17,7 @@ from train.config import schema
 from train.config.schema import SharedOptimizerConfig, SharedRunConfig
 from train.finetuning import tasks
 from train.finetuning.config import Config, DataConfig, TaskConfig
-from train.methods import table as methods
+from train.methods import registry
 
 
 class Glue(NamedTuple):
@@ -165,13 +165,13 @@ def make(task: str, optimizer: str, rank: int | None = None) -> Config:
       log_every=20, checkpoint_every=500, keep=1, keep_best=0
     ),
   )
-  weights: Any = methods.get(optimizer).weights
+  weights: Any = registry.get(optimizer).weights
   model = dataclasses.replace(config.model, weights=weights)
   return dataclasses.replace(config, model=model)
 
 
 def _optimizer(name: Any, rank: int, recipe: Recipe) -> SharedOptimizerConfig:
-  method = methods.get(name)
+  method = registry.get(name)
   adapters = method.factors is not None
   config = SharedOptimizerConfig(
     name=name,

@@ -9,8 +9,7 @@ import jax
 import galore_optax
 from train.common import atomic_files
 from train.finetuning.config import Config
-from train.methods import leaves
-from train.methods import table as methods
+from train.methods import leaves, registry
 from train.step import train_step
 
 FILE = "result.json"
@@ -29,7 +28,7 @@ def component_bytes(
   trained = params if abstract.adapters is None else params["adapters"]
   differentiated = abstract.weights if abstract.adapters is None else trained
   parts = {"weights": galore_optax.state_bytes(params)}
-  if methods.get(config.optimizer.name).factors:
+  if registry.get(config.optimizer.name).factors:
     factors = {p: x for p, x in trained.items() if p.startswith("layers/")}
     parts["adapters"] = galore_optax.state_bytes(factors)
     parts["weights"] -= parts["adapters"]

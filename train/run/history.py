@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.common.errors import UserError
-from train.methods import table as methods
+from train.methods import registry
 from train.run import metrics
 
 AXES = {"steps": "step", "tokens": "tokens", "hours": "hours"}
@@ -169,7 +169,7 @@ def _field(name: str, config: dict[str, Any]) -> str:
   value = config.get(name)
   if name in ("preset", "optimizer.name"):
     return str(value)
-  method = methods.METHODS.get(config["optimizer.name"])
+  method = registry.METHODS.get(config["optimizer.name"])
   ranked = method and short == "rank" and method.factors
   projects = method and method.projects
   idle = not projects and not ranked

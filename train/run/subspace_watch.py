@@ -26,7 +26,7 @@ import optax
 import galore_optax
 from train.common.errors import UserError
 from train.config import schema
-from train.methods import table as methods
+from train.methods import registry
 from train.models import llama
 from train.parallel import mesh
 from train.step import train_step
@@ -75,7 +75,7 @@ def candidates(
   description: galore_optax.diagnostics.Description,
 ) -> tuple[list[Matrix], str]:
   """The matrices that can be measured, and if there are none, the reason."""
-  method = methods.get(config.name)
+  method = registry.get(config.name)
   if method.unwatchable:
     return [], method.unwatchable
   known = matrices(description)
@@ -200,7 +200,7 @@ class Watcher:
 
   @property
   def _synchronous(self) -> bool:
-    method = methods.get(self._config.name)
+    method = registry.get(self._config.name)
     return method.steps_together(self._config.refresh)
 
   def compile(self, state: train_step.TrainState, rows: Any) -> None:

@@ -15,7 +15,7 @@ import jax
 
 import galore_optax
 from train.common.errors import UserError
-from train.methods import table as methods
+from train.methods import registry
 from train.methods.options import OptimizerConfig
 
 # The matrices that get factors: those of the blocks, which GaLore projects.
@@ -98,7 +98,7 @@ def make(
   Raises:
     UserError: an option is out of range.
   """
-  method = methods.get(config.name)
+  method = registry.get(config.name)
   if method.factors is None:
     return None
   try:

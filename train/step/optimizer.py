@@ -9,7 +9,7 @@ import optax
 
 import galore_optax
 from train.common.errors import UserError
-from train.methods import table as methods
+from train.methods import registry
 from train.methods.leaves import block_matrices
 from train.methods.options import OptimizerConfig
 
@@ -65,7 +65,7 @@ def make_optimizer(
   Raises:
     UserError: options exclude one another.
   """
-  method = methods.get(config.name)
+  method = registry.get(config.name)
   if config.accumulate > 1 and not method.accumulates:
     raise UserError(
       f"optimizer.accumulate is {config.accumulate}, which is for the GaLore"
@@ -114,7 +114,7 @@ def accounting(
     "optax.contrib.galore": state_bytes(params, name="contrib_galore", **peer),
   }
   dtype = low_precision_dtype(params)
-  if dtype and methods.get(config.name).projects:
+  if dtype and registry.get(config.name).projects:
     wide = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params
     )

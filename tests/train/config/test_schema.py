@@ -41,7 +41,7 @@ def test_fields_that_are_checked_together_change_together():
   "setting, fragments",
   [
     ("optimizer.rang=3", ["optimizer", "'rang'", "rank", "update_proj_gap"]),
-    ("optimizer.rank=3", ["'optimizer'", "model", "optimizer", "mesh"]),
+    ("optimizers.rank=3", ["'optimizers'", "model", "optimizer", "mesh"]),
     ("rank=3", ["no group 'rank'"]),
     ("optimizer.rank", ["no '='"]),
     ("optimizer.rank=four", ["optimizer.rank=four", "int"]),

@@ -11,7 +11,7 @@ import galore_optax
 from train import pretrain
 from train.config import presets, schema
 from train.estimate import dry_run, flops, jaxpr_cost
-from train.methods import table as methods
+from train.methods import registry
 from train.models import llama
 
 
@@ -93,7 +93,7 @@ def test_a_refresh_costs_what_its_program_does(side):
   program = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
   dear, cheap = (jaxpr_cost.count_flops(program, f) for f in (max, min))
   # The loop over iterations has no known length, so it counts once.
-  one = flops.refresh(rows, settings) / methods.get("galore").iterations
+  one = flops.refresh(rows, settings) / registry.get("galore").iterations
   assert dear - cheap == pytest.approx(one, rel=0.05)
 
 
@@ -108,7 +108,7 @@ def test_svd_and_rotation_cost_more():
 
 
 def test_every_optimizer_is_counted():
-  for name, method in methods.METHODS.items():
+  for name, method in registry.METHODS.items():
     found = estimate("llama_9m", name, "model.n_layers=1", "data.length=64")
     state = found["bytes"]["whole"]["optimizer_state"]
     assert found["optimizer_state"][f"this run ({name})"] == state

@@ -17,8 +17,7 @@ from train import hf, pretrain
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.estimate import dry_run, flops, state_table
-from train.methods import leaves
-from train.methods import table as methods
+from train.methods import leaves, registry
 from train.models import llama
 from train.parallel import mesh as mesh_lib
 from train.pretrained import llama_checkpoint, llama_names
@@ -396,9 +395,9 @@ def test_a_run_of_another_version_is_named(tmp_path):
 
 
 def test_names_are_those_of_the_config():
-  for name in methods.METHODS:
+  for name in registry.METHODS:
     chosen = schema.OptimizerConfig(name=name)
     parts = adapters.make(chosen)
     assert (parts is None) == (name not in NAMES)
-    assert bool(methods.get(name).factors) == (name in NAMES)
+    assert bool(registry.get(name).factors) == (name in NAMES)
   assert adapters.make(schema.OptimizerConfig(name="relora")).reset_every == 100

@@ -12,8 +12,7 @@ import pytest
 import galore_optax
 from tests.train.conftest import TINY, make_trainer
 from train.config import schema
-from train.methods import leaves, transforms
-from train.methods import table as methods
+from train.methods import leaves, registry, transforms
 from train.models import llama
 from train.parallel import mesh
 from train.step import optimizer, train_step
@@ -251,7 +250,7 @@ def params():
 
 # On a bowl in the space of the model's own parameters: the paths decide what
 # is projected, and a step compiles in no time.
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", registry.METHODS)
 def test_every_optimizer_goes_downhill(name, params):
   rate = {"sgd": 0.1, "galore_sgd": 0.1}.get(name, 1e-2)
   chosen = schema.OptimizerConfig(

@@ -1,4 +1,4 @@
-"""The table of methods, and the defaults that its records hold."""
+"""The registry of methods, and the defaults that its records hold."""
 
 import dataclasses
 
@@ -7,22 +7,22 @@ import pytest
 
 from train.common.errors import UserError
 from train.config import presets, schema
-from train.methods import table
+from train.methods import registry
 from train.methods.options import OptimizerConfig
 
 
 def test_an_unknown_method_is_an_error_with_all_names():
   with pytest.raises(UserError, match=r"optimizer.name=adan .*galore, "):
-    table.get("adan")
+    registry.get("adan")
   with pytest.raises(UserError, match=r"optimizer.name=adan .*one of adamw"):
     schema.override(
       presets.make("sotu_small", "galore"), ["optimizer.name=adan"]
     )
 
 
-@pytest.mark.parametrize("name", table.METHODS)
+@pytest.mark.parametrize("name", registry.METHODS)
 def test_records_agree_with_themselves(name):
-  method = table.get(name)
+  method = registry.get(name)
   fields = {f.name for f in dataclasses.fields(OptimizerConfig)}
   for options in (method.small, method.options, method.fine_tuning):
     assert options.keys() <= fields
@@ -31,16 +31,16 @@ def test_records_agree_with_themselves(name):
   assert bool(method.restarts) <= bool(method.factors)
 
 
-@pytest.mark.parametrize("name", table.METHODS)
+@pytest.mark.parametrize("name", registry.METHODS)
 def test_every_method_makes_a_transformation(name):
   schedule = optax.constant_schedule(1e-3)
-  tx = table.get(name).make(OptimizerConfig(name=name), schedule, None)
+  tx = registry.get(name).make(OptimizerConfig(name=name), schedule, None)
   assert callable(tx.init) and callable(tx.update)
 
 
 def test_the_help_has_a_line_for_every_method():
-  lines = table.summary().splitlines()
-  assert len(lines) == len(table.METHODS)
+  lines = registry.summary().splitlines()
+  assert len(lines) == len(registry.METHODS)
   assert max(map(len, lines)) <= 80
 
 
