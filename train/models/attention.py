@@ -77,9 +77,18 @@ def target() -> tuple[str, str]:
   a program is compiled ahead of time; without a mesh, JAX's default device.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None or device.platform is None:
+  if device is None:
     device = jax.devices()[0]
-  return device.platform, device.device_kind
+  # Abstract devices of JAX 0.10.0 do not name their platform.
+  named = getattr(device, "platform", None)
+  return named or _platform(device.device_kind), device.device_kind
+
+
+def _platform(kind: str) -> str:
+  """The platform of a kind of device, such as "TPU v5e"."""
+  if kind.startswith("TPU"):
+    return "tpu"
+  return "cpu" if kind == "cpu" else "gpu"
 
 
 def _is_nvidia(kind: str) -> bool:
