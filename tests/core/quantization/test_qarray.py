@@ -85,7 +85,9 @@ def test_error_bound_of_every_block(kind, symmetric, shape):
     low, high = (min(sizes[index][0], 0), max(sizes[index][1], 0))
     top = max(-low, high)
     bound = ERRORS[kind, symmetric](low, high, top)
-    assert block.max() <= bound * (1 + 1e-5) + 1e-30
+    # XLA of JAX 0.10.0 rounds float32 to float8 by way of float16.
+    slack = 1e-3 if kind == "float8" else 1e-5
+    assert block.max() <= bound * (1 + slack) + 1e-30
     assert top == 0 or block.max() < 0.08 * top
 
 
