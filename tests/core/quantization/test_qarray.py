@@ -85,8 +85,9 @@ def test_error_bound_of_every_block(kind, symmetric, shape):
     low, high = (min(sizes[index][0], 0), max(sizes[index][1], 0))
     top = max(-low, high)
     bound = ERRORS[kind, symmetric](low, high, top)
-    # XLA of JAX 0.10.0 rounds float32 to float8 by way of float16.
-    slack = 1e-3 if kind == "float8" else 1e-5
+    # JAX 0.10.0 rounds float32 to float8 (4 bits) by way of float16 (11 bits).
+    twice = kind == "float8" and jax.__version_info__ < (0, 10, 2)
+    slack = 2**-7 if twice else 1e-5
     assert block.max() <= bound * (1 + slack) + 1e-30
     assert top == 0 or block.max() < 0.08 * top
 
