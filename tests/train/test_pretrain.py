@@ -49,7 +49,8 @@ def flags(text_file, tmp_path_factory):
 def test_the_command_end_to_end(flags, tmp_path):
   out = tmp_path / "run"
   environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1"
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=1"
   }
   done = subprocess.run(
     [sys.executable, "-m", "train.pretrain", "--out", str(out), *flags],

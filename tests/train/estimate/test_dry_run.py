@@ -107,15 +107,30 @@ def test_svd_and_rotation_cost_more():
   assert cost(name="galore_faithful", moments="rotate") == cost(projector="svd")
 
 
-def test_every_optimizer_is_counted():
-  for name, method in registry.METHODS.items():
-    found = estimate("llama_9m", name, "model.n_layers=1", "data.length=64")
-    state = found["bytes"]["whole"]["optimizer_state"]
-    assert found["optimizer_state"][f"this run ({name})"] == state
-    finds_bases = (
-      method.projects and not method.by_optax and not method.random_bases
-    )
-    assert (found["flops"]["refresh"] > 0) == finds_bases, name
+# One method for each way to count; all of them with `-m slow`.
+QUICK = ("adamw", "galore", "apollo", "muon", "lora", "contrib_galore")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in registry.METHODS
+  ],
+)
+def test_every_optimizer_is_counted(name):
+  method = registry.METHODS[name]
+  found = estimate("llama_9m", name, "model.n_layers=1", "data.length=64")
+  state = found["bytes"]["whole"]["optimizer_state"]
+  assert found["optimizer_state"][f"this run ({name})"] == state
+  finds_bases = (
+    method.projects and not method.by_optax and not method.random_bases
+  )
+  assert (found["flops"]["refresh"] > 0) == finds_bases
+
+
+def test_the_quick_optimizers_exist():
+  assert set(QUICK) <= set(registry.METHODS)
 
 
 def test_the_command_reads_no_data_and_writes_nothing(

@@ -16,6 +16,10 @@ from train.step import optimizer, per_layer, train_step
 
 STEPS = 6
 
+# Layer by layer or not. That the usual step does the same is tested without the
+# model as well, in test_train_step.py and in tests/core.
+WAYS = [pytest.param(False, marks=pytest.mark.slow), True]
+
 
 def _run(rows, name="galore", devices=1, parts=1, **changes):
   """Losses and final weights of a few steps."""
@@ -137,7 +141,7 @@ def test_padding_does_not_count(batch):
   _assert_same(_run(padded, layerwise=True), _run(padded), 2e-6)
 
 
-@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("layerwise", WAYS)
 def test_parts_of_a_batch_add_up_at_low_rank(batch, usual, layerwise):
   """Equal rows: every part has the batch's gradient.
 
@@ -148,7 +152,7 @@ def test_parts_of_a_batch_add_up_at_low_rank(batch, usual, layerwise):
   _assert_same(found, _run(same), 5e-6, of_weights=1e-3)
 
 
-@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("layerwise", WAYS)
 def test_weights_in_eight_bits_learn(batch, layerwise):
   """They are stored as codes, and the loss falls as with q_galore it should."""
   losses, _, held = _run(
@@ -160,7 +164,10 @@ def test_weights_in_eight_bits_learn(batch, layerwise):
 
 @pytest.mark.parametrize(
   ("name", "weights", "scale"),
-  [("q_apollo_mini", "int8", 128.0), ("sumo", "full", 0.2)],
+  [
+    pytest.param("q_apollo_mini", "int8", 128.0, marks=pytest.mark.slow),
+    ("sumo", "full", 0.2),
+  ],
 )
 def test_other_methods_learn_layer_by_layer(batch, name, weights, scale):
   losses, _, held = _run(

@@ -196,7 +196,16 @@ def test_the_computation_is_in_bfloat16_and_the_weights_keep_their_dtype(
 MESHES = {"data": (1, 1), "fsdp": (8, 1), "tensor": (1, 4), "mixed": (2, 2)}
 
 
-@pytest.mark.parametrize("name", MESHES)
+# A mixed mesh divides over data and tensor axes, too.
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("data", marks=pytest.mark.slow),
+    "fsdp",
+    pytest.param("tensor", marks=pytest.mark.slow),
+    "mixed",
+  ],
+)
 def test_many_devices_give_the_losses_of_one(trainer, name):
   fsdp, tensor = MESHES[name]
   devices = 4 if name == "tensor" else 8
