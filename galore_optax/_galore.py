@@ -11,8 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import _chain, checks, old_spellings
 from galore_optax import context as context_lib
-from galore_optax import residual as residual_lib
 from galore_optax.inner import separate
+from galore_optax.residual import methods as residual_lib
 from galore_optax.subspace import (
   adaptive,
   initial,
@@ -34,7 +34,7 @@ class GaLoreState(NamedTuple):
   """State of :func:`galore`.
 
   The field names are those of version 0.1, so that its checkpoints restore:
-  `projector` holds the bases, `recovery` the norms of residuals.
+  `projector` holds the bases, `recovery` what is kept for residuals.
 
   Attributes:
     step: Updates so far.
@@ -51,8 +51,10 @@ class GaLoreState(NamedTuple):
       :class:`galore_optax.tree.split.Split`; None unless
       `accumulation_steps` > 1.
     micro_step: Number of gradients in `accumulator`, or None.
-    recovery: Path of a projected leaf to the norm of each matrix's last
-      residual, 0 before the first step; None unless `residual` is given.
+    recovery: Path of a projected leaf to what is kept for its residual: a
+      :class:`galore_optax.residual.normalized.State`, or for Fira and APOLLO
+      the norm of each matrix's last residual, 0 before the first step. None
+      unless `residual` is given.
   """
 
   step: Any  # shape=(), dtype=jnp.int32
@@ -61,7 +63,7 @@ class GaLoreState(NamedTuple):
   schedule: Any = None
   accumulator: Any = None
   micro_step: Any = None  # shape=(), dtype=jnp.int32
-  recovery: Any = None  # (...), dtype=jnp.float32
+  recovery: Any = None  # (...) or (..., n), dtype=jnp.float32
 
   @property
   def bases(self) -> Any:
@@ -93,7 +95,7 @@ class _GaLore:
   state_dtype: Any
   seed: Any
   accumulation_steps: int
-  residual: str | None
+  residual: residual_lib.Settings | None
 
   def init(self, params: optax.Params) -> GaLoreState:
     """Initial bases for the parameters, and the inner state at rank r."""
@@ -543,6 +545,8 @@ def galore(
   rules: plan_lib.Rules = (),
   refresh: Refresh | str = Refresh(),  # noqa: B008
   residual: str | None = None,
+  residual_factor: ArrayLike | None = None,
+  residual_decay: ArrayLike | None = None,
   basis_dtype: DTypeLike = "float32",
   state_dtype: DTypeLike | None = None,
   accumulation_steps: int | None = None,
@@ -594,7 +598,22 @@ def galore(
     refresh: When and how bases are recomputed, a :class:`galore_optax.Refresh`,
       or only its policy: `staggered`, `synchronous` or `adaptive`.
     residual: What to do with the part of the gradient that the bases do not
-      span. None: it is dropped. `fira`: it is added, scaled column by column to
+      span, :math:`S_t = G_t - P_t R_t`. None: it is dropped. `normalized`: it
+      is added, each column divided by the root of a running mean of its
+      squares,
+
+      .. math::
+
+        U_t &= \alpha (P_t N_t + \mathrm{factor} \cdot \tilde S_t) \\
+        \tilde S_{t,ij} &= S_{t,ij} \sqrt{(m - r) / \hat c_{t,j}}, \quad
+          c_{t,j} = \beta c_{t-1,j} + (1 - \beta) \sum_i S_{t,ij}^2
+
+      with the bias of c removed. (For the right side, rows take the part of
+      columns.) The state grows by one number for each column, and S itself is
+      never computed. `factored`: the mean square has a factor for each column
+      and one for each row, as in Adafactor; it takes one more product of the
+      size of the lift. The learning rate and the sign of `inner` multiply the
+      residual too. `fira`: it is added, scaled column by column to
       the size that `inner` gives to the projected gradient,
 
       .. math::
@@ -617,6 +636,9 @@ def galore(
       with the same limit; `apollo_mini`: with one φ for the whole matrix, for
       which rank 1 is enough. They were published with α of 1 and 128, and with
       `Refresh(finder="random")`, see :func:`galore_optax.apollo_adamw`.
+    residual_factor: The factor on a `normalized` or `factored` residual, whose
+      entries are about as large as Adam's; None means 1.
+    residual_decay: Decay β of the mean of its squares; None means 0.95.
     basis_dtype: Dtype of the bases: a float dtype, or `int4` or `int8` for
       block-wise codes, see :class:`galore_optax.QArray`.
     state_dtype: Dtype in which `inner` sees gradients and parameters, and so
@@ -674,7 +696,12 @@ def galore(
     Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2; for
     `residual="fira"` Chen et al., `Fira: Can We Achieve Full-rank Training of
     LLMs Under Low-rank Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024;
-    for `residual="apollo"` Zhu et al., `APOLLO: SGD-like Memory, AdamW-level
+    for `residual="normalized"` the compensation of Gong et al., `Towards
+    Efficient Optimizer Design for LLM via Structured Fisher Approximation with
+    a Low-Rank Extension <https://arxiv.org/abs/2502.07752>`_, 2025; for
+    `residual="factored"` the denominator of Shazeer and Stern, `Adafactor
+    <https://arxiv.org/abs/1804.04235>`_, 2018; for `residual="apollo"` Zhu et
+    al., `APOLLO: SGD-like Memory, AdamW-level
     Performance <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
   checks.check_choice("params_mode", params_mode, PARAMS_MODES)
@@ -692,6 +719,9 @@ def galore(
   )
   residual_lib.check(residual, refresh, accumulation_steps, params_mode)
   residual_lib.check_basis(refresh, basis_dtype)
+  residual_settings = residual_lib.settings(
+    residual, residual_factor, residual_decay, basis_dtype
+  )
 
   def wrap(
     inner: optax.GradientTransformation,
@@ -712,7 +742,7 @@ def galore(
       state_dtype=state_dtype,
       seed=seed,
       accumulation_steps=accumulation_steps,
-      residual=residual,
+      residual=residual_settings,
     )
     return optax.GradientTransformationExtraArgs(
       settings.init, sharding.with_auto_axes(settings.update)

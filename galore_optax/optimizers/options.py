@@ -33,6 +33,8 @@ class GaLoreOptions(TypedDict, total=False):
   rules: plan.Rules
   refresh: Refresh | str
   residual: str | None
+  residual_factor: ArrayLike | None
+  residual_decay: ArrayLike | None
   basis_dtype: DTypeLike
   state_dtype: DTypeLike | None
   accumulation_steps: int | None

@@ -45,9 +45,24 @@ def map_matrices(f: Callable[..., jax.Array], *stacks: Any) -> jax.Array:
   Returns:
     The stack of its results.
   """
-  first = jax.tree.leaves(stacks)[0]
-  results = jax.lax.map(lambda xs: f(*xs), jax.tree.map(flat, stacks))
-  return results.reshape(*first.shape[:-2], *results.shape[1:])
+  return map_stack(f, jax.tree.leaves(stacks)[0].ndim - 2, *stacks)
+
+
+def map_stack(f: Callable[..., Any], ndim: int, *trees: Any) -> Any:
+  """Applies a function to the parts of stacks, one part at a time.
+
+  Args:
+    f: From trees of arrays to a tree of arrays.
+    ndim: Number of leading axes that count the parts.
+    *trees: Trees of arrays with the same leading axes.
+
+  Returns:
+    The tree of results, stacked.
+  """
+  lead = jax.tree.leaves(trees)[0].shape[:ndim]
+  joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[ndim:]), trees)
+  results = jax.lax.map(lambda xs: f(*xs), joined)
+  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
 
 
 def take(stack: jax.Array, index: jax.Array) -> jax.Array:

@@ -166,6 +166,9 @@ OPTIMIZERS = {
     galore_adamw, _adamw, weight_decay=DECAY, proj_type="full"
   ),
   "fira": _alias(galore_adamw, _adamw, weight_decay=DECAY, residual="fira"),
+  "factored": _alias(
+    galore_adamw, _adamw, weight_decay=DECAY, residual="factored"
+  ),
   "galore_adamw_8bit": _alias(
     galore_adamw_8bit, _adamw_8bit, weight_decay=DECAY, min_size=0
   ),
@@ -186,11 +189,13 @@ OPTIMIZERS = {
 FULL_RANK = (CONTROL, "adamw_8bit")
 # Moments of Adam's kind, factored ones, and codes with 4-bit bases.
 GALORE = ("galore_adamw", "galore_adafactor", "q_galore_adamw_8bit")
-# And two bases a matrix, norms, seeds, slots for sampled matrices, an error.
+# And two bases a matrix, norms, means of rows and columns, seeds, slots for
+# sampled matrices, an error.
 LAYOUTS = (
   *GALORE,
   "two-sided",
   "fira",
+  "factored",
   "apollo_mini",
   "gum",
   "ldadam",

@@ -297,10 +297,13 @@ def _updates(tx, spec):
   ],
   ids=str,
 )
-def test_given_shardings_nothing_is_gathered(spec, sides):
+@pytest.mark.parametrize("residual", [None, "normalized"])
+def test_given_shardings_nothing_is_gathered(spec, sides, residual):
   """No gradient, basis or moment; and the updates are those of one device."""
   mesh = _one_by_eight()
-  make = functools.partial(galore_adamw, 1e-2, rank=2, update_proj_gap=4)
+  make = functools.partial(
+    galore_adamw, 1e-2, rank=2, update_proj_gap=4, residual=residual
+  )
   shardings = {"w": jax.NamedSharding(mesh, spec)}
   tx = make(proj_type="auto", param_shardings=shardings)
   state = tx.init({"w": jnp.zeros((8, 16, 24))})

@@ -27,7 +27,7 @@ def flags(tmp_path_factory):
     "model.vocab_size": 300, "model.d_model": 32, "model.d_ff": 48,
     "model.n_layers": 2, "optimizer.rank": 4, "train.steps": 8,
     "run.eval_every": 4, "run.checkpoint_every": 4, "run.log_every": 1,
-    "run.sample_tokens": 0, "run.watch": "none", "mesh.data": 1,
+    "run.sample_tokens": 0, "run.watch": "none",
   }  # fmt: skip
   return [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
 

@@ -53,6 +53,12 @@ class SharedOptimizerConfig:
   # update from which bases are random; 0: never, or for golore from half of the
   # run on
   random_from: int = 0
+  # what becomes of the part of a gradient that the bases do not span: dropped,
+  # or added, divided by its own size by column (normalized), or by row and
+  # column (factored)
+  residual: Literal["none", "normalized", "factored"] = "none"
+  residual_factor: float = 1.0  # factor on the residual, beside Adam's update
+  residual_decay: float = 0.95  # decay of the mean square that it is divided by
   # dtype of GaLore's bases; integers have a scale per block
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
   # dtype of GaLore's moments; empty: the weights', at least float32
@@ -63,8 +69,9 @@ class SharedOptimizerConfig:
     positive = ("learning_rate", "matrix_lr", "eps", "scale")
     positive += ("rank", "update_proj_gap", "lora_alpha")
     check_above("optimizer", self, positive)
-    _check_fractions(self, ("warmup", "final", "b1", "b2"))
-    free = ("clip", "weight_decay", "random_from")
+    fractions = ("warmup", "final", "b1", "b2", "residual_decay")
+    _check_fractions(self, fractions)
+    free = ("clip", "weight_decay", "random_from", "residual_factor")
     check_above("optimizer", self, free, low=-1e-30)
 
 

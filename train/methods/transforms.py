@@ -171,7 +171,11 @@ def refresh_of(c: OptimizerConfig) -> galore_optax.Refresh:
 
 def galore_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
   """The keyword arguments of `galore_optax.galore`."""
-  return {
+  residual = {}
+  if c.residual != "none":
+    names = ("residual", "residual_factor", "residual_decay")
+    residual = {name: getattr(c, name) for name in names}
+  return residual | {
     "rank": c.rank,
     # Leaves outside of the blocks stay at full rank, an encoder's pooler too.
     "rules": ((r"^(?!layers/)", None),),
@@ -269,6 +273,7 @@ def q_galore(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
 
 def fira(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """Fira: GaLore plus a scaled residual."""
+  _refuse(c, "residual", ("none",), "which scales the residual in its own way")
   return galore(c, lr, shardings, residual="fira")
 
 
@@ -278,6 +283,7 @@ def _random_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
   A random projection is kept as a seed. Options on how bases are found,
   refreshed and stored, and on moments in a new basis, do not apply to it.
   """
+  _refuse(c, "residual", ("none",), "which updates with whole gradients")
   refresh = galore_optax.Refresh(
     policy="synchronous", finder="random", moments="keep"
   )
@@ -319,6 +325,7 @@ def gum(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GUM: SUMO in which some matrices follow their whole gradient."""
   _refuse(c, "moments", ("rotate",), "whose momentum begins with each draw")
   _refuse(c, "random_from", (0,), "which draws matrices, not bases")
+  _refuse(c, "residual", ("none",), "whose drawn matrices follow the residual")
   return galore_optax.gum(
     decay=SUMO_DECAY,
     sampled=c.sampled,
@@ -334,6 +341,7 @@ def ldadam(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """
   _refuse(c, "moments", ("rotate", "ldadam"), "which has a rule of its own")
   _refuse(c, "random_from", (0,), "whose bases follow the momentum")
+  _refuse(c, "residual", ("none",), "which returns the residual by feedback")
   return galore_optax.ldadam(
     error_dtype=c.state_dtype or None,
     **_adam(c, lr),

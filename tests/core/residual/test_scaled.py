@@ -1,4 +1,4 @@
-"""What the subspace leaves out: against NumPy, its limits, its refusals."""
+"""Fira and APOLLO: against NumPy, their limits, their refusals."""
 
 import functools
 import itertools
@@ -18,28 +18,14 @@ from galore_optax import (
   galore,
   state_bytes,
 )
-from tests.core import residual_reference, small
+from tests.core import small
 from tests.core.options import gathered
+from tests.core.residual import reference
+from tests.core.residual.gradients import SIZES, gradients
 
 GAP, RANK, RATE, DECAY = 4, 3, 1e-2, 0.1
 STEPS = 3 * GAP + 3  # refreshes at 0, 4, 8, 12
 SHAPES = [(10, 16), (16, 10), (12, 12), (2, 3, 8, 12)]
-
-# Of the gradients: the limiter acts where they grow, not where they shrink.
-SIZES = [1, 1, 4, 5, 1, 0.5, 0.5, 6, 2, 1, 0.2, 0.1, 3, 3, 1]
-
-
-def gradients(shape, sizes=SIZES, seed=0):
-  """Gradients of full rank whose singular vectors change slowly."""
-  rng = np.random.default_rng(seed)
-  short = min(shape[-2:])
-  spectrum = 1.5 ** -np.arange(short)
-  u = rng.normal(size=(*shape[:-1], short))
-  v = rng.normal(size=(*shape[:-2], shape[-1], short))
-  for size in sizes:
-    u, v = (x + 0.2 * rng.normal(size=x.shape) for x in (u, v))
-    left, right = np.linalg.qr(u)[0], np.linalg.qr(v)[0]
-    yield np.float32(size * (left * spectrum) @ np.swapaxes(right, -1, -2))
 
 
 def fira(inner, **options):
@@ -60,9 +46,7 @@ def trajectory(shape):
     jnp.asarray(params, jnp.float32),
     params.reshape(-1, *shape[-2:]),
   )
-  models = [
-    residual_reference.Fira(RANK, GAP, 0.25, RATE, DECAY) for _ in theirs
-  ]
+  models = [reference.Fira(RANK, GAP, 0.25, RATE, DECAY) for _ in theirs]
   state, update, rows = tx.init({"w": ours}), jax.jit(tx.update), []
   for grad in gradients(shape):
     updates, state = update({"w": grad}, state, {"w": ours})
@@ -287,9 +271,7 @@ def test_apollo_follows_the_reference_over_four_projections(name, shape):
     jnp.asarray(params, jnp.float32),
     params.reshape(-1, *shape[-2:]),
   )
-  models = [
-    residual_reference.Apollo(alpha, RATE, DECAY, tensor=mini) for _ in theirs
-  ]
+  models = [reference.Apollo(alpha, RATE, DECAY, tensor=mini) for _ in theirs]
   state, update, drawn = tx.init({"w": ours}), jax.jit(tx.update), []
   for grad in gradients(shape):
     updates, state = update({"w": grad}, state, {"w": ours})

@@ -1,8 +1,9 @@
-"""Fira and APOLLO in float64 NumPy, sharing no code with the library.
+"""Residuals in float64 NumPy, sharing no code with the library.
 
 Fira, arXiv 2410.01623, and APOLLO, arXiv 2412.05270, as their public code has
 them: on top of GaLore's projected Adam, here with bias corrections in the
-direction, as Optax has them.
+direction, as Optax has them. The normalized residual as its definition says,
+with the residual itself.
 """
 
 import numpy as np
@@ -85,4 +86,45 @@ class Apollo:
     step, self.norm, acted = limited(grad * scale, self.norm)
     self.limited.append(acted)
     step = np.sqrt(self.alpha) * step
+    return -self.rate * (step + self.decay * weight)
+
+
+class Normalized:
+  """One matrix with its normalized residual, around AdamW.
+
+  It is given the bases, and takes the part of both sides if there are two.
+  """
+
+  def __init__(
+    self, alpha, rate, decay, factored=False, factor=1.0, memory=0.95
+  ):
+    self.adam, self.alpha, self.rate = _Adam(), alpha, rate
+    self.decay, self.factored, self.factor = decay, factored, factor
+    self.memory, self.squares = memory, []
+
+  def update(self, weight, grad, bases):
+    """The change of the weight, given side to basis (m, r) or (n, r)."""
+    grad = np.asarray(grad, np.float64)
+    m, n = grad.shape
+    left = bases.get("left", np.eye(m))
+    right = bases.get("right", np.eye(n))
+    low = left.T @ grad @ right
+    rest = grad - left @ low @ right.T
+    direction = left @ self.adam(low) @ right.T
+    self.squares.append(rest**2)
+    # The weights of the steps so far, the last one first.
+    weights = self.memory ** np.arange(len(self.squares))
+    weights /= weights.sum()
+    mean = sum(
+      w * square
+      for w, square in zip(weights, reversed(self.squares), strict=True)
+    )
+    axis = 1 if list(bases) == ["right"] else 0
+    lines = mean.sum(axis, keepdims=True)
+    if self.factored:
+      across = mean.sum(1 - axis, keepdims=True)
+      size = np.sqrt(lines * across / mean.sum())
+    else:
+      size = np.sqrt(lines / ((m * n - low.size) / lines.size))
+    step = self.alpha * (direction + self.factor * rest / size)
     return -self.rate * (step + self.decay * weight)

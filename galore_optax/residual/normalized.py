@@ -1,0 +1,351 @@
+r"""The residual divided by its own size, and added to the update.
+
+GaLore drops the part of a gradient that its basis P does not span, :math:`S = G
+- P R`. Here it takes part in the update. It has no momentum; it is divided by
+the root of a running mean of its squares, kept for each column, or for columns
+and rows. So it moves the weights at Adam's rate, and the state grows by a
+vector for each matrix.
+
+For one column, the squares of S are those of G without those of R, because P is
+orthonormal. The column form therefore never computes S: it is folded into the
+product that lifts the update,
+
+.. math::
+
+  P N + \mathrm{factor} \cdot S D = P (N - \mathrm{factor} \cdot R D)
+    + \mathrm{factor} \cdot G D
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax import linalg
+from galore_optax.subspace import projection
+from galore_optax.tree import plan, sharding, slices
+
+METHODS = ("normalized", "factored")
+
+FACTOR, DECAY = 1.0, 0.95
+
+# A residual whose squares are below this fraction of the gradient's is rounding
+# noise: the identity above subtracts two numbers of float32, and bases are
+# orthonormal up to 1e-5. Divided by its own size, noise would become as large
+# as a step.
+_NOISE = 1e-4
+
+
+class State(NamedTuple):
+  """Running means of the squares of one leaf's residual.
+
+  They start at zero and are divided by `weight`, which removes the bias.
+
+  Attributes:
+    columns: Of the sum over each column (of each row, if the right side alone
+      is projected): (..., n) or (..., m), float32.
+    rows: For `factored`, of the sum over each row (column): (..., m) or
+      (..., n), float32. Otherwise None.
+    weight: Sum of the weights of all steps in the means, (...), float32.
+  """
+
+  columns: Any
+  rows: Any
+  weight: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """The arrays that one leaf's update is computed from.
+
+  Attributes:
+    site: The leaf's plan.
+    grad: Gradients (..., m, n).
+    low: Projected gradients R, as the inner optimizer saw them.
+    new: The inner optimizer's updates of them.
+    gain: The last factor of `new`, see :mod:`galore_optax.inner.gain`; None
+      for 1.
+    bases: The leaf's bases.
+    factor: Factor on the residual; None for 1.
+    decay: Decay of the means; None for 0.95.
+    orthonormal: Whether the bases, in float32, are orthonormal; in few bits
+      they are not.
+  """
+
+  site: plan.Site
+  grad: jax.Array
+  low: jax.Array
+  new: jax.Array
+  gain: Any
+  bases: projection.Bases
+  factor: Any
+  decay: Any
+  orthonormal: bool = True
+
+
+def start(method: str, site: plan.Site, like: Any) -> State:
+  """The means before the first step: zero.
+
+  Args:
+    method: One of `METHODS`.
+    site: The leaf's plan.
+    like: The parameter; the means are sharded like its rows and columns.
+
+  Returns:
+    The state.
+  """
+
+  def zeros(*axes: int) -> jax.Array:
+    shape = (*site.view.stack, *(site.view.matrix_shape[k] for k in axes))
+
+    def spec(parts: tuple) -> tuple:
+      parts = site.view.spec(parts)
+      return (*parts[:-2], *(parts[k] for k in axes))
+
+    return sharding.shard_like(jnp.zeros(shape, jnp.float32), like, spec)
+
+  kept, reduced = (-2, -1) if _is_right(site) else (-1, -2)
+  return State(
+    zeros(kept), zeros(reduced) if method == "factored" else None, zeros()
+  )
+
+
+def _is_right(site: plan.Site) -> bool:
+  """Whether only the right side is projected; then rows take columns' part."""
+  return site.sides == ("right",)
+
+
+def lift_leaf(method: str, step: Step, state: State) -> tuple[jax.Array, State]:
+  r"""One leaf's update at full size, with the normalized residual in it.
+
+  With the inner optimizer's direction N, the residual S of the gradient G, and
+  bias-corrected running means :math:`\hat c_j` of :math:`\sum_i S_{ij}^2` and
+  :math:`\hat w_i` of :math:`\sum_j S_{ij}^2`, the update is
+
+  .. math::
+
+    \alpha (P N + \mathrm{factor} \cdot \tilde S), \quad
+    \tilde S_{ij} = S_{ij} \sqrt{\frac{m - r}{\hat c_j}}
+    \quad \text{or} \quad \tilde S_{ij} =
+    S_{ij} \sqrt{\frac{\sum_k \hat w_k}{\hat c_j \hat w_i}}
+
+  for `normalized` or `factored` (the left side). A matrix whose gradient is not
+  finite has no residual in this step, and leaves its means as they are.
+
+  Args:
+    method: One of `METHODS`.
+    step: The leaf's arrays.
+    state: The means before the step.
+
+  Returns:
+    Updates (..., m, n), and the means after the step.
+  """
+  site, dtype = step.site, step.grad.dtype
+  factor = FACTOR if step.factor is None else step.factor
+  decay = DECAY if step.decay is None else step.decay
+  gain = 1.0 if step.gain is None else step.gain
+  run = _Matrices(
+    method == "factored",
+    step.orthonormal,
+    site,
+    factor * site.scale * jnp.asarray(gain, jnp.float32),
+    decay,
+    jnp.bfloat16 if dtype == jnp.bfloat16 else None,
+  )
+  bases = {
+    side: jnp.broadcast_to(x, (*site.view.stack, *x.shape[-2:]))
+    for side, x in step.bases.items()
+  }
+  arrays = (step.grad, step.low, site.scale * step.new, bases, state)
+  if not site.one_by_one:
+    return run(*arrays)
+  return slices.map_stack(run, len(site.view.stack), *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrices:
+  """What the matrices of a leaf have in common.
+
+  Attributes:
+    factored: Whether rows are normalized, too.
+    orthonormal: Whether bases in float32 are orthonormal.
+    site: The leaf's plan.
+    rate: Factor on the normalized residual, signed: that of the update.
+    decay: Decay of the means.
+    lift_dtype: Dtype of the operands of the lift; None for float32.
+  """
+
+  factored: bool
+  orthonormal: bool
+  site: plan.Site
+  rate: Any
+  decay: Any
+  lift_dtype: Any
+
+  def __call__(
+    self,
+    grad: jax.Array,
+    low: jax.Array,
+    new: jax.Array,
+    bases: projection.Bases,
+    state: State,
+  ) -> tuple[jax.Array, State]:
+    """The updates of some matrices, and their means after the step."""
+    wide = jnp.promote_types(grad.dtype, jnp.float32)
+    grad, low = grad.astype(wide), low.astype(wide)
+    if len(bases) == 2:
+      # The right basis is applied to the small matrices; what is left of the
+      # problem is the left side's.
+      right = {"right": bases["right"]}
+      low, new = projection.lift(low, right), projection.lift(new, right)
+      image = projection.project(grad, {"left": bases["left"]})
+      bases = {"left": bases["left"]}
+    else:
+      image = low
+    axis = -1 if "right" in bases else -2
+    if self.factored:
+      return self._factored(grad, low, new, bases, state, axis)
+    return self._by_column(grad, low, image, new, bases, state, axis)
+
+  def _by_column(
+    self,
+    grad: jax.Array,
+    low: jax.Array,
+    image: jax.Array,
+    new: jax.Array,
+    bases: projection.Bases,
+    state: State,
+    axis: int,
+  ) -> tuple[jax.Array, State]:
+    """The column form, which needs no product but the lift."""
+    whole = jnp.sum(grad * grad, axis)
+    inside = self._inside(low, image, bases, axis)
+    energy, is_finite = _energy(whole, whole - inside, low.dtype)
+    state = self._decayed(state, is_finite, energy, None)
+    scale = jnp.sqrt(self._freedom(axis)) * _inverse_root(
+      state.columns / _weight(state)[..., None], energy > 0
+    )
+    scale = jnp.expand_dims(scale * self.rate, axis)
+    lifted = self._lift(new - low * scale, bases)
+    finite = is_finite[..., None, None]
+    return lifted + jnp.where(finite, grad * scale, 0), state
+
+  def _factored(
+    self,
+    grad: jax.Array,
+    low: jax.Array,
+    new: jax.Array,
+    bases: projection.Bases,
+    state: State,
+    axis: int,
+  ) -> tuple[jax.Array, State]:
+    """The factored form: its rows differ, so it needs the residual itself."""
+    other = -3 - axis
+    whole = jnp.sum(grad * grad, axis)
+    rest = grad - projection.lift(low, bases)
+    square = rest * rest
+    energy, is_finite = _energy(whole, jnp.sum(square, axis), low.dtype)
+    kept = jnp.expand_dims(energy > 0, axis)
+    of_rows = jnp.sum(jnp.where(kept, square, 0), other)
+    state = self._decayed(state, is_finite, energy, of_rows)
+    weight = _weight(state)[..., None]
+    columns, rows = state.columns / weight, state.rows / weight
+    rows = rows / jnp.maximum(jnp.sum(rows, -1, keepdims=True), _TINY)
+    scale = jnp.expand_dims(_inverse_root(columns, energy > 0), axis)
+    scale *= jnp.expand_dims(_inverse_root(rows, rows > 0), other)
+    rest = jnp.where(is_finite[..., None, None], rest * scale * self.rate, 0)
+    return self._lift(new, bases) + rest, state
+
+  def _inside(
+    self,
+    low: jax.Array,
+    image: jax.Array,
+    bases: projection.Bases,
+    axis: int,
+  ) -> jax.Array:
+    r"""What the squares of a column of S are smaller by than those of G.
+
+    :math:`\|G_j - P B_j\|^2 = \|G_j\|^2 - (2 B_j^\top P^\top G_j - B_j^\top
+    P^\top P B_j)`. With one orthonormal basis the difference is
+    :math:`\|R_j\|^2`. A basis in few bits is not orthonormal, and on two sides
+    B is not the projection of G.
+    """
+    (basis,) = bases.values()
+    if low is image and self._is_orthonormal(basis):
+      return jnp.sum(low * low, axis)
+    gram = linalg.matmul("...mr,...ms->...rs", basis, basis)
+    if axis == -2:
+      through = linalg.matmul("...rs,...sn->...rn", gram, low)
+    else:
+      through = linalg.matmul("...ms,...sr->...mr", low, gram)
+    return jnp.sum(low * (2 * image - through), axis)
+
+  def _is_orthonormal(self, basis: jax.Array) -> bool:
+    return self.orthonormal and basis.dtype == jnp.float32
+
+  def _freedom(self, axis: int) -> float:
+    """Dimensions that a column of the residual has, on average."""
+    m, n = self.site.view.matrix_shape[-2:]
+    rows, cols = self.site.low_shape[-2:]
+    return (m * n - rows * cols) / (n if axis == -2 else m)
+
+  def _decayed(
+    self,
+    state: State,
+    is_finite: jax.Array,
+    columns: jax.Array,
+    rows: jax.Array | None,
+  ) -> State:
+    """The means with those of this step in them."""
+
+    def mean(old: jax.Array, x: jax.Array) -> jax.Array:
+      new = self.decay * old + (1 - self.decay) * x
+      finite = jnp.expand_dims(is_finite, range(is_finite.ndim, old.ndim))
+      return jnp.where(finite, new, old).astype(old.dtype)
+
+    return State(
+      mean(state.columns, columns),
+      None if rows is None else mean(state.rows, rows),
+      mean(state.weight, jnp.ones_like(state.weight)),
+    )
+
+  def _lift(self, low: jax.Array, bases: projection.Bases) -> jax.Array:
+    """Lifts; in bfloat16 if the update will be rounded to it anyway."""
+    if self.lift_dtype is not None:
+      low = low.astype(self.lift_dtype)
+      bases = {side: x.astype(self.lift_dtype) for side, x in bases.items()}
+    return projection.lift(low, bases)
+
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+def _energy(
+  whole: jax.Array, outside: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Squares of the residual's columns, and which matrices are finite.
+
+  Args:
+    whole: Sum of the squares of each column of the gradient, (..., n).
+    outside: The same of the residual.
+    dtype: Dtype of the projected gradients, whose rounding is noise.
+
+  Returns:
+    `outside`, with 0 where it is noise or not finite, and bool (...).
+  """
+  noise = max(_NOISE, 2 * float(jnp.finfo(dtype).eps))
+  is_finite = jnp.isfinite(jnp.sum(whole, -1))
+  is_signal = (outside > noise * whole) & is_finite[..., None]
+  return jnp.where(is_signal, outside, 0), is_finite
+
+
+def _weight(state: State) -> jax.Array:
+  """The sum of weights, or 1 before the first step."""
+  return jnp.where(state.weight > 0, state.weight, 1)
+
+
+def _inverse_root(x: jax.Array, where: jax.Array) -> jax.Array:
+  """1 / √x, and 0 outside of `where` and where x is 0."""
+  where &= x > _TINY
+  return jnp.where(where, jax.lax.rsqrt(jnp.where(where, x, 1)), 0)

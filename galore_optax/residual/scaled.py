@@ -1,0 +1,148 @@
+r"""Fira and APOLLO: updates with the part of the gradient outside the subspace.
+
+GaLore drops the part of a gradient that its basis does not span, the residual.
+Fira adds it to the update; APOLLO updates with the whole gradient. Both scale
+it column by column to the size that the inner optimizer gives to the projected
+gradient, and limit how fast its norm grows. The state holds that norm: one
+number for each matrix.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax.subspace import projection
+from galore_optax.tree import plan, sharding
+
+METHODS = ("fira", "apollo", "apollo_mini")
+
+# Largest growth of a residual's norm from one step to the next, and the term
+# that keeps quotients finite. Both are those of the papers' code.
+_GROWTH = 1.01
+_EPS = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """The arrays that one leaf's update is computed from.
+
+  Attributes:
+    site: The leaf's plan.
+    grad: Gradients (..., m, n).
+    low: Projected gradients R, as the inner optimizer saw them.
+    new: The inner optimizer's updates of them.
+    gain: The last factor of `new`, see :mod:`galore_optax.inner.gain`; None
+      for 1.
+    bases: The leaf's bases.
+    norm: Norm of each residual at the last step, 0 before the first.
+  """
+
+  site: plan.Site
+  grad: jax.Array
+  low: jax.Array
+  new: jax.Array
+  gain: Any
+  bases: projection.Bases
+  norm: jax.Array
+
+
+def start(site: plan.Site, like: Any) -> jax.Array:
+  """The norms before the first step: zero.
+
+  Args:
+    site: The leaf's plan.
+    like: The parameter; norms are put on its mesh.
+
+  Returns:
+    float32 of the shape of the axes that stack matrices.
+  """
+  return sharding.shard_like(
+    jnp.zeros(site.view.stack, jnp.float32),
+    like,
+    lambda spec: site.view.spec(spec)[:-2],
+  )
+
+
+def lift_leaf(method: str, step: Step) -> tuple[jax.Array, jax.Array]:
+  r"""One leaf's update at full size, with the residual in it.
+
+  With the inner optimizer's direction N of the projected gradient R, and
+
+  .. math::
+
+    \phi_j = \frac{\|N_{:,j}\|}{\|R_{:,j}\| + 10^{-8}}
+
+  Fira's update is :math:`\alpha P N + S` with the residual :math:`S = (G -
+  \alpha P R)\, \mathrm{diag}(\phi)`, and APOLLO's is :math:`\sqrt{\alpha}\, S`
+  with :math:`S = G\, \mathrm{diag}(\phi)`. S is scaled down wherever its norm
+  would be more than 1.01 times that of the step before. APOLLO-Mini, and Fira
+  on two sides, have one φ for the whole matrix.
+
+  Args:
+    method: One of `METHODS`.
+    step: The leaf's arrays.
+
+  Returns:
+    Updates (..., m, n), and the norms of S.
+  """
+  direction, rate = _direction(step)
+  grad = _clean(step)
+  if method == "fira":
+    grad = grad - projection.lift(step.site.scale * step.low, step.bases)
+  whole = method == "apollo_mini" or len(step.site.sides) > 1
+  axis = (-2, -1) if whole else (-2,) if "left" in step.site.sides else (-1,)
+  phi = _norm(direction, axis) / (_norm(step.low, axis) + _EPS)
+  residual, norm = _limit(grad * phi, step.norm)
+  if method == "fira":
+    lifted = projection.lift(step.site.scale * step.new, step.bases)
+    return lifted + rate * residual, norm
+  return jnp.sqrt(step.site.scale) * rate * residual, norm
+
+
+def _direction(step: Step) -> tuple[jax.Array, Any]:
+  """The inner update without its gain, and the gain.
+
+  Where the gain is zero, as in the first step of a warm-up, the direction is
+  unknown, and zero is returned.
+  """
+  new = step.new.astype(jnp.promote_types(step.new.dtype, jnp.float32))
+  if step.gain is None:
+    return new, 1.0
+  rate = jnp.asarray(step.gain, new.dtype)
+  return jnp.where(rate == 0, 0, new / jnp.where(rate == 0, 1, rate)), rate
+
+
+def _clean(step: Step) -> jax.Array:
+  """The gradient, with 0 in place of matrices that are not finite.
+
+  Their projected gradients are 0 too.
+  """
+  grad = step.grad.astype(jnp.promote_types(step.grad.dtype, jnp.float32))
+  return jnp.where(jnp.isfinite(grad).all((-2, -1), keepdims=True), grad, 0)
+
+
+def _limit(
+  residual: jax.Array, last_norm: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Scales a residual down so that its norm grows by at most 1% a step.
+
+  After a residual of zero, the next one is not limited: from zero it would take
+  thousands of steps to grow.
+  """
+  norm = _norm(residual, (-2, -1))[..., 0, 0]
+  is_valid = jnp.isfinite(norm) & (norm > 0)
+  growth = jnp.maximum(norm / (last_norm + _EPS), _GROWTH) / _GROWTH
+  growth = jnp.where(is_valid & (last_norm > 0), growth, 1)
+  residual = jnp.where(is_valid[..., None, None], residual, 0)
+  new_norm = jnp.where(is_valid, norm / growth, last_norm)
+  return residual / growth[..., None, None], new_norm.astype(last_norm.dtype)
+
+
+def _norm(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+  """Norm along axes, which stay with size 1; its derivative at zero is zero."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  square = jnp.sum(x * x, axis=axis, keepdims=True)
+  positive = square > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
