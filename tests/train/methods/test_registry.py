@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -56,3 +57,28 @@ def test_the_help_has_a_line_for_every_method():
 def test_what_a_method_cannot_do_is_refused(name, settings, words):
   with pytest.raises(UserError, match=words):
     schema.override(presets.make("sotu_small", name), settings)
+
+
+@pytest.mark.parametrize(
+  "name", ["fira", "apollo", "apollo_mini", "q_apollo_mini", "gum", "ldadam"]
+)
+def test_methods_with_a_residual_of_their_own_refuse_the_option(name):
+  chosen = OptimizerConfig(name=name, residual="normalized")
+  with pytest.raises(UserError, match=rf"residual=normalized .*name={name}"):
+    registry.get(name).make(chosen, optax.constant_schedule(1e-3), None)
+
+
+@pytest.mark.parametrize("name", ["galore", "galore_8bit", "q_galore", "sumo"])
+@pytest.mark.parametrize("residual", ["normalized", "factored"])
+def test_the_residual_reaches_the_transformation(name, residual):
+  schedule = optax.constant_schedule(1e-3)
+  params = {"layers": {"kernel": jnp.zeros((8, 12))}, "norm": jnp.zeros(8)}
+  settings = {"name": name, "rank": 2, "residual_factor": 0.5}
+  make = lambda **more: registry.get(name).make(
+    OptimizerConfig(**settings, **more), schedule, None
+  )
+  kept = optax.tree.get(make(residual=residual).init(params), "recovery")
+  state = kept["layers/kernel"]
+  assert state.columns.shape == (12,)
+  assert (state.rows is None) == (residual == "normalized")
+  assert optax.tree.get(make().init(params), "recovery") is None
