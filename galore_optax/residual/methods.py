@@ -5,7 +5,6 @@ it. :mod:`.scaled` holds Fira and APOLLO, :mod:`.normalized` the two ways to
 add the residual divided by its own size.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,29 +14,12 @@ import optax
 from galore_optax import checks
 from galore_optax.inner import gain as gain_lib
 from galore_optax.residual import normalized, scaled
+from galore_optax.residual.step import Settings, Step
 from galore_optax.subspace import projection
 from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import plan
 
 METHODS = (*normalized.METHODS, *scaled.METHODS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What :func:`galore_optax.galore` is told about the residual.
-
-  Attributes:
-    method: One of `METHODS`.
-    factor: Factor on a normalized residual, possibly traced; None for 1.
-    decay: Decay of its mean square, possibly traced; None for 0.95.
-    orthonormal: Whether bases are stored in float32, so that they are
-      orthonormal.
-  """
-
-  method: str
-  factor: Any = None
-  decay: Any = None
-  orthonormal: bool = True
 
 
 def settings(
@@ -236,22 +218,10 @@ def lift(
   lifted, after = {}, {}
   for path, site in sites.items():
     grad = site.view.as_matrix(grads[path])
-    arrays = (grad, low[path], new[path], gain_of[path], bases[path])
+    step = Step(site, grad, low[path], new[path], gain_of[path], bases[path])
     if settings.method in normalized.METHODS:
-      update, after[path] = normalized.lift_leaf(
-        settings.method,
-        normalized.Step(
-          site,
-          *arrays,
-          settings.factor,
-          settings.decay,
-          settings.orthonormal,
-        ),
-        state[path],
-      )
+      update, after[path] = normalized.lift_leaf(settings, step, state[path])
     else:
-      update, after[path] = scaled.lift_leaf(
-        settings.method, scaled.Step(site, *arrays, state[path])
-      )
+      update, after[path] = scaled.lift_leaf(settings.method, step, state[path])
     lifted[path] = site.view.from_matrix(update)
   return lifted, after

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax import linalg
+from galore_optax.residual.step import Settings, Step
 from galore_optax.subspace import projection
 from galore_optax.tree import plan, sharding, slices
 
@@ -33,7 +34,7 @@ FACTOR, DECAY = 1.0, 0.95
 # A residual whose squares are below this fraction of the gradient's is rounding
 # noise: the identity above subtracts two numbers of float32, and bases are
 # orthonormal up to 1e-5. Divided by its own size, noise would become as large
-# as a step.
+# as a step. (Projected gradients in few bits are noisier, see `lift_leaf`.)
 _NOISE = 1e-4
 
 
@@ -53,35 +54,6 @@ class State(NamedTuple):
   columns: Any
   rows: Any
   weight: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """The arrays that one leaf's update is computed from.
-
-  Attributes:
-    site: The leaf's plan.
-    grad: Gradients (..., m, n).
-    low: Projected gradients R, as the inner optimizer saw them.
-    new: The inner optimizer's updates of them.
-    gain: The last factor of `new`, see :mod:`galore_optax.inner.gain`; None
-      for 1.
-    bases: The leaf's bases.
-    factor: Factor on the residual; None for 1.
-    decay: Decay of the means; None for 0.95.
-    orthonormal: Whether the bases, in float32, are orthonormal; in few bits
-      they are not.
-  """
-
-  site: plan.Site
-  grad: jax.Array
-  low: jax.Array
-  new: jax.Array
-  gain: Any
-  bases: projection.Bases
-  factor: Any
-  decay: Any
-  orthonormal: bool = True
 
 
 def start(method: str, site: plan.Site, like: Any) -> State:
@@ -116,7 +88,9 @@ def _is_right(site: plan.Site) -> bool:
   return site.sides == ("right",)
 
 
-def lift_leaf(method: str, step: Step, state: State) -> tuple[jax.Array, State]:
+def lift_leaf(
+  settings: Settings, step: Step, state: State
+) -> tuple[jax.Array, State]:
   r"""One leaf's update at full size, with the normalized residual in it.
 
   With the inner optimizer's direction N, the residual S of the gradient G, and
@@ -134,30 +108,26 @@ def lift_leaf(method: str, step: Step, state: State) -> tuple[jax.Array, State]:
   finite has no residual in this step, and leaves its means as they are.
 
   Args:
-    method: One of `METHODS`.
+    settings: The method and its numbers.
     step: The leaf's arrays.
     state: The means before the step.
 
   Returns:
     Updates (..., m, n), and the means after the step.
   """
-  site, dtype = step.site, step.grad.dtype
-  factor = FACTOR if step.factor is None else step.factor
-  decay = DECAY if step.decay is None else step.decay
+  site = step.site
+  factor = FACTOR if settings.factor is None else settings.factor
   gain = 1.0 if step.gain is None else step.gain
   run = _Matrices(
-    method == "factored",
-    step.orthonormal,
-    site,
-    factor * site.scale * jnp.asarray(gain, jnp.float32),
-    decay,
-    jnp.bfloat16 if dtype == jnp.bfloat16 else None,
+    factored=settings.method == "factored",
+    orthonormal=settings.orthonormal,
+    site=site,
+    rate=factor * site.scale * jnp.asarray(gain, jnp.float32),
+    decay=DECAY if settings.decay is None else settings.decay,
+    lift_dtype=step.grad.dtype if step.grad.dtype == jnp.bfloat16 else None,
+    noise=max(_NOISE, 2 * float(jnp.finfo(step.low.dtype).eps)),
   )
-  bases = {
-    side: jnp.broadcast_to(x, (*site.view.stack, *x.shape[-2:]))
-    for side, x in step.bases.items()
-  }
-  arrays = (step.grad, step.low, site.scale * step.new, bases, state)
+  arrays = (step.grad, step.low, site.scale * step.new, step.bases, state)
   if not site.one_by_one:
     return run(*arrays)
   return slices.map_stack(run, len(site.view.stack), *arrays)
@@ -174,6 +144,7 @@ class _Matrices:
     rate: Factor on the normalized residual, signed: that of the update.
     decay: Decay of the means.
     lift_dtype: Dtype of the operands of the lift; None for float32.
+    noise: Fraction of a column's squares below which its residual is noise.
   """
 
   factored: bool
@@ -182,6 +153,7 @@ class _Matrices:
   rate: Any
   decay: Any
   lift_dtype: Any
+  noise: float
 
   def __call__(
     self,
@@ -221,7 +193,7 @@ class _Matrices:
     """The column form, which needs no product but the lift."""
     whole = jnp.sum(grad * grad, axis)
     inside = self._inside(low, image, bases, axis)
-    energy, is_finite = _energy(whole, whole - inside, low.dtype)
+    energy, is_finite = _energy(whole, whole - inside, self.noise)
     state = self._decayed(state, is_finite, energy, None)
     scale = jnp.sqrt(self._freedom(axis)) * _inverse_root(
       state.columns / _weight(state)[..., None], energy > 0
@@ -245,7 +217,7 @@ class _Matrices:
     whole = jnp.sum(grad * grad, axis)
     rest = grad - projection.lift(low, bases)
     square = rest * rest
-    energy, is_finite = _energy(whole, jnp.sum(square, axis), low.dtype)
+    energy, is_finite = _energy(whole, jnp.sum(square, axis), self.noise)
     kept = jnp.expand_dims(energy > 0, axis)
     of_rows = jnp.sum(jnp.where(kept, square, 0), other)
     state = self._decayed(state, is_finite, energy, of_rows)
@@ -322,19 +294,18 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def _energy(
-  whole: jax.Array, outside: jax.Array, dtype: Any
+  whole: jax.Array, outside: jax.Array, noise: float
 ) -> tuple[jax.Array, jax.Array]:
   """Squares of the residual's columns, and which matrices are finite.
 
   Args:
     whole: Sum of the squares of each column of the gradient, (..., n).
     outside: The same of the residual.
-    dtype: Dtype of the projected gradients, whose rounding is noise.
+    noise: Fraction of `whole` below which `outside` is rounding noise.
 
   Returns:
     `outside`, with 0 where it is noise or not finite, and bool (...).
   """
-  noise = max(_NOISE, 2 * float(jnp.finfo(dtype).eps))
   is_finite = jnp.isfinite(jnp.sum(whole, -1))
   is_signal = (outside > noise * whole) & is_finite[..., None]
   return jnp.where(is_signal, outside, 0), is_finite

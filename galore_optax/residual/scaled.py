@@ -7,12 +7,12 @@ gradient, and limit how fast its norm grows. The state holds that norm: one
 number for each matrix.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from galore_optax.residual.step import Step
 from galore_optax.subspace import projection
 from galore_optax.tree import plan, sharding
 
@@ -22,30 +22,6 @@ METHODS = ("fira", "apollo", "apollo_mini")
 # that keeps quotients finite. Both are those of the papers' code.
 _GROWTH = 1.01
 _EPS = 1e-8
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """The arrays that one leaf's update is computed from.
-
-  Attributes:
-    site: The leaf's plan.
-    grad: Gradients (..., m, n).
-    low: Projected gradients R, as the inner optimizer saw them.
-    new: The inner optimizer's updates of them.
-    gain: The last factor of `new`, see :mod:`galore_optax.inner.gain`; None
-      for 1.
-    bases: The leaf's bases.
-    norm: Norm of each residual at the last step, 0 before the first.
-  """
-
-  site: plan.Site
-  grad: jax.Array
-  low: jax.Array
-  new: jax.Array
-  gain: Any
-  bases: projection.Bases
-  norm: jax.Array
 
 
 def start(site: plan.Site, like: Any) -> jax.Array:
@@ -65,7 +41,9 @@ def start(site: plan.Site, like: Any) -> jax.Array:
   )
 
 
-def lift_leaf(method: str, step: Step) -> tuple[jax.Array, jax.Array]:
+def lift_leaf(
+  method: str, step: Step, last_norm: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   r"""One leaf's update at full size, with the residual in it.
 
   With the inner optimizer's direction N of the projected gradient R, and
@@ -83,6 +61,7 @@ def lift_leaf(method: str, step: Step) -> tuple[jax.Array, jax.Array]:
   Args:
     method: One of `METHODS`.
     step: The leaf's arrays.
+    last_norm: Norm of each residual at the last step, 0 before the first.
 
   Returns:
     Updates (..., m, n), and the norms of S.
@@ -94,7 +73,7 @@ def lift_leaf(method: str, step: Step) -> tuple[jax.Array, jax.Array]:
   whole = method == "apollo_mini" or len(step.site.sides) > 1
   axis = (-2, -1) if whole else (-2,) if "left" in step.site.sides else (-1,)
   phi = _norm(direction, axis) / (_norm(step.low, axis) + _EPS)
-  residual, norm = _limit(grad * phi, step.norm)
+  residual, norm = _limit(grad * phi, last_norm)
   if method == "fira":
     lifted = projection.lift(step.site.scale * step.new, step.bases)
     return lifted + rate * residual, norm

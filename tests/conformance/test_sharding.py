@@ -321,6 +321,20 @@ def _gathered(text):
   return max(math.prod(map(int, shape.split(","))) for shape in found)
 
 
+@pytest.mark.parametrize("residual", ["normalized", "factored"])
+def test_given_shardings_residuals_are_added_one_by_one(residual):
+  """The update of each matrix is that of one device."""
+  spec = jax.P(None, "x")
+  where = {"w": jax.NamedSharding(_one_by_eight(), spec)}
+  make = functools.partial(
+    galore_adamw, 1e-2, rank=8, update_proj_gap=4, residual=residual
+  )
+  found, _ = _updates(make(param_shardings=where), spec)
+  wanted, _ = _updates(make(), jax.P())
+  for x, y in zip(found, wanted, strict=True):
+    cases.assert_close(x, y, 1e-4, 1e-5)
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_given_shardings_matrices_are_gathered_one_by_one(given):
   """The side is divided, so that low-rank updates have to be gathered."""

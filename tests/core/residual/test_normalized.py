@@ -202,8 +202,9 @@ def test_bad_gradients_neither_spread_nor_stay(proj_type, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rank", [3, 8])
-def test_rounding_noise_is_no_residual(rank, method):
+@pytest.mark.parametrize("rank", [3, 7, 8])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+def test_rounding_noise_is_no_residual(state_dtype, rank, method):
   """A basis that spans the gradient leaves nothing to be scaled up."""
   rng = np.random.default_rng(0)
   grads = [
@@ -211,6 +212,7 @@ def test_rounding_noise_is_no_residual(rank, method):
     for _ in range(5)
   ]
   options = {"rank": rank, "update_proj_gap": 1, "faithful": True}
+  options["state_dtype"] = state_dtype
   params = {"w": jnp.zeros((8, 12))}
   make = lambda method: normalized(
     optax.adam(RATE), **options, residual=method, residual_factor=None

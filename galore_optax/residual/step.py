@@ -1,0 +1,49 @@
+"""What the methods are told about the residual, and one leaf's arrays."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from galore_optax.subspace import projection
+from galore_optax.tree import plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What :func:`galore_optax.galore` is told about the residual.
+
+  Attributes:
+    method: Name of the method.
+    factor: Factor on a normalized residual, possibly traced; None for 1.
+    decay: Decay of its mean square, possibly traced; None for 0.95.
+    orthonormal: Whether bases are stored in float32, so that they are
+      orthonormal.
+  """
+
+  method: str
+  factor: Any = None
+  decay: Any = None
+  orthonormal: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """The arrays that one leaf's update is computed from.
+
+  Attributes:
+    site: The leaf's plan.
+    grad: Gradients (..., m, n).
+    low: Projected gradients R, as the inner optimizer saw them.
+    new: The inner optimizer's updates of them.
+    gain: The last factor of `new`, see :mod:`galore_optax.inner.gain`; None
+      for 1.
+    bases: The leaf's bases.
+  """
+
+  site: plan.Site
+  grad: jax.Array
+  low: jax.Array
+  new: jax.Array
+  gain: Any
+  bases: projection.Bases
