@@ -290,6 +290,12 @@ class SharedConfig:
         f" optimizer.name={self.optimizer.name}; use galore or fira, or"
         " optimizer.moments=rotate"
       )
+    residual = self.optimizer.residual
+    if residual != "none" and (method.by_optax or not method.projects):
+      raise UserError(
+        f"optimizer.residual={residual} is for GaLore's methods, not for"
+        f" optimizer.name={self.optimizer.name}; leave it at none"
+      )
     if method.factors and self.model.weights != "full":
       raise UserError(
         f"model.weights={self.model.weights} is for weights that are trained,"

@@ -73,6 +73,16 @@ class SharedOptimizerConfig:
     _check_fractions(self, fractions)
     free = ("clip", "weight_decay", "random_from", "residual_factor")
     check_above("optimizer", self, free, low=-1e-30)
+    for field in dataclasses.fields(self):
+      if (
+        self.residual == "none"
+        and field.name in ("residual_factor", "residual_decay")
+        and getattr(self, field.name) != field.default
+      ):
+        raise UserError(
+          f"optimizer.{field.name}={getattr(self, field.name)} has no meaning"
+          " for optimizer.residual=none; choose normalized or factored"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,9 @@ def test_the_help_has_a_line_for_every_method():
     ("lora", ["train.layerwise=true"], "use a GaLore method"),
     ("lora", ["model.weights=int8"], "qlora"),
     ("galore_lion", ["optimizer.moments=ldadam"], "use galore or fira"),
+    ("muon", ["optimizer.residual=normalized"], "for GaLore's methods"),
+    ("contrib_galore", ["optimizer.residual=factored"], "not for .*=contrib"),
+    ("galore", ["optimizer.residual_factor=2"], r"residual_factor=2.0 has no"),
   ],
 )
 def test_what_a_method_cannot_do_is_refused(name, settings, words):
@@ -73,11 +76,13 @@ def test_methods_with_a_residual_of_their_own_refuse_the_option(name):
 def test_the_residual_reaches_the_transformation(name, residual):
   schedule = optax.constant_schedule(1e-3)
   params = {"layers": {"kernel": jnp.zeros((8, 12))}, "norm": jnp.zeros(8)}
-  settings = {"name": name, "rank": 2, "residual_factor": 0.5}
+  settings = {"name": name, "rank": 2}
   make = lambda **more: registry.get(name).make(
     OptimizerConfig(**settings, **more), schedule, None
   )
-  kept = optax.tree.get(make(residual=residual).init(params), "recovery")
+  kept = optax.tree.get(
+    make(residual=residual, residual_factor=0.5).init(params), "recovery"
+  )
   state = kept["layers/kernel"]
   assert state.columns.shape == (12,)
   assert (state.rows is None) == (residual == "normalized")
