@@ -4,6 +4,7 @@ The tests run small programs a few times, and most of their time would go into
 optimizing them. `XLA_FLAGS= pytest` compiles them as users do.
 """
 
+import gc
 import importlib.metadata
 import os
 
@@ -21,6 +22,12 @@ def quick_flags() -> str:
 
 
 os.environ.setdefault("XLA_FLAGS", quick_flags())
+# Operations of a compiled program need no line numbers here.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
+# Tracing makes a great many small objects that live for long; looking through
+# all of them every few hundred takes a twentieth of the run.
+gc.set_threshold(100_000, 20, 50)
 
 import jax  # noqa: E402
 

@@ -111,6 +111,7 @@ def is_missing(package):
   return importlib.util.find_spec(package) is None
 
 
+@pytest.mark.slow  # `.ci/run` runs it by itself
 @pytest.mark.parametrize("page", WALKS, ids=lambda page: NAMES[page])
 def test_commands_run_in_the_order_of_the_page(page, tmp_path):
   work, binaries = tmp_path / "work", tmp_path / "bin"

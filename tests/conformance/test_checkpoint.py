@@ -76,6 +76,23 @@ _FORMATS = {
 }
 
 
+# One format of each library; the others with `-m slow`.
+_QUICK = ("v0 Standard", "v1", "msgpack")
+
+
+def _forms(*names):
+  """Formats as parameters of a test."""
+  slow = lambda name: () if name in _QUICK else pytest.mark.slow
+  return pytest.mark.parametrize(
+    "form", [pytest.param(name, marks=slow(name)) for name in names]
+  )
+
+
+_every_form = _forms(*_FORMATS)
+# `flax.serialization` restores no types and no shardings.
+_every_orbax_form = _forms(*(x for x in _FORMATS if x != "msgpack"))
+
+
 def _target(tx, shardings=None, name=cases.CONTROL):
   """The state's types, on one device or as given."""
   params, _ = cases.problem(name=name)
@@ -90,7 +107,7 @@ def _target(tx, shardings=None, name=cases.CONTROL):
 
 
 @every_layout
-@pytest.mark.parametrize("form", _FORMATS)
+@_every_form
 def test_round_trip(name, form, tmp_path):
   """With a bias in the tree, for which the state holds no empty arrays."""
   tx = cases.make(name)
@@ -113,7 +130,7 @@ def test_training_goes_on_after_a_restore(name, tmp_path):
   cases.assert_equal((params, state), wanted)
 
 
-@pytest.mark.parametrize("form", [x for x in _FORMATS if x != "msgpack"])
+@_every_orbax_form
 def test_leaves_of_unusual_kinds(form, tmp_path):
   """int8 and int4 codes and typed keys of an inner optimizer."""
   tx = galore(inner_optimizers.momentum_in_codes(), rank=2)
@@ -135,7 +152,7 @@ def _shardings(tx, mesh, name):
 
 
 @every_layout
-@pytest.mark.parametrize("form", [x for x in _FORMATS if x != "msgpack"])
+@_every_orbax_form
 def test_restore_onto_a_different_mesh(name, form, tmp_path):
   tx = cases.make(name)
   state = _state(tx, name)

@@ -18,6 +18,7 @@ from tests.conformance.cases import (
   every,
   every_galore,
   every_layout,
+  every_of_arrays,
   every_public,
 )
 
@@ -114,7 +115,7 @@ def test_cond_takes_or_leaves_an_update(name):
   cases.assert_equal(maybe(False, *given)[1], given[1])
 
 
-@every
+@every_of_arrays
 def test_without_jit(name):
   tx, given, expected = _first(name)
   with jax.disable_jit():
@@ -150,7 +151,7 @@ def test_shard_map_with_replicated_state(name):
   cases.assert_close(found, expected, rtol=1e-4)
 
 
-@every_layout
+@every
 def test_vmap_over_an_ensemble_equals_a_loop(name):
   tx, update = cases.built(name)
   params, grads = cases.problem(name=name)

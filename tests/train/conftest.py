@@ -1,6 +1,7 @@
 """Tiny models and texts, and the training steps compiled on them once."""
 
 import dataclasses
+import functools
 import random
 from typing import Any
 
@@ -55,6 +56,35 @@ def rows():
   return (start + jax.numpy.arange(17)) % 50
 
 
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+  """One device, as on a user's machine; every program compiled once.
+
+  For runs that are made again: also subprocesses find the compiled programs.
+  """
+  found, cache = jax.devices, str(tmp_path_factory.mktemp("compiled"))
+  variables = {
+    "jax_compilation_cache_dir": cache,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in variables}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "devices", lambda *names: found(*names)[:1])
+    for name, value in variables.items():
+      jax.config.update(name, value)
+      patch.setenv(name.upper(), str(value))
+    yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@functools.cache
+def weights(model: schema.ModelConfig) -> dict:
+  """Fresh weights of a model, on the host; drawing them compiles slowly."""
+  return jax.device_get(jax.jit(lambda: llama.init(model, 0))())
+
+
 @dataclasses.dataclass
 class Trainer:
   """A tiny model on a mesh, with its compiled steps."""
@@ -66,9 +96,18 @@ class Trainer:
   eval_step: Any
   model: schema.ModelConfig = TINY
 
-  def init(self, seed: int = 0) -> train_step_lib.TrainState:
+  @functools.cached_property
+  def fresh(self) -> train_step_lib.TrainState:
+    """The initial state, on the host."""
     with jax.set_mesh(self.mesh):
-      return train_step_lib.init_state(self.tx, self.abstract, seed)
+      return jax.device_get(
+        train_step_lib.init_state(
+          self.tx, self.abstract, 0, weights(self.model)
+        )
+      )
+
+  def init(self) -> train_step_lib.TrainState:
+    return jax.device_put(self.fresh, self.abstract.shardings)
 
   def put(self, array) -> jax.Array:
     return mesh_lib.put_batch(

@@ -24,6 +24,8 @@ from train.pretrained import (
 )
 from train.run import history, loop, metrics, signals
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 DEVICES = jax.devices()
 SMALL = {
   "data.batch": 4,
@@ -44,24 +46,11 @@ MNLI = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device(tmp_path_factory):
-  """One device, as on a user's machine; every program compiled once."""
-  found, cache = jax.devices, str(tmp_path_factory.mktemp("compiled"))
-  names = {
-    "jax_compilation_cache_dir": cache,
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in names}
+def undrawn():
+  """Drawing is slow, and has a test of its own."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "devices", lambda *kinds: found(*kinds)[:1])
-    # Drawing is slow, and has a test of its own.
     patch.setattr(finetune.plot, "draw", lambda out, title: out / title)
-    for name, value in names.items():
-      jax.config.update(name, value)
     yield
-  for name, value in before.items():
-    jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +216,7 @@ def test_a_stopped_run_continues_with_the_same_numbers(
   assert losses(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_regression_with_lora_trains_only_adapters_and_head(bert, tmp_path):
   data = files.write_glue(tmp_path / "data", "stsb", train=12)
   found = run("stsb", bert, data, tmp_path / "run", "lora", task__epochs=1)
@@ -249,6 +239,7 @@ def test_regression_with_lora_trains_only_adapters_and_head(bert, tmp_path):
   assert not np.array_equal(kernel(start), kernel(trained))
 
 
+@pytest.mark.slow
 def test_a_roberta_classifies_pairs_with_lora(roberta, tmp_path):
   data = files.write_glue(tmp_path / "data", "mrpc", train=32)
   found = run("mrpc", roberta, data, tmp_path / "run", "lora", task__epochs=4)
@@ -438,6 +429,7 @@ def test_tokens_without_an_embedding_are_refused(
   assert "'<|im_end|>'" in error and f"{300:,} rows" in error
 
 
+@pytest.mark.slow
 def test_8_bit_weights_are_exported_in_the_dtype_of_the_rest(
   mnli, bert, tmp_path
 ):

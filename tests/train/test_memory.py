@@ -50,11 +50,11 @@ def test_figures_add_up(cpu, capsys):
 
 def test_methods_side_by_side(cpu, capsys, tmp_path):
   picture = tmp_path / "bars.png"
-  argv = [*TINY, "--method=galore,q_galore", "--target=cpu", "--layerwise"]
+  argv = [*TINY, "--method=galore,adamw", "--target=cpu", "--layerwise"]
   memory.main([*argv, f"--plot={picture}"])
   text = capsys.readouterr().out
   assert "llama_9m, galore, layer by layer, 1 x 16 tokens" in text
-  assert "llama_9m, q_galore, layer by layer" in text
+  assert "llama_9m, adamw, layer by layer" in text
   assert "nothing was\nexecuted" in text.replace(" executed", "\nexecuted")
   assert picture.stat().st_size > 5000
 

@@ -9,6 +9,8 @@ from train.common.errors import UserError
 from train.data import prefetch
 from train.run import metrics
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):

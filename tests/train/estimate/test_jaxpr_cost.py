@@ -81,7 +81,12 @@ def test_a_product_cannot_write_over_its_operands():
 
 
 @pytest.mark.parametrize(
-  "vocab_size, remat", [(512, "none"), (512, "full"), (4096, "dots")]
+  "vocab_size, remat",
+  [
+    (512, "none"),
+    pytest.param(512, "full", marks=pytest.mark.slow),
+    pytest.param(4096, "dots", marks=pytest.mark.slow),
+  ],
 )
 def test_activations_are_close_to_the_compilers_buffers(vocab_size, remat):
   changes = {"vocab_size": vocab_size, "remat": remat, "d_model": 64}

@@ -120,7 +120,12 @@ def gradient(config):
 
 
 @pytest.mark.parametrize(
-  "how", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}]
+  "how",
+  [
+    pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+    {"remat": "dots"},
+    pytest.param({"unroll": 2}, marks=pytest.mark.slow),
+  ],
 )
 def test_remat_and_unroll_do_not_change_the_gradient(how):
   """Nor the dropout masks."""

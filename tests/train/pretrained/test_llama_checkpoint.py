@@ -202,7 +202,7 @@ def run(trainer, tmp_path_factory):
   config = schema.Config("tiny", model=TINY)
   run_dir.write_config(out, config, overwrite=False)
   (out / "tokenizer.json").write_text(TEXT)
-  state = trainer.init(seed=5)
+  state = trainer.init()
   saver = checkpoint.Checkpoints(out, keep=1)
   with jax.set_mesh(trainer.mesh):
     saver.save(state, checkpoint.Progress(1.0, None))
@@ -240,7 +240,7 @@ def test_a_run_with_int8_weights_is_exported_dequantized(tmp_path):
   small = make_trainer(
     "adamw", 1, model=dataclasses.replace(TINY, weights="int8")
   )
-  state = small.init(seed=5)
+  state = small.init()
   config = schema.Config("tiny", model=small.model)
   run_dir.write_config(tmp_path / "run", config, overwrite=False)
   (tmp_path / "run" / "tokenizer.json").write_text(TEXT)

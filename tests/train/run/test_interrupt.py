@@ -26,6 +26,8 @@ from train.run import checkpoint, loop, metrics
 from train.run.run_dir import FOLDER
 from train.step import optimizer, train_step
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = pathlib.Path(__file__).parents[3]
 SETTINGS = {
   "data.length": 16,
@@ -57,28 +59,8 @@ def flags(text_file, tmp_path_factory):
   return [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def setting(tmp_path_factory):
-  """One device, as on a user's machine; every program compiled once."""
-  found, cache = jax.devices, str(tmp_path_factory.mktemp("compiled"))
-  variables = {
-    "jax_compilation_cache_dir": cache,
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in variables}
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "devices", lambda *names: found(*names)[:1])
-    for name, value in variables.items():
-      jax.config.update(name, value)
-      patch.setenv(name.upper(), str(value))  # for the subprocesses
-    yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
-def whole(setting, flags, tmp_path_factory):
+def whole(flags, tmp_path_factory):
   """The run that nothing happens to."""
   out = tmp_path_factory.mktemp("whole") / "run"
   assert pretrain.main(["--out", str(out), *flags]) == 0
@@ -134,7 +116,10 @@ def drive(harm, argument, out, flags, *before):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "number",
+  [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM],
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
   number, flags, whole, tmp_path, monkeypatch, capsys
 ):

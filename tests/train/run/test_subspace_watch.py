@@ -42,13 +42,12 @@ def measured(trainer, whole, rows):
   state, found = trainer.init(), []
   with jax.set_mesh(trainer.mesh):
     batch = trainer.put(rows)
+    loss = lambda p: train_step.token_losses(
+      trainer.abstract.graphdef, p, batch
+    ).sum()
+    gradient = jax.jit(jax.grad(loss))
     for index in range(7):
-      exact = jax.grad(
-        lambda p: train_step.token_losses(
-          trainer.abstract.graphdef, p, batch
-        ).sum()
-      )(state.params)
-      exact = jax.device_get(exact)
+      exact = jax.device_get(gradient(state.params))
       before = watcher.before(state, batch)
       state, _ = trainer.train_step(state, batch)
       values = watcher.values(jax.device_get(watcher.after(before, state)))
@@ -104,6 +103,7 @@ def test_measurements_are_rare_by_default(trainer, whole):
   assert due[0] == 0 and 10 < len(due) <= 1000 / subspace_watch.RARE + 1
 
 
+@pytest.mark.slow
 def test_quantized_weights_are_measured_as_the_model_reads_them(whole, rows):
   model = dataclasses.replace(TINY, weights="int8")
   trainer = make_trainer("q_galore", devices=1, model=model)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.train.conftest import TINY
+from tests.train.conftest import TINY, weights
 from train import hf, pretrain
 from train.common.errors import UserError
 from train.config import presets, schema
@@ -26,6 +26,8 @@ from train.step import adapters, optimizer
 from train.step import train_step as train_step_lib
 
 NAMES = ("lora", "qlora", "relora", "low_rank")
+# What tests try of them; the others with `-m slow`.
+QUICK = ("lora", "relora")
 FIELDS = {
   "learning_rate": 1e-2,
   "rank": 4,
@@ -48,7 +50,9 @@ class Trainer:
   @functools.cached_property
   def fresh(self):
     with jax.set_mesh(self.mesh):
-      state = train_step_lib.init_state(self.tx, self.abstract, 0)
+      state = train_step_lib.init_state(
+        self.tx, self.abstract, 0, weights(TINY)
+      )
       where = jax.tree.map(lambda x: x.sharding, state)
       return jax.device_get(state), where
 
@@ -95,7 +99,11 @@ def same(x, y):
 
 
 @pytest.mark.parametrize(
-  "name", [*NAMES[:3], pytest.param("low_rank", marks=pytest.mark.slow)]
+  "name",
+  [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in NAMES
+  ],
 )
 def test_training_learns_in_one_program(name, rows):
   here = trainer(name)
@@ -253,12 +261,6 @@ def flags(text_file, tmp_path_factory):
   return [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-  found = jax.devices
-  monkeypatch.setattr(jax, "devices", lambda *names: found(*names)[:1])
-
-
 def losses_in(out):
   records = metrics.read(out / metrics.FILE)
   return [(r["step"], r["loss"]) for r in records if "loss" in r]
@@ -278,7 +280,8 @@ def arrays_in(out, chosen):
   return jax.device_get(state), parts
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["relora", "qlora"])
 def test_a_run_goes_on_bit_by_bit_and_goes_out(
   name, flags, one_device, tmp_path, capsys
 ):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import galore_optax
-from tests.train.conftest import TINY, make_trainer
+from tests.train.conftest import TINY, make_trainer, weights
 from train.config import schema
 from train.methods import leaves, registry, transforms
 from train.models import llama
@@ -43,7 +43,11 @@ def test_training_learns_consumes_its_state_and_compiles_once(trainer, rows):
 
 
 def test_a_seed_makes_the_same_weights_and_another_makes_others(trainer):
-  one, same, other = (trainer.init(seed).params for seed in (0, 0, 1))
+  one, other = (
+    train_step.init_state(trainer.tx, trainer.abstract, seed).params
+    for seed in (0, 1)
+  )
+  same = weights(TINY)
   kernel = "layers", "attn", "q", "kernel"
   pick = functools.partial(functools.reduce, lambda tree, name: tree[name])
   assert (pick(kernel, one) == pick(kernel, same)).all()
@@ -196,13 +200,11 @@ def test_the_computation_is_in_bfloat16_and_the_weights_keep_their_dtype(
 MESHES = {"data": (1, 1), "fsdp": (8, 1), "tensor": (1, 4), "mixed": (2, 2)}
 
 
-# A mixed mesh divides over data and tensor axes, too.
+# A mixed mesh divides over all three axes; the others with `-m slow`.
 @pytest.mark.parametrize(
   "name",
   [
-    pytest.param("data", marks=pytest.mark.slow),
-    "fsdp",
-    pytest.param("tensor", marks=pytest.mark.slow),
+    *(pytest.param(x, marks=pytest.mark.slow) for x in list(MESHES)[:3]),
     "mixed",
   ],
 )
@@ -257,10 +259,22 @@ def params():
   return llama.init(TINY, 0)
 
 
-# On a bowl in the space of the model's own parameters: the paths decide what
-# is projected, and a step compiles in no time.
-@pytest.mark.parametrize("name", registry.METHODS)
+# One method of each kind of state; the others with `-m slow`.
+QUICK = ("adamw", "muon", "lora", "galore", "q_galore", "fira", "apollo", "gum")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in registry.METHODS
+  ],
+)
 def test_every_optimizer_goes_downhill(name, params):
+  """On a bowl in the space of the model's own parameters.
+
+  The paths decide what is projected, and a step compiles in no time.
+  """
   rate = {"sgd": 0.1, "galore_sgd": 0.1}.get(name, 1e-2)
   chosen = schema.OptimizerConfig(
     name=name, learning_rate=rate, rank=8, update_proj_gap=2, scale=1.0
