@@ -16,6 +16,8 @@ import jax
 import optax
 from jax.extend import core
 
+from galore_optax.tree import sharding
+
 Value = TypeVar("Value")
 
 # Calls whose operands are those of the jaxpr they hold.
@@ -147,7 +149,13 @@ def _called(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
 
 
 def bind(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list[Any]:
-  """Carries an operation out on arrays."""
+  """Carries an operation out on arrays.
+
+  It may have been traced for arrays that vary over other axes of `shard_map`.
+  """
+  if eqn.primitive.name == "pvary":
+    return list(arrays)
+  arrays = sharding.vary_together(list(arrays))
   out = eqn.primitive.bind(*arrays, **eqn.params)
   return list(out) if eqn.primitive.multiple_results else [out]
 

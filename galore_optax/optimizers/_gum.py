@@ -173,6 +173,7 @@ def gum(
 def _check(sampled: Any, refresh: Any, rules: Any) -> None:
   checks.check_choice("refresh", refresh.policy, POLICIES)
   options_lib.check_finder("gum", refresh)
+  options_lib.check_no_burst("gum", refresh)
   if refresh.moments != "rotate" or refresh.random_from is not None:
     raise ValueError(
       "`gum` starts its momentum from zero in each period and rotates it "

@@ -311,6 +311,7 @@ def ldadam(
 def _check_refresh(refresh: Refresh) -> None:
   checks.check_choice("refresh", refresh.policy, POLICIES)
   options_lib.check_finder("ldadam", refresh)
+  options_lib.check_no_burst("ldadam", refresh)
   if refresh.moments != "ldadam" or refresh.random_from is not None:
     raise ValueError(
       '`ldadam` carries moments over by Refresh(moments="ldadam") into bases '

@@ -245,7 +245,9 @@ class Sampled:
       )
 
     wide = jnp.promote_types(momentum.dtype, jnp.float32)
-    start = (jnp.zeros_like(momentum, wide), momentum)
+    start, _ = sharding.vary_together(
+      ((jnp.zeros_like(momentum, wide), momentum), read(held[0]))
+    )
     return jax.lax.fori_loop(0, len(momentum), one, start)
 
 

@@ -109,6 +109,21 @@ def plan_of(rules: plan.Rules, options: GaLoreOptions) -> plan.Plan:
   return plan.Plan(tuple(rules), default, partitions=partitions)
 
 
+def check_no_burst(recipe_name: str, refresh: Any) -> None:
+  """Raises where a recipe needs its bases in the step of their gradient.
+
+  Args:
+    recipe_name: Name of the recipe, for the message.
+    refresh: Its option `refresh`, with the defaults filled in.
+  """
+  if refresh.burst is not None:
+    raise ValueError(
+      f"`{recipe_name}` uses a basis in the step in which it is found, and "
+      f"`burst` only in the step after it, got burst={refresh.burst!r}. Leave "
+      "it out."
+    )
+
+
 def check_finder(recipe_name: str, refresh: Any) -> None:
   """Raises if bases are random in a recipe that updates in the subspace.
 

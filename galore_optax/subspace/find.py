@@ -1,6 +1,7 @@
 """Finds the basis of a gradient's dominant subspace, or a random basis."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,7 @@ def gram(g: jax.Array, basis: jax.Array, side: str) -> jax.Array:
 def iterate(
   gram_of: Callable[[jax.Array], jax.Array],
   old: jax.Array,
-  iterations: jax.Array,
+  iterations: Any,
 ) -> tuple[jax.Array, jax.Array]:
   r"""Subspace iteration from a basis, with a shifted Gram operator.
 
@@ -157,7 +158,8 @@ def iterate(
   Args:
     gram_of: From a basis to its image, see :func:`gram`.
     old: The present basis.
-    iterations: Number of iterations, int32 scalar.
+    iterations: Number of iterations; if it is traced, there is no reverse-mode
+      differentiation.
 
   Returns:
     The basis, and whether the gradient was finite and non-zero. If it was not,
@@ -173,8 +175,17 @@ def iterate(
     valid &= (size > 0) & jnp.isfinite(size)
     return linalg.orthonormalize(y + _GRAM_SHIFT * basis), valid
 
-  start = (old.astype(jnp.float32), jnp.bool_(True))
-  new, valid = jax.lax.fori_loop(0, iterations, once, start)
+  basis = old.astype(jnp.float32)
+  # True, and in `shard_map` as varying over devices as the basis.
+  start = basis, jnp.isfinite(jnp.sum(basis))
+  if isinstance(iterations, jax.core.Tracer):
+    rounds = iterations.astype(jnp.int32)
+  else:
+    rounds = int(iterations)
+  if isinstance(rounds, int) and rounds == 1:
+    new, valid = once(0, start)
+  else:
+    new, valid = jax.lax.fori_loop(0, rounds, once, start)
   return _new_or_old(valid, new, old)
 
 

@@ -18,7 +18,7 @@ from galore_optax.subspace import find as find_lib
 from galore_optax.subspace import moments as moments_lib
 from galore_optax.subspace import projection, refresh_groups
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree import plan, slices, split
+from galore_optax.tree import plan, sharding, slices, split
 
 # What a refresh changes, by the path of the leaf.
 _Slots = dict[str, refresh_groups.Slot]
@@ -215,6 +215,25 @@ def due(
   return low, high
 
 
+def _is_due(run: _Pass, numbers: jax.Array, gap: Any) -> jax.Array:
+  r"""Whether each of some matrices is due, bool (count,).
+
+  In a burst, matrix i of N is due at the first steps of all and where
+  :math:`(t - \lfloor i T / N \rfloor) \bmod T` is less than the burst's length.
+  """
+  step, settings = run.context.step, run.settings
+  if settings.burst is None:
+    low, high = due(settings.policy, step, gap, run.total)
+    return (low <= numbers) & (numbers < high)
+  gap = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
+  burst: Any = jnp.asarray(settings.burst).astype(jnp.int32)
+  phases = jnp.zeros_like(numbers)
+  if settings.policy != "synchronous":
+    phases = jax.lax.div(numbers * gap, jnp.asarray(run.total, jnp.int32))
+  since = jnp.mod(step - phases, gap)
+  return (step < burst) | (since < burst)
+
+
 def _refresh_group(
   run: _Pass,
   group: refresh_groups.Group,
@@ -230,13 +249,14 @@ def _refresh_group(
   names = [site.path for site in group.members]
   # A basis is a constant of differentiation, as it is between refreshes.
   flat_grads = {p: slices.flat(jax.lax.stop_gradient(grads[p])) for p in names}
+  flat_grads, of_group = sharding.vary_together(
+    (flat_grads, {p: slots[p] for p in names})
+  )
 
   def refresh_matrix(unit: jax.Array, flat: _Slots) -> _Slots:
     return _refresh_matrix(run, group, unit, flat_grads, flat)
 
-  return _loop_over_due(
-    run, group, refresh_matrix, {p: slots[p] for p in names}
-  )
+  return _loop_over_due(run, group, refresh_matrix, of_group)
 
 
 def _loop_over_due(
@@ -248,32 +268,16 @@ def _loop_over_due(
   """Calls `refresh_matrix` on the matrices of a group that are due, in a loop.
 
   Stacks are flattened inside of the branch that is taken: an output of a branch
-  that changes shape outside of it would not be written in place.
+  that changes shape outside of it would not be written in place. The number of
+  rounds is fixed, because reverse-mode differentiation needs it to be.
   """
-
-  def loop(low: Any, high: Any, body: Callable, slots: _Slots) -> _Slots:
-    flat = {path: _flat_slot(slot) for path, slot in slots.items()}
-    flat = jax.lax.fori_loop(low, high, body, flat)
-    return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, slots)
-
-  policy, context = run.settings.policy, run.context
-  low, high = due(policy, context.step, group.members[0].gap, run.total)
-  numbers = _numbers(run, group)
-  if policy != "adaptive" and not context.is_one_layer:
-    # Sorted by number, the matrices that are due are next to each other.
-    low, high = (jnp.sum(numbers < x, dtype=jnp.int32) for x in (low, high))
-    return jax.lax.cond(
-      (low < high) & context.active,
-      functools.partial(loop, low, high, refresh_matrix),
-      lambda slots: slots,
-      slots,
-    )
-  if policy == "adaptive":
+  context = run.context
+  if run.settings.policy == "adaptive":
     schedules = [x.flat() for _, _, x in slots.values() if x is not None]
     is_due = jnp.concatenate([x.due(context.step) for x in schedules])
     is_due = is_due[group.permutation]
   else:
-    is_due = (low <= numbers) & (numbers < high)
+    is_due = _is_due(run, _numbers(run, group), group.members[0].gap)
 
   def refresh_if_due(unit: jax.Array, flat: _Slots) -> _Slots:
     return jax.lax.cond(
@@ -283,11 +287,16 @@ def _loop_over_due(
       flat,
     )
 
+  def loop(slots: _Slots) -> _Slots:
+    flat = {path: _flat_slot(slot) for path, slot in slots.items()}
+    if group.count == 1:
+      flat = refresh_matrix(jnp.int32(0), flat)
+    else:
+      flat = jax.lax.fori_loop(0, group.count, refresh_if_due, flat)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, slots)
+
   return jax.lax.cond(
-    jnp.any(is_due) & context.active,
-    functools.partial(loop, 0, group.count, refresh_if_due),
-    lambda slots: slots,
-    slots,
+    jnp.any(is_due) & context.active, loop, lambda slots: slots, slots
   )
 
 
@@ -432,9 +441,7 @@ def _find(
     return with_gradient(find_lib.svd_basis, old)
   iterations: Any = settings.iterations
   return find_lib.iterate(
-    lambda basis: with_gradient(find_lib.gram, basis),
-    old,
-    jnp.asarray(iterations).astype(jnp.int32),
+    lambda basis: with_gradient(find_lib.gram, basis), old, iterations
   )
 
 

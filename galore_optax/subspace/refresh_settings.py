@@ -36,7 +36,18 @@ class Refresh:
       iteration, starting from the last basis. `svd`: the leading singular
       vectors, exactly. `random`: drawn every T steps from a seed, and only the
       seed is stored; for `residual="apollo"` or `"apollo_mini"`.
-    iterations: Subspace iterations of a refresh; 2 by default.
+    iterations: Subspace iterations of a refresh; 2 by default, 1 in a burst.
+    burst: Number of successive steps that a refresh takes, each of which makes
+      one subspace iteration with its own gradient,
+
+      .. math::
+
+        P_{t+1} = \mathrm{orth}(Y_t / \|Y_t\|_F + \epsilon P_t), \quad
+          Y_t = G_t G_t^\top P_t,
+
+      after its update, so that the new basis is used from the next step on. A
+      matrix is due every T steps, and at the first steps of all. None (the
+      default): a refresh takes place within one step, before its update.
     moments: What happens to the moments at a refresh. `rotate` (the default):
       they are carried into the new basis by :math:`C = P_{new}^\top P_{old}`,
       :math:`\mu \leftarrow C \mu` and :math:`\nu \leftarrow (C \circ C) \nu`.
@@ -99,17 +110,20 @@ class Refresh:
   random_from: ArrayLike | None = None
   adaptive: Adaptive | None = None
   share: bool = True
+  burst: ArrayLike | None = None
 
   def __post_init__(self):
     """Refuses values out of range, and fields that contradict each other."""
     checks.check_choice("policy", self.policy, POLICIES)
     checks.check_choice("finder", self.finder, find.METHODS)
     checks.check_choice("moments", self.moments, MOMENTS)
-    _check_iterations(self.iterations)
+    _check_whole("iterations", self.iterations)
+    _check_whole("burst", self.burst)
     checks.check_not_negative("null_tolerance", self.null_tolerance)
     checks.check_number("random_from", self.random_from)
     if not isinstance(self.share, bool):
       raise TypeError(f"`share` must be True or False, got {self.share!r}.")
+    _check_burst(self)
     _check_adaptive(self)
     _check_random(self)
     _check_random_from(self)
@@ -134,6 +148,8 @@ class Refresh:
     """This refresh with the fields that are None taken from `defaults`."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     chosen = {k: v for k, v in fields.items() if v is not None}
+    if self.burst is not None:
+      chosen |= {"iterations": 1}
     return dataclasses.replace(defaults, **chosen)
 
 
@@ -141,12 +157,39 @@ def _is_traced(value: Any) -> TypeGuard[jax.core.Tracer]:
   return isinstance(value, jax.core.Tracer)
 
 
-def _check_iterations(iterations: Any) -> None:
-  checks.check_positive("iterations", iterations)
-  if iterations is None or _is_traced(iterations):
+def _check_whole(name: str, number: Any) -> None:
+  checks.check_positive(name, number)
+  if number is None or _is_traced(number):
     return
-  if iterations % 1:
-    raise ValueError(f"`iterations` must be a whole number, got {iterations}.")
+  if number % 1:
+    raise ValueError(f"`{name}` must be a whole number, got {number}.")
+
+
+def _check_burst(refresh: Refresh) -> None:
+  """Refuses what a refresh of several steps does not go with."""
+  if refresh.burst is None:
+    return
+  if _is_traced(refresh.iterations) or refresh.iterations not in (None, 1):
+    raise ValueError(
+      "Each step of a `burst` makes one subspace iteration, got "
+      f"iterations={refresh.iterations!r}. Leave it out, or make the burst "
+      "longer."
+    )
+  reasons = {
+    "policy": ("adaptive", "compares the bases before and after one step"),
+    "finder": ("svd", "needs no second step"),
+  }
+  for name, (refused, why) in reasons.items():
+    if getattr(refresh, name) == refused:
+      raise ValueError(
+        f"`burst` makes a refresh of several steps, and {name}={refused!r} "
+        f"{why}. Leave one of the two out."
+      )
+  if refresh.finder == "random" or refresh.random_from is not None:
+    raise ValueError(
+      "`burst` follows the gradients of several steps, which random bases do "
+      "not. Leave one of the two out."
+    )
 
 
 def _check_adaptive(refresh: Refresh) -> None:
@@ -254,9 +297,14 @@ def faithful(refresh: Refresh) -> Refresh:
         f"`faithful=True` means Refresh({name}={wanted!r}), got "
         f"{name}={value!r}. Leave one of the two out."
       )
-  if refresh.random_from is not None:
-    raise ValueError(
-      "`random_from` draws random bases from a step on, which faithful=True "
-      "does not go with. Leave one of the two out."
-    )
+  others = {
+    "random_from": "draws random bases from a step on",
+    "burst": "makes a refresh of several steps",
+  }
+  for name, does in others.items():
+    if getattr(refresh, name) is not None:
+      raise ValueError(
+        f"`{name}` {does}, which faithful=True does not go with. Leave one of "
+        "the two out."
+      )
   return dataclasses.replace(refresh, **fields)

@@ -130,6 +130,28 @@ def with_auto_axes(update: Callable) -> Callable:
   return wrapped
 
 
+def vary_together(tree: Any) -> Any:
+  """Makes all arrays vary over the same axes of `shard_map`.
+
+  A loop's carry and the branches of a conditional must have fixed types, and
+  inside of `shard_map` a type says over which mesh axes an array varies.
+
+  Args:
+    tree: Pytree of arrays.
+
+  Returns:
+    The same arrays, each varying over all axes that any of them varies over.
+  """
+  axes_of = lambda x: jax.typeof(x).manual_axis_type.varying
+  union = frozenset().union(*map(axes_of, jax.tree.leaves(tree)))
+
+  def vary(x: jax.Array) -> jax.Array:
+    missing = tuple(sorted(union - axes_of(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(vary, tree) if union else tree
+
+
 def run_auto(f: Callable, like: Any, *args: Any) -> Any:
   """Calls a function with Auto axes, whatever the axes of its arguments.
 

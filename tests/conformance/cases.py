@@ -24,6 +24,7 @@ import pytest
 
 from galore_optax import (
   GaLoreState,
+  Refresh,
   adamw_8bit,
   apollo_mini_adamw,
   chain,
@@ -164,6 +165,9 @@ OPTIMIZERS = {
   "faithful": _alias(galore_adamw, _adamw, weight_decay=DECAY, faithful=True),
   "two-sided": _alias(
     galore_adamw, _adamw, weight_decay=DECAY, proj_type="full"
+  ),
+  "burst": _alias(
+    galore_adamw, _adamw, weight_decay=DECAY, refresh=Refresh(burst=2)
   ),
   "fira": _alias(galore_adamw, _adamw, weight_decay=DECAY, residual="fira"),
   "factored": _alias(

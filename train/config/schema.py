@@ -296,6 +296,12 @@ class SharedConfig:
         f"optimizer.residual={residual} is for GaLore's methods, not for"
         f" optimizer.name={self.optimizer.name}; leave it at none"
       )
+    burst = self.optimizer.burst
+    if burst and (method.by_optax or not method.projects):
+      raise UserError(
+        f"optimizer.burst={burst} is for GaLore's methods, not for"
+        f" optimizer.name={self.optimizer.name}; leave it at 0"
+      )
     if method.factors and self.model.weights != "full":
       raise UserError(
         f"model.weights={self.model.weights} is for weights that are trained,"

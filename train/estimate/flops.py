@@ -138,7 +138,8 @@ def adapters_every_step(adapters: Adapters, params: Any) -> int:
 def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:
   """FLOPs of refreshing every basis once, with the moments.
 
-  An iteration of subspace iteration takes two products with the gradient and
+  In a burst, each of its steps takes one iteration and rotates the moments. An
+  iteration of subspace iteration takes two products with the gradient and
   three passes of CholeskyQR. An SVD takes 6 m n^2 + 20 n^3 for m >= n (Golub
   and Van Loan, Matrix Computations, 4th ed., figure 8.6.1, thin, by R-SVD).
 
@@ -151,17 +152,18 @@ def refresh(rows: Iterable[Any], config: OptimizerConfig) -> float:
     return 0.0
   exact = method.published or config.projector == "svd"
   rotates = not method.published and config.moments in ("rotate", "ldadam")
+  iterations = 0 if exact else 1 if config.burst else method.iterations
   total = 0.0
   for row in rows:
     if row.rank is None:
       continue
     *stack, m, n = row.shape
     total += math.prod(stack) * sum(
-      _find(m, n, size, row.rank, 0 if exact else method.iterations)
+      _find(m, n, size, row.rank, iterations)
       + (rotates and _rotate(m, n, size, row))
       for size in _basis_lengths(row)
     )
-  return total
+  return total * (config.burst or 1)
 
 
 def _basis_lengths(row: Any) -> list[int]:

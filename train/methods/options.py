@@ -47,6 +47,9 @@ class SharedOptimizerConfig:
   # when bases are recomputed: some at each step, all at once, or adaptively, as
   # they change
   refresh: Literal["staggered", "synchronous", "adaptive"] = "staggered"
+  # steps that a refresh takes, each of which makes one iteration for the next
+  # step; 0: a refresh takes place within one step
+  burst: int = 0
   # what happens to the moments of a matrix when its basis is refreshed; ldadam
   # is for methods around AdamW
   moments: Literal["rotate", "keep", "reset", "ldadam"] = "rotate"
@@ -71,8 +74,9 @@ class SharedOptimizerConfig:
     check_above("optimizer", self, positive)
     fractions = ("warmup", "final", "b1", "b2", "residual_decay")
     _check_fractions(self, fractions)
-    free = ("clip", "weight_decay", "random_from", "residual_factor")
+    free = ("clip", "weight_decay", "random_from", "residual_factor", "burst")
     check_above("optimizer", self, free, low=-1e-30)
+    _check_burst(self)
     for field in dataclasses.fields(self):
       if (
         self.residual == "none"
@@ -111,6 +115,21 @@ class OptimizerConfig(SharedOptimizerConfig):
       raise UserError(
         f"optimizer.restart_warmup is {self.restart_warmup}; it must be 0 or"
         f" more, and less than optimizer.reset_every={self.reset_every}"
+      )
+
+
+def _check_burst(config: SharedOptimizerConfig) -> None:
+  """Raises for options that a refresh of several steps excludes."""
+  needed = {"projector": "subspace", "random_from": 0}
+  if config.refresh == "adaptive":
+    needed["refresh"] = "staggered"
+  for name, value in needed.items():
+    found = getattr(config, name)
+    if config.burst and found != value:
+      raise UserError(
+        f"optimizer.burst={config.burst} makes a refresh of several steps,"
+        f" which optimizer.{name}={found} excludes; set one of them to its"
+        " default"
       )
 
 

@@ -166,6 +166,7 @@ def refresh_of(c: OptimizerConfig) -> galore_optax.Refresh:
     finder=c.projector,
     moments=c.moments,
     random_from=c.random_from or None,
+    burst=c.burst or None,
   )
 
 
@@ -214,11 +215,13 @@ def galore(
 
 def galore_faithful(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GaLore exactly as in the paper."""
+  _refuse(c, "burst", (0,), "whose bases are exact")
   return galore(c, lr, shardings, faithful=True)
 
 
 def golore(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GaLore whose bases are random from `random_from` on."""
+  _refuse(c, "burst", (0,), "whose bases are random late in the run")
   return galore(c, lr, shardings)
 
 
@@ -265,6 +268,7 @@ def galore_8bit(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
 
 def q_galore(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """Q-GaLore: 8-bit GaLore with bases in four bits and adaptive refreshes."""
+  _refuse(c, "burst", (0,), "whose refreshes are adaptive; take galore_8bit")
   adaptive = dataclasses.replace(refresh_of(c), policy="adaptive")
   options: dict[str, Any] = {"basis_dtype": "int4", "refresh": adaptive}
   known = galore_options(c, shardings)
@@ -284,6 +288,7 @@ def _random_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
   refreshed and stored, and on moments in a new basis, do not apply to it.
   """
   _refuse(c, "residual", ("none",), "which updates with whole gradients")
+  _refuse(c, "burst", (0,), "whose bases are random")
   refresh = galore_optax.Refresh(
     policy="synchronous", finder="random", moments="keep"
   )
@@ -325,6 +330,7 @@ def gum(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GUM: SUMO in which some matrices follow their whole gradient."""
   _refuse(c, "moments", ("rotate",), "whose momentum begins with each draw")
   _refuse(c, "random_from", (0,), "which draws matrices, not bases")
+  _refuse(c, "burst", (0,), "which needs a basis in the step of its gradient")
   _refuse(c, "residual", ("none",), "whose drawn matrices follow the residual")
   return galore_optax.gum(
     decay=SUMO_DECAY,
@@ -341,6 +347,7 @@ def ldadam(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """
   _refuse(c, "moments", ("rotate", "ldadam"), "which has a rule of its own")
   _refuse(c, "random_from", (0,), "whose bases follow the momentum")
+  _refuse(c, "burst", (0,), "whose bases change at every step")
   _refuse(c, "residual", ("none",), "which returns the residual by feedback")
   return galore_optax.ldadam(
     error_dtype=c.state_dtype or None,

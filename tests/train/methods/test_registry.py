@@ -55,6 +55,14 @@ def test_the_help_has_a_line_for_every_method():
     ("muon", ["optimizer.residual=normalized"], "for GaLore's methods"),
     ("contrib_galore", ["optimizer.residual=factored"], "not for .*=contrib"),
     ("galore", ["optimizer.residual_factor=2"], r"residual_factor=2.0 has no"),
+    ("adamw", ["optimizer.burst=4"], "burst=4 is for GaLore's"),
+    ("galore", ["optimizer.burst=-1"], "burst"),
+    (
+      "galore",
+      ["optimizer.burst=4", "optimizer.projector=svd"],
+      "projector=svd",
+    ),
+    ("galore", ["optimizer.burst=4", "optimizer.refresh=adaptive"], "adaptive"),
   ],
 )
 def test_what_a_method_cannot_do_is_refused(name, settings, words):
@@ -69,6 +77,24 @@ def test_methods_with_a_residual_of_their_own_refuse_the_option(name):
   chosen = OptimizerConfig(name=name, residual="normalized")
   with pytest.raises(UserError, match=rf"residual=normalized .*name={name}"):
     registry.get(name).make(chosen, optax.constant_schedule(1e-3), None)
+
+
+@pytest.mark.parametrize(
+  ("name", "why"),
+  [
+    ("q_galore", "take galore_8bit"),
+    ("golore", "random late"),
+    ("apollo", "bases are random"),
+    ("gum", "in the step of its gradient"),
+    ("ldadam", "change at every step"),
+    ("galore_faithful", "are exact"),
+  ],
+)
+def test_methods_that_have_no_bursts_refuse_the_option(name, why):
+  with pytest.raises(UserError, match=f"burst=4 .*name={name}, .*{why}"):
+    registry.get(name).make(
+      OptimizerConfig(name=name, burst=4), optax.constant_schedule(1e-3), None
+    )
 
 
 @pytest.mark.parametrize("name", ["galore", "galore_8bit", "q_galore", "sumo"])
