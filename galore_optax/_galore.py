@@ -161,20 +161,9 @@ class _GaLore:
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, GaLoreState]:
-    """Refreshes the bases that are due, projects, updates and lifts.
-
-    In a burst, bases are refreshed last, for the next step.
-    """
+    """Refreshes the bases that are due, projects, updates and lifts."""
     call = self._call(updates, state, params, extra_args)
-    if self.refresh.burst is None:
-      return self._project_and_step(call, self._refresh(call, state))
-    new, after = self._project_and_step(call, state)
-    return new, self._refresh(call, after)
-
-  def _project_and_step(
-    self, call: _Call, state: GaLoreState
-  ) -> tuple[optax.Updates, GaLoreState]:
-    """The update with the bases as they are in the state."""
+    state = self._refresh(call, state)
     bases = {
       path: projection.read(state.projector[path]) for path in call.sites
     }
@@ -194,9 +183,7 @@ class _GaLore:
     leaves = paths.leaves_by_path(updates)
     _check_like(leaves, params)
     context, others = context_lib.split_off(extra_args)
-    # All gradients of a step are projected on the same bases.
-    at = 0 if self.refresh.burst is None else self.accumulation_steps - 1
-    active = True if state.micro_step is None else state.micro_step == at
+    active = True if state.micro_step is None else state.micro_step == 0
     shapes = projection.basis_shapes(state.projector)
     sites = self.plan.sites_from_bases(leaves, shapes)
     return _Call(

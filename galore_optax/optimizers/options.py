@@ -110,7 +110,7 @@ def plan_of(rules: plan.Rules, options: GaLoreOptions) -> plan.Plan:
 
 
 def check_no_burst(recipe_name: str, refresh: Any) -> None:
-  """Raises where a recipe needs its bases in the step of their gradient.
+  """Raises where a recipe's own state belongs to a refresh of one step.
 
   Args:
     recipe_name: Name of the recipe, for the message.
@@ -118,9 +118,8 @@ def check_no_burst(recipe_name: str, refresh: Any) -> None:
   """
   if refresh.burst is not None:
     raise ValueError(
-      f"`{recipe_name}` uses a basis in the step in which it is found, and "
-      f"`burst` only in the step after it, got burst={refresh.burst!r}. Leave "
-      "it out."
+      f"`{recipe_name}` finds a basis in one step, got burst="
+      f"{refresh.burst!r}. Leave it out."
     )
 
 

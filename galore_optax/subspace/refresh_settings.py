@@ -42,12 +42,12 @@ class Refresh:
 
       .. math::
 
-        P_{t+1} = \mathrm{orth}(Y_t / \|Y_t\|_F + \epsilon P_t), \quad
-          Y_t = G_t G_t^\top P_t,
+        P_t = \mathrm{orth}(Y_t / \|Y_t\|_F + \epsilon P_{t-1}), \quad
+          Y_t = G_t G_t^\top P_{t-1}
 
-      after its update, so that the new basis is used from the next step on. A
-      matrix is due every T steps, and at the first steps of all. None (the
-      default): a refresh takes place within one step, before its update.
+      A basis then follows the mean of a few gradients instead of one. All
+      matrices are due at the first steps of a run too. None (the default): a
+      refresh takes place within one step.
     moments: What happens to the moments at a refresh. `rotate` (the default):
       they are carried into the new basis by :math:`C = P_{new}^\top P_{old}`,
       :math:`\mu \leftarrow C \mu` and :math:`\nu \leftarrow (C \circ C) \nu`.

@@ -47,8 +47,8 @@ class SharedOptimizerConfig:
   # when bases are recomputed: some at each step, all at once, or adaptively, as
   # they change
   refresh: Literal["staggered", "synchronous", "adaptive"] = "staggered"
-  # steps that a refresh takes, each of which makes one iteration for the next
-  # step; 0: a refresh takes place within one step
+  # successive steps that a refresh takes, each of which makes one iteration; 0:
+  # it takes place within one step
   burst: int = 0
   # what happens to the moments of a matrix when its basis is refreshed; ldadam
   # is for methods around AdamW

@@ -330,7 +330,7 @@ def gum(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GUM: SUMO in which some matrices follow their whole gradient."""
   _refuse(c, "moments", ("rotate",), "whose momentum begins with each draw")
   _refuse(c, "random_from", (0,), "which draws matrices, not bases")
-  _refuse(c, "burst", (0,), "which needs a basis in the step of its gradient")
+  _refuse(c, "burst", (0,), "whose draws belong to a refresh of one step")
   _refuse(c, "residual", ("none",), "whose drawn matrices follow the residual")
   return galore_optax.gum(
     decay=SUMO_DECAY,

@@ -85,7 +85,7 @@ def test_methods_with_a_residual_of_their_own_refuse_the_option(name):
     ("q_galore", "take galore_8bit"),
     ("golore", "random late"),
     ("apollo", "bases are random"),
-    ("gum", "in the step of its gradient"),
+    ("gum", "refresh of one step"),
     ("ldadam", "change at every step"),
     ("galore_faithful", "are exact"),
   ],
