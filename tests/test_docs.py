@@ -261,6 +261,7 @@ def test_imports_go_up_the_table_of_the_index(package):
   is_missing("mkdocstrings"),
   reason="the site needs the extra `docs`",
 )
+@pytest.mark.slow
 def test_the_site_builds(tmp_path):
   done = subprocess.run(
     (sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path),

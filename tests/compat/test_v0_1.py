@@ -19,13 +19,18 @@ ARCHIVE = pathlib.Path(__file__).with_name("v0_1_runs.tar.xz")
 DONE = 4  # steps of the checkpoint
 # One for each way in which states differ. The others are among the slow tests.
 PRETRAINED = (
-  "galore",
   "q_galore",
   "relora",
-  "ldadam",
   *(
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("fira", "gum", "galore_adafactor", "galore_8bit")
+    for name in (
+      "galore",
+      "ldadam",
+      "fira",
+      "gum",
+      "galore_adafactor",
+      "galore_8bit",
+    )
   ),
 )
 

@@ -208,7 +208,15 @@ LAYOUTS = (
 )
 ALIASES = [name for name, case in OPTIMIZERS.items() if case.alias]
 
-every = pytest.mark.parametrize("name", [*GALORE, CONTROL])
+# The others of GALORE with `-m slow`.
+_KEPT = ("galore_adamw", "q_galore_adamw_8bit", CONTROL)
+every = pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name in _KEPT else pytest.mark.slow)
+    for name in (*GALORE, CONTROL)
+  ],
+)
 # Those whose state holds arrays alone, no codes with their scales.
 every_of_arrays = pytest.mark.parametrize(
   "name", ["galore_adamw", "galore_adafactor", CONTROL]

@@ -111,6 +111,7 @@ def test_both_validation_splits_are_scored_each_epoch(mnli):
   assert np.mean(trained[-6:]) < np.mean(trained[:6]) - 0.1
 
 
+@pytest.mark.slow
 def test_the_grid_picks_rates_and_runs_the_best(mnli, bert, tmp_path, capsys):
   _, data, _ = mnli
   results = tmp_path / "results.jsonl"

@@ -131,6 +131,7 @@ def test_the_report_contains_the_records(base, ran, capsys):
   assert list((base / "evidence").glob("quick-*.png"))
 
 
+@pytest.mark.slow
 def test_step_times_of_all_variants_are_in_the_table(base, ran, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(base / "cache"))
   monkeypatch.setitem(tables.TABLES, "quick", TINIEST)

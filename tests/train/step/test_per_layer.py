@@ -111,11 +111,6 @@ def test_tied_embeddings(batch):
   _assert_same(found, wanted, 2e-6, of_weights=1e-5)
 
 
-def test_large_embeddings_go_in_chunks(batch, usual, monkeypatch):
-  monkeypatch.setattr(per_layer, "CHUNK", 1000)
-  _assert_same(_run(batch, layerwise=True), usual, 2e-6)
-
-
 @pytest.mark.parametrize(
   ("rows", "count"),
   [(32000, 32), (32768, 32), (32001, 3), (32003, None), (50257, 29)],
@@ -126,7 +121,8 @@ def test_no_vocabulary_goes_in_very_many_chunks(rows, count):
   assert found == ({"embed/embedding": count} if count else {})
 
 
-def test_logits_are_made_in_chunks(batch, usual, monkeypatch):
+def test_embeddings_and_logits_go_in_chunks(batch, usual, monkeypatch):
+  monkeypatch.setattr(per_layer, "CHUNK", 1000)
   monkeypatch.setattr(per_layer, "LOSS_CHUNK", 24)
   _assert_same(_run(batch, layerwise=True), usual, 2e-6, of_weights=1e-3)
 
@@ -138,13 +134,15 @@ def test_on_a_mesh_every_device_has_its_part_of_a_chunk():
     assert per_layer._loss_chunks(16, 2048) == 4
 
 
+@pytest.mark.slow
 def test_padding_does_not_count(batch):
   padded = batch.copy()
   padded[1:4, 9:] = train_step.PADDING
   _assert_same(_run(padded, layerwise=True), _run(padded), 2e-6)
 
 
-@pytest.mark.parametrize("layerwise", WAYS)
+@pytest.mark.slow
+@pytest.mark.parametrize("layerwise", [False, True])
 def test_parts_of_a_batch_add_up_at_low_rank(batch, usual, layerwise):
   """Equal rows: every part has the batch's gradient.
 
