@@ -214,8 +214,14 @@ class LowRank:
     merged = paths.map_with_path(
       lambda path, x: optax.MaskedNode() if path in trained else x, params
     )
+    factors = {p: x for p, x in adapters.items() if is_adapter(x)}
     state = restart_lib.prune_moments(
-      _fold(key, ""), opt_state, is_adapter, self.pruning, self.pruned
+      _fold(key, ""),
+      opt_state,
+      is_adapter,
+      self.pruning,
+      self.pruned,
+      projected=paths.leaves_by_path(factors),
     )
     return merged, fresh, state
 

@@ -1,6 +1,7 @@
 """Restarts of ReLoRA: the learning rate after them, and pruned moments."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from galore_optax import checks
 from galore_optax.quantization import qarray
 from galore_optax.subspace import moments as moments_lib
+from galore_optax.tree import paths
 
 PRUNINGS = ("magnitude", "random")
 
@@ -72,6 +74,7 @@ def prune_moments(
   is_factors: Callable[[Any], bool],
   pruning: str,
   share: float,
+  projected: Collection[str] = (),
 ) -> Any:
   """Sets most of the moments of factors to zero.
 
@@ -85,21 +88,24 @@ def prune_moments(
     pruning: `magnitude` keeps the entries of each matrix whose moments have
       the largest product, `random` keeps random entries.
     share: Share of the entries that is set to zero, from 0 to 1.
+    projected: Paths of factors, of which GaLore keeps moments at a lower rank.
 
   Returns:
     The state.
   """
   if share <= 0:
     return state
-  flat, treedef = jax.tree_util.tree_flatten_with_path(
-    state, is_leaf=is_factors
-  )
+  flat, treedef = paths.flatten(state, is_factors)
   nodes = [x for _, x in flat]
   groups: dict[Any, list[int]] = {}  # nodes of one leaf: its first moment, ...
   for i, (keys, x) in enumerate(flat):
+    names = [getattr(key, "name", "") for key in keys]
     # Gradients that are added up belong to a step that is still to come.
-    pending = any(getattr(k, "name", "") in moments_lib.SUMS for k in keys)
-    if is_factors(x) and not pending:
+    if any(name in (*moments_lib.SUMS, "accumulator") for name in names):
+      continue
+    last = getattr(keys[-1], "key", None) if keys else None
+    of_galore = "low" in names[-2:-1] and last in projected
+    if is_factors(x) or of_galore:
       groups.setdefault(keys[-1], []).append(i)
   for number, indices in enumerate(groups.values()):
     leaf_key = jax.random.fold_in(key, number)
@@ -161,6 +167,8 @@ def _keep_mask(
     return jax.random.bernoulli(key, 1 - share, shape)
   # Logarithms are added, because the product may be too small for float32.
   size = sum(jnp.log(jnp.abs(x).astype(jnp.float32)) for x in moments)
-  axes = tuple(range(max(0, len(shape) - 2), len(shape)))  # of each matrix
-  least = jnp.quantile(size, share, axis=axes, keepdims=True, method="lower")
-  return size > least
+  # By rank and not by value, because moments may be equal.
+  of_matrix = size.reshape(*shape[: max(0, len(shape) - 2)], -1)
+  rank = jnp.argsort(jnp.argsort(of_matrix, axis=-1), axis=-1)
+  dropped = math.floor(share * (of_matrix.shape[-1] - 1)) + 1
+  return (rank >= dropped).reshape(shape)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,10 +28,17 @@ from galore_optax.tree import sides as sides_lib
 _FULL_RANK_PATHS = re.compile(
   r"(^|[./])[^./]*(embed|norm)[^./]*([./]|$)"
   r"|(^|[./])(wte|wpe|ln|ln_?\w{1,3}|lm_head|unembed\w*)([./]|$)"
-  r"|(^|[./])(head|output|logits|classifier|score)([./](kernel|weight|w))?$"
-  r"|(^|[./])(bias|scale)$",
+  r"|(^|[./])(\w+_)?(embs?|logits)([./]|$)"
+  r"|(^|[./])(head|output|classifier|score)([./](kernel|weight|w))?$"
+  r"|(^|[./])(bias|scale|offset|gamma|beta)$",
   re.IGNORECASE,
 )
+
+
+def _is_bias(path: str, leaves: Mapping[str, Any]) -> bool:
+  """Whether a leaf is Haiku's `b` beside `w`, also where layers are stacked."""
+  beside = leaves.get(re.sub(r"(^|[./])b$", r"\1w", path))
+  return path.endswith("b") and np.ndim(beside) == np.ndim(leaves[path]) + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +178,10 @@ class Plan:
     self._check_rules([*leaves, *masked])
     paths.check_arrays(leaves, BEFORE_QUANTIzING)
     decisions = {
-      path: self._decide(path, leaf) for path, leaf in leaves.items()
+      path: "its name"
+      if _is_bias(path, leaves) and self._rule(path)[0] is None
+      else self._decide(path, leaf)
+      for path, leaf in leaves.items()
     }
     sites = {path: x for path, x in decisions.items() if isinstance(x, Site)}
     reasons = {path: x for path, x in decisions.items() if isinstance(x, str)}
@@ -217,11 +228,14 @@ class Plan:
   def _site_from_bases(
     self, path: str, leaf: Any, shapes: Mapping[str, tuple]
   ) -> Site:
-    _, how = self._rule(path)
+    rule, how = self._rule(path)
+    # A state of an older version may project what names keep at full rank now.
+    how = how or (self.defaults if rule is None else None)
     shape = np.shape(leaf)
     view = matrix_view.matrix_view(shape, how.rows, how.cols) if how else None
     first, *_ = shapes.values()
     if how is not None and view is not None:
+      _check_rank(path, how.rank, view, first[-1])
       site = self._make_site(path, view, tuple(shapes), first[-1], how)
       if dict(shapes) == {side: site.basis_shape(side) for side in shapes}:
         return site
@@ -300,6 +314,12 @@ class Plan:
         "gradients. Take it out of the parameters, or wrap the optimizer in "
         "`optax.masked`."
       )
+    if jnp.finfo(dtype).bits < 16:
+      raise TypeError(
+        f"The leaf {path!r} is {dtype}, which has too few bits for updates to "
+        "be added to. Train it in 16 bits or more, or wrap the optimizer in "
+        "`optax.masked`."
+      )
     if how is None:
       return "its name" if rule is None else f"rule {rule!r}"
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -333,6 +353,24 @@ class Plan:
     if saves or explicit or self.always:
       return site
     return f"no smaller at rank {rank}" if min(view.m, view.n) > 1 else "thin"
+
+
+def _check_rank(
+  path: str, rank: Any, view: matrix_view.MatrixView, found: int
+) -> None:
+  """Raises if a state has another rank than the optimizer, which may be traced.
+
+  `flax.serialization` restores arrays of any shape without a word.
+  """
+  if rank is None or isinstance(rank, jax.core.Tracer):
+    return
+  wanted = sides_lib.resolve_rank(rank, view.m, view.n)
+  if wanted != found:
+    raise ValueError(
+      f"The state's basis of the leaf {path!r} has rank {found}, but this "
+      f"optimizer has rank {wanted} there. Restore the state into that of an "
+      "optimizer with the same `rank`."
+    )
 
 
 # Advice for `paths.check_arrays`, at `init` and at `update`.

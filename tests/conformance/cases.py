@@ -208,22 +208,24 @@ LAYOUTS = (
 )
 ALIASES = [name for name, case in OPTIMIZERS.items() if case.alias]
 
-# The others of GALORE with `-m slow`.
-_KEPT = ("galore_adamw", "q_galore_adamw_8bit", CONTROL)
-every = pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(name, marks=() if name in _KEPT else pytest.mark.slow)
-    for name in (*GALORE, CONTROL)
-  ],
-)
+
+def _with_slow(names):
+  """Names as parameters; those that others are like with `-m slow`."""
+  slow = ("galore_adafactor",)
+  return [
+    pytest.param(name, marks=pytest.mark.slow if name in slow else ())
+    for name in names
+  ]
+
+
+every = pytest.mark.parametrize("name", _with_slow([*GALORE, CONTROL]))
 # Those whose state holds arrays alone, no codes with their scales.
 every_of_arrays = pytest.mark.parametrize(
   "name", ["galore_adamw", "galore_adafactor", CONTROL]
 )
 every_layout = pytest.mark.parametrize("name", LAYOUTS)
 every_public = pytest.mark.parametrize("name", list(OPTIMIZERS))
-every_galore = pytest.mark.parametrize("name", GALORE)
+every_galore = pytest.mark.parametrize("name", _with_slow(GALORE))
 
 # What Optax's own optimizer fails without GaLore too, and why. Where a row is
 # listed, `hold` asserts both failures, so that no entry outlives its reason.

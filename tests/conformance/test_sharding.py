@@ -130,7 +130,17 @@ def test_init_on_an_explicit_mesh(name):
   assert len(split) >= len(_SPECS) - 1
 
 
-@every_layout
+# With `-m slow`: `test_explicit_mesh` has them with the same numbers.
+_AUTO_SLOW = ("galore_adafactor", "fira", "apollo_mini", "adamw_8bit", "adamw")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in _AUTO_SLOW else ())
+    for name in cases.LAYOUTS
+  ],
+)
 def test_auto_mesh(name):
   """With the state where `state_shardings` puts it."""
   tx = cases.make(name)

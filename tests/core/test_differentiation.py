@@ -45,7 +45,21 @@ def _normal(seed, shape=(3, 6, 8)):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), "float32")
 
 
-@pytest.mark.parametrize("name", SMOOTH)
+# Variants of the others, with `-m slow`.
+SLOW = ("synchronous", "svd", "normalized", "fira", "galore_8bit", "adamw_8bit")
+
+
+def _names(names):
+  return pytest.mark.parametrize(
+    "name",
+    [
+      pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+      for name in names
+    ],
+  )
+
+
+@_names(SMOOTH)
 def test_a_learning_rate_has_a_gradient_through_three_steps(name):
   """That of forward mode; bases count as constants in both."""
 
@@ -70,7 +84,7 @@ def test_a_learning_rate_has_a_gradient_through_three_steps(name):
   np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*SMOOTH, *ROUNDED])
+@_names([*SMOOTH, *ROUNDED])
 def test_state_may_differ_by_device(name):
   """In the body of `shard_map`, each device has an optimizer of its own."""
   tx = (SMOOTH | ROUNDED)[name](0.1)

@@ -46,6 +46,7 @@ def flags(text_file, tmp_path_factory):
   return [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
 
 
+@pytest.mark.slow
 def test_the_command_end_to_end(flags, tmp_path):
   out = tmp_path / "run"
   environment = os.environ | {

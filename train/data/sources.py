@@ -4,6 +4,7 @@ Every source becomes a dataset with a column of strings, either in memory
 (`datasets.Dataset`) or read on demand (`datasets.IterableDataset`).
 """
 
+import codecs
 import contextlib
 import dataclasses
 import glob
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import datasets
+import fsspec
 
 from train.common import hub
 from train.common.errors import UserError, first_line
@@ -165,7 +167,20 @@ def _load_files(
   if kind == "csv" and ".tsv" in paths[0].name.lower():
     options["sep"] = "\t"
   with reading(name), quiet():
-    return datasets.load_dataset(**options)
+    documents = datasets.load_dataset(**options)
+    if kind == "text" and any(map(_has_mark, paths)):
+      documents = documents.map(_without_mark)
+    return documents
+
+
+def _without_mark(row: dict[str, str]) -> dict[str, str]:
+  return {"text": row["text"].removeprefix("\ufeff")}
+
+
+def _has_mark(path: pathlib.Path) -> bool:
+  """Whether a text file begins with a byte-order mark."""
+  with fsspec.open(str(path), "rb", compression="infer") as file:
+    return file.read(3) == codecs.BOM_UTF8
 
 
 def readable(name: str, path: pathlib.Path) -> bool:

@@ -102,10 +102,29 @@ def open_tensors(path: pathlib.Path) -> tuple[dict[str, Shape], Reader]:
     raise UserError(
       f"{path / INDEX} does not fit the files that it lists: {error}"
     ) from None
-  return shapes, lambda name: handles[files[name]].get_tensor(name)
+  return shapes, lambda name: _read(handles[files[name]], name, files[name])
+
+
+# The dtypes of weights, by their names in safetensors.
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def _read(handle: Any, name: str, file: pathlib.Path) -> np.ndarray:
+  """A tensor of weights; integers and scaled formats are none."""
+  dtype = handle.get_slice(name).get_dtype()
+  if dtype not in DTYPES:
+    raise UserError(
+      f"{file}: the tensor {name!r} has dtype {dtype}; weights are read in"
+      f" {', '.join(DTYPES)}. Convert quantized weights to one of these first"
+    )
+  return handle.get_tensor(name)
 
 
 def _open(file: pathlib.Path) -> Any:
+  if not file.is_file():
+    raise UserError(
+      f"{file} cannot be read (it is missing, or not a regular file)"
+    )
   try:
     return safetensors.safe_open(file, "np")
   except (OSError, safetensors.SafetensorError) as error:
@@ -114,15 +133,31 @@ def _open(file: pathlib.Path) -> Any:
 
 def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
   """The file that holds each tensor, by the tensor's name."""
-  if (path / INDEX).exists():
-    index = read_json(path / INDEX).get("weight_map", {})
-    return {name: path / file for name, file in index.items()}
-  if (path / WEIGHTS).exists():
+  if (path / WEIGHTS).exists():  # also beside an index, as in transformers
     return dict.fromkeys(_open(path / WEIGHTS).keys(), path / WEIGHTS)
+  if (path / INDEX).exists():
+    index = read_json(path / INDEX).get("weight_map")
+    _check_index(index, path / INDEX)
+    return {name: path / file for name, file in index.items()}
   raise UserError(
     f"{path} has neither {WEIGHTS} nor {INDEX}; convert weights in PyTorch's"
     " formats (.bin, .pth) to safetensors first"
   )
+
+
+def _check_index(index: Any, source: pathlib.Path) -> None:
+  """Raises unless an index maps names to files beside it."""
+  if not isinstance(index, dict):
+    raise UserError(
+      f"{source}: weight_map must be an object that gives the file of each"
+      f" tensor, got {json.dumps(index)[:80]}"
+    )
+  for name, file in index.items():
+    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+      raise UserError(
+        f"{source}: the file of {name!r} is {file!r}; it must be the name of a"
+        " file in the same folder"
+      )
 
 
 def tokenizer_config(max_length: int, **fields: Any) -> dict[str, Any]:

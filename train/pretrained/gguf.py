@@ -114,6 +114,7 @@ def _config(fields: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
     if name in config:  # stored as float32: 1e-5 reads as 9.99999974e-06
       config[name] = float(f"{config[name]:.7g}")
   scaling = fields.get("llama.rope.scaling.type", "none")
+  _check_rope(fields, config, scaling, source)
   return {
     **config,
     "model_type": "llama",
@@ -121,6 +122,29 @@ def _config(fields: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
     "tie_word_embeddings": tied,
     "rope_scaling": None if scaling == "none" else {"rope_type": scaling},
   }
+
+
+def _check_rope(
+  fields: dict[str, Any], config: dict[str, Any], scaling: str, source: str
+) -> None:
+  """Raises for rotary embeddings that `rope_scaling` does not describe."""
+  # A factor without a type scales linearly; older files have the first name.
+  for name in ("rope.scale_linear", "rope.scaling.factor"):
+    factor = fields.get(f"llama.{name}", 1.0)
+    if scaling == "none" and factor not in (0.0, 1.0):
+      raise UserError(
+        f"{source}: llama.{name} is {factor:g}; scaled rotary embeddings cannot"
+        " be read"
+      )
+  width = config.get("head_dim")
+  if width is None and {"hidden_size", "num_attention_heads"} <= set(config):
+    width = config["hidden_size"] // config["num_attention_heads"]
+  rotated = fields.get("llama.rope.dimension_count", width)
+  if rotated != width:
+    raise UserError(
+      f"{source}: llama.rope.dimension_count is {rotated}, of heads of width"
+      f" {width}; rotary embeddings of a part of a head cannot be read"
+    )
 
 
 def _tokenizer(fields: dict[str, Any], path: pathlib.Path) -> str:

@@ -99,11 +99,35 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a metrics file; an incomplete last line is dropped."""
+  """The records of a metrics file, as far as it is sound.
+
+  An incomplete last line is dropped. So is all that comes after a line that is
+  no record, as a power loss may leave it, and a note says so.
+  """
   if not path.exists():
     return []
-  lines = path.read_text(encoding="utf-8").split("\n")
-  return [json.loads(line) for line in lines[:-1]]
+  records: list[dict[str, Any]] = []
+  for line in path.read_bytes().split(b"\n")[:-1]:
+    record = _parse(line)
+    if record is None:
+      print(
+        f"note: {path} is damaged in line {len(records) + 1}; the records"
+        " before it are kept"
+      )
+      break
+    records.append(record)
+  return records
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+  """The record in a line; None if there is none."""
+  try:
+    record = json.loads(line)
+  except ValueError:  # or not in UTF-8
+    return None
+  if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    return None
+  return record
 
 
 def held_out(

@@ -11,7 +11,13 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import galore_optax
-from galore_optax import Projection, adamw_8bit, dequantize, state_bytes
+from galore_optax import (
+  Projection,
+  adamw_8bit,
+  dequantize,
+  galore_adamw,
+  state_bytes,
+)
 from galore_optax.baselines import (
   Adapter,
   jagged_schedule,
@@ -20,6 +26,7 @@ from galore_optax.baselines import (
   qlora,
   relora,
 )
+from galore_optax.subspace import moments
 
 KEY = jax.random.key(0)
 RULES = (
@@ -268,6 +275,36 @@ def test_updates_stay_small_after_a_restart(pruning):
   for _ in range(2):
     updates, state = jax.jit(tx.update)(none, state)
     assert max(map(jnp.max, map(jnp.abs, jax.tree.leaves(updates)))) < 0.1
+
+
+def test_moments_that_galore_keeps_at_a_lower_rank_are_pruned():
+  method = relora(rank=8, pruned=1.0)
+  params, target = ({"kernel": normal((96, 128), i)} for i in (1, 2))
+  frozen, adapters = divide(method)(KEY, params)
+  tx = galore_adamw(1e-2, rank=2)
+  adapters, state = steps(
+    method, tx, frozen, adapters, tx.init(adapters), 3, target
+  )
+
+  def find(state):
+    inner = optax.tree.get(state, "inner_state")
+    trees = moments.find_moments(inner).values()
+    return [tree.low["kernel/a"] for _, tree in trees]
+
+  assert len(find(state)) == 2 and all(x.any() for x in find(state))
+  new = jax.jit(method.restart)(KEY, frozen, adapters, state)[2]
+  assert not any(x.any() for x in find(new))
+  kept, bases = (optax.tree.get(x, "projector") for x in (new, state))
+  same(kept, bases)
+
+
+def test_of_equal_moments_a_share_is_kept():
+  method = relora(rank=8, pruned=0.9)
+  frozen, adapters = divide(method)(KEY, {"kernel": normal((96, 128))})
+  state = jax.tree.map(jnp.ones_like, optax.trace(0.9).init(adapters))
+  new = jax.jit(method.restart)(KEY, frozen, adapters, state)[2]
+  found = new.trace["kernel"].a
+  np.testing.assert_allclose(np.mean(found == 1), 0.1, atol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def arrays(**shapes):
     "layers/attn_norm/scale", "layers/ln_1/g", "norm/weight", "layers/q/bias",
     "layers/LayerNorm_0/scale", "lm_head.weight", "transformer.wte.weight",
     "model.ln_f.weight", "blocks.0.ln_1.scale", "h.0.attn.bias",
+    "to_logits/w", "tok_emb/weight", "pos_embs", "layer_1/offset", "ln/beta",
   ],
 )  # fmt: skip
 def test_full_rank_paths(path):
@@ -51,10 +52,47 @@ def test_full_rank_paths(path):
     "layers/attn/q/kernel", "mlp/down", "encoder/layer/0/output/dense/kernel",
     "w", "heads/kernel", "layers/self_attn/o_proj/kernel",
     "encoder.layer.0.output.dense.weight", "model.layers.0.mlp.up_proj.weight",
+    "b", "up/b", "ember/w", "logits_mix/w",
   ],
 )  # fmt: skip
 def test_projected_paths(path):
   assert projected({path: arrays(x=(64, 64))["x"]}, rank=4)
+
+
+def test_a_bias_of_haiku_is_a_vector_in_every_layer():
+  """A `b` beside a `w` with one more axis, and no other `b`."""
+  stacked = arrays(w=(3, 12, 256), b=(12, 256))
+  assert set(
+    projected({"up/w": stacked["w"], "up/b": stacked["b"]}, rank=4)
+  ) == {"up/w"}
+  factors = arrays(w=(64, 64), b=(64, 64))
+  assert set(projected({"x/w": factors["w"], "x/b": factors["b"]}, rank=4)) == {
+    "x/w",
+    "x/b",
+  }
+  ruled = {"rank": 4, "rules": [("up/b", Projection(rank=2))]}
+  leaves = {"up/w": stacked["w"], "up/b": stacked["b"]}
+  assert "up/b" in projected(leaves, **ruled)
+
+
+def test_a_state_of_another_rank_is_refused():
+  params = {"up": jnp.zeros((16, 24)), "down": jnp.zeros((24, 16))}
+  state = galore(optax.adam(1.0), rank=4).init(params)
+  other = galore(optax.adam(1.0), rank=8)
+  with pytest.raises(
+    ValueError, match=r"'(up|down)' has rank 4, but .* rank 8"
+  ):
+    other.update(params, state, params)
+  ruled = galore(optax.adam(1.0), rank=4, rules=[("up", Projection(rank=0.5))])
+  with pytest.raises(ValueError, match=r"'up' has rank 4, but .* rank 8"):
+    ruled.update(params, state, params)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_leaves_of_too_few_bits_are_refused_by_name(dtype):
+  leaf = jax.ShapeDtypeStruct((64, 64), dtype)
+  with pytest.raises(TypeError, match=f"'up/kernel' is {dtype}.*16 bits"):
+    projected({"up/kernel": leaf}, rank=4)
 
 
 def test_first_matching_rule_decides():

@@ -123,6 +123,17 @@ def test_a_text_file_is_split_into_documents(tmp_path, cache):
 
 
 @pytest.mark.parametrize("choice", ["false", "true"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_byte_order_mark_is_no_text(name, choice, tmp_path, cache):
+  text = b"\xef\xbb\xbfone\n\ntwo"
+  packed = gzip.compress(text) if name.endswith("gz") else text
+  (tmp_path / name).write_bytes(packed)
+  (tmp_path / "b.txt").write_bytes(b"three")  # has none
+  config = DataConfig(path=str(tmp_path), stream=choice)
+  assert texts_of(config, cache) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("choice", ["false", "true"])
 def test_text_field_names_the_column(choice, tmp_path, cache):
   path = tmp_path / "a.jsonl"
   path.write_bytes(as_json(TEXTS, "content"))

@@ -38,7 +38,9 @@ def gguf_name(name):
   return table.get_name(name, try_suffixes=(".weight",))
 
 
-def write(path, params, architecture="llama", pre="gpt-2", without=""):
+def write(
+  path, params, architecture="llama", pre="gpt-2", without="", rope=None
+):
   """Writes a file as llama.cpp's converter does, some kernels in 8 bits."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_embedding_length(MODEL.d_model)
@@ -49,6 +51,11 @@ def write(path, params, architecture="llama", pre="gpt-2", without=""):
   writer.add_rope_freq_base(MODEL.rope_theta)
   writer.add_layer_norm_rms_eps(MODEL.norm_eps)
   writer.add_context_length(64)
+  for key, value in (
+    rope or {"dimension_count": MODEL.d_model // MODEL.n_heads}
+  ).items():
+    add = writer.add_uint32 if key.endswith("count") else writer.add_float32
+    add(f"llama.rope.{key}", value)
   vocabulary = sorted(TRAINED["model"]["vocab"].items(), key=lambda x: x[1])
   tokens = [token for token, _ in vocabulary]
   tokens += [f"unused{i}" for i in range(MODEL.vocab_size - len(tokens))]
@@ -100,6 +107,18 @@ def test_rows_of_queries_and_keys_are_put_back_in_order(path, params):
     # Eight bits: half a step, which is 1/127 of the largest value of a block.
     error = np.abs(array - expected).max()
     assert 0 < error < 0.005 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+  "rope",
+  [{"scale_linear": 4.0}, {"scaling.factor": 2.0}, {"dimension_count": 4}],
+  ids=lambda rope: next(iter(rope)),
+)
+def test_rotary_embeddings_of_another_kind_are_refused(params, tmp_path, rope):
+  write(tmp_path / "m.gguf", params, rope=rope)
+  (name,) = rope
+  with pytest.raises(UserError, match=rf"llama\.rope\.{name} is .*cannot be"):
+    llama_checkpoint.load(tmp_path / "m.gguf")
 
 
 def test_the_tokenizer_equals_the_one_it_was_written_from(path):

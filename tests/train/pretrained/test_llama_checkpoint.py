@@ -94,6 +94,45 @@ def test_shards_are_read_by_their_index(written, tmp_path):
     llama_checkpoint.load(tmp_path)
 
 
+def test_a_single_file_is_read_in_place_of_older_shards(written, tmp_path):
+  tensors = copy(written, tmp_path)
+  save({k: 0 * x for k, x in tensors.items()}, tmp_path / "old.safetensors")
+  index = {"weight_map": dict.fromkeys(tensors, "old.safetensors")}
+  (tmp_path / checkpoint_folder.INDEX).write_text(json.dumps(index))
+  save(tensors, tmp_path / checkpoint_folder.WEIGHTS)
+  same(llama_names.to_params(llama_checkpoint.load(tmp_path)), written.params)
+
+
+@pytest.mark.parametrize(
+  ("index", "says"),
+  [
+    ({"weight_map": None}, "weight_map must be an object.*got null"),
+    ({}, "weight_map must be an object"),
+    ({"weight_map": {"a": 3}}, "the file of 'a' is 3"),
+    ({"weight_map": {"a": "../x.safetensors"}}, "in the same folder"),
+    ({"weight_map": {"a": "/x.safetensors"}}, "in the same folder"),
+  ],
+)
+def test_a_wrong_index_is_named(written, tmp_path, index, says):
+  copy(written, tmp_path)
+  (tmp_path / checkpoint_folder.WEIGHTS).unlink(missing_ok=True)
+  (tmp_path / checkpoint_folder.INDEX).write_text(json.dumps(index))
+  with pytest.raises(UserError, match=rf"{checkpoint_folder.INDEX}: .*{says}"):
+    llama_checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "float8_e4m3fn"])
+def test_tensors_that_are_no_floats_are_named(written, tmp_path, dtype):
+  tensors = copy(written, tmp_path)
+  name = "model.layers.1.self_attn.k_proj.weight"
+  tensors[name] = tensors[name].astype(dtype)
+  save(tensors, tmp_path / checkpoint_folder.WEIGHTS)
+  with pytest.raises(
+    UserError, match=rf"{name}' has dtype .*Convert quantized"
+  ):
+    llama_names.to_params(llama_checkpoint.load(tmp_path))
+
+
 def test_tensors_are_cast_to_param_dtype(written, tmp_path):
   argv = ["import", str(written.out), "--out", str(tmp_path / "half")]
   assert hf.main([*argv, "--dtype", "bfloat16"]) == 0

@@ -188,6 +188,7 @@ def test_a_kill_during_a_save_loses_nothing_before_it(
   assert all(p.name.isdigit() for p in (out / FOLDER).iterdir())
 
 
+@pytest.mark.slow
 def test_a_kill_between_saves_loses_the_steps_since_the_last(
   flags, whole, tmp_path, capsys
 ):

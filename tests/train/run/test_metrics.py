@@ -57,6 +57,32 @@ def test_a_resumed_log_forgets_what_happens_again(tmp_path):
   assert [r["step"] for r in records] == [10, 20, 25]
 
 
+@pytest.mark.parametrize(
+  "damage",
+  [
+    b"\0" * 40 + b"\n",
+    b'{"step": 3, "lo\n',
+    b'{"step": 3, "note": "\xff"}\n',
+    b'{"loss": 1.0}\n',
+    b"[3]\n",
+    b'{"step": "3"}\n',
+  ],
+  ids=["zeros", "torn", "not UTF-8", "no step", "no object", "step of text"],
+)
+def test_a_damaged_log_is_cut_at_its_last_sound_record(
+  damage, tmp_path, capsys
+):
+  path = tmp_path / "metrics.jsonl"
+  sound = b'{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n'
+  path.write_bytes(sound + damage + b'{"step": 4, "loss": 1.0}\n')
+  log = metrics.Log(tmp_path, 10)
+  assert "is damaged in line 3" in capsys.readouterr().out
+  log.write(11, loss=2.0)
+  log.close()
+  assert [r["step"] for r in metrics.read(path)] == [1, 2, 11]
+  assert capsys.readouterr().out == ""
+
+
 def test_evaluation_weighs_tokens_and_knows_the_papers_count():
   # The second batch is filled up: 10 tokens of loss 5, after 90 of loss 3.
   found = metrics.held_out([270.0, 50.0], [90, 10], text_bytes=400)

@@ -103,6 +103,7 @@ def test_layer_by_layer_is_the_usual_step(batch, usual, devices):
   assert found[2] == pytest.approx(usual[2], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tied_embeddings(batch):
   """Whose gradient has two parts, added in another order: on some CPUs Adam
   scales that rounding up to a few millionths of a weight."""
