@@ -166,7 +166,8 @@ def _keep_mask(
   if pruning == "random":
     return jax.random.bernoulli(key, 1 - share, shape)
   # Logarithms are added, because the product may be too small for float32.
-  size = sum(jnp.log(jnp.abs(x).astype(jnp.float32)) for x in moments)
+  logs = [jnp.log(jnp.abs(x).astype(jnp.float32)) for x in moments]
+  size = jnp.sum(jnp.stack(logs), axis=0)
   # By rank and not by value, because moments may be equal.
   of_matrix = size.reshape(*shape[: max(0, len(shape) - 2)], -1)
   rank = jnp.argsort(jnp.argsort(of_matrix, axis=-1), axis=-1)

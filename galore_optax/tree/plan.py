@@ -37,8 +37,10 @@ _FULL_RANK_PATHS = re.compile(
 
 def _is_bias(path: str, leaves: Mapping[str, Any]) -> bool:
   """Whether a leaf is Haiku's `b` beside `w`, also where layers are stacked."""
-  beside = leaves.get(re.sub(r"(^|[./])b$", r"\1w", path))
-  return path.endswith("b") and np.ndim(beside) == np.ndim(leaves[path]) + 1
+  beside = re.sub(r"(^|[./])b$", r"\1w", path)
+  if beside == path or beside not in leaves:
+    return False
+  return np.ndim(leaves[beside]) == np.ndim(leaves[path]) + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -179,7 +179,8 @@ def _without_mark(row: dict[str, str]) -> dict[str, str]:
 
 def _has_mark(path: pathlib.Path) -> bool:
   """Whether a text file begins with a byte-order mark."""
-  with fsspec.open(str(path), "rb", compression="infer") as file:
+  opened = fsspec.open(str(path), "rb", compression="infer")
+  with cast(fsspec.core.OpenFile, opened) as file:
     return file.read(3) == codecs.BOM_UTF8
 
 

@@ -136,8 +136,7 @@ def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
   if (path / WEIGHTS).exists():  # also beside an index, as in transformers
     return dict.fromkeys(_open(path / WEIGHTS).keys(), path / WEIGHTS)
   if (path / INDEX).exists():
-    index = read_json(path / INDEX).get("weight_map")
-    _check_index(index, path / INDEX)
+    index = _index(path / INDEX)
     return {name: path / file for name, file in index.items()}
   raise UserError(
     f"{path} has neither {WEIGHTS} nor {INDEX}; convert weights in PyTorch's"
@@ -145,8 +144,9 @@ def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
   )
 
 
-def _check_index(index: Any, source: pathlib.Path) -> None:
-  """Raises unless an index maps names to files beside it."""
+def _index(source: pathlib.Path) -> dict[str, str]:
+  """The files of tensors by their names, all of them beside the index."""
+  index = read_json(source).get("weight_map")
   if not isinstance(index, dict):
     raise UserError(
       f"{source}: weight_map must be an object that gives the file of each"
@@ -158,6 +158,7 @@ def _check_index(index: Any, source: pathlib.Path) -> None:
         f"{source}: the file of {name!r} is {file!r}; it must be the name of a"
         " file in the same folder"
       )
+  return index
 
 
 def tokenizer_config(max_length: int, **fields: Any) -> dict[str, Any]:
