@@ -10,6 +10,7 @@ metrics.jsonl, checkpoints/, result.json, run.png and model/, which
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import shutil
@@ -23,7 +24,7 @@ import numpy as np
 
 from train import plot
 from train.common.errors import Diverged, UserError
-from train.config import cli, field_help
+from train.config import cli, field_help, schema
 from train.config.schema import HUB
 from train.data import corpus
 from train.data.packing import evenly
@@ -201,6 +202,7 @@ def set_steps(config: Config, per_epoch: int, settings: list[str]) -> Config:
 def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
   sinks.parse_names(config.run.sinks)
+  multihost.check_alike({"--out": out, **schema.flatten(config)})
   examples = multihost.run_on_first_then_others(lambda: load_examples(config))
   model = load_model(examples, config)
   data = tokenize(model, examples, config)
@@ -218,12 +220,18 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     lambda: run_dir.check_folder(out, config, flags.overwrite)
   )
   _check_source(config.train.init, out)
-  multihost.run_on_first(
-    lambda: run_dir.write_config(out, config, flags.overwrite)
-  )
-  digest = examples_lib.digest(examples)
-  multihost.run_on_first(lambda: run_dir.record_examples(out, digest))
-  with jax.set_mesh(mesh), signals.stop_requests() as stopped:
+
+  def write_folder(held: contextlib.ExitStack) -> None:
+    held.enter_context(run_dir.held(out))
+    run_dir.write_config(out, config, flags.overwrite)
+    run_dir.record_examples(out, examples_lib.digest(examples))
+
+  with (
+    contextlib.ExitStack() as held,
+    jax.set_mesh(mesh),
+    signals.stop_requests() as stopped,
+  ):
+    multihost.run_on_first(lambda: write_folder(held))
     job, state = job_lib.prepare(config, out, model, data, mesh, tx, abstract)
     print_start(model, data, abstract, config)
     print(f"folder     {out}")

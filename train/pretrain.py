@@ -7,6 +7,7 @@ run.png and sample.txt. The same command continues a run that was stopped.
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
 
@@ -44,6 +45,7 @@ from train.step.setup import Setup
 def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
   """Trains, evaluates and reports one run; returns the exit status."""
   sinks.parse_names(config.run.sinks)
+  multihost.check_alike({"--out": out, **schema.flatten(config)})
   multihost.run_on_first(lambda: run_dir.check_folder(out, config, overwrite))
   mesh = mesh_lib.make_mesh(
     config.mesh,
@@ -59,12 +61,17 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
     lambda: corpus_lib.prepare(config.data, config.model.vocab_size)
   )
 
-  def write_folder() -> None:
+  def write_folder(held: contextlib.ExitStack) -> None:
+    held.enter_context(run_dir.held(out))
     run_dir.write_config(out, config, overwrite)
     run_dir.record_text(out, corpus)
 
-  multihost.run_on_first(write_folder)
-  with jax.set_mesh(mesh), signals.stop_requests() as stopped:
+  with (
+    contextlib.ExitStack() as held,
+    jax.set_mesh(mesh),
+    signals.stop_requests() as stopped,
+  ):
+    multihost.run_on_first(lambda: write_folder(held))
     job, state = job_lib.prepare(
       config,
       out,

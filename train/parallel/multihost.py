@@ -7,7 +7,7 @@ prints and writes the run's files. All of them write checkpoints.
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -93,6 +93,33 @@ def gather(value: Any) -> list[Any]:
     json.loads(row[:size].tobytes())
     for row, size in zip(texts, sizes.reshape(-1), strict=True)
   ]
+
+
+# What may differ between the processes of a run.
+OWN = ("mesh.coordinator", "mesh.process", "data.cache")
+
+
+def check_alike(fields: Mapping[str, Any]) -> None:
+  """Raises in all processes unless they were started with the same settings.
+
+  With others they would train a mixture, or wait for each other for ever.
+
+  Args:
+    fields: the settings of this process by their names.
+
+  Raises:
+    UserError: they differ; it names the first setting that does.
+  """
+  shared = {name: str(x) for name, x in fields.items() if name not in OWN}
+  first, *others = gather(shared)
+  for index, other in enumerate(others, 1):
+    for name in first | other:
+      if first.get(name) != other.get(name):
+        raise UserError(
+          f"the processes of a run must have the same settings, but {name} is"
+          f" {first.get(name)!r} in process 0 and {other.get(name)!r} in"
+          f" process {index}"
+        )
 
 
 def run_on_first(action: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import tokenizers
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -17,7 +18,8 @@ from train.data import tokenizer
 from train.models import llama
 from train.pretrained import checkpoint_folder, llama_names
 from train.pretrained.llama_names import Weights
-from train.run import run_dir
+from train.run import checkpoint as checkpoint_lib
+from train.run import checksums, run_dir
 from train.step import adapters, train_step
 
 Group = TypeVar("Group", schema.ModelConfig, schema.OptimizerConfig)
@@ -93,12 +95,14 @@ def _restore(
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), stored
   )
-  context = ocp.Context()
+  context = checkpoint_lib.reading_progress()
   context.pytree.loading.partial_load = True
+  progress = checkpoint_lib.PROGRESS
   try:
     with context:
       loaded = ocp.load_checkpointables(
-        str(checkpoint.resolve()), {"state": {"params": params}}
+        str(checkpoint.resolve()),
+        {"state": {"params": params}, progress: None},
       )
   # Orbax and its storage surface a broken file as many exception types.
   except Exception as error:
@@ -106,10 +110,27 @@ def _restore(
       f"{checkpoint} cannot be read ({first_line(error)})"
     ) from None
   restored = loaded["state"]["params"]
+  _check(restored, loaded[progress]["check_sums"], checkpoint)
   if parts is not None:
     return parts.read(restored)
   # Weights that were trained in 8 bits are exported at full precision.
   return galore_optax.dequantize_params(restored, model.param_dtype)
+
+
+def _check(params: Any, sums: list[int], checkpoint: pathlib.Path) -> None:
+  """Raises unless restored parameters have the checksums they were saved with.
+
+  Those of a state are in the sequence of its leaves: counters come first.
+  """
+  host = np.array(jax.local_devices(backend="cpu")[:1])
+  found = checksums.check_sums(params, jax.sharding.Mesh(host, ("host",)))
+  first = train_step.TrainState._fields.index("params")
+  if found != sums[first : first + len(found)]:
+    raise UserError(
+      f"{checkpoint} is damaged (its arrays differ from those that were saved);"
+      " choose another with --step, or continue the run, which takes the one"
+      " before it"
+    )
 
 
 def _extra(

@@ -100,7 +100,7 @@ def _load(
     abstract.state,
     abstract.shardings,
   )
-  with _context():
+  with reading_progress():
     loaded = ocp.load_checkpointables(
       str(path.resolve()), {"state": target, PROGRESS: None}
     )
@@ -167,7 +167,7 @@ def silence_orbax() -> None:
     logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
-def _context() -> ocp.Context:
+def reading_progress() -> ocp.Context:
   """A context that reads progress as JSON; Orbax would take it for a tree."""
   registry = ocp.handlers.local_registry(include_global_registry=True)
   registry.add(ocp.handlers.JsonHandler, checkpointable_name=PROGRESS)
@@ -199,7 +199,7 @@ class Checkpoints:
   def _open(self) -> Any:
     return ocp.training.Checkpointer(
       str(self._folder),
-      context=_context(),
+      context=reading_progress(),
       preservation_policy=self._policy,
       cleanup_tmp_directories=True,
     )

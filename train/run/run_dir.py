@@ -4,10 +4,14 @@
 `checkpoints/` holds the newest and best states, `metrics.jsonl` the metrics.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
+
+import filelock
 
 from train.common import atomic_files
 from train.common.errors import UserError
@@ -17,6 +21,7 @@ from train.data.corpus import Corpus
 CONFIG = "config.json"
 TEXT = "text.json"
 FOLDER = "checkpoints"
+LOCK = ".lock"
 
 
 def check_folder(
@@ -38,11 +43,38 @@ def check_folder(
   if saved.exists():
     if not overwrite:
       _compare(out, _read(saved), config)
-  elif out.exists() and any(out.iterdir()):
+  elif out.exists() and any(path.name != LOCK for path in out.iterdir()):
     raise UserError(
       f"--out {out} is not empty and holds no {CONFIG} of a run; name an"
       " empty or new folder"
     )
+
+
+@contextlib.contextmanager
+def held(out: pathlib.Path) -> Iterator[None]:
+  """Keeps a folder for this process, which writes into it.
+
+  Raises:
+    UserError: another process holds it.
+  """
+  atomic_files.make_folder(out, "--out")
+  lock = filelock.FileLock(out / LOCK)
+  try:
+    lock.acquire(blocking=False)
+  except filelock.Timeout:
+    raise UserError(
+      f"another process is training in --out {out}; wait for it, or name"
+      " another --out"
+    ) from None
+  except (NotImplementedError, OSError) as error:
+    print(
+      f"note: {out} cannot be locked ({error}); start no second run there"
+      " while this one is training"
+    )
+  try:
+    yield
+  finally:
+    lock.release()
 
 
 def write_config(
@@ -107,7 +139,14 @@ def _record_data(
 def _delete_run(out: pathlib.Path) -> None:
   """Removes what a run writes, and no other files of the folder."""
   for name in (FOLDER, *OWN_FOLDERS):
-    shutil.rmtree(out / name, ignore_errors=True)
+    path = out / name
+    if path.is_symlink():
+      path.unlink()  # and not what it stands for, which is elsewhere
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+      raise UserError(
+        f"--overwrite cannot delete {path}; delete it, or name another --out"
+      )
   for name in OWN_FILES:
     (out / name).unlink(missing_ok=True)
 

@@ -83,6 +83,38 @@ def test_two_processes_train_to_the_losses_of_one(
   assert "the run is complete: all 8 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_two_processes_with_different_settings_are_refused(text_file, tmp_path):
+  settings = SETTINGS | {"data.path": text_file, "mesh.data": 0}
+  flags = [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
+  address = f"127.0.0.1:{free_port()}"
+  rates = ("0.01", "0.02")
+  running = [
+    start(
+      index,
+      address,
+      tmp_path / "run",
+      [*flags, "--set", f"optimizer.learning_rate={rate}"],
+    )
+    for index, rate in enumerate(rates)
+  ]
+  (_, error), _ = [p.communicate(timeout=300) for p in running]
+  assert [p.returncode for p in running] == [2, 2]
+  assert "optimizer.learning_rate is '0.01' in process 0 and '0.02'" in error
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_settings_that_differ_are_named(monkeypatch):
+  fields = {"a.b": 1, "mesh.process": 0, "data.cache": "/x"}
+  multihost.check_alike(fields)  # of one process
+  other = {"a.b": "2"}
+  monkeypatch.setattr(multihost, "gather", lambda own: [own, own, other])
+  with pytest.raises(
+    UserError, match=r"a\.b is '1' in process 0 and '2' in .* 2"
+  ):
+    multihost.check_alike(fields)
+
+
 def test_launchers_that_start_several_processes_are_known():
   assert not multihost.several({})
   assert not multihost.several(

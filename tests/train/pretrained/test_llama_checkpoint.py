@@ -275,6 +275,29 @@ def test_a_run_is_exported(run, tmp_path, capsys):
   assert "checkpoints/7 cannot be read" in capsys.readouterr().err
 
 
+def test_a_run_with_damaged_weights_is_not_read(
+  trainer, tmp_path, monkeypatch, capsys
+):
+  """As after a flipped bit: what is read differs from what was saved."""
+  run_dir.write_config(
+    tmp_path / "run", schema.Config("tiny", model=TINY), overwrite=False
+  )
+  (tmp_path / "run" / "tokenizer.json").write_text(TEXT)
+  sums = checkpoint.check_sums
+  other = lambda state, mesh: [
+    x + (i == 4) for i, x in enumerate(sums(state, mesh))
+  ]
+  monkeypatch.setattr(checkpoint, "check_sums", other)
+  saver = checkpoint.Checkpoints(tmp_path / "run", keep=1)
+  with jax.set_mesh(trainer.mesh):
+    saver.save(trainer.init(), checkpoint.Progress(1.0, None))
+  saver.close()
+  argv = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+  assert hf.main(argv) == 2
+  assert "checkpoints/0 is damaged" in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+
+
 def test_a_run_with_int8_weights_is_exported_dequantized(tmp_path):
   small = make_trainer(
     "adamw", 1, model=dataclasses.replace(TINY, weights="int8")

@@ -47,6 +47,31 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
   assert saved["train.steps"] == 5
 
 
+def test_a_second_process_is_refused(tmp_path):
+  out = tmp_path / "run"
+  with run_dir.held(out):
+    run_dir.check_folder(
+      out, BASE, overwrite=False
+    )  # the lock is no file of it
+    with (
+      pytest.raises(UserError, match=f"another process .*--out {out}"),
+      run_dir.held(out),
+    ):
+      pass
+  with run_dir.held(out):
+    pass
+
+
+def test_a_link_to_checkpoints_elsewhere_is_deleted_and_they_are_not(tmp_path):
+  elsewhere = tmp_path / "disk"
+  (elsewhere / "9").mkdir(parents=True)
+  out = tmp_path / "run"
+  run_dir.write_config(out, BASE, overwrite=False)
+  (out / run_dir.FOLDER).symlink_to(elsewhere)
+  run_dir.write_config(out, BASE, overwrite=True)
+  assert not (out / run_dir.FOLDER).exists() and (elsewhere / "9").exists()
+
+
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
   (tmp_path / "thesis.tex").write_text("words")
   for overwrite in (False, True):
