@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -215,6 +216,19 @@ def test_a_stopped_run_continues_with_the_same_numbers(
   before = losses(out)
   assert finetune.main(given) == 0  # complete: nothing is trained again
   assert losses(tmp_path / "run") == before
+
+
+def test_scores_are_kept_where_the_log_is_gone(mnli, tmp_path):
+  """A missing record is no divergence."""
+  out = tmp_path / "run"
+  shutil.copytree(mnli[0], out)
+  steps = json.loads((out / "config.json").read_text())["train.steps"]
+  assert evaluation.final_scores(out, steps)
+  (out / metrics.FILE).unlink()
+  with pytest.raises(
+    UserError, match=f"no record of step {steps}.*result.json"
+  ):
+    evaluation.final_scores(out, steps)
 
 
 @pytest.mark.slow

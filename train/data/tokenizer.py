@@ -72,7 +72,13 @@ def cached(
     digest.update(hashlib.sha256(text.encode()).digest())
   path = folder / f"bpe-{vocab_size}-{digest.hexdigest()[:16]}.json"
   if path.exists():
-    return _plain(tokenizers.Tokenizer.from_file(str(path))), path, True
+    try:
+      return _plain(tokenizers.Tokenizer.from_file(str(path))), path, True
+    # The library raises a bare Exception if it cannot parse the file.
+    except Exception as error:
+      print(
+        f"note: {path} cannot be read ({first_line(error)}); it is made again"
+      )
   tokenizer = train(texts, vocab_size)
   atomic_files.write_text(path, tokenizer.to_str())
   return tokenizer, path, False

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.common.errors import Diverged
+from train.common.errors import Diverged, UserError
 from train.finetuning import scores, spans
 from train.finetuning.batches import Batch, longest_first
 from train.finetuning.task_model import TaskModel
@@ -84,9 +84,16 @@ def final_scores(out: pathlib.Path, last_step: int) -> dict[str, float]:
   Raises:
     Diverged: the loss was not finite at that step. Scores can be finite
       nevertheless.
+    UserError: the log does not reach that step.
   """
   loss = "held_out_loss"
   records = metrics.read(out / metrics.FILE)
+  if not any(r["step"] == last_step for r in records):
+    raise UserError(
+      f"{out / metrics.FILE} has no record of step {last_step}, the last of the"
+      f" run; the scores of the run are lost, and {out / 'result.json'} is left"
+      " as it is. --overwrite trains again"
+    )
   # The log leaves out numbers that are not finite.
   records = [r for r in records if math.isfinite(r.get(loss, math.nan))]
   if not records or records[-1]["step"] != last_step:

@@ -48,6 +48,19 @@ def test_the_tokenizer_is_trained_once(tmp_path):
   assert again.encode_special_tokens
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"model"', "\0\0"])
+def test_a_damaged_tokenizer_in_the_cache_is_made_again(
+  content, tmp_path, capsys
+):
+  texts = ["union and peace"] * 9
+  first, path, _ = tokenizer.cached(texts, 280, tmp_path)
+  path.write_text(content)
+  again, same, found = tokenizer.cached(texts, 280, tmp_path)
+  assert (same, found) == (path, False) and again.to_str() == first.to_str()
+  assert f"{path} cannot be read" in capsys.readouterr().out
+  assert tokenizer.cached(texts, 280, tmp_path)[2]
+
+
 def t5_like(size=40, sentinels=10):
   """A unigram tokenizer with T5's special tokens, sentinels last."""
   pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
