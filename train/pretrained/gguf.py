@@ -45,6 +45,7 @@ def load(path: pathlib.Path) -> Weights:
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   config = _config(fields, "output.weight" not in tensors, str(path))
   model = llama_names.model_from_hf(config, str(path))
+  llama_names.check_layers(model, len(tensors), str(path))
   names = {
     _gguf_name(gguf, name, model.n_layers): name
     for name in llama_names.tensors(model)

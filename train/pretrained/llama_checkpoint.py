@@ -54,6 +54,7 @@ def load(path: pathlib.Path, step: int = 0) -> Weights:
 def _load_folder(path: pathlib.Path, config: dict[str, Any]) -> Weights:
   model = llama_names.model_from_hf(config, str(path / CONFIG))
   shapes, read = checkpoint_folder.open_tensors(path)
+  llama_names.check_layers(model, len(shapes), str(path / CONFIG))
   return Weights(
     source=str(path),
     model=model,

@@ -77,6 +77,24 @@ def tensors(model: ModelConfig) -> dict[str, Tensor]:
   return mapping.tensors(TABLE, _param_shapes(model))
 
 
+def check_layers(model: ModelConfig, count: int, source: str) -> None:
+  """Raises if a config describes more layers than there are tensors.
+
+  It is asked before names are made for all layers, which a damaged number
+  would make for minutes.
+
+  Args:
+    model: as its config describes it.
+    count: tensors in the file.
+    source: where they are, for the message.
+  """
+  if model.n_layers > count:
+    raise UserError(
+      f"{source} describes {model.n_layers:,} layers, but there are only"
+      f" {count:,} tensors"
+    )
+
+
 def check(weights: Weights) -> None:
   """Compares names and shapes of the tensors with what the config implies.
 

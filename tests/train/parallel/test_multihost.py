@@ -70,7 +70,9 @@ def test_two_processes_train_to_the_losses_of_one(
   ]
   assert [p.returncode for p in running] == [0, 0], error + other
   assert "devices    4 cpu: 2 data x 2 fsdp x 1 tensor" in output
-  assert not [x for x in silent.splitlines() if not x.startswith("[Gloo]")]
+  # Gloo writes beside Python, at times into the middle of its own lines.
+  lines = [x for x in silent.splitlines() if "peer ranks" not in x]
+  assert not [x for x in lines if not x.startswith("[Gloo]")]
   monkeypatch.setattr(jax, "devices", lambda found=jax.devices: found()[:1])
   assert pretrain.main(["--out", str(one), *flags]) == 0
   for found, expected in zip(losses(two), losses(one), strict=True):

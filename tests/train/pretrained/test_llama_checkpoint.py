@@ -133,6 +133,15 @@ def test_tensors_that_are_no_floats_are_named(written, tmp_path, dtype):
     llama_names.to_params(llama_checkpoint.load(tmp_path))
 
 
+def test_layers_that_are_not_there_are_refused_at_once(written, tmp_path):
+  tensors = copy(written, tmp_path, num_hidden_layers=1_000_000_000)
+  save(tensors, tmp_path / checkpoint_folder.WEIGHTS)
+  with pytest.raises(
+    UserError, match=r"config\.json describes 1,000,000,000 la"
+  ):
+    llama_checkpoint.load(tmp_path)
+
+
 def test_tensors_are_cast_to_param_dtype(written, tmp_path):
   argv = ["import", str(written.out), "--out", str(tmp_path / "half")]
   assert hf.main([*argv, "--dtype", "bfloat16"]) == 0
