@@ -170,15 +170,16 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys):
     ([tmp_path], "not the folder of a run"),
     ([good, tmp_path / "none"], "none is not the folder of a run"),
     ([empty], "holds no training step"),
-    ([torn], "cannot be read"),
+    ([torn], "holds no training step"),  # after a note, see below
     ([good, "--x", "hours"], "has no times"),
     ([good, "--out", tmp_path / "no" / "a.png"], "cannot be written"),
     ([good, "--out", tmp_path / "a.foo"], "'foo' is not supported"),
   ):
     assert plot.main([str(word) for word in arguments]) == 2
-    error = capsys.readouterr().err
+    printed, error = capsys.readouterr()
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error, error
+    assert ("is damaged in line 1" in printed) == (arguments == [torn])
 
 
 def test_a_missing_run_is_a_user_error(tmp_path):

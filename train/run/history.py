@@ -101,7 +101,7 @@ def load(out: pathlib.Path) -> Run:
     raise UserError(f"{out / 'config.json'} cannot be read: {error}") from None
   try:
     records = metrics.read(out / metrics.FILE)
-  except (OSError, ValueError) as error:
+  except OSError as error:
     raise UserError(f"{out / metrics.FILE} cannot be read: {error}") from None
   if not any("loss" in record for record in records):
     raise UserError(f"{out / metrics.FILE} holds no training steps")
