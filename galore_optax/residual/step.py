@@ -1,4 +1,4 @@
-"""What the methods are told about the residual, and one leaf's arrays."""
+"""The settings of a residual, and the arrays of one leaf."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from galore_optax.tree import plan
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What :func:`galore_optax.galore` is told about the residual.
+  """What the arguments of :func:`galore_optax.galore` say of the residual.
 
   Attributes:
     method: Name of the method.
