@@ -245,8 +245,9 @@ class Sampled:
       )
 
     wide = jnp.promote_types(momentum.dtype, jnp.float32)
+    given = [leaves[site.path] for site in family.sites]
     start, _ = sharding.vary_together(
-      ((jnp.zeros_like(momentum, wide), momentum), read(held[0]))
+      ((jnp.zeros_like(momentum, wide), momentum), given)
     )
     return jax.lax.fori_loop(0, len(momentum), one, start)
 

@@ -176,14 +176,14 @@ def _check_burst(refresh: Refresh) -> None:
       "longer."
     )
   reasons = {
-    "policy": ("adaptive", "compares the bases before and after one step"),
-    "finder": ("svd", "needs no second step"),
+    "policy": ("adaptive", "compares the bases of one step", "staggered"),
+    "finder": ("svd", "needs no second step", "subspace"),
   }
-  for name, (refused, why) in reasons.items():
+  for name, (refused, why, works) in reasons.items():
     if getattr(refresh, name) == refused:
       raise ValueError(
         f"`burst` makes a refresh of several steps, and {name}={refused!r} "
-        f"{why}. Leave one of the two out."
+        f"{why}. Leave out `burst`, or set {name}={works!r}."
       )
   if refresh.finder == "random" or refresh.random_from is not None:
     raise ValueError(

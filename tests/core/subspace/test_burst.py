@@ -6,7 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import Refresh, galore, galore_adamw, gum, ldadam
+from galore_optax import (
+  Refresh,
+  galore,
+  galore_adamw,
+  gum,
+  ldadam,
+  q_galore_adamw_8bit,
+)
 
 RATE, B1, B2, EPS, SCALE, RANK = 1e-2, 0.9, 0.99, 1e-8, 0.5, 3
 
@@ -137,6 +144,13 @@ def test_a_step_makes_one_iteration():
 def test_what_it_does_not_go_with_is_refused(fields, says):
   with pytest.raises(ValueError, match=says):
     Refresh(**{"burst": 4, **fields})
+
+
+def test_a_recipe_whose_refreshes_are_adaptive_says_what_works():
+  with pytest.raises(ValueError, match="set policy='staggered'"):
+    q_galore_adamw_8bit(RATE, refresh=Refresh(burst=4))
+  chosen = Refresh(burst=4, policy="staggered")
+  q_galore_adamw_8bit(RATE, refresh=chosen)
 
 
 @pytest.mark.parametrize("make", [gum, ldadam])
