@@ -146,8 +146,7 @@ def _add_text(command: argparse.ArgumentParser) -> None:
   )
   command.add_argument(
     "--text",
-    default="speeches",
-    help=f"the text to train on: {known}; or a file (default: %(default)s)",
+    help=f"the text to train on: {known}; or a file (default: the table's)",
   )
 
 
@@ -162,14 +161,14 @@ def run(flags: argparse.Namespace) -> int:
   status = runner.work_through(
     table,
     tokens=tokens,
-    text=flags.text,
+    text=flags.text or table.text,
     folder=flags.results,
     work=flags.work,
     hours=flags.budget,
     say=lambda line: print(line, flush=True),
   )
   if flags.command == "quick":
-    plan = runner.plan(table, tokens, flags.text, flags.results)
+    plan = runner.plan(table, tokens, flags.text or table.text, flags.results)
     print(report.table(plan))
   return status
 
@@ -183,7 +182,8 @@ def execute(flags: argparse.Namespace) -> int:
     table = tables.TABLES[flags.table]
     tokens = flags.tokens or table.tokens
     speed.measure(
-      runner.plan(table, tokens, flags.text, flags.results), flags.results
+      runner.plan(table, tokens, flags.text or table.text, flags.results),
+      flags.results,
     )
     print(f"wrote {flags.results / speed.FILE}")
     return 0

@@ -7,7 +7,8 @@ from typing import Any
 
 from train.common import units
 from train.experiments.plan import Plan, Record, perplexity
-from train.experiments.tables import OURS, RANKS, Variant
+from train.experiments.table import Variant
+from train.experiments.tables import OURS, RANKS
 from train.measure import figure
 
 

@@ -18,7 +18,7 @@ import json
 import math
 from typing import Any
 
-from train.experiments.tables import SearchRange, Table, Variant
+from train.experiments.table import SearchRange, Table, Variant
 
 Record = dict[str, Any]
 Point = tuple[float, float]  # learning rate, multiplier
@@ -38,6 +38,7 @@ class Run:
   tokens: int
   text: str
   evaluations: int
+  other: str = ""  # a text of another kind, which is only reported on
 
   @property
   def key(self) -> str:
@@ -87,6 +88,7 @@ class Plan:
       self.tokens,
       self.text,
       self.table.evaluations,
+      self.table.other,
     )
 
   def record(self, variant: Variant, point: Point, seed: int) -> Record | None:

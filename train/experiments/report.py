@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from train.common import units
 from train.experiments import figures, mechanism, results, speed, stability
 from train.experiments.plan import Plan, Point, Record, perplexity
-from train.experiments.tables import TABLES, SearchRange, Table, Variant
+from train.experiments.table import SearchRange, Table, Variant
+from train.experiments.tables import TABLES
 from train.measure import page as page_lib
 from train.measure.tables import markdown_table
 

@@ -10,22 +10,21 @@ from collections.abc import Callable
 from train.common.errors import UserError
 from train.config.schema import DataConfig
 from train.data import corpus
-from train.experiments import results, sweep, tables, texts, training
+from train.experiments import results, sweep, texts, training
 from train.experiments.plan import Plan, Record, Run, perplexity
+from train.experiments.table import Table
 from train.run import signals
 
 STOPPED = 130
 
 
-def plan(
-  table: tables.Table, tokens: int, text: str, folder: pathlib.Path
-) -> Plan:
+def plan(table: Table, tokens: int, text: str, folder: pathlib.Path) -> Plan:
   """The plan of a table, with the results there are."""
   return Plan(table, tokens, text, results.read_all(folder))
 
 
 def work_through(
-  table: tables.Table,
+  table: Table,
   *,
   tokens: int,
   text: str,
@@ -52,7 +51,9 @@ def work_through(
   Raises:
     UserError: the text is missing.
   """
-  parts = texts.prepare(text, corpus.cache_folder(DataConfig()))
+  cache = corpus.cache_folder(DataConfig())
+  parts = texts.prepare(text, cache)
+  other = texts.prepare(table.other, cache).test if table.other else None
   current = lambda: plan(table, tokens, text, folder)
   end, durations = time.monotonic() + 3600 * hours, []
   with signals.stop_requests() as stop_requested:
@@ -61,7 +62,7 @@ def work_through(
     def make(run: Run, _: pathlib.Path) -> Record | None:
       now, begin = current(), time.monotonic()
       say(f"{_clock()} {now.done() + 1}/{now.total}  {run.describe()}")
-      record = _train(run, parts, work, stopped)
+      record = _train(run, parts, other, work, stopped)
       if record is not None:
         durations.append(time.monotonic() - begin)
         runs_left = now.total - now.done() - 1
@@ -90,11 +91,12 @@ def work_through(
 def _train(
   run: Run,
   parts: texts.Parts,
+  other: pathlib.Path | None,
   work: pathlib.Path,
   stopped: Callable[[], bool],
 ) -> Record | None:
   try:
-    return training.train(run, parts, work, stopped)
+    return training.train(run, parts, work, stopped, other)
   except UserError as error:
     raise UserError(f"{run.describe()}: {error}") from error
 

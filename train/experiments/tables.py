@@ -5,9 +5,8 @@ variants of a table share model, text, batches and the search for a learning
 rate. The length of a run is given by `--tokens`.
 """
 
-from typing import NamedTuple
-
-Settings = tuple[str, ...]
+from train.experiments import length_tables
+from train.experiments.table import SearchRange, Settings, Table, Variant
 
 # Changes to the preset that make a LLaMA of 3.4M parameters, 2.4M of them in
 # the matrices of its blocks.
@@ -37,87 +36,10 @@ TOKENS = 1_000_000
 SEEDS = (0, 1, 2)
 
 
-class SearchRange(NamedTuple):
-  """Numbers to search, from `start` on, each a factor from the next."""
-
-  start: float
-  low: float
-  high: float
-  factor: float = 2.0
-
-  def values(self) -> list[float]:
-    """All numbers of the range in ascending order."""
-    numbers = [self.start]
-    while numbers[0] / self.factor >= self.low:
-      numbers.insert(0, numbers[0] / self.factor)
-    while numbers[-1] * self.factor <= self.high:
-      numbers.append(numbers[-1] * self.factor)
-    return numbers
-
-
 RATES = SearchRange(3.2e-2, 1e-3, 1.28e-1)
 TUNED = 3.2e-2  # the rate chosen for GaLore in `methods`
 MULTIPLIERS = SearchRange(1 / 16, 1 / 1024, 4.0)
 EVERY_STEP = 10**6  # more gaps than steps: a gap is at least one step
-
-
-class Variant(NamedTuple):
-  """A method with its settings: a row of a table.
-
-  Attributes:
-    name: Short name.
-    label: Name in the printed table.
-    optimizer: Optimizer of the preset.
-    settings: Fields of the config that define the variant.
-    gaps: Approximate number of bases that a matrix has in a run; ReLoRA has
-      half as many cycles.
-    at: Learning rate and multiplier, if they are fixed and not searched.
-  """
-
-  name: str
-  label: str
-  optimizer: str
-  settings: Settings = ()
-  gaps: int = 10
-  at: tuple[float, float] | None = None
-
-
-class Table(NamedTuple):
-  """Variants that are compared with each other.
-
-  Attributes:
-    name: Name on the command line, and of the file of records.
-    title: Title of the printed table.
-    groups: The variants, in groups that are finished one after the other.
-    settings: Fields of the config that all variants share.
-    rates: Learning rates to search.
-    multipliers: Multipliers of the matrices' learning rate to search.
-    seeds: Seeds; the search is made on the first one.
-    tokens: Tokens of a run of full size.
-    evaluations: How often a run is evaluated on the validation text.
-    contenders: Most points among which all seeds decide.
-  """
-
-  name: str
-  title: str
-  groups: tuple[tuple[Variant, ...], ...]
-  settings: Settings = MODEL
-  rates: SearchRange = RATES
-  multipliers: SearchRange = MULTIPLIERS
-  seeds: tuple[int, ...] = SEEDS
-  tokens: int = TOKENS
-  evaluations: int = 2
-  contenders: int = 3
-
-  @property
-  def is_long(self) -> bool:
-    """Whether the table also reports the stability of its runs."""
-    return self.evaluations > 2
-
-  @property
-  def variants(self) -> tuple[Variant, ...]:
-    """All variants, group by group."""
-    return tuple(variant for group in self.groups for variant in group)
 
 
 BASELINE = Variant("adamw", "AdamW, full rank", "adamw")
@@ -176,6 +98,11 @@ METHODS = Table(
       Variant("adamw_b2", "AdamW, b2 = 0.95", "adamw", ("optimizer.b2=0.95",)),
     ),
   ),
+  settings=MODEL,
+  rates=RATES,
+  multipliers=MULTIPLIERS,
+  seeds=SEEDS,
+  tokens=TOKENS,
 )
 
 
@@ -230,8 +157,11 @@ ABLATIONS = Table(
       _change("full", "both sides projected", "proj_type=full"),
     ),
   ),
+  settings=MODEL,
   rates=SearchRange(TUNED, TUNED, TUNED),
   multipliers=SearchRange(1 / 8, 1 / 256, 1.0),
+  seeds=SEEDS,
+  tokens=TOKENS,
   contenders=1,
 )
 
@@ -255,7 +185,11 @@ LONG = Table(
       ),
     ),
   ),
+  settings=MODEL,
+  rates=RATES,
+  multipliers=MULTIPLIERS,
   seeds=(0, 1),
+  tokens=TOKENS,
   evaluations=30,
 )
 
@@ -270,4 +204,14 @@ QUICK = Table(
   tokens=100_000,
 )
 
-TABLES = {t.name: t for t in (METHODS, ABLATIONS, LONG, QUICK)}
+TABLES = {
+  table.name: table
+  for table in (
+    length_tables.LENGTH,
+    length_tables.CHANGES,
+    METHODS,
+    ABLATIONS,
+    LONG,
+    QUICK,
+  )
+}

@@ -106,6 +106,7 @@ def train(
   parts: texts.Parts,
   work: pathlib.Path,
   stopped: Callable[[], bool],
+  other: pathlib.Path | None = None,
 ) -> Record | None:
   """Trains a run, or resumes one that was stopped.
 
@@ -115,6 +116,7 @@ def train(
     work: Folder of the runs under way; this one gets a folder of its own there,
       with its checkpoints and its printed output in `log.txt`.
     stopped: Called once per step; whether to stop.
+    other: File of a text of another kind, which is only reported on.
 
   Returns:
     The record of the finished or diverged run, None if it was stopped.
@@ -131,7 +133,9 @@ def train(
   with _output_to(out / "log.txt"), jax.set_mesh(mesh):
     job, state = _prepare(config, out, corpus, mesh)
     with contextlib.closing(job):
-      outcome = _finish(config, job, state, parts, stopped)
+      reported = {"test_loss": parts.test}
+      reported |= {"other_loss": other} if other else {}
+      outcome = _finish(config, job, state, reported, stopped)
   jax.clear_caches()
   if outcome is None:
     return None
@@ -170,10 +174,18 @@ def _finish(
   config: schema.Config,
   job: Job,
   state: Any,
-  parts: texts.Parts,
+  reported: dict[str, pathlib.Path],
   stopped: Callable[[], bool],
 ) -> Record | None:
-  """Trains to the end; the outcome for the record, None if it was stopped."""
+  """Trains to the end; the outcome for the record, None if it was stopped.
+
+  Args:
+    config: The run.
+    job: Its parts.
+    state: Its training state, which is new or of a checkpoint.
+    reported: Texts by which nothing is selected, by the name of their loss.
+    stopped: Called once per step; whether to stop.
+  """
   clock, sizes = Clock(stopped), _sizes(state)
   try:
     outcome = loop.train(job, state, clock)
@@ -186,15 +198,19 @@ def _finish(
   scores = [
     (r["step"], r["held_out_loss"]) for r in history if "held_out_loss" in r
   ]
-  test_loss = _test_loss(config, job, outcome.state, parts)
+  losses_after = {
+    name: _loss_on(path, config, job, outcome.state)
+    for name, path in reported.items()
+  }
   # The log leaves out numbers that are not finite.
-  if scores[-1][0] != config.train.steps or not math.isfinite(test_loss):
+  finite = all(map(math.isfinite, losses_after.values()))
+  if scores[-1][0] != config.train.steps or not finite:
     why = "no finite loss at the end"
     return {"status": "diverged", "why": why, "bytes": sizes}
   return {
     "status": "done",
     "validation_loss": scores[-1][1],
-    "test_loss": test_loss,
+    **losses_after,
     "bytes": sizes,
     **_times(clock.steps, history),
     "curve": _averaged(losses),
@@ -223,12 +239,12 @@ def _times(cpu: list[float], history: list[Record]) -> dict[str, float]:
   return times
 
 
-def _test_loss(
-  config: schema.Config, job: Job, state: Any, parts: texts.Parts
+def _loss_on(
+  path: pathlib.Path, config: schema.Config, job: Job, state: Any
 ) -> float:
-  """The loss on the test text, by which nothing is selected."""
+  """The loss on a text by which nothing is selected."""
   data = dataclasses.replace(
-    config.data, validation=str(parts.test), eval_rows=TEST_ROWS
+    config.data, validation=str(path), eval_rows=TEST_ROWS
   )
   corpus = corpus_lib.prepare(data, config.model.vocab_size)
   sums = [
