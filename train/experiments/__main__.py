@@ -130,6 +130,14 @@ def _add_running(command: argparse.ArgumentParser) -> None:
     " (default: %(default)s)",
   )
   add(
+    "--lanes",
+    type=int,
+    default=1,
+    metavar="N",
+    help="most runs that are trained side by side by one program, on a GPU or"
+    " TPU (default: %(default)s)",
+  )
+  add(
     "--nice",
     type=int,
     default=10,
@@ -154,6 +162,8 @@ def run(flags: argparse.Namespace) -> int:
   """Makes the missing runs of a table."""
   if not flags.budget > 0:
     raise UserError(f"--budget is {flags.budget}; use hours above 0")
+  if flags.lanes < 1:
+    raise UserError(f"--lanes is {flags.lanes}; use 1 or more")
   checkpoint.silence_orbax()
   os.nice(max(0, flags.nice - os.nice(0)))
   table = tables.TABLES[getattr(flags, "table", "quick")]
@@ -165,6 +175,7 @@ def run(flags: argparse.Namespace) -> int:
     folder=flags.results,
     work=flags.work,
     hours=flags.budget,
+    lanes=flags.lanes,
     say=lambda line: print(line, flush=True),
   )
   if flags.command == "quick":

@@ -239,7 +239,7 @@ def run_all(flags: argparse.Namespace) -> int:
 
   sweep.run_missing(
     lambda: missing(flags, checkpoint),
-    make,
+    lambda runs, out: [made] if (made := make(runs[0], out)) else None,
     flags.results,
     flags.work,
     stopped=lambda: False,  # a run under way stops by itself

@@ -95,18 +95,19 @@ class Plan:
     """The record of a variant at a point, if that run has finished."""
     return self.records.get(self.run(variant, point, seed).key)
 
-  def search(self, variant: Variant) -> tuple[list[Point], Point | None]:
-    """The points of a variant that were tried, and the next one to try."""
+  def search(self, variant: Variant) -> tuple[list[Point], list[Point]]:
+    """The points of a variant that were tried, and those to try next."""
     if variant.at:
-      return [], None
+      return [], []
     tried = self.tried(variant)
     if not tried:
-      return [], (self.table.rates.start, self.table.multipliers.start)
+      start = self.table.rates.start, self.table.multipliers.start
+      return [], [start, *self._neighbors(start)]
     contenders = self.contenders(variant)
     wanted = self._neighbors(contenders[0])
     if not self._missing_seeds(variant):
       wanted += self._neighbors(self._best(variant, contenders))
-    return tried, next((point for point in wanted if point not in tried), None)
+    return tried, [point for point in wanted if point not in tried]
 
   def tried(self, variant: Variant) -> list[Point]:
     """All points with a record, even from a search with another start."""
@@ -179,7 +180,7 @@ class Plan:
 
   def searched(self, variant: Variant) -> bool:
     """Whether no point is left to try, by the seeds that there are."""
-    return self.search(variant)[1] is None
+    return not self.search(variant)[1]
 
   def planned(self, variant: Variant) -> int:
     """Number of runs of a variant; an estimate until its search has ended."""
@@ -201,21 +202,28 @@ class Plan:
     point = self.chosen(variant)
     return self._records(variant, point) if point else []
 
-  def missing(self) -> list[Run]:
-    """All runs that can be made now; the first is the one to make next."""
+  def missing(self, ahead: bool = False) -> list[Run]:
+    """All runs that can be made now; the first is the one to make next.
+
+    Args:
+      ahead: whether a search tries all neighbors of its best point at once,
+        although the first of them may show that the others are not needed.
+    """
     return [
       run
       for group in self.table.groups
-      for run in self._searches(group) or self._repeats(group)
+      for run in self._searches(group, ahead) or self._repeats(group)
     ]
 
-  def _searches(self, group: tuple[Variant, ...]) -> list[Run]:
-    """The next run of each unfinished search, the least advanced first."""
+  def _searches(self, group: tuple[Variant, ...], ahead: bool) -> list[Run]:
+    """The next runs of each unfinished search, the least advanced first."""
     searches = [(variant, *self.search(variant)) for variant in group]
     searches.sort(key=lambda search: len(search[1]))
     seed = self.table.seeds[0]
     return [
-      self.run(variant, point, seed) for variant, _, point in searches if point
+      self.run(variant, point, seed)
+      for variant, _, points in searches
+      for point in (points if ahead else points[:1])
     ]
 
   def _repeats(self, group: tuple[Variant, ...]) -> list[Run]:

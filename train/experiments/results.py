@@ -44,7 +44,7 @@ def read_all(folder: pathlib.Path) -> dict[str, Record]:
   return by_key
 
 
-def append(path: pathlib.Path, record: Record) -> None:
-  """Adds a result; neither a reader nor a crash ever leaves half a line."""
-  lines = [json.dumps(each) for each in [*read(path), record]]
+def append(path: pathlib.Path, *records: Record) -> None:
+  """Adds results; neither a reader nor a crash ever leaves half a line."""
+  lines = [json.dumps(each) for each in [*read(path), *records]]
   atomic_files.write_text(path, "\n".join(lines) + "\n")

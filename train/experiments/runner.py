@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+import jax
+
 from train.common.errors import UserError
 from train.config.schema import DataConfig
 from train.data import corpus
@@ -31,6 +33,7 @@ def work_through(
   folder: pathlib.Path,
   work: pathlib.Path,
   hours: float = math.inf,
+  lanes: int = 1,
   say: Callable[[str], None] = print,
 ) -> int:
   """Makes the runs of a table that have no result.
@@ -41,8 +44,9 @@ def work_through(
     text: a name from `texts.TEXTS`, or a file.
     folder: folder of the results.
     work: folder for the checkpoints of unfinished runs.
-    hours: time after which to stop; the run under way is saved, and the next
-      call continues it.
+    hours: time after which to stop; the runs under way are saved, and the next
+      call continues them.
+    lanes: most runs that are trained side by side, by one program.
     say: prints a line of progress.
 
   Returns:
@@ -51,6 +55,7 @@ def work_through(
   Raises:
     UserError: the text is missing.
   """
+  _check(lanes)
   cache = corpus.cache_folder(DataConfig())
   parts = texts.prepare(text, cache)
   other = texts.prepare(table.other, cache).test if table.other else None
@@ -59,23 +64,26 @@ def work_through(
   with signals.stop_requests() as stop_requested:
     stopped = lambda: stop_requested() or time.monotonic() > end
 
-    def make(run: Run, _: pathlib.Path) -> Record | None:
+    def make(runs: list[Run], out: pathlib.Path) -> list[Record] | None:
       now, begin = current(), time.monotonic()
-      say(f"{_clock()} {now.done() + 1}/{now.total}  {run.describe()}")
-      record = _train(run, parts, other, work, stopped)
-      if record is not None:
-        durations.append(time.monotonic() - begin)
-        runs_left = now.total - now.done() - 1
+      for i, run in enumerate(runs, start=now.done() + 1):
+        say(f"{_clock()} {i}/{now.total}  {run.describe()}")
+      records = _train(runs, parts, other, out, stopped)
+      if records is not None:
+        durations.append((time.monotonic() - begin) / len(runs))
+        runs_left = now.total - now.done() - len(runs)
         left = runs_left * statistics.mean(durations) / 3600
-        say(f"{_clock()} {_outcome(record)}; about {left:.1f} hours left")
-      return record
+        reached = "; ".join(map(_outcome, records))
+        say(f"{_clock()} {reached}; about {left:.1f} hours left")
+      return records
 
     complete = sweep.run_missing(
-      lambda: current().missing(),
+      lambda: current().missing(ahead=lanes > 1),
       make,
       folder / f"{table.name}.jsonl",
       work,
       stopped,
+      sweep.Together(lanes, lambda run: training.program_of(run, parts)),
     )
   now = current()
   if complete:
@@ -88,17 +96,27 @@ def work_through(
   return STOPPED
 
 
+def _check(lanes: int) -> None:
+  """Raises if runs cannot be trained side by side."""
+  if lanes > 1 and jax.default_backend() == "cpu":
+    raise UserError(
+      f"--lanes is {lanes}, which is for a GPU or TPU: a CPU gains nothing from"
+      " runs side by side, and batches of factorizations may hang on it. Leave"
+      " it at 1, and start the command once a core"
+    )
+
+
 def _train(
-  run: Run,
+  runs: list[Run],
   parts: texts.Parts,
   other: pathlib.Path | None,
-  work: pathlib.Path,
+  out: pathlib.Path,
   stopped: Callable[[], bool],
-) -> Record | None:
+) -> list[Record] | None:
   try:
-    return training.train(run, parts, work, stopped, other)
+    return training.train(runs, parts, out, stopped, other)
   except UserError as error:
-    raise UserError(f"{run.describe()}: {error}") from error
+    raise UserError(f"{runs[0].describe()}: {error}") from error
 
 
 def _outcome(record: Record) -> str:

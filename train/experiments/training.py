@@ -1,54 +1,28 @@
-"""Makes one run with the loop of `train.pretrain`, and its record."""
+"""Makes runs with the training step of `train.pretrain`, and their records."""
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import shlex
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 import galore_optax
-from train.common.errors import Diverged, UserError
 from train.config import presets, schema
 from train.data import corpus as corpus_lib
-from train.experiments import stability, tables, texts
+from train.experiments import lanes, stability, tables, texts, training_loop
 from train.experiments.plan import Record, Run
 from train.measure import machine
 from train.parallel import mesh as mesh_lib
-from train.run import job as job_lib
-from train.run import loop, metrics, run_dir
-from train.run.job import Job
-from train.step import setup as setup_lib
 
 POINTS = 500  # most points of a recorded loss curve
 VALIDATION_ROWS = 256  # most rows of the validation text
 TEST_ROWS = 2048  # most rows of the test text
-
-
-class Clock:
-  """Measures the steps' processor seconds while the loop asks whether to stop.
-
-  Attributes:
-    steps: Processor seconds of each step so far.
-  """
-
-  def __init__(self, stopped: Callable[[], bool]):
-    self._stopped, self._last = stopped, math.nan
-    self.steps: list[float] = []
-
-  def __call__(self) -> bool:
-    """Records the time since the last call; returns whether to stop."""
-    now = time.process_time()
-    if not math.isnan(self._last):
-      self.steps.append(now - self._last)
-    self._last = now
-    return self._stopped()
 
 
 def settings(run: Run, parts: texts.Parts) -> list[str]:
@@ -102,44 +76,53 @@ def command(run: Run, parts: texts.Parts) -> str:
 
 
 def train(
-  run: Run,
+  runs: Sequence[Run],
   parts: texts.Parts,
-  work: pathlib.Path,
+  out: pathlib.Path,
   stopped: Callable[[], bool],
   other: pathlib.Path | None = None,
-) -> Record | None:
-  """Trains a run, or resumes one that was stopped.
+) -> list[Record] | None:
+  """Trains runs side by side, or resumes them where they were stopped.
 
   Args:
-    run: The run.
+    runs: The runs; `program_of` is the same for all of them.
     parts: Files of the text.
-    work: Folder of the runs under way; this one gets a folder of its own there,
-      with its checkpoints and its printed output in `log.txt`.
-    stopped: Called once per step; whether to stop.
+    out: Their folder, for checkpoints and for `log.txt`, their printed output.
+    stopped: Called before each dispatch; whether to stop.
     other: File of a text of another kind, which is only reported on.
 
   Returns:
-    The record of the finished or diverged run, None if it was stopped.
+    The records of the finished or diverged runs, None if they were stopped.
   """
-  config = config_of(run, parts)
-  out = work / run.key
-  try:
-    run_dir.check_folder(out, config, overwrite=False)
-    run_dir.write_config(out, config, overwrite=False)
-  except UserError:  # the folder holds another run, or is damaged
-    run_dir.write_config(out, config, overwrite=True)
-  corpus = corpus_lib.prepare(config.data, config.model.vocab_size)
-  mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
+  configs = [config_of(run, parts) for run in runs]
+  common = lanes.common(configs[0])
+  corpus = _corpus(common.data, common.model.vocab_size)
+  mesh = mesh_lib.make_mesh(common.mesh, common.data.batch, jax.devices()[:1])
+  out.mkdir(parents=True, exist_ok=True)
   with _output_to(out / "log.txt"), jax.set_mesh(mesh):
-    job, state = _prepare(config, out, corpus, mesh)
-    with contextlib.closing(job):
+    program = _program(common, len(runs), mesh)
+    with contextlib.closing(
+      training_loop.Training(program, configs, corpus, out)
+    ) as training:
+      if not training.run(stopped):
+        return None
       reported = {"test_loss": parts.test}
       reported |= {"other_loss": other} if other else {}
-      outcome = _finish(config, job, state, reported, stopped)
-  jax.clear_caches()
-  if outcome is None:
-    return None
-  return _identity(run, config, parts) | outcome
+      outcomes = _outcomes(common, training, reported)
+  return [
+    _identity(run, config, parts) | outcome
+    for run, config, outcome in zip(runs, configs, outcomes, strict=True)
+  ]
+
+
+# A search goes from one method to another and back, on the same text.
+_program = functools.lru_cache(maxsize=32)(lanes.make)
+_corpus = functools.lru_cache(maxsize=4)(corpus_lib.prepare)
+
+
+def program_of(run: Run, parts: texts.Parts) -> schema.Config:
+  """What runs have to have in common to be trained by one program."""
+  return lanes.common(config_of(run, parts))
 
 
 @contextlib.contextmanager
@@ -153,70 +136,61 @@ def _output_to(path: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def _prepare(
+def _outcomes(
   config: schema.Config,
-  out: pathlib.Path,
-  corpus: corpus_lib.Corpus,
-  mesh: jax.sharding.Mesh,
-) -> tuple[Job, Any]:
-  """Prepares the job; starts over if its checkpoints cannot be read."""
-  setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
-  try:
-    return job_lib.prepare(config, out, corpus, setup)
-  except UserError:
-    if not (out / run_dir.FOLDER).exists():
-      raise
-    run_dir.write_config(out, config, overwrite=True)
-    return job_lib.prepare(config, out, corpus, setup)
-
-
-def _finish(
-  config: schema.Config,
-  job: Job,
-  state: Any,
+  training: training_loop.Training,
   reported: dict[str, pathlib.Path],
-  stopped: Callable[[], bool],
-) -> Record | None:
-  """Trains to the end; the outcome for the record, None if it was stopped.
+) -> list[Record]:
+  """What the records say of each lane's result.
 
   Args:
-    config: The run.
-    job: Its parts.
-    state: Its training state, which is new or of a checkpoint.
+    config: What the lanes have in common.
+    training: Their training, at its end.
     reported: Texts by which nothing is selected, by the name of their loss.
-    stopped: Called once per step; whether to stop.
   """
-  clock, sizes = Clock(stopped), _sizes(state)
-  try:
-    outcome = loop.train(job, state, clock)
-  except Diverged as error:
-    return {"status": "diverged", "why": str(error)[:200], "bytes": sizes}
-  if outcome.stopped:
-    return None
-  history = metrics.read(job.out / metrics.FILE)
-  losses = [(r["step"], r["loss"]) for r in history if "loss" in r]
-  scores = [
-    (r["step"], r["held_out_loss"]) for r in history if "held_out_loss" in r
-  ]
-  losses_after = {
-    name: _loss_on(path, config, job, outcome.state)
+  losses = {
+    name: training.losses_on(_rows_of(path, config))
     for name, path in reported.items()
   }
-  # The log leaves out numbers that are not finite.
-  finite = all(map(math.isfinite, losses_after.values()))
-  if scores[-1][0] != config.train.steps or not finite:
-    why = "no finite loss at the end"
-    return {"status": "diverged", "why": why, "bytes": sizes}
+  sizes = _sizes(training.program.setup.abstract.state)
+  return [
+    _outcome(
+      config, training, lane, {name: x[lane] for name, x in losses.items()}
+    )
+    | {"bytes": sizes}
+    for lane in range(training.lanes)
+  ]
+
+
+def _outcome(
+  config: schema.Config,
+  training: training_loop.Training,
+  lane: int,
+  reported: dict[str, float],
+) -> Record:
+  history = training.history
+  if history.skips_in_row[lane] >= config.train.max_skips:
+    why = f"no finite gradient in {config.train.max_skips} steps in a row"
+    return {"status": "diverged", "why": why}
+  scores = [(step, losses[lane]) for step, losses in history.scores]
+  if not all(map(math.isfinite, (scores[-1][1], *reported.values()))):
+    return {"status": "diverged", "why": "no finite loss at the end"}
+  losses = [
+    (step, loss)
+    for step, loss in enumerate((x[lane] for x in history.losses), start=1)
+    if math.isfinite(loss)
+  ]
+  state = training.state_of(lane)
   return {
     "status": "done",
     "validation_loss": scores[-1][1],
-    **losses_after,
-    "bytes": sizes,
-    **_times(clock.steps, history),
+    **reported,
+    "lanes": training.lanes,
+    "tokens_per_second": round(training.tokens_per_second(), 1),
     "curve": _averaged(losses),
-    **stability.summarize(losses, outcome.state.opt_state),
+    **stability.summarize(losses, state.opt_state),
     "validation_curve": [[s, round(loss, 5)] for s, loss in scores],
-    "skipped": int(outcome.state.skipped),
+    "skipped": int(state.skipped),
   }
 
 
@@ -227,32 +201,12 @@ def _sizes(state: Any) -> dict[str, int]:
   }
 
 
-def _times(cpu: list[float], history: list[Record]) -> dict[str, float]:
-  """Medians over the steps, without the first few."""
-  cpu = cpu[2:] or cpu
-  rates = [r["tokens_per_second"] for r in history if "tokens_per_second" in r]
-  times = {}
-  if cpu:
-    times["cpu_seconds_a_step"] = round(statistics.median(cpu), 4)
-  if rates:
-    times["tokens_per_second"] = round(statistics.median(rates), 1)
-  return times
-
-
-def _loss_on(
-  path: pathlib.Path, config: schema.Config, job: Job, state: Any
-) -> float:
-  """The loss on a text by which nothing is selected."""
+def _rows_of(path: pathlib.Path, config: schema.Config) -> np.ndarray:
+  """The rows of a text that is reported on."""
   data = dataclasses.replace(
     config.data, validation=str(path), eval_rows=TEST_ROWS
   )
-  corpus = corpus_lib.prepare(data, config.model.vocab_size)
-  sums = [
-    job.eval_step(state.params, job.put(rows))
-    for rows in corpus_lib.evaluation_batches(corpus.held_out, data.batch)
-  ]
-  totals, counts = np.asarray(jax.device_get(sums), np.float64).T
-  return float(totals.sum() / counts.sum())
+  return _corpus(data, config.model.vocab_size).held_out
 
 
 def _averaged(points: list[tuple[int, float]]) -> list[list[float]]:

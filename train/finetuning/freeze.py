@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 from flax import traverse_util
 
@@ -33,7 +34,7 @@ class Frozen(Adapters):
   method: Any = None
   pattern: str = ""  # regular expression of the frozen weights' paths
 
-  def init(self, weights: dict, seed: int = 0) -> dict[str, Any]:
+  def init(self, weights: dict, seed: int | jax.Array = 0) -> dict[str, Any]:
     """Divides weights into `frozen` ones and `adapters`: the trained ones."""
     del seed
     flat = _flat(weights)

@@ -130,5 +130,5 @@ def abstract(make: Callable[[nnx.Rngs], Module]) -> Module:
 def init(make: Callable[[nnx.Rngs], nnx.Module], seed: int | jax.Array) -> dict:
   """Random initial parameters of a model, as nested dicts."""
   with nnx.use_eager_sharding(False):
-    model = make(nnx.Rngs(seed))
+    model = make(nnx.Rngs(jax.random.key(seed)))
   return nnx.to_pure_dict(nnx.state(model, nnx.Param))

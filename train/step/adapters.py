@@ -32,7 +32,7 @@ class Adapters:
   method: galore_optax.baselines.LowRank
   reset_every: int = 0  # updates between two restarts; 0: none
 
-  def init(self, weights: Any, seed: int = 0) -> dict[str, Any]:
+  def init(self, weights: Any, seed: int | jax.Array = 0) -> dict[str, Any]:
     """Divides the weights of a model into `frozen` and `adapters`."""
     # Random numbers that differ from those of the weights.
     key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -53,7 +53,11 @@ class Adapters:
     return weights, lambda grads: back(grads)[0]
 
   def restart_if_due(
-    self, params: dict[str, Any], opt_state: Any, updates: Any, seed: int
+    self,
+    params: dict[str, Any],
+    opt_state: Any,
+    updates: Any,
+    seed: int | jax.Array,
   ) -> tuple[dict[str, Any], Any]:
     """Merges and restarts the factors every `reset_every` updates.
 

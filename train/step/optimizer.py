@@ -26,26 +26,30 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def _smooth_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """A linear warm-up to the peak, then a decay to `final` of it."""
-  if config.decay == "linear":
-    return _linear_schedule(config, steps)
+  # The peak is a factor, because it may be an array, which Optax's schedules
+  # do not take.
+  shape = (_linear if config.decay == "linear" else _cosine)(config, steps)
+  return lambda count: config.learning_rate * shape(count)
+
+
+def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """A linear rise to 1, and a fall along a cosine."""
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
-    peak_value=config.learning_rate,
+    peak_value=1.0,
     warmup_steps=max(1, round(config.warmup * steps)) if config.warmup else 0,
     decay_steps=max(2, steps),
-    end_value=config.final * config.learning_rate,
+    end_value=config.final,
   )
 
 
-def _linear_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """A linear rise to the peak, if there is a warm-up, and a linear fall."""
-  peak, warmup = config.learning_rate, round(config.warmup * steps)
-  down = optax.linear_schedule(
-    peak, config.final * peak, max(1, steps - warmup)
-  )
+def _linear(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """A linear rise to 1, if there is a warm-up, and a linear fall."""
+  warmup = round(config.warmup * steps)
+  down = optax.linear_schedule(1.0, config.final, max(1, steps - warmup))
   if not warmup:
     return down
-  up = optax.linear_schedule(0.0, peak, warmup)
+  up = optax.linear_schedule(0.0, 1.0, warmup)
   return optax.join_schedules([up, down], [warmup])
 
 
@@ -80,7 +84,8 @@ def make_optimizer(
     raise UserError(f"optimizer.name={config.name}: {error}") from None
   if config.clip:
     parts.insert(0, optax.clip_by_global_norm(config.clip))
-  if config.matrix_lr != 1:
+  # As an array it has no value yet, and is always applied.
+  if isinstance(config.matrix_lr, jax.Array) or config.matrix_lr != 1:
     parts.append(optax.masked(optax.scale(config.matrix_lr), block_matrices))
   return optax.with_extra_args_support(optax.chain(*parts))
 

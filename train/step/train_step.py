@@ -185,17 +185,7 @@ def init_state(
     seed: of fresh parameters.
     params: those to start from instead, arrays on the host.
   """
-  config = abstract.config
-
-  def init(params: dict | None) -> TrainState:
-    params = llama.init(config, seed) if params is None else params
-    zeros = (jnp.zeros((), jnp.int32),) * 3
-    if abstract.adapters is not None:
-      params = abstract.adapters.init(params, seed)
-      return TrainState(*zeros, params, tx.init(params["adapters"]))
-    opt_state = tx.init(params)
-    return TrainState(*zeros, store(config, params), opt_state)
-
+  init = lambda params: new_state(tx, abstract, seed, params)
   if params is not None:
     params = jax.tree.map(
       lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__),
@@ -205,6 +195,23 @@ def init_state(
   # Given parameters are donated, so that the model is never in memory twice.
   run = jax.jit(init, out_shardings=abstract.shardings, donate_argnums=0)
   return run(params)
+
+
+def new_state(
+  tx: Updater,
+  abstract: AbstractState,
+  seed: int | jax.Array,
+  params: dict | None = None,
+) -> TrainState:
+  """A new training state, as a pure function; see `init_state`."""
+  config = abstract.config
+  params = llama.init(config, seed) if params is None else params
+  zeros = (jnp.zeros((), jnp.int32),) * 3
+  if abstract.adapters is not None:
+    params = abstract.adapters.init(params, seed)
+    return TrainState(*zeros, params, tx.init(params["adapters"]))
+  opt_state = tx.init(params)
+  return TrainState(*zeros, store(config, params), opt_state)
 
 
 def make_train_step(
@@ -239,7 +246,7 @@ def make_train_step(
   elif low_rank_parts > 1:
     step = _in_parts(_part_of_step(tx, abstract, config), low_rank_parts)
   else:
-    step = _whole_step(tx, abstract, config, gradient)
+    step = whole_step(tx, abstract, config, gradient)
   return jax.jit(
     step,
     donate_argnums=0,
@@ -341,13 +348,16 @@ def finish(
   return new, metrics
 
 
-def _whole_step(
+def whole_step(
   tx: optax.GradientTransformation,
   abstract: AbstractState,
   config: TrainConfig,
   gradient: Gradient | None = None,
-):
-  """The step that computes the whole gradient before it updates weights."""
+) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+  """The step that computes the whole gradient before it updates weights.
+
+  It is not jitted; see `make_train_step`.
+  """
   if gradient is None:
     of_tokens = make_gradient(abstract, config)
     gradient = lambda weights, rows, step: of_tokens(weights, rows)
@@ -437,22 +447,36 @@ def make_eval_step(
   """
 
   def eval_step(params: dict, rows: jax.Array):
+    if parts == 1:
+      return evaluate(abstract, params, rows)
     if abstract.adapters is not None:
       params = abstract.read(params)
-    if parts == 1:
-      return sums(params, rows)
     cut = mesh_lib.microbatches(rows, parts)
-    total, count = jax.lax.map(lambda part: sums(params, part), cut)
+    sums = lambda part: _loss_sums(abstract, params, part)
+    total, count = jax.lax.map(sums, cut)
     return total.sum(), count.sum()
 
-  def sums(params: dict, rows: jax.Array):
-    if abstract.config.weights != "full":
-      # Dequantizes the weights of one layer at a time.
-      return per_layer.summed_loss(abstract.config, params, rows)
-    losses = token_losses(abstract.graphdef, params, rows)
-    return losses.sum(), is_predicted(rows).sum()
-
   return jax.jit(eval_step, out_shardings=mesh_lib.replicated(_mesh(abstract)))
+
+
+def evaluate(
+  abstract: AbstractState, params: dict, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Summed loss in nats and number of predicted tokens of rows (B, T + 1)."""
+  if abstract.adapters is not None:
+    params = abstract.read(params)
+  return _loss_sums(abstract, params, rows)
+
+
+def _loss_sums(
+  abstract: AbstractState, params: dict, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The same of the weights that the model computes with."""
+  if abstract.config.weights != "full":
+    # Dequantizes the weights of one layer at a time.
+    return per_layer.summed_loss(abstract.config, params, rows)
+  losses = token_losses(abstract.graphdef, params, rows)
+  return losses.sum(), is_predicted(rows).sum()
 
 
 def all_finite(params: dict) -> bool:

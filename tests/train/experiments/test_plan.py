@@ -45,7 +45,10 @@ def test_a_search_continues_from_the_best_known_point():
     run = known.run(tables.OURS, point, seed=0)
     known.records[run.key] = fake(run, loss_of(run))
   tried, wanted = known.search(tables.OURS)
-  assert set(tried) == {(2e-3, 0.5), (1e-3, 0.5)} and wanted == (2e-3, 0.25)
+  assert set(tried) == {(2e-3, 0.5), (1e-3, 0.5)} and wanted[0] == (
+    2e-3,
+    0.25,
+  )
 
 
 def test_a_search_tries_multipliers_again_at_a_better_rate():
@@ -111,7 +114,7 @@ def test_a_point_with_all_seeds_remains_a_contender():
   assert known.contenders(tables.OURS)[0] == (4e-3, 0.5)
   assert known.chosen(tables.OURS) == far
   wanted = known.search(tables.OURS)[1]
-  assert wanted == (1.6e-2, 0.5)  # a neighbor of the chosen point
+  assert wanted == [(1.6e-2, 0.5)]  # a neighbor of the chosen point
 
 
 def test_a_fixed_point_is_not_searched():

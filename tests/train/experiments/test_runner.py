@@ -33,7 +33,7 @@ def one_device():
   """Eight devices would take longer to compile for, and change nothing."""
   make = mesh.make_mesh
   with pytest.MonkeyPatch.context() as patch:
-    single = lambda config, batch: make(config, batch, jax.devices()[:1])
+    single = lambda config, batch, *_: make(config, batch, jax.devices()[:1])
     patch.setattr(mesh, "make_mesh", single)
     yield
 
@@ -52,7 +52,6 @@ def ran(base, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
     patch.setitem(tables.TABLES, "quick", TINIEST)
-    patch.setattr(jax, "clear_caches", lambda: None)  # the runs are alike
     arguments = [
       "run",
       "quick",
@@ -63,13 +62,16 @@ def ran(base, tmp_path_factory):
     ]
     arguments += ["--work", str(base / "work"), "--results", str(base / "out")]
     asked = [0]
+    train = training.train
 
-    class Stopping(training.Clock):
-      def __call__(self):
+    def stopping(runs, parts, out, stopped, other):
+      def stop():
         asked[0] += 1
-        return super().__call__() or asked[0] == 4
+        return stopped() or asked[0] == 4
 
-    patch.setattr(training, "Clock", Stopping)
+      return train(runs, parts, out, stop, other)
+
+    patch.setattr(training, "train", stopping)
     first = command.main(arguments)
     left = {path.name for path in (base / "work").iterdir()}
     before = results.read(base / "out" / "quick.jsonl")
@@ -190,21 +192,38 @@ def test_processes_on_one_table_make_different_runs(tmp_path):
     return [run for run in now.missing() if run.key not in known]
 
   claim = functools.partial(sweep.claim, now.missing(), missing, tmp_path)
-  with claim() as first, claim() as second, claim() as third:
-    assert first == order[0] and second is not None and second != first
-    assert third is None and len(now.missing()) == 2
+  with claim() as (first,), claim() as (second,), claim() as third:
+    assert first == order[0] and second != first
+    assert not third and len(now.missing()) == 2
     for run in (first, second):
       results.append(tmp_path / "out" / "quick.jsonl", found.records[run.key])
   # A run that another process has finished since then is not made again.
   with claim() as late:
-    assert late is None
+    assert not late
   assert not list(tmp_path.glob("*.lock"))
+
+
+def test_runs_of_one_kind_are_claimed_together(tmp_path):
+  now = plan.Plan(tables.QUICK, 1000, "speeches", {})
+  missing = functools.partial(now.missing, ahead=True)
+  together = sweep.Together(2, lambda run: run.variant.name)
+  claim = functools.partial(sweep.claim, missing(), missing, tmp_path, together)
+  with claim() as first, claim() as second, claim() as third:
+    assert [run.variant.name for run in first] == ["adamw"] * 2
+    assert [run.variant.name for run in second] == ["galore"] * 2
+    assert not third and len({run.key for run in [*first, *second]}) == 4
+
+
+def test_runs_side_by_side_are_refused_on_a_cpu(capsys):
+  assert command.main(["run", "quick", "--lanes", "2", "--nice", "0"]) == 2
+  assert "start the command once a core" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
   "arguments, message",
   [
     (["run", "quick", "--budget", "-1"], "hours above 0"),
+    (["run", "quick", "--lanes", "0"], "use 1 or more"),
     (["run", "quick", "--text", "nowhere.txt", "--nice", "0"], "nowhere.txt"),
     (["report", "--page", "nowhere.md"], "nowhere.md"),
   ],

@@ -1,65 +1,163 @@
-"""One run: resuming, damaged folders, divergence."""
+"""Runs by one program: against the training script, side by side, resumed."""
 
+import functools
+import itertools
 import json
 import math
-import types
 
+import jax
+import numpy as np
 import pytest
 
-from tests.train.experiments import fakes
-from train.common.errors import UserError
+from tests.train import conftest
+from tests.train.experiments.fakes import DIVERGING, TINIEST
+from train import pretrain
 from train.experiments import (
+  lanes,
   plan,
+  tables,
   texts,
   training,
+  training_loop,
 )
-from train.run import metrics, run_dir
+from train.run import checkpoint, metrics
+
+ADAMW, GALORE = TINIEST.variants
+NEVER = lambda: False
 
 
-@pytest.mark.parametrize("last, test", [(5, 4.0), (10, math.nan)])
-def test_a_run_without_a_finite_loss_at_its_end_diverged(
-  last, test, tmp_path, monkeypatch
-):
-  job = types.SimpleNamespace(out=tmp_path)
-  config = types.SimpleNamespace(train=types.SimpleNamespace(steps=10))
-  log = metrics.Log(tmp_path, 0)
-  log.write(last, held_out_loss=4.0)
-  log.close()
-  state = types.SimpleNamespace(opt_state=(), params={}, skipped=0)
-  outcome = types.SimpleNamespace(stopped=False, state=state)
-  monkeypatch.setattr(training.loop, "train", lambda *_: outcome)
-  monkeypatch.setattr(training, "_test_loss", lambda *_: test)
-  found = training._finish(config, job, state, None, lambda: False)
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  """A tiny text in its parts, with a cache of its own."""
+  folder = tmp_path_factory.mktemp("text")
+  (folder / "speech.txt").write_text(conftest.speech(120), encoding="utf-8")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    yield texts.prepare(str(folder / "speech.txt"), folder / "cache")
+
+
+def runs_of(variant, *points):
+  known = plan.Plan(TINIEST, 640, "speech", {})
+  return [known.run(variant, point[:2], point[2]) for point in points]
+
+
+def measured(record):
+  return [loss for _, loss in record["curve"]] + [record["test_loss"]]
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+  """Records of single runs of AdamW, by rate, multiplier and seed."""
+  out = tmp_path_factory.mktemp("alone")
+  points = [(8e-3, 0.25, 0), (4e-3, 1.0, 0), (8e-3, 0.25, 1)]
+  return {
+    point: training.train([run], text, out / run.key, NEVER)[0]
+    for point, run in zip(points, runs_of(ADAMW, *points), strict=True)
+  }
+
+
+def test_a_run_is_that_of_the_training_script(text, alone, tmp_path):
+  run = runs_of(GALORE, (8e-3, 0.25, 0))[0]
+  (record,) = training.train([run], text, tmp_path / "lane", NEVER)
+  arguments = ["--preset", tables.PRESET, "--optimizer", "galore"]
+  for setting in training.settings(run, text):
+    arguments += ["--set", setting]
+  arguments += ["--set", "mesh.data=1", "--out", str(tmp_path / "run")]
+  make = training.mesh_lib.make_mesh
+  one = lambda config, batch, *_, **__: make(config, batch, jax.devices()[:1])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(training.mesh_lib, "make_mesh", one)
+    assert pretrain.main(arguments) == 0
+  log = metrics.read(tmp_path / "run" / metrics.FILE)
+  losses = [line["loss"] for line in log if "loss" in line]
+  np.testing.assert_allclose(measured(record)[:-1], losses, atol=1e-4)
+  scores = [line["held_out_loss"] for line in log if "held_out_loss" in line]
+  found = [loss for _, loss in record["validation_curve"]]
+  np.testing.assert_allclose(found, scores, atol=1e-4)
+
+
+def test_runs_of_other_numbers_do_not_compile_again(text, alone):
+  config = training.program_of(runs_of(ADAMW, (1.0, 1.0, 5))[0], text)
+  mesh = training.mesh_lib.make_mesh(config.mesh, 4, jax.devices()[:1])
+  program = training._program(config, 1, mesh)
+  assert program.advance._cache_size() == 1
+  assert len({record["test_loss"] for record in alone.values()}) == 3
+
+
+def test_lanes_side_by_side_are_the_runs_alone(text, alone, tmp_path):
+  records = training.train(
+    runs_of(ADAMW, *alone), text, tmp_path, NEVER, other=text.validation
+  )
+  for record, single in zip(records, alone.values(), strict=True):
+    assert record["key"] == single["key"] and record["lanes"] == 3
+    np.testing.assert_allclose(measured(record), measured(single), atol=1e-4)
+    assert record["bytes"] == single["bytes"]
+    assert math.isfinite(record["other_loss"])
+
+
+def test_a_lane_that_diverges_leaves_the_others_alone(text, alone, tmp_path):
+  runs = runs_of(ADAMW, (8e-3, 0.25, 0), (DIVERGING, 0.25, 0))
+  good, bad = training.train(runs, text, tmp_path, NEVER)
+  single = alone[8e-3, 0.25, 0]
+  np.testing.assert_allclose(measured(good), measured(single), atol=1e-4)
+  assert bad["status"] == "diverged" and "validation_loss" not in bad
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_lanes_go_on_where_they_were_stopped(count, text, alone, tmp_path):
+  points = list(alone)[:count]
+  asked = itertools.count(1)
+  stop = lambda: next(asked) == 4
+  train = functools.partial(training.train, runs_of(ADAMW, *points), text)
+  assert train(tmp_path, stop) is None
+  assert checkpoint.steps_in(tmp_path) == [3]
+  records = train(tmp_path, NEVER)
+  for point, record in zip(points, records, strict=True):
+    np.testing.assert_allclose(
+      measured(record), measured(alone[point]), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("how", ["damaged", "of other runs"])
+def test_what_cannot_be_resumed_starts_over(how, text, alone, tmp_path):
+  first, second = runs_of(ADAMW, *list(alone)[:2])
+  asked = itertools.count(1)
+  assert (
+    training.train([first], text, tmp_path, lambda: next(asked) == 4) is None
+  )
+  folder = tmp_path / checkpoint.FOLDER / "3"
+  if how == "damaged":
+    for path in (folder / "state").rglob("*"):
+      if path.is_file():
+        path.write_bytes(b"torn")
+  run = first if how == "damaged" else second
+  (record,) = training.train([run], text, tmp_path, NEVER)
+  assert len(record["curve"]) == 10
+  single = alone[(run.rate, run.multiplier, run.seed)]
+  np.testing.assert_allclose(measured(record), measured(single), atol=1e-4)
+
+
+def test_a_run_without_a_finite_loss_at_its_end_diverged(text, alone):
+  """Its steps were finite, but not the loss on a text."""
+  history = training_loop.History([[4.0]], [(10, [4.0])], [0])
+  run = type("Run", (), {"history": history})
+  config = training.program_of(runs_of(ADAMW, (1.0, 1.0, 0))[0], text)
+  found = training._outcome(config, run, 0, {"test_loss": math.nan})
   assert found["status"] == "diverged" and "validation_loss" not in found
 
 
-def test_a_damaged_folder_is_started_over(tmp_path):
-  run = plan.Plan(fakes.TINIEST, 640, "x", {}).missing()[0]
-  out = tmp_path / run.key
-  out.mkdir()
-  (out / run_dir.CONFIG).write_text("{ torn", encoding="utf-8")
-  parts = texts.Parts(*(tmp_path / f"{n}.txt" for n in "abc"))
-  with pytest.raises(UserError, match=r"data\.path"):  # the text is missing
-    training.train(run, parts, tmp_path, lambda: False)
-  assert json.loads((out / run_dir.CONFIG).read_text())["train.seed"] == 0
-
-
-def test_a_run_whose_checkpoints_are_damaged_starts_over(tmp_path, monkeypatch):
-  run = plan.Plan(fakes.TINIEST, 640, "x", {}).missing()[0]
-  config = training.config_of(run, texts.Parts(*"abc"))
-  existed = []
-
-  def prepare(_, out, *__):
-    existed.append((out / run_dir.FOLDER).exists())
-    if existed[-1]:
-      raise UserError("no checkpoint can be read")
-    return "job", "state"
-
-  monkeypatch.setattr(training.setup_lib, "make", lambda *_: None)
-  monkeypatch.setattr(training.job_lib, "prepare", prepare)
-  (tmp_path / run_dir.FOLDER / "5").mkdir(parents=True)
-  assert training._prepare(config, tmp_path, None, None) == ("job", "state")
-  assert existed == [True, False]
-  monkeypatch.setattr(training.job_lib, "prepare", lambda *_: 1 / 0)
-  with pytest.raises(ZeroDivisionError):  # other errors are not hidden
-    training._prepare(config, tmp_path, None, None)
+def test_programs_differ_in_what_is_not_a_number(text):
+  points = (8e-3, 0.25, 0), (4e-3, 0.5, 1)
+  first, second = (
+    training.program_of(run, text) for run in runs_of(GALORE, *points)
+  )
+  assert first == second
+  other = GALORE._replace(settings=("optimizer.rank=4",))
+  assert training.program_of(runs_of(other, points[0])[0], text) != first
+  decayed = GALORE._replace(settings=("optimizer.b2=0.95",))
+  assert training.program_of(runs_of(decayed, points[0])[0], text) == first
+  values = lanes.numbers(
+    [training.config_of(run, text) for run in runs_of(decayed, *points)]
+  )
+  assert json.dumps(values["b2"].tolist()).startswith("[0.94999")
+  assert values["seed"].tolist() == [0, 1]
