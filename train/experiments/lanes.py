@@ -6,7 +6,7 @@ arguments: the numbers of a run are arrays, and a program is compiled once a
 method. The program trains one run, or several side by side: then every array
 has one axis more, and each index of that axis is a *lane*.
 
-What shapes the program stays constant: the method, ranks, gaps, dtypes.
+What shapes the program stays constant: the method, ranks, bursts, dtypes.
 """
 
 import copy
@@ -29,6 +29,7 @@ NUMBERS: dict[str, Any] = {
   "b2": 0.999,
   "residual_factor": 1.0,
   "residual_decay": 0.95,
+  "update_proj_gap": 50,
 }
 MOST_STEPS = 32  # in one dispatch
 
@@ -77,8 +78,11 @@ def common(config: schema.Config) -> schema.Config:
 def numbers(configs: Sequence[schema.Config]) -> Numbers:
   """The numbers of runs: arrays () of a single one, (lanes,) of several."""
   found: Numbers = {
-    name: np.array([getattr(c.optimizer, name) for c in configs], np.float32)
-    for name in NUMBERS
+    name: np.array(
+      [getattr(c.optimizer, name) for c in configs],
+      np.int32 if isinstance(stand_in, int) else np.float32,
+    )
+    for name, stand_in in NUMBERS.items()
   }
   found["seed"] = np.array([c.train.seed for c in configs], np.int32)
   return found if len(configs) > 1 else {k: v[0] for k, v in found.items()}

@@ -128,7 +128,28 @@ def table(plan: Plan, times: Mapping[str, float] | None = None) -> str:
   rows = [
     _row(plan, variant, first, times or {}) for variant in plan.table.variants
   ]
-  return markdown_table(HEAD, rows)
+  if not plan.table.other:
+    return markdown_table(HEAD, rows)
+  others = (
+    _other(plan, variant) if plan.complete(variant) else ""
+    for variant in plan.table.variants
+  )
+  rows = [
+    [*row[:2], other, *row[2:]]
+    for row, other in zip(rows, others, strict=True)
+  ]
+  return markdown_table((*HEAD[:2], f"on {plan.table.other}", *HEAD[2:]), rows)
+
+
+def _other(plan: Plan, variant: Variant) -> str:
+  """The perplexity on the table's other text."""
+  records = plan.chosen_records(variant)
+  values = [
+    perplexity(record["other_loss"])
+    for record in records
+    if record["status"] == "done"
+  ]
+  return _mean_and_std(values, "{:.2f}") if values else ""
 
 
 def _row(

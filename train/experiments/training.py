@@ -18,8 +18,12 @@ from train.data import corpus as corpus_lib
 from train.experiments import lanes, stability, tables, texts, training_loop
 from train.experiments.plan import Record, Run
 from train.measure import machine
+from train.methods import registry
 from train.parallel import mesh as mesh_lib
 
+# Options that every run has unless its variant changes them, whatever the
+# preset's defaults are: records were made before some of these changed.
+PINNED = ("optimizer.residual=none", "optimizer.burst=0")
 POINTS = 500  # most points of a recorded loss curve
 VALIDATION_ROWS = 256  # most rows of the validation text
 TEST_ROWS = 2048  # most rows of the test text
@@ -37,6 +41,7 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
   cycle = -(-2 * steps // run.variant.gaps)  # rounded up, as no cycle is cut
   every = -(-steps // run.evaluations)
   return [
+    *PINNED,
     *run.settings,
     f"data.path={parts.train}",
     f"data.validation={parts.validation}",
@@ -46,8 +51,7 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
     f"optimizer.learning_rate={run.rate:g}",
     f"optimizer.matrix_lr={run.multiplier:g}",
     f"optimizer.update_proj_gap={gap}",
-    f"optimizer.reset_every={cycle}",
-    f"optimizer.restart_warmup={cycle // 10}",
+    *_restarts(run, cycle),
     f"run.eval_every={every}",
     f"run.checkpoint_every={max(1, steps // 4)}",
     "run.log_every=1",
@@ -55,6 +59,16 @@ def settings(run: Run, parts: texts.Parts) -> list[str]:
     "run.keep_best=0",
     "run.watch=none",
     *run.variant.settings,
+  ]
+
+
+def _restarts(run: Run, cycle: int) -> list[str]:
+  """ReLoRA's cycles; other methods have none."""
+  if not registry.get(run.variant.optimizer).restarts:
+    return []
+  return [
+    f"optimizer.reset_every={cycle}",
+    f"optimizer.restart_warmup={cycle // 10}",
   ]
 
 

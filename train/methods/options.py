@@ -128,8 +128,8 @@ def _check_burst(config: SharedOptimizerConfig) -> None:
     if config.burst and found != value:
       raise UserError(
         f"optimizer.burst={config.burst} makes a refresh of several steps,"
-        f" which optimizer.{name}={found} excludes; set one of them to its"
-        " default"
+        f" which optimizer.{name}={found} excludes; set optimizer.burst=0, or"
+        f" optimizer.{name}={value}"
       )
 
 

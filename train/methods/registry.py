@@ -130,6 +130,13 @@ def _factors(name: str, about: str, factors: MakeFactors, **facts: Any):
 # Options at the size of `sotu_small`: AdamW's, and those of GaLore's methods.
 _SMALL_ADAMW = {"learning_rate": 8e-3, "matrix_lr": 0.125}
 _SMALL_GALORE = {"learning_rate": 8e-3, "scale": 0.25}
+# With the residual, all of the gradient moves the weights, as AdamW's does. So
+# they take the same factor.
+_SMALL_RESIDUAL = {
+  "learning_rate": 8e-3,
+  "scale": 0.125,
+  "residual": "normalized",
+}
 _RANDOM = "random projections are not made to fit the gradients"
 
 _RECORDS = (
@@ -165,7 +172,7 @@ _RECORDS = (
     "GaLore around AdamW",
     transforms.galore,
     around_adam=True,
-    small=_SMALL_GALORE,
+    small=_SMALL_RESIDUAL,
     frequent=True,
   ),
   _galore(
@@ -210,14 +217,14 @@ _RECORDS = (
     "galore_8bit",
     "GaLore with moments in 8 bits",
     transforms.galore_8bit,
-    small=_SMALL_GALORE,
+    small=_SMALL_RESIDUAL,
     frequent=True,
   ),
   _galore(
     "q_galore",
     "Q-GaLore: weights and moments in 8 bits, bases in 4",
     transforms.q_galore,
-    small=_SMALL_GALORE,
+    small=_SMALL_RESIDUAL,
     frequent=True,
     # Its scripts have a shorter second moment; all others take 0.999.
     options={"b2": 0.95},

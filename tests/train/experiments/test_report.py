@@ -50,6 +50,15 @@ def test_seeds_without_the_search_are_compared_separately():
   assert cells[2].startswith("-17.9 ±") and cells[3].startswith("-22.0 ±")
 
 
+def test_another_text_has_a_column():
+  known, _ = finished(METHODS._replace(other="speeches"))
+  for record in known.records.values():
+    record["other_loss"] = 2.0
+  lines = report.table(known).splitlines()
+  column = lines[0].split(" | ").index("on speeches")
+  assert lines[2].split(" | ")[column] == f"{np.exp(2):.2f} ± 0"
+
+
 def test_spectra_of_gradients_are_shown(tmp_path, monkeypatch):
   shapes = {"attn/q/kernel": (2, 8, 8), "mlp/up/kernel": (2, 8, 12)}
   draw = np.random.default_rng(0)

@@ -54,7 +54,7 @@ def test_the_help_has_a_line_for_every_method():
     ("galore_lion", ["optimizer.moments=ldadam"], "use galore or fira"),
     ("muon", ["optimizer.residual=normalized"], "for GaLore's methods"),
     ("contrib_galore", ["optimizer.residual=factored"], "not for .*=contrib"),
-    ("galore", ["optimizer.residual_factor=2"], r"residual_factor=2.0 has no"),
+    ("fira", ["optimizer.residual_factor=2"], r"residual_factor=2.0 has no"),
     ("adamw", ["optimizer.burst=4"], "burst=4 is for GaLore's"),
     ("galore", ["optimizer.burst=-1"], "burst"),
     (
