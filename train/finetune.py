@@ -16,7 +16,6 @@ import pathlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -229,15 +228,14 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   with (
     contextlib.ExitStack() as held,
     jax.set_mesh(mesh),
-    signals.stop_requests() as stopped,
+    exit_status.saying_what_is_saved(out),
   ):
     multihost.run_on_first(lambda: write_folder(held))
     job, state = job_lib.prepare(config, out, model, data, mesh, tx, abstract)
     print_start(model, data, abstract, config)
     print(f"folder     {out}")
     try:
-      stop = signals.agreed_stop(stopped, mesh)
-      return train(config, model, abstract, job, state, stop)
+      return train(config, model, abstract, job, state, mesh)
     except Diverged:
       if multihost.is_first():  # a result without scores: it diverged
         report.write(out, config, {"scores": {}})
@@ -260,14 +258,15 @@ def train(
   abstract: AbstractState,
   job: Job,
   state: TrainState,
-  stopped: Callable[[], bool],
+  mesh: jax.sharding.Mesh,
 ) -> int:
   """Trains from a state to the end of the run; returns the exit status."""
   start = int(state.step)
-  try:
-    outcome = loop.train(job, state, stopped)
-  finally:
-    job.close()
+  with signals.stop_requests() as stopped:
+    try:
+      outcome = loop.train(job, state, signals.agreed_stop(stopped, mesh))
+    finally:
+      job.close()
   status = exit_status.report_end(job, outcome, start)
   if status is not None:
     return status

@@ -69,23 +69,24 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
   with (
     contextlib.ExitStack() as held,
     jax.set_mesh(mesh),
-    signals.stop_requests() as stopped,
+    exit_status.saying_what_is_saved(out),
   ):
-    multihost.run_on_first(lambda: write_folder(held))
-    job, state = job_lib.prepare(
-      config,
-      out,
-      corpus,
-      setup,
-      watcher,
-      lambda: llama_checkpoint.initial_params(config),
-    )
-    introduce(config, corpus, setup, watcher, out)
-    start = int(state.step)
-    try:
-      outcome = loop.train(job, state, signals.agreed_stop(stopped, mesh))
-    finally:
-      job.close()
+    with signals.stop_requests() as stopped:
+      multihost.run_on_first(lambda: write_folder(held))
+      job, state = job_lib.prepare(
+        config,
+        out,
+        corpus,
+        setup,
+        watcher,
+        lambda: llama_checkpoint.initial_params(config),
+      )
+      introduce(config, corpus, setup, watcher, out)
+      start = int(state.step)
+      try:
+        outcome = loop.train(job, state, signals.agreed_stop(stopped, mesh))
+      finally:
+        job.close()
     status = exit_status.report_end(job, outcome, start)
     if status is not None:
       return status

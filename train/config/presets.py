@@ -50,14 +50,14 @@ def sotu_small(optimizer: str) -> Config:
 
   `python -m train.pretrain` reads a million tokens in some four minutes on
   two CPU cores. The held-out perplexity a token for seed 0 is 2,147 untrained,
-  578 for a unigram model, and 45 with GaLore at the end (46 with a basis every
-  50 steps).
+  578 for a unigram model, and 41 with GaLore at the end (45 without the
+  residual).
   """
   method = registry.get(optimizer)
   # In a short run, some methods gain from sixty bases instead of ten
-  # (docs/results/evidence.md). Others keep ten, because more were not tried, or
-  # take an SVD of every matrix, or because for GUM the gap is also how long a
-  # matrix follows its whole gradient.
+  # (docs/results/short-runs.md). Others keep ten, because more were not tried,
+  # or take an SVD of every matrix, or because for GUM the gap is also how long
+  # a matrix follows its whole gradient.
   gap = 8 if method.frequent else 50
   return Config(
     preset="sotu_small",

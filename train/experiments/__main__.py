@@ -1,19 +1,21 @@
 """Small versions of the papers' tables: `python -m train.experiments`.
 
-  python -m train.experiments run methods --tokens 256k --budget 2
+  python -m train.experiments run length --budget 2
+  python -m train.experiments run length --lanes 16
   python -m train.experiments report
-  python -m train.experiments time methods --tokens 256k
+  python -m train.experiments time length
   python -m train.experiments mechanism
   python -m train.experiments quick
 
 `run` makes the runs that a table lacks, one after the other, and adds a line
 per run to docs/results/evidence/TABLE.jsonl. It can be stopped at any time
-(Ctrl-C, SIGTERM, kill -9), and the same command resumes it. Started twice, it
-makes two runs at a time. `report` rewrites the tables and figures of
-docs/results/evidence.md from those lines. `time` measures the training steps of
-all methods in one process, for the tables. `mechanism` records singular values
-of gradients, for the same page. `quick` tries all of this on a tiny model, in
-minutes.
+(Ctrl-C, SIGTERM, kill -9), and the same command resumes it. A program is
+compiled once a method, not once a run. Started twice on a CPU, the command
+makes two runs at a time. On a GPU or TPU, `--lanes` trains several runs of a
+method side by side, as one program. `report` rewrites the tables and figures of
+docs/results from those lines. `time` measures the training steps of all methods
+in one process, for the tables. `mechanism` records singular values of
+gradients. `quick` tries all of this on a tiny model, in minutes.
 """
 
 import argparse
@@ -93,9 +95,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _add_results(command)
     command.add_argument(
       "--page",
+      dest="pages",
       type=pathlib.Path,
-      default=report.PAGE,
-      help="Markdown page with the tables (default: %(default)s)",
+      nargs="+",
+      default=report.PAGES,
+      metavar="FILE",
+      help="Markdown pages with the tables (default: the two of docs/results)",
     )
   return parser.parse_args(argv)
 
@@ -201,7 +206,7 @@ def execute(flags: argparse.Namespace) -> int:
   if flags.command == "mechanism":
     checkpoint.silence_orbax()
     mechanism.run(flags.results)
-  report.write(flags.results, flags.page)
+  report.write(flags.results, flags.pages)
   return 0
 
 

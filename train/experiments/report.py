@@ -19,7 +19,10 @@ from train.experiments.tables import TABLES
 from train.measure import page as page_lib
 from train.measure.tables import markdown_table
 
-PAGE = pathlib.Path("docs/results/evidence.md")
+PAGES = (
+  pathlib.Path("docs/results/evidence.md"),
+  pathlib.Path("docs/results/short-runs.md"),
+)
 GRID = "_grid"
 HEAD = (
   "",
@@ -37,25 +40,27 @@ HEAD = (
 )
 
 
-def write(folder: pathlib.Path, page: pathlib.Path) -> None:
-  """Rewrites the tables of a page, and its figures in `evidence/` beside it.
+def write(folder: pathlib.Path, pages: Sequence[pathlib.Path] = PAGES) -> None:
+  """Rewrites the tables of pages, and their figures in `evidence/` beside them.
 
   Args:
     folder: Folder of the records.
-    page: A Markdown file with marked sections.
+    pages: Markdown files with marked sections.
 
   Raises:
-    UserError: The page cannot be read, or has no section of a table.
+    UserError: A page cannot be read, or has no section of a table.
   """
   records = results.read_all(folder)
   render = lambda name: section(name, folder, records)
-  count = page_lib.rewrite(page, render, "methods")
+  for page in pages:
+    count = page_lib.rewrite(page, render, "methods")
+    print(f"wrote {count} sections of {page} from {len(records)} runs")
+  images = pages[0].parent / "evidence"
   if measured := mechanism.load(folder):
-    mechanism.draw(measured, page.parent / "evidence")
+    mechanism.draw(measured, images)
   for table in TABLES.values():
     for plan in plans(table, folder, records):
-      figures.draw(plan, page.parent / "evidence")
-  print(f"wrote {count} sections of {page} from {len(records)} runs")
+      figures.draw(plan, images)
 
 
 def section(
@@ -135,8 +140,7 @@ def table(plan: Plan, times: Mapping[str, float] | None = None) -> str:
     for variant in plan.table.variants
   )
   rows = [
-    [*row[:2], other, *row[2:]]
-    for row, other in zip(rows, others, strict=True)
+    [*row[:2], other, *row[2:]] for row, other in zip(rows, others, strict=True)
   ]
   return markdown_table((*HEAD[:2], f"on {plan.table.other}", *HEAD[2:]), rows)
 

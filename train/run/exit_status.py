@@ -1,10 +1,13 @@
 """The exit status of a run, and the messages with which it ends."""
 
+import contextlib
 import errno
+import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from train.common.errors import TrainingError, UserError
+from train.run import checkpoint
 from train.run.job import Job
 from train.run.loop import Outcome
 
@@ -43,6 +46,25 @@ def report_end(job: Job, outcome: Outcome, start: int) -> int | None:
   return None
 
 
+@contextlib.contextmanager
+def saying_what_is_saved(out: pathlib.Path) -> Iterator[None]:
+  """Gives a program that is ended at once a message about its checkpoints.
+
+  Args:
+    out: the run's folder.
+  """
+  try:
+    yield
+  except KeyboardInterrupt:
+    steps = checkpoint.steps_in(out)
+    if not steps:
+      raise
+    raise KeyboardInterrupt(
+      f"interrupted; step {steps[-1]} is saved, and the same command continues"
+      " from there"
+    ) from None
+
+
 def report_errors(action: Callable[[], int]) -> int:
   """Runs a command and prints its errors in one line.
 
@@ -66,6 +88,7 @@ def report_errors(action: Callable[[], int]) -> int:
       file=sys.stderr,
     )
     return 1
-  except KeyboardInterrupt:
-    print("interrupted before there was anything to save", file=sys.stderr)
+  except KeyboardInterrupt as interrupt:
+    nothing = "interrupted before there was anything to save"
+    print(str(interrupt) or nothing, file=sys.stderr)
     return 130

@@ -76,7 +76,7 @@ def test_spectra_of_gradients_are_shown(tmp_path, monkeypatch):
   assert measured["gradients"]["late.new"]["mlp/up"]["stable_rank"] == 1
   page = tmp_path / "page.md"
   page.write_text("<!-- mechanism: begin -->\n<!-- mechanism: end -->\n")
-  report.write(tmp_path, page)
+  report.write(tmp_path, [page])
   assert "| 150 | 1.0 (1.0, 1.0) | 100% |" in page.read_text()
   assert (tmp_path / "evidence" / "spectra.png").stat().st_size > 1000
   assert (tmp_path / "evidence" / "theory.png").stat().st_size > 1000

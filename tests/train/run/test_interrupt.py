@@ -78,14 +78,12 @@ def steps_of(out):
 
 def final(out):
   """The state of the last checkpoint, read without the run's own code."""
-  tx = optimizer.make_optimizer(
-    schema.OptimizerConfig(rank=4, update_proj_gap=3, learning_rate=0.01),
-    12,
+  config = schema.override(
+    presets.make("sotu_small", "galore"),
+    [f"{k}={v}" for k, v in SETTINGS.items()],
   )
-  model = presets.make("sotu_small", "galore")
-  model = schema.override(
-    model, [f"{k}={v}" for k, v in SETTINGS.items() if k.startswith("model.")]
-  ).model
+  model = config.model
+  tx = optimizer.make_optimizer(config.optimizer, 12)
   mesh = mesh_lib.make_mesh(schema.MeshConfig(), 8)
   state, progress = checkpoint.restore(
     out, train_step.abstract_state(model, *llama.abstract(model), tx, mesh)
@@ -138,6 +136,37 @@ def test_a_signal_saves_and_the_same_command_goes_on(
   assert pretrain.main(["--out", str(out), *flags]) == 0
   assert "continuing from the checkpoint of step 7" in capsys.readouterr().out
   assert_same_run(out, whole)
+
+
+def test_a_second_signal_says_what_is_saved(
+  flags, tmp_path, monkeypatch, capsys
+):
+  """It ends the program at once, also while the first is waited for."""
+  out, record = tmp_path / "run", loop.Reporter.record
+
+  def interrupt(self, index, values):
+    if index == 6:
+      signal.raise_signal(signal.SIGINT)
+      signal.raise_signal(signal.SIGINT)
+    return record(self, index, values)
+
+  monkeypatch.setattr(loop.Reporter, "record", interrupt)
+  assert pretrain.main(["--out", str(out), *flags]) == 130
+  newest = steps_of(out)[-1]
+  message = f"interrupted; step {newest} is saved, and the same command"
+  assert message in capsys.readouterr().err
+
+
+def test_a_signal_after_the_last_step_ends_the_program(
+  flags, whole, tmp_path, monkeypatch, capsys
+):
+  out = tmp_path / "run"
+  shutil.copytree(whole, out)
+  monkeypatch.setattr(
+    pretrain, "sample", lambda *_: signal.raise_signal(signal.SIGINT)
+  )
+  assert pretrain.main(["--out", str(out), *flags]) == 130
+  assert "interrupted; step 12 is saved" in capsys.readouterr().err
 
 
 def test_a_finished_run_says_that_it_is_complete(
