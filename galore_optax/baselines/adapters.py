@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_optax import linalg
+from galore_optax import flax_dicts, linalg
 from galore_optax.baselines import factors
 from galore_optax.baselines import restart as restart_lib
 from galore_optax.quantization import blocks, qarray
@@ -22,6 +22,7 @@ from galore_optax.tree import plan as plan_lib
 _BLOCK = 64
 
 
+@flax_dicts.serializable("a", lambda adapter: adapter.dtype)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -45,6 +46,10 @@ class Adapter:
   view: matrix_view.MatrixView = dataclasses.field(metadata={"static": True})
   scale: float = dataclasses.field(metadata={"static": True})
   dtype: str = dataclasses.field(metadata={"static": True})
+
+  def __post_init__(self):
+    """Makes the class known to Flax, which may have been imported since."""
+    flax_dicts.register()
 
   def change(self) -> jax.Array:
     """The product s · a b in the shape of the weight, at least float32."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_optax import checks
+from galore_optax import checks, flax_dicts
 from galore_optax.quantization import dynamic_code, nf4, rounding
 from galore_optax.quantization.blocks import BLOCK, Blocks, scale_shape
 
@@ -27,6 +27,7 @@ def rounds_at_random(kind: str) -> bool:
   return kind in rounding.BITS
 
 
+@flax_dicts.serializable("codes", lambda q: q.kind)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QArray:
@@ -46,6 +47,8 @@ class QArray:
     fewer.
   * `zero` has the shape of `scale`, or is None where 0 has code 0.
   * 0 is represented exactly, whatever else is in the block.
+  * In the state of an optimizer for parameters in boxes of Flax, `codes` are in
+    such a box, see :mod:`galore_optax.tree.boxes`.
   * A slice along leading axes is a QArray of the slice, so that
     `jax.tree.map(lambda x: x[i], q)` takes one matrix of a stack.
 
@@ -61,20 +64,24 @@ class QArray:
   zero: Any
   kind: str = dataclasses.field(metadata={"static": True})
 
+  def __post_init__(self):
+    """Makes the class known to Flax, which may have been imported since."""
+    flax_dicts.register()
+
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the array that is represented."""
-    return self.codes.shape
+    return unboxed(self.codes).shape
 
   @property
   def ndim(self) -> int:
     """Number of axes of that array."""
-    return self.codes.ndim
+    return unboxed(self.codes).ndim
 
   @property
   def size(self) -> int:
     """Number of elements of that array."""
-    return self.codes.size
+    return unboxed(self.codes).size
 
   def reshape(self, *shape: Any) -> "QArray":
     """Reshapes the axes before the last two; blocks do not cross those."""
@@ -88,6 +95,12 @@ class QArray:
       f"A QArray ({self.kind}, shape {self.shape}) is not an array to compute "
       "with. Read it with `dequantize`, or parameters with `dequantize_params`."
     )
+
+
+def unboxed(codes: Any) -> Any:
+  """The array in the box of Flax that codes may be in."""
+  leaves = jax.tree.leaves(codes)
+  return leaves[0] if len(leaves) == 1 else codes
 
 
 def is_quantized(x: Any) -> bool:
@@ -191,7 +204,7 @@ def dequantize(q: QArray, dtype: Any = jnp.float32) -> jax.Array:
     True
   """
   blocks = Blocks(q.shape, q.scale.shape)
-  codes = blocks.split(q.codes)
+  codes = blocks.split(unboxed(q.codes))
   if q.kind == "dynamic":
     values = dynamic_code.signed_value(codes.astype(jnp.int32))
   elif q.kind == "unsigned_dynamic":
