@@ -1,6 +1,7 @@
 """GaLore: an inner optimizer that runs in the gradients' dominant subspaces."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import _chain, checks, old_spellings
 from galore_optax import context as context_lib
-from galore_optax.inner import separate
+from galore_optax.inner import extra_args, separate
 from galore_optax.residual import methods as residual_lib
 from galore_optax.subspace import (
   adaptive,
@@ -406,10 +407,15 @@ class _GaLore:
     if self.refresh.moments == "ldadam":
       moments.check_adam(inner_state)
     if self.params_mode == "split":
-      checks.try_abstractly(
-        lambda p, s: self._param_terms(sites, s, p, {}), params, inner_state
+      extra_args.check(
+        functools.partial(self._param_terms, sites), inner_state, params
       )
       return
+    if sites:
+      extra_args.check(
+        lambda g, s, p, extra: self.inner.update(g, s, p, **extra),
+        *(low, inner_state, low),
+      )
     try:
       separate.check_initial_state(self.inner, low, sites)
     except separate.CoupledError as error:
@@ -523,7 +529,8 @@ they see full-size updates and keep no state, for instance
     optax.scale_by_trust_ratio(),
     optax.scale_by_learning_rate(learning_rate),
   )
-or pass `params_mode="project"` to let `inner` see the projected weights.
+or pass `params_mode="project"` to let `inner` see the projected weights, with
+which for example `optax.contrib.momo` runs.
 `optax.adafactor` only needs `multiply_by_parameter_scale=False`. An
 `inner` whose state begins with the weights cannot use those either: put
 `optax.contrib.schedule_free` and similar optimizers around GaLore."""
