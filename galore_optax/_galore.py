@@ -24,7 +24,7 @@ from galore_optax.subspace import (
 )
 from galore_optax.subspace import refresh as refresh_lib
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree import paths, sharding, slices, split
+from galore_optax.tree import boxes, paths, sharding, slices, split
 from galore_optax.tree import plan as plan_lib
 
 PARAMS_MODES = ("split", "project")
@@ -103,7 +103,9 @@ class _GaLore:
     if split.is_placeholder(params):
       return self._skeleton(params)
     leaves = paths.leaves_by_path(params)
-    sites = self.plan.sites(leaves, split.masked_paths(params))
+    sites = self.plan.sites(
+      leaves, split.masked_paths(params), boxes.axis_names(params)
+    )
     refresh_lib.check_gaps(self.refresh, sites)
     bases = {
       path: {
@@ -599,7 +601,8 @@ def galore(
       is found in a leaf's path (`re.search` in `layers/attn/q/kernel`) decides
       how the leaf is projected; None leaves it at full rank. Leaves without a
       rule are projected if they have two axes or more (the last two are the
-      matrix, the others stack matrices) and the projection makes the state
+      matrix, the others stack matrices; axes that Flax's partition metadata
+      name `layers` or `experts` always do) and the projection makes the state
       smaller (counted with two moments, as Adam has), unless their path names
       an embedding, an output head, a norm, a bias or a scale.
     refresh: When and how bases are recomputed, a :class:`galore_optax.Refresh`,

@@ -15,7 +15,7 @@ from galore_optax import flax_dicts, linalg
 from galore_optax.baselines import factors
 from galore_optax.baselines import restart as restart_lib
 from galore_optax.quantization import blocks, qarray
-from galore_optax.tree import matrix_view, paths, sharding, split
+from galore_optax.tree import boxes, matrix_view, paths, sharding, split
 from galore_optax.tree import plan as plan_lib
 
 # Elements of a frozen 4-bit weight that share a scale, as in QLoRA.
@@ -114,7 +114,7 @@ class LowRank:
       TypeError: If a leaf is not of floating point.
     """
     leaves = paths.leaves_by_path(params)
-    sites = self._sites(leaves)
+    sites = self._sites(leaves, boxes.axis_names(params))
     self._check_full(leaves)
     adapters = {
       path: self._adapter(_fold(key, path), leaf, sites[path])
@@ -230,7 +230,9 @@ class LowRank:
     )
     return merged, fresh, state
 
-  def _sites(self, leaves: dict[str, Any]) -> dict[str, plan_lib.Site]:
+  def _sites(
+    self, leaves: dict[str, Any], axis_names: dict[str, tuple]
+  ) -> dict[str, plan_lib.Site]:
     """The leaves that get factors: those with a rule or with small factors.
 
     Raises:
@@ -238,7 +240,7 @@ class LowRank:
     """
     with plan_lib.recording_reasons() as reasons, warnings.catch_warnings():
       warnings.filterwarnings("ignore", "galore projects none")
-      matrices = self.plan.sites(leaves)
+      matrices = self.plan.sites(leaves, axis_names=axis_names)
 
     def has_rule(path: str) -> bool:
       return any(re.search(pattern, path) for pattern, _ in self.plan.rules)

@@ -1,4 +1,6 @@
-"""Boxes in which Flax keeps an array with its metadata, and quantized arrays.
+"""Boxes in which Flax keeps an array with its metadata.
+
+The metadata name the axes of the array, which tells where layers are stacked.
 
 Optimizers map over parameters, and so leave a quantized moment in the box of
 its parameter (`nnx.Variable`, `nn.Partitioned`). Flax expects an array there:
@@ -14,6 +16,11 @@ from typing import Any
 import jax
 
 from galore_optax.quantization import qarray
+from galore_optax.tree import paths
+
+_VALUE = jax.tree_util.GetAttrKey("value")
+# Keys of the metadata of an `nnx.Variable` that name its axes.
+_AXES = ("out_sharding", "sharding_names", "sharding")
 
 
 def put_inside(tree: Any) -> Any:
@@ -58,15 +65,73 @@ def put_outside(tree: Any) -> Any:
   return jax.tree.map(move, tree, is_leaf=qarray.is_quantized)
 
 
+def put_in_boxes(tree: Any, params: Any) -> Any:
+  """A tree of leaves, in boxes where the parameters are.
+
+  Args:
+    tree: One leaf for each parameter, in a box or, as Flax makes partition
+      specs and shardings, in place of the box.
+    params: The parameters.
+
+  Returns:
+    The tree in the parameters' structure.
+  """
+
+  def put(x: Any, leaf: Any) -> Any:
+    if _value_of(x) is None or _value_of(leaf) is not None:
+      return leaf
+    return jax.tree.map(lambda _: leaf, x, is_leaf=qarray.is_quantized)
+
+  return jax.tree.map(
+    put,
+    params,
+    tree,
+    is_leaf=lambda x: qarray.is_quantized(x) or _value_of(x) is not None,
+  )
+
+
+def axis_names(tree: Any) -> dict[str, tuple]:
+  """The names that Flax's partition metadata give to the axes of leaves.
+
+  Args:
+    tree: Any pytree.
+
+  Returns:
+    Path to one entry an axis: a name, several names, or None. Only for leaves
+    in a box that names each axis of its array.
+  """
+  key_paths, names = [], []
+  for keys, x in paths.flatten(tree, lambda x: _value_of(x) is not None)[0]:
+    for more, leaf in paths.flatten(x)[0]:
+      key_paths.append((*keys, *more))
+      axes = _axes_of(x)
+      names.append(axes if len(axes) == len(jax.numpy.shape(leaf)) else ())
+  found = zip(paths.paths(key_paths), names, strict=True)
+  return {path: axes for path, axes in found if axes}
+
+
+def _axes_of(box: Any) -> tuple:
+  """The axes that a box names, or an empty tuple."""
+  axes = getattr(box, "names", None)
+  if hasattr(box, "get_metadata"):
+    metadata = box.get_metadata()
+    axes = next((metadata[key] for key in _AXES if metadata.get(key)), None)
+  axes = getattr(axes, "spec", axes)
+  return tuple(axes) if isinstance(axes, tuple | list | jax.P) else ()
+
+
 def _is_box_of_codes(x: Any) -> bool:
   """Whether a node is a box, and the value in it is a quantized array."""
-  if qarray.is_quantized(x):
-    return False
+  return qarray.is_quantized(_value_of(x))
+
+
+def _value_of(x: Any) -> Any:
+  """The value in a box; None if a node is no box."""
+  if isinstance(x, jax.Array | dict | list | tuple) or qarray.is_quantized(x):
+    return None
   children, _ = jax.tree_util.tree_flatten_with_path(
     x, is_leaf=lambda y: y is not x
   )
-  if len(children) != 1:
-    return False
-  keys, child = children[0]
-  is_value = keys == (jax.tree_util.GetAttrKey("value"),)
-  return is_value and qarray.is_quantized(child)
+  if len(children) != 1 or children[0][0] != (_VALUE,):
+    return None
+  return children[0][1]

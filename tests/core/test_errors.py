@@ -111,6 +111,7 @@ def test_codes_of_bases_may_be_dtypes():
     assert basis.kind == "int8"
 
 
+@pytest.mark.filterwarnings("ignore:More matrices than")
 def test_staggered_gaps_that_overflow():
   params = {"w": jax.ShapeDtypeStruct((300, 16, 24), jnp.float32)}
   make = lambda **options: galore(optax.sgd(1.0), rank=4, **options).init
