@@ -238,7 +238,7 @@ class LowRank:
     Raises:
       ValueError: If there are none.
     """
-    with plan_lib.recording_reasons() as reasons, warnings.catch_warnings():
+    with plan_lib.recording_decisions() as made, warnings.catch_warnings():
       warnings.filterwarnings("ignore", "galore projects none")
       matrices = self.plan.sites(leaves, axis_names=axis_names)
 
@@ -256,9 +256,8 @@ class LowRank:
     }
     if not sites:
       large = dict.fromkeys(matrices, "`rank` too large to save memory")
-      listed = ", ".join(
-        f"{path} ({reason})" for path, reason in {**reasons, **large}.items()
-      )
+      reasons = {path: x.reason for path, x in made.items()} | large
+      listed = ", ".join(f"{path} ({why})" for path, why in reasons.items())
       raise ValueError(
         f"No leaf gets factors: {listed or 'there are no leaves'}. Lower "
         "`rank`, or name leaves in `rules`."

@@ -13,7 +13,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,12 @@ _FULL_RANK_PATHS = re.compile(
   r"|(^|[./])(bias|scale|offset|gamma|beta)$",
   re.IGNORECASE,
 )
+
+# What `optax.contrib.split_real_and_imaginary` adds to the path of a leaf.
+_PART = re.compile(r"[./](real|imaginary)$")
+
+# The reason for full rank that is guessed from a path.
+_NAME = "its name"
 
 # Names of axes that count layers, and of axes that count experts.
 _LAYERS = re.compile(
@@ -68,7 +74,7 @@ def stacked_axes(names: Sequence[Any]) -> tuple[int, ...]:
 
 def _is_bias(path: str, leaves: Mapping[str, Any]) -> bool:
   """Whether a leaf is Haiku's `b` beside `w`, also where layers are stacked."""
-  beside = re.sub(r"(^|[./])b$", r"\1w", path)
+  beside = re.sub(r"(^|[./])b((?:[./](?:real|imaginary))?)$", r"\1w\2", path)
   if beside == path or beside not in leaves:
     return False
   return np.ndim(leaves[beside]) == np.ndim(leaves[path]) + 1
@@ -219,22 +225,38 @@ class Plan:
     paths.check_arrays(leaves, BEFORE_QUANTIzING)
     stacked = {p: stacked_axes(x) for p, x in (axis_names or {}).items()}
     decisions = {
-      path: "its name"
+      path: _NAME
       if _is_bias(path, leaves) and self._rule(path)[0] is None
       else self._decide(path, leaf, stacked.get(path, ()))
       for path, leaf in leaves.items()
     }
     sites = {path: x for path, x in decisions.items() if isinstance(x, Site)}
     reasons = {path: x for path, x in decisions.items() if isinstance(x, str)}
-    record = _RECORD.get()
-    if record is not None:
-      record.update(reasons)
+    self._record(decisions, axis_names or {})
     if not sites:
       _warn_nothing_projected(leaves, reasons, whole=not masked)
     _warn_of_many(
       [x for p, x in sites.items() if not (stacked.get(p) or self._axes(p))]
     )
     return sites
+
+  def _record(
+    self,
+    decisions: Mapping[str, Site | str],
+    axis_names: Mapping[str, tuple],
+  ) -> None:
+    """Records decisions, if someone wants to know."""
+    record = _RECORD.get()
+    if record is None:
+      return
+    for path, x in decisions.items():
+      if isinstance(x, str):
+        site = record[path].site if path in record else None
+        record[path] = Decision(site, x, guessed=x == _NAME)
+        continue
+      axes = () if self._axes(path) else axis_names.get(path, ())
+      names = [str(axes[axis]) for axis in stacked_axes(axes)]
+      record[path] = Decision(x, _axis_reason(names), guessed=bool(names))
 
   def _axes(self, path: str) -> bool:
     """Whether a rule says which axes of a leaf are rows or columns."""
@@ -401,7 +423,8 @@ class Plan:
     for pattern, how in self.rules:
       if re.search(pattern, path):
         return pattern, None if how is None else how.filled(self.defaults)
-    return None, None if _FULL_RANK_PATHS.search(path) else self.defaults
+    name = _PART.sub("", path)
+    return None, None if _FULL_RANK_PATHS.search(name) else self.defaults
 
   def _decide(
     self, path: str, leaf: Any, stacked: tuple[int, ...]
@@ -422,7 +445,7 @@ class Plan:
         "`optax.masked`."
       )
     if how is None:
-      return "its name" if rule is None else f"rule {rule!r}"
+      return _NAME if rule is None else f"rule {rule!r}"
     if jnp.issubdtype(dtype, jnp.complexfloating):
       if rule is None:
         return "complex"
@@ -462,6 +485,10 @@ class Plan:
       self._check_found_again(site)
       return site
     return f"no smaller at rank {rank}" if min(view.m, view.n) > 1 else "thin"
+
+
+def _axis_reason(names: Sequence[str]) -> str:
+  return f"axis {', '.join(map(repr, names))}" if names else ""
 
 
 def _view(
@@ -523,22 +550,39 @@ AT_ARRAYS = (
   "result, and add the updates with `galore_optax.apply_updates`."
 )
 
-# Collects the reasons for full rank inside of `recording_reasons`.
-_RECORD: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
-  "reasons for full rank", default=None
+
+class Decision(NamedTuple):
+  """What a plan decided about a leaf.
+
+  Attributes:
+    site: How the leaf is projected; None at full rank. Of several plans for a
+      leaf, the last that projects it counts; the state tells whether it is.
+    reason: Why it stays at full rank: `its name`, `rule 'REGEX'`, `no matrix`
+      (fewer than two axes), `empty`, `complex`, `no smaller at rank R`, or
+      `thin` (one row or column). If it is projected and has named axes that
+      stack layers, these axes.
+    guessed: Whether that was guessed from a name. A rule overrides it.
+  """
+
+  site: Site | None
+  reason: str
+  guessed: bool
+
+
+# Collects decisions inside of `recording_decisions`.
+_RECORD: contextvars.ContextVar[dict[str, Decision] | None] = (
+  contextvars.ContextVar("decisions about leaves", default=None)
 )
 
 
 @contextlib.contextmanager
-def recording_reasons() -> Iterator[dict[str, str]]:
-  """Records why leaves stay at full rank, for all plans made in the context.
+def recording_decisions() -> Iterator[dict[str, Decision]]:
+  """Records what all plans decide that are made in the context.
 
   Yields:
-    Path to reason: `its name`, `rule 'REGEX'`, `no matrix` (fewer than two
-    axes), `empty`, `complex`, `no smaller at rank R`, or `thin` (one row or
-    column).
+    Path to decision.
   """
-  record: dict[str, str] = {}
+  record: dict[str, Decision] = {}
   token = _RECORD.set(record)
   try:
     yield record
@@ -561,7 +605,7 @@ def _warn_nothing_projected(
   listed = ", ".join(f"{reason} ({count})" for reason, count in counts)
   if small:
     advice = "Take a smaller `rank`, such as 0.25 of the shorter side."
-  elif "its name" in reasons.values():
+  elif _NAME in reasons.values():
     advice = "Give `rules` to project leaves whatever their names are."
   else:
     advice = "Only leaves of two axes or more are projected."
