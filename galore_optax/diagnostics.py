@@ -437,16 +437,20 @@ def _row(path: str, leaf: Any, parts: Mapping[str, _Part], owned: int) -> Row:
   stored = projected[0].bases
   side = "both" if len(stored) == 2 else next(iter(stored))
   rank = projection.basis_shape(next(iter(stored.values())))[-1]
-  matrix = _matrices([x.decision.site for x in projected])
+  matrix = _matrices(projected)
   return Row(path, shape, matrix, side, rank, owned, adam, *why)
 
 
-def _matrices(sites: Sequence[Any]) -> str:
+def _matrices(parts: Sequence[_Part]) -> str:
   """The matrices of a parameter's parts, equal ones counted together."""
   counts: dict[tuple[int, int], int] = {}
-  for view in (site.view for site in sites):
-    counts[view.m, view.n] = counts.get((view.m, view.n), 0) + view.count
-  is_one = len(sites) == 1 and not sites[0].view.stack
+  is_one = len(parts) == 1
+  for part in parts:
+    # The bases count them: layer by layer, GaLore has seen one layer's leaf.
+    stack = projection.basis_shape(next(iter(part.bases.values())))[:-2]
+    view: Any = part.decision.site and part.decision.site.view
+    counts[view.m, view.n] = counts.get((view.m, view.n), 0) + math.prod(stack)
+    is_one &= not stack
   return ", ".join(
     str(shape) if is_one else f"{count} x {shape}"
     for shape, count in counts.items()

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from galore_optax import checks, flax_dicts
 from galore_optax.quantization import dynamic_code, nf4, rounding
@@ -47,6 +48,9 @@ class QArray:
     fewer.
   * `zero` has the shape of `scale`, or is None where 0 has code 0.
   * 0 is represented exactly, whatever else is in the block.
+  * As a pytree it has two or three arrays as leaves, to which functions of
+    trees apply. Those that move or select entries are right, arithmetic is not.
+    See :func:`galore_optax.quantize_params` for what raises.
   * In the state of an optimizer for parameters in boxes of Flax, `codes` are in
     such a box, see :mod:`galore_optax.tree.boxes`.
   * A slice along leading axes is a QArray of the slice, so that
@@ -65,8 +69,30 @@ class QArray:
   kind: str = dataclasses.field(metadata={"static": True})
 
   def __post_init__(self):
-    """Makes the class known to Flax, which may have been imported since."""
-    flax_dicts.register()
+    """Raises if codes or scales come out of arithmetic, as far as one can see.
+
+    JAX calls this for each result of `jax.tree.map`. Numbers of another dtype
+    or without axes raise. What is no array is not checked, such as shapes and
+    shardings, and neither are masks.
+    """
+    flax_dicts.register()  # Flax may have been imported since
+    self._check_dtype("codes", _CODE_DTYPES.get(self.kind))
+    self._check_dtype("scale", jnp.float32)
+
+  def _check_dtype(self, name: str, wanted: Any) -> None:
+    x = getattr(self, name)
+    if wanted is None or not isinstance(x, jax.Array | np.ndarray):
+      return
+    if not jnp.issubdtype(x.dtype, jnp.number):
+      return
+    if x.dtype != wanted or not x.ndim:
+      raise TypeError(
+        f"The {name!r} of a QArray ({self.kind}) must be "
+        f"{jnp.dtype(wanted).name} with at least one axis, got {x.dtype.name} "
+        f"of shape {x.shape}. `jax.tree.map`, and so a norm or a mean over "
+        "steps, applies a function to codes and scales, not to the array. "
+        f"{_ADVICE}"
+      )
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -91,10 +117,35 @@ class QArray:
 
   def __jax_array__(self) -> jax.Array:
     """Raises: JAX calls this if a QArray is used like an array."""
-    raise TypeError(
-      f"A QArray ({self.kind}, shape {self.shape}) is not an array to compute "
-      "with. Read it with `dequantize`, or parameters with `dequantize_params`."
-    )
+    return _refuse(self)
+
+  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    """Raises: NumPy would make an array of objects."""
+    return _refuse(self, dtype, copy)
+
+
+# What to do instead of computing with a QArray.
+_ADVICE = (
+  "Read it with `dequantize`, or parameters with `dequantize_params`, and "
+  "compute with that."
+)
+
+
+def _refuse(q: QArray, *args: Any) -> Any:
+  """An operator of QArray: raises."""
+  del args
+  raise TypeError(
+    f"A QArray ({q.kind}, shape {q.shape}) is not an array to compute with. "
+    f"{_ADVICE}"
+  )
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow",
+              "matmul"):  # fmt: skip
+  setattr(QArray, f"__{_name}__", _refuse)
+  setattr(QArray, f"__r{_name}__", _refuse)
+for _name in ("neg", "pos", "abs", "lt", "le", "gt", "ge", "getitem"):
+  setattr(QArray, f"__{_name}__", _refuse)
 
 
 def unboxed(codes: Any) -> Any:
