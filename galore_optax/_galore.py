@@ -1,6 +1,7 @@
 """GaLore: an inner optimizer that runs in the gradients' dominant subspaces."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import _chain, checks, old_spellings
 from galore_optax import context as context_lib
-from galore_optax.inner import separate
+from galore_optax.inner import extra_args, separate
 from galore_optax.residual import methods as residual_lib
 from galore_optax.subspace import (
   adaptive,
@@ -23,7 +24,7 @@ from galore_optax.subspace import (
 )
 from galore_optax.subspace import refresh as refresh_lib
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree import paths, sharding, slices, split
+from galore_optax.tree import boxes, paths, sharding, slices, split
 from galore_optax.tree import plan as plan_lib
 
 PARAMS_MODES = ("split", "project")
@@ -102,7 +103,9 @@ class _GaLore:
     if split.is_placeholder(params):
       return self._skeleton(params)
     leaves = paths.leaves_by_path(params)
-    sites = self.plan.sites(leaves, split.masked_paths(params))
+    sites = self.plan.sites(
+      leaves, split.masked_paths(params), boxes.axis_names(params)
+    )
     refresh_lib.check_gaps(self.refresh, sites)
     bases = {
       path: {
@@ -406,10 +409,15 @@ class _GaLore:
     if self.refresh.moments == "ldadam":
       moments.check_adam(inner_state)
     if self.params_mode == "split":
-      checks.try_abstractly(
-        lambda p, s: self._param_terms(sites, s, p, {}), params, inner_state
+      extra_args.check(
+        functools.partial(self._param_terms, sites), inner_state, params
       )
       return
+    if sites:
+      extra_args.check(
+        lambda g, s, p, extra: self.inner.update(g, s, p, **extra),
+        *(low, inner_state, low),
+      )
     try:
       separate.check_initial_state(self.inner, low, sites)
     except separate.CoupledError as error:
@@ -523,7 +531,8 @@ they see full-size updates and keep no state, for instance
     optax.scale_by_trust_ratio(),
     optax.scale_by_learning_rate(learning_rate),
   )
-or pass `params_mode="project"` to let `inner` see the projected weights.
+or pass `params_mode="project"` to let `inner` see the projected weights, with
+which for example `optax.contrib.momo` runs.
 `optax.adafactor` only needs `multiply_by_parameter_scale=False`. An
 `inner` whose state begins with the weights cannot use those either: put
 `optax.contrib.schedule_free` and similar optimizers around GaLore."""
@@ -592,7 +601,8 @@ def galore(
       is found in a leaf's path (`re.search` in `layers/attn/q/kernel`) decides
       how the leaf is projected; None leaves it at full rank. Leaves without a
       rule are projected if they have two axes or more (the last two are the
-      matrix, the others stack matrices) and the projection makes the state
+      matrix, the others stack matrices; axes that Flax's partition metadata
+      name `layers` or `experts` always do) and the projection makes the state
       smaller (counted with two moments, as Adam has), unless their path names
       an embedding, an output head, a norm, a bias or a scale.
     refresh: When and how bases are recomputed, a :class:`galore_optax.Refresh`,

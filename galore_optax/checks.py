@@ -150,8 +150,8 @@ def try_abstractly(f: Callable, *trees: Any) -> None:
   """Traces a function of an inner update, so that it raises its errors now.
 
   Args:
-    f: The function. A TypeError is ignored: the update may need extra
-      arguments, which are not known before the first update.
+    f: The function. A TypeError or a KeyError is ignored: the update may need
+      extra arguments, which are not known before the first update.
     *trees: Its arguments, of which shapes and dtypes are used.
   """
   abstract = jax.tree.map(
@@ -159,5 +159,5 @@ def try_abstractly(f: Callable, *trees: Any) -> None:
   )
   try:
     jax.eval_shape(f, *abstract)
-  except TypeError:
+  except (TypeError, KeyError):
     return

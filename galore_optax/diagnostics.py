@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -217,11 +217,16 @@ class Row:
     side: `left`, `right`, `both`, or an empty string at full rank.
     rank: The rank, or None at full rank.
     state_bytes: Bytes of its bases and moments.
-    adam_bytes: Bytes of its moments under Adam in float32.
+    adam_bytes: Bytes of its moments under Adam in float32, or in complex64 if
+      the leaf is complex.
     reason: Why GaLore leaves it at full rank: `its name` (an embedding, a head,
       a norm, a bias or a scale), `rule 'REGEX'`, `no matrix` (fewer than two
       axes), `thin` (one row or column), `no smaller at rank R`, `complex` or
-      `empty`. An empty string if it is projected, or if GaLore does not see it.
+      `empty`. If it is projected, `axis 'NAME'` where Flax's partition metadata
+      say that an axis stacks layers; otherwise, and if GaLore does not see the
+      leaf, an empty string.
+    guessed: Whether the reason is guessed from the name of the leaf or of an
+      axis. A rule for the leaf overrides it.
   """
 
   path: str
@@ -232,6 +237,7 @@ class Row:
   state_bytes: int
   adam_bytes: int
   reason: str = ""
+  guessed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -260,7 +266,7 @@ class Description:
         str(row.rank or "-"),
         f"{row.state_bytes:,}",
         f"{row.adam_bytes:,}",
-        *((row.reason,) if has_reasons else ()),
+        *((_because(row),) if has_reasons else ()),
       )
       for row in self.rows
     ]
@@ -291,6 +297,10 @@ class Description:
   __repr__ = __str__
 
 
+def _because(row: Row) -> str:
+  return f"{row.reason} (a guess)" if row.guessed else row.reason
+
+
 def describe(
   tx: optax.GradientTransformation, params: optax.Params
 ) -> Description:
@@ -303,8 +313,9 @@ def describe(
 
   Returns:
     A table to print, with the leaf, its shape, matrix view, projected side,
-    rank, bytes of optimizer state, bytes under Adam in float32, and why it is
-    at full rank.
+    rank, bytes of optimizer state, bytes under Adam, and why it is at full
+    rank. A reason that was guessed from a name says so. A leaf that a wrapper
+    divides, as `optax.contrib.split_real_and_imaginary` does, is one row.
 
   Raises:
     ValueError: If the optimizer does not fit the parameters.
@@ -315,29 +326,34 @@ def describe(
     >>> params = {"mlp": jnp.zeros((8, 512, 1376)), "norm": jnp.zeros((8, 512))}
     >>> print(describe(galore(optax.adam(1e-3), rank=128), params))
     leaf         shape           matrix           side       rank       state        Adam  because of
-    -----------  --------------  ---------------  ---------  ----  ----------  ----------  ----------
+    -----------  --------------  ---------------  ---------  ----  ----------  ----------  ------------------
     mlp          (8, 512, 1376)  8 x (512, 1376)  left        128  13,369,344  45,088,768
-    norm         (8, 512)        -                full rank     -      32,768      32,768  its name
-    -----------  --------------  ---------------  ---------  ----  ----------  ----------  ----------
+    norm         (8, 512)        -                full rank     -      32,768      32,768  its name (a guess)
+    -----------  --------------  ---------------  ---------  ----  ----------  ----------  ------------------
     total bytes                                                    13,402,120  45,121,536
   """  # noqa: E501
   params = paths.map_with_path(lambda _, x: _dequantized_shape(x), params)
   leaves = paths.leaves_by_path(params)
-  with plan.recording_reasons() as reasons:
-    # A new function each time: a cached trace would record no reasons.
+  with plan.recording_decisions() as decisions:
+    # A new function each time: a cached trace would record no decisions.
     state = jax.eval_shape(lambda x: tx.init(x), params)
+  # Paths of GaLore's leaves, which a wrapper may have made from the parameters.
+  owners = {path: path for path in leaves} | _owners(decisions, leaves)
   owned = dict.fromkeys(leaves, 0)
+  for keys, x in jax.tree_util.tree_flatten_with_path(state)[0]:
+    path = _owner(keys, owners)
+    if path is not None:
+      owned[path] += _leaf_bytes(x)
   bases: dict[str, Any] = {}
   for x in jax.tree.leaves(state, is_leaf=_is_state):
     if _is_state(x):
       bases |= x.projector
-  for keys, x in jax.tree_util.tree_flatten_with_path(state)[0]:
-    path = _owner(keys, leaves)
-    if path is not None:
-      owned[path] += _leaf_bytes(x)
+  parts: dict[str, dict[str, _Part]] = {path: {} for path in leaves}
+  for path, decision in decisions.items():
+    if path in owners:
+      parts[owners[path]][path] = _Part(decision, bases.get(path))
   rows = tuple(
-    _row(path, leaf, bases.get(path), owned[path], reasons.get(path, ""))
-    for path, leaf in leaves.items()
+    _row(path, leaf, parts[path], owned[path]) for path, leaf in leaves.items()
   )
   return Description(rows, state_bytes(state))
 
@@ -353,32 +369,89 @@ def _is_state(x: Any) -> bool:
   return isinstance(x, GaLoreState)
 
 
-def _owner(keys: tuple, leaves: Any) -> str | None:
+def _owners(found: Iterable[str], leaves: Mapping[str, Any]) -> dict[str, str]:
+  """Path in a tree that a wrapper made from the parameters to parameter.
+
+  The wrapper may have put the parameters into another tree, as their path then
+  shows, or other nodes in their place, such as the real and imaginary parts of
+  complex ones. Paths that belong to no parameter, such as that of a vector of
+  all parameters, are left out.
+  """
+  owners = {}
+  for path in found:
+    contained = [x for x in leaves if _contains(path, x)]
+    containing = [x for x in leaves if _contains(x, path)]
+    if contained:
+      owners[path] = max(contained, key=len)
+    elif len(containing) == 1:
+      owners[path] = containing[0]
+  return owners
+
+
+def _contains(path: str, part: str) -> bool:
+  """Whether the components of one path follow each other in another one."""
+  return f"/{part}/" in f"/{path}/"
+
+
+def _owner(keys: tuple, owners: Mapping[str, str]) -> str | None:
   """Path of the parameter that a leaf of the state belongs to, or None.
 
-  The leaf's key path either ends in the parameter's path, or contains it as a
-  key.
+  The leaf's key path either contains the parameter's path as a key, or ends in
+  the parameter's path and, where the leaf is a part of a moment such as codes,
+  in the path of that part.
   """
   names = [getattr(key, "key", None) for key in keys]
   for name in names:
-    if isinstance(name, str) and name in leaves and "/" in name:
-      return name
-  for start in range(len(keys)):
-    path = paths.paths([keys[start:]])[0]
-    for candidate in (path, path.rpartition("/")[0]):
-      if candidate in leaves:
-        return candidate
-  return next((name for name in names if name in leaves), None)
+    if isinstance(name, str) and name in owners and "/" in name:
+      return owners[name]
+  for trimmed in range(_MOST_PARTS):
+    for start in range(len(keys) - trimmed):
+      path = paths.paths([keys[start : len(keys) - trimmed]])[0]
+      if path in owners:
+        return owners[path]
+  return next((owners[name] for name in names if name in owners), None)
 
 
-def _row(path: str, leaf: Any, bases: Any, owned: int, reason: str) -> Row:
+# Keys at the end of a leaf's key path in a state that are not the parameter's,
+# at most: those of a part of a node, of an array in that, of a box.
+_MOST_PARTS = 4
+
+
+class _Part(NamedTuple):
+  """What GaLore decided about a leaf, and its bases, if it has any."""
+
+  decision: plan.Decision
+  bases: Any
+
+
+def _row(path: str, leaf: Any, parts: Mapping[str, _Part], owned: int) -> Row:
+  """The row of a parameter, which a wrapper may have divided into parts."""
   shape = tuple(jnp.shape(leaf))
-  adam = 2 * math.prod(shape) * 4
-  if not bases:
-    return Row(path, shape, "", "", None, owned, adam, reason)
-  side = "both" if len(bases) == 2 else next(iter(bases))
-  *stack, size, rank = projection.basis_shape(next(iter(bases.values())))
-  other = math.prod(shape) // (math.prod(stack) * size)
-  dims = (other, size) if side == "right" else (size, other)
-  count = f"{math.prod(stack)} x " if stack else ""
-  return Row(path, shape, f"{count}{dims}", side, rank, owned, adam)
+  adam = 2 * math.prod(shape) * (8 if jnp.iscomplexobj(leaf) else 4)
+  projected = [x for x in parts.values() if x.bases and x.decision.site]
+  other = next((x.decision for x in parts.values() if not x.bases), None)
+  reason = other or (projected[0].decision if projected else None)
+  why = (reason.reason, reason.guessed) if reason else ("", False)
+  if not projected:
+    return Row(path, shape, "", "", None, owned, adam, *why)
+  stored = projected[0].bases
+  side = "both" if len(stored) == 2 else next(iter(stored))
+  rank = projection.basis_shape(next(iter(stored.values())))[-1]
+  matrix = _matrices(projected)
+  return Row(path, shape, matrix, side, rank, owned, adam, *why)
+
+
+def _matrices(parts: Sequence[_Part]) -> str:
+  """The matrices of a parameter's parts, equal ones counted together."""
+  counts: dict[tuple[int, int], int] = {}
+  is_one = len(parts) == 1
+  for part in parts:
+    # The bases count them: layer by layer, GaLore has seen one layer's leaf.
+    stack = projection.basis_shape(next(iter(part.bases.values())))[:-2]
+    view: Any = part.decision.site and part.decision.site.view
+    counts[view.m, view.n] = counts.get((view.m, view.n), 0) + math.prod(stack)
+    is_one &= not stack
+  return ", ".join(
+    str(shape) if is_one else f"{count} x {shape}"
+    for shape, count in counts.items()
+  )

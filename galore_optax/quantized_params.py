@@ -20,6 +20,23 @@ def quantize_params(
 ) -> Any:
   r"""Quantizes the weights whose paths match a rule.
 
+  Compute with `dequantize_params(params)`, never with the result itself.
+  Operators on a quantized weight raise. `jax.tree.map`, and all that is built
+  on it, applies to the codes and scales of a weight. That raises where it gives
+  numbers of another dtype or without axes, as `optax.tree.norm`, `sum`, `vdot`
+  and `max` do, `optax.tree.scale(0.5, params)`, `optax.tree.cast`,
+  `optax.incremental_update` and `optax.ema`. **Not noticed, and wrong:**
+
+  * `optax.tree.size`, and `jax.tree.leaves` with any sum over it,
+  * `optax.tree.add`, `sub` and `mul`, and `optax.apply_updates`, of two
+    quantized trees; `optax.tree.scale` by an integer; `optax.tree.clip`,
+    `ones_like` and `full_like`: codes keep their dtype,
+  * with `kind="float8"`, also `optax.tree.scale`, `add_scale`, `div` and means
+    over steps, because JAX keeps float8 in products with Python numbers.
+
+  Moving and selecting entries is right: `optax.tree.zeros_like`,
+  `optax.tree.where`, slices of stacked layers, shardings, checkpoints.
+
   Args:
     params: Parameters; leaves that are quantized already are unchanged.
     rules: Regular expressions. A leaf of two axes or more is quantized if one

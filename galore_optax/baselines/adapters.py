@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_optax import linalg
+from galore_optax import flax_dicts, linalg
 from galore_optax.baselines import factors
 from galore_optax.baselines import restart as restart_lib
 from galore_optax.quantization import blocks, qarray
-from galore_optax.tree import matrix_view, paths, sharding, split
+from galore_optax.tree import boxes, matrix_view, paths, sharding, split
 from galore_optax.tree import plan as plan_lib
 
 # Elements of a frozen 4-bit weight that share a scale, as in QLoRA.
 _BLOCK = 64
 
 
+@flax_dicts.serializable("a", lambda adapter: adapter.dtype)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -45,6 +46,10 @@ class Adapter:
   view: matrix_view.MatrixView = dataclasses.field(metadata={"static": True})
   scale: float = dataclasses.field(metadata={"static": True})
   dtype: str = dataclasses.field(metadata={"static": True})
+
+  def __post_init__(self):
+    """Makes the class known to Flax, which may have been imported since."""
+    flax_dicts.register()
 
   def change(self) -> jax.Array:
     """The product s · a b in the shape of the weight, at least float32."""
@@ -109,7 +114,7 @@ class LowRank:
       TypeError: If a leaf is not of floating point.
     """
     leaves = paths.leaves_by_path(params)
-    sites = self._sites(leaves)
+    sites = self._sites(leaves, boxes.axis_names(params))
     self._check_full(leaves)
     adapters = {
       path: self._adapter(_fold(key, path), leaf, sites[path])
@@ -225,15 +230,17 @@ class LowRank:
     )
     return merged, fresh, state
 
-  def _sites(self, leaves: dict[str, Any]) -> dict[str, plan_lib.Site]:
+  def _sites(
+    self, leaves: dict[str, Any], axis_names: dict[str, tuple]
+  ) -> dict[str, plan_lib.Site]:
     """The leaves that get factors: those with a rule or with small factors.
 
     Raises:
       ValueError: If there are none.
     """
-    with plan_lib.recording_reasons() as reasons, warnings.catch_warnings():
+    with plan_lib.recording_decisions() as made, warnings.catch_warnings():
       warnings.filterwarnings("ignore", "galore projects none")
-      matrices = self.plan.sites(leaves)
+      matrices = self.plan.sites(leaves, axis_names=axis_names)
 
     def has_rule(path: str) -> bool:
       return any(re.search(pattern, path) for pattern, _ in self.plan.rules)
@@ -249,9 +256,8 @@ class LowRank:
     }
     if not sites:
       large = dict.fromkeys(matrices, "`rank` too large to save memory")
-      listed = ", ".join(
-        f"{path} ({reason})" for path, reason in {**reasons, **large}.items()
-      )
+      reasons = {path: x.reason for path, x in made.items()} | large
+      listed = ", ".join(f"{path} ({why})" for path, why in reasons.items())
       raise ValueError(
         f"No leaf gets factors: {listed or 'there are no leaves'}. Lower "
         "`rank`, or name leaves in `rules`."

@@ -13,7 +13,7 @@ from galore_optax._galore import galore
 from galore_optax.optimizers import options as options_lib
 from galore_optax.optimizers.adam8bit import Mask
 from galore_optax.optimizers.options import GaLoreOptions, recipe
-from galore_optax.tree import paths, plan
+from galore_optax.tree import boxes, paths, plan, split
 
 
 def scale_by_orthogonal_momentum(
@@ -159,7 +159,17 @@ def sumo(
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
-  return galore(inner, **options)
+  tx = galore(inner, **options)
+  which = options_lib.plan_of(rules, options)
+
+  def init(params: optax.Params) -> Any:
+    state: Any = tx.init(params)
+    if not split.is_placeholder(params):
+      leaves, axes = paths.leaves_by_path(params), boxes.axis_names(params)
+      which.check_full_rank_axes("sumo", leaves, axes, state.projector)
+    return state
+
+  return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def kinds_by_name(rules: plan.Rules) -> Callable[[Any], Any]:

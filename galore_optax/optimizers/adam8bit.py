@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from galore_optax import checks
 from galore_optax.quantization import qarray
-from galore_optax.tree import sharding
+from galore_optax.tree import boxes, sharding
 
 # A tree of bools in the parameters' structure, or a function that makes one.
 Mask = Any | Callable[[optax.Params], Any]
@@ -98,7 +98,9 @@ def scale_by_adam_8bit(
         "static_args=('min_size',), or call `init` outside of `jax.jit`."
       )
     size = MIN_SIZE if min_size is None else min_size
-    zeros = lambda kind: jax.tree.map(lambda x: _zeros(x, kind, size), params)
+    zeros = lambda kind: boxes.put_inside(
+      jax.tree.map(lambda x: _zeros(x, kind, size), params)
+    )
     return ScaleByAdam8bitState(
       jnp.zeros([], jnp.int32), zeros("dynamic"), zeros("unsigned_dynamic")
     )
@@ -124,11 +126,13 @@ def scale_by_adam_8bit(
       return step.astype(g.dtype), _write(mu, m), _write(nu, v)
 
     flat, treedef = jax.tree.flatten(updates)
-    mus, nus = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
+    mus, nus = (
+      treedef.flatten_up_to(boxes.put_outside(x)) for x in (state.mu, state.nu)
+    )
     leaves = [update_leaf(*x) for x in zip(flat, mus, nus, strict=True)]
     new, mu, nu = zip(*leaves, strict=True) if leaves else ((), (), ())
     return treedef.unflatten(new), ScaleByAdam8bitState(
-      count, treedef.unflatten(mu), treedef.unflatten(nu)
+      count, *(boxes.put_inside(treedef.unflatten(x)) for x in (mu, nu))
     )
 
   return optax.GradientTransformationExtraArgs(

@@ -23,7 +23,14 @@ from galore_optax import context as context_lib
 from galore_optax import linalg
 from galore_optax._galore import GaLoreState
 from galore_optax.subspace import moments, projection
-from galore_optax.tree import matrix_view, paths, sharding, slices, split
+from galore_optax.tree import (
+  boxes,
+  matrix_view,
+  paths,
+  sharding,
+  slices,
+  split,
+)
 from galore_optax.tree import plan as plan_lib
 
 # Makes the keys of draws differ from other uses of the seed.
@@ -114,6 +121,8 @@ class Sampled:
     if split.is_placeholder(params):
       return GumState(state, 0, 0)
     leaves = paths.leaves_by_path(params)
+    axes = boxes.axis_names(params)
+    self.plan.check_full_rank_axes("gum", leaves, axes, state.projector)
     families = self._families(leaves, state)
     unique = [family.path for family in families if family.count == 1]
     if unique:

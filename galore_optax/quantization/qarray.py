@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from galore_optax import checks
+from galore_optax import checks, flax_dicts
 from galore_optax.quantization import dynamic_code, nf4, rounding
 from galore_optax.quantization.blocks import BLOCK, Blocks, scale_shape
 
@@ -27,6 +28,7 @@ def rounds_at_random(kind: str) -> bool:
   return kind in rounding.BITS
 
 
+@flax_dicts.serializable("codes", lambda q: q.kind)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QArray:
@@ -46,6 +48,11 @@ class QArray:
     fewer.
   * `zero` has the shape of `scale`, or is None where 0 has code 0.
   * 0 is represented exactly, whatever else is in the block.
+  * As a pytree it has two or three arrays as leaves, to which functions of
+    trees apply. Those that move or select entries are right, arithmetic is not.
+    See :func:`galore_optax.quantize_params` for what raises.
+  * In the state of an optimizer for parameters in boxes of Flax, `codes` are in
+    such a box, see :mod:`galore_optax.tree.boxes`.
   * A slice along leading axes is a QArray of the slice, so that
     `jax.tree.map(lambda x: x[i], q)` takes one matrix of a stack.
 
@@ -61,20 +68,46 @@ class QArray:
   zero: Any
   kind: str = dataclasses.field(metadata={"static": True})
 
+  def __post_init__(self):
+    """Raises if codes or scales come out of arithmetic, as far as one can see.
+
+    JAX calls this for each result of `jax.tree.map`. Numbers of another dtype
+    or without axes raise. What is no array is not checked, such as shapes and
+    shardings, and neither are masks.
+    """
+    flax_dicts.register()  # Flax may have been imported since
+    self._check_dtype("codes", _CODE_DTYPES.get(self.kind))
+    self._check_dtype("scale", jnp.float32)
+
+  def _check_dtype(self, name: str, wanted: Any) -> None:
+    x = getattr(self, name)
+    if wanted is None or not isinstance(x, jax.Array | np.ndarray):
+      return
+    if not jnp.issubdtype(x.dtype, jnp.number):
+      return
+    if x.dtype != wanted or not x.ndim:
+      raise TypeError(
+        f"The {name!r} of a QArray ({self.kind}) must be "
+        f"{jnp.dtype(wanted).name} with at least one axis, got {x.dtype.name} "
+        f"of shape {x.shape}. `jax.tree.map`, and so a norm or a mean over "
+        "steps, applies a function to codes and scales, not to the array. "
+        f"{_ADVICE}"
+      )
+
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the array that is represented."""
-    return self.codes.shape
+    return unboxed(self.codes).shape
 
   @property
   def ndim(self) -> int:
     """Number of axes of that array."""
-    return self.codes.ndim
+    return unboxed(self.codes).ndim
 
   @property
   def size(self) -> int:
     """Number of elements of that array."""
-    return self.codes.size
+    return unboxed(self.codes).size
 
   def reshape(self, *shape: Any) -> "QArray":
     """Reshapes the axes before the last two; blocks do not cross those."""
@@ -84,10 +117,41 @@ class QArray:
 
   def __jax_array__(self) -> jax.Array:
     """Raises: JAX calls this if a QArray is used like an array."""
-    raise TypeError(
-      f"A QArray ({self.kind}, shape {self.shape}) is not an array to compute "
-      "with. Read it with `dequantize`, or parameters with `dequantize_params`."
-    )
+    return _refuse(self)
+
+  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    """Raises: NumPy would make an array of objects."""
+    return _refuse(self, dtype, copy)
+
+
+# What to do instead of computing with a QArray.
+_ADVICE = (
+  "Read it with `dequantize`, or parameters with `dequantize_params`, and "
+  "compute with that."
+)
+
+
+def _refuse(q: QArray, *args: Any) -> Any:
+  """An operator of QArray: raises."""
+  del args
+  raise TypeError(
+    f"A QArray ({q.kind}, shape {q.shape}) is not an array to compute with. "
+    f"{_ADVICE}"
+  )
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow",
+              "matmul"):  # fmt: skip
+  setattr(QArray, f"__{_name}__", _refuse)
+  setattr(QArray, f"__r{_name}__", _refuse)
+for _name in ("neg", "pos", "abs", "lt", "le", "gt", "ge", "getitem"):
+  setattr(QArray, f"__{_name}__", _refuse)
+
+
+def unboxed(codes: Any) -> Any:
+  """The array in the box of Flax that codes may be in."""
+  leaves = jax.tree.leaves(codes)
+  return leaves[0] if len(leaves) == 1 else codes
 
 
 def is_quantized(x: Any) -> bool:
@@ -191,7 +255,7 @@ def dequantize(q: QArray, dtype: Any = jnp.float32) -> jax.Array:
     True
   """
   blocks = Blocks(q.shape, q.scale.shape)
-  codes = blocks.split(q.codes)
+  codes = blocks.split(unboxed(q.codes))
   if q.kind == "dynamic":
     values = dynamic_code.signed_value(codes.astype(jnp.int32))
   elif q.kind == "unsigned_dynamic":

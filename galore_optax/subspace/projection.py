@@ -1,24 +1,20 @@
 """Projects gradients on bases, lifts updates back, and stores bases."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from galore_optax import linalg
+from galore_optax import flax_dicts, linalg
 from galore_optax.quantization import qarray
 
 Bases = Mapping[str, jax.Array]
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["seed"],
-  meta_fields=["shape"],
-)
+@flax_dicts.serializable("seed", lambda basis: "x".join(map(str, basis.shape)))
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RandomBasis:
   """A random projection of which only the seed is stored.
@@ -38,7 +34,11 @@ class RandomBasis:
   """
 
   seed: Any
-  shape: tuple[int, ...]
+  shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+  def __post_init__(self):
+    """Makes the class known to Flax, which may have been imported since."""
+    flax_dicts.register()
 
   def draw(self) -> jax.Array:
     """The projection (m, r), float32; with a stack of seeds, one for each."""

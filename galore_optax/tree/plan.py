@@ -9,10 +9,11 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import itertools
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,46 @@ _FULL_RANK_PATHS = re.compile(
   re.IGNORECASE,
 )
 
+# What `optax.contrib.split_real_and_imaginary` adds to the path of a leaf.
+_PART = re.compile(r"[./](real|imaginary)$")
+
+# The reason for full rank that is guessed from a path.
+_NAME = "its name"
+
+# Names of axes that count layers, and of axes that count experts.
+_LAYERS = re.compile(
+  r"(^|[._-])(layer|block|stage|stack|repeat)s?$", re.IGNORECASE
+)
+_EXPERTS = re.compile(r"(^|[._-])experts?$", re.IGNORECASE)
+
+
+def stacked_axes(names: Sequence[Any]) -> tuple[int, ...]:
+  """The axes of a leaf that count matrices, by their names.
+
+  Args:
+    names: One entry an axis: a name, several names, or None.
+
+  Returns:
+    Numbers of the axes that count layers. Also of those that count experts, if
+    at least two other axes are left: a router has one column an expert.
+  """
+
+  def named(pattern: re.Pattern) -> set[int]:
+    entries = [x if isinstance(x, tuple | list) else (x,) for x in names]
+    return {
+      axis
+      for axis, entry in enumerate(entries)
+      if any(isinstance(x, str) and pattern.search(x) for x in entry)
+    }
+
+  layers = named(_LAYERS)
+  both = layers | named(_EXPERTS)
+  return tuple(sorted(both if len(names) - len(both) >= 2 else layers))
+
 
 def _is_bias(path: str, leaves: Mapping[str, Any]) -> bool:
   """Whether a leaf is Haiku's `b` beside `w`, also where layers are stacked."""
-  beside = re.sub(r"(^|[./])b$", r"\1w", path)
+  beside = re.sub(r"(^|[./])b((?:[./](?:real|imaginary))?)$", r"\1w\2", path)
   if beside == path or beside not in leaves:
     return False
   return np.ndim(leaves[beside]) == np.ndim(leaves[path]) + 1
@@ -59,7 +96,10 @@ class Projection:
       `right`, `full`, `auto`; see :func:`galore_optax.galore`.
     rows: Axis or axes of the leaf that are a matrix's rows (default -2).
     cols: Axis or axes that are its columns (default -1). The axes left over
-      count matrices, each of which has its own basis.
+      count matrices, each of which has its own basis. Where neither is given
+      and Flax's partition metadata name an axis for layers or experts
+      (`layers`, `blocks`, `stages`, `experts`, ...), that axis counts matrices,
+      and the last two of the others are rows and columns.
 
   Example:
     A rank-64 projection of a kernel (embed, heads, head_dim), read as one
@@ -160,7 +200,10 @@ class Plan:
   )
 
   def sites(
-    self, leaves: Mapping[str, Any], masked: Sequence[str] = ()
+    self,
+    leaves: Mapping[str, Any],
+    masked: Sequence[str] = (),
+    axis_names: Mapping[str, tuple] | None = None,
   ) -> dict[str, Site]:
     """The projected leaves of a parameter tree.
 
@@ -168,6 +211,7 @@ class Plan:
       leaves: Path to leaf, see :func:`galore_optax.tree.paths.leaves_by_path`.
       masked: Paths of leaves that another optimizer updates. Rules may match
         them.
+      axis_names: See :func:`galore_optax.tree.boxes.axis_names`.
 
     Returns:
       Path to site, in the sequence of the leaves.
@@ -179,20 +223,45 @@ class Plan:
     """
     self._check_rules([*leaves, *masked])
     paths.check_arrays(leaves, BEFORE_QUANTIzING)
+    stacked = {p: stacked_axes(x) for p, x in (axis_names or {}).items()}
     decisions = {
-      path: "its name"
+      path: _NAME
       if _is_bias(path, leaves) and self._rule(path)[0] is None
-      else self._decide(path, leaf)
+      else self._decide(path, leaf, stacked.get(path, ()))
       for path, leaf in leaves.items()
     }
     sites = {path: x for path, x in decisions.items() if isinstance(x, Site)}
     reasons = {path: x for path, x in decisions.items() if isinstance(x, str)}
-    record = _RECORD.get()
-    if record is not None:
-      record.update(reasons)
+    self._record(decisions, axis_names or {})
     if not sites:
       _warn_nothing_projected(leaves, reasons, whole=not masked)
+    _warn_of_many(
+      [x for p, x in sites.items() if not (stacked.get(p) or self._axes(p))]
+    )
     return sites
+
+  def _record(
+    self,
+    decisions: Mapping[str, Site | str],
+    axis_names: Mapping[str, tuple],
+  ) -> None:
+    """Records decisions, if someone wants to know."""
+    record = _RECORD.get()
+    if record is None:
+      return
+    for path, x in decisions.items():
+      if isinstance(x, str):
+        site = record[path].site if path in record else None
+        record[path] = Decision(site, x, guessed=x == _NAME)
+        continue
+      axes = () if self._axes(path) else axis_names.get(path, ())
+      names = [str(axes[axis]) for axis in stacked_axes(axes)]
+      record[path] = Decision(x, _axis_reason(names), guessed=bool(names))
+
+  def _axes(self, path: str) -> bool:
+    """Whether a rule says which axes of a leaf are rows or columns."""
+    _, how = self._rule(path)
+    return how is not None and (how.rows, how.cols) != (None, None)
 
   def sites_from_bases(
     self, leaves: Mapping[str, Any], shapes: Mapping[str, Mapping[str, tuple]]
@@ -234,18 +303,36 @@ class Plan:
     # A state of an older version may project what names keep at full rank now.
     how = how or (self.defaults if rule is None else None)
     shape = np.shape(leaf)
-    view = matrix_view.matrix_view(shape, how.rows, how.cols) if how else None
     first, *_ = shapes.values()
-    if how is not None and view is not None:
-      _check_rank(path, how.rank, view, first[-1])
+    for view in _possible_views(shape, how):
+      assert how is not None  # or there are no views
       site = self._make_site(path, view, tuple(shapes), first[-1], how)
       if dict(shapes) == {side: site.basis_shape(side) for side in shapes}:
+        _check_rank(path, how.rank, view, first[-1])
         return site
     raise ValueError(
       f"The gradient of the leaf {path!r} has shape {shape}, which does not "
       f"fit the state's basis of shape {first}. Pass gradients of the "
       "parameters that `init` was called with, to the same optimizer."
     )
+
+  def _check_found_again(self, site: Site) -> None:
+    """Raises if the bases alone do not tell how a leaf is read as matrices.
+
+    An update knows no names of axes: `nnx.Optimizer`, for one, takes gradients
+    out of their boxes.
+    """
+    shapes = {side: site.basis_shape(side) for side in site.sides}
+    leaf = jax.ShapeDtypeStruct(site.view.shape, jnp.float32)
+    found = self._site_from_bases(site.path, leaf, shapes).view
+    if found != site.view:
+      view = site.view
+      raise ValueError(
+        f"The leaf {site.path!r} of shape {view.shape} stacks layers on the "
+        f"axes {view.batch}, but its bases would have the same shape if it "
+        f"did on {found.batch}. Say it by a rule: ({site.path!r}, "
+        f"Projection(rows={view.rows[0]}, cols={view.cols[0]}))."
+      )
 
   def _make_site(
     self,
@@ -289,6 +376,38 @@ class Plan:
           f"are {_some(leaves)}; a pattern is searched in the path (re.search)."
         )
 
+  def check_full_rank_axes(
+    self,
+    name: str,
+    leaves: Mapping[str, Any],
+    axis_names: Mapping[str, tuple],
+    projected: Iterable[str],
+  ) -> None:
+    """Refuses a matrix at full rank that is not its leaf's last two axes.
+
+    Args:
+      name: Name of the optimizer, which takes the last two axes for a matrix.
+      leaves: Path to leaf.
+      axis_names: See :func:`galore_optax.tree.boxes.axis_names`.
+      projected: Paths of the projected leaves.
+
+    Raises:
+      ValueError: If Flax's metadata say that such a leaf stacks layers on
+        another axis.
+    """
+    for path in [x for x in axis_names if x in leaves and x not in projected]:
+      shape, how = np.shape(leaves[path]), self._rule(path)[1]
+      if how is None or jnp.iscomplexobj(leaves[path]):
+        continue
+      stacked = stacked_axes(axis_names[path])
+      if _view(shape, how, stacked) != matrix_view.matrix_view(shape):
+        raise ValueError(
+          f"{name} cannot update the leaf {path!r} at full rank: its shape is "
+          f"{shape}, and the axes {stacked} stack layers, but the inner "
+          "optimizer takes the last two axes for a matrix. Give it the rule "
+          "None for AdamW, or a smaller `rank` to project it."
+        )
+
   def scale(self, path: str) -> Any:
     """The factor on the updates of a leaf that is projected."""
     _, how = self._rule(path)
@@ -304,9 +423,12 @@ class Plan:
     for pattern, how in self.rules:
       if re.search(pattern, path):
         return pattern, None if how is None else how.filled(self.defaults)
-    return None, None if _FULL_RANK_PATHS.search(path) else self.defaults
+    name = _PART.sub("", path)
+    return None, None if _FULL_RANK_PATHS.search(name) else self.defaults
 
-  def _decide(self, path: str, leaf: Any) -> Site | str:
+  def _decide(
+    self, path: str, leaf: Any, stacked: tuple[int, ...]
+  ) -> Site | str:
     """The leaf's site, or the reason why it stays at full rank."""
     rule, how = self._rule(path)
     dtype = jnp.result_type(leaf)
@@ -323,7 +445,7 @@ class Plan:
         "`optax.masked`."
       )
     if how is None:
-      return "its name" if rule is None else f"rule {rule!r}"
+      return _NAME if rule is None else f"rule {rule!r}"
     if jnp.issubdtype(dtype, jnp.complexfloating):
       if rule is None:
         return "complex"
@@ -331,13 +453,20 @@ class Plan:
         f"The leaf {path!r} is {dtype}; only real leaves are projected. Give "
         "it the rule None to optimize it at full rank."
       )
-    return self._decide_by_shape(path, np.shape(leaf), how, rule is not None)
+    return self._decide_by_shape(
+      path, np.shape(leaf), how, rule is not None, stacked
+    )
 
   def _decide_by_shape(
-    self, path: str, shape: tuple[int, ...], how: Projection, explicit: bool
+    self,
+    path: str,
+    shape: tuple[int, ...],
+    how: Projection,
+    explicit: bool,
+    stacked: tuple[int, ...],
   ) -> Site | str:
     try:
-      view = matrix_view.matrix_view(shape, how.rows, how.cols)
+      view = _view(shape, how, stacked)
       if view is None or 0 in shape:
         if explicit and view is None:
           raise ValueError(f"`rules` project a leaf of shape {shape}")
@@ -353,8 +482,44 @@ class Plan:
       elements -= rank * sum(size[side] for side in sides)
     saves = elements < 2 * view.m * view.n
     if saves or explicit or self.always:
+      self._check_found_again(site)
       return site
     return f"no smaller at rank {rank}" if min(view.m, view.n) > 1 else "thin"
+
+
+def _axis_reason(names: Sequence[str]) -> str:
+  return f"axis {', '.join(map(repr, names))}" if names else ""
+
+
+def _view(
+  shape: tuple[int, ...], how: Projection, stacked: tuple[int, ...]
+) -> matrix_view.MatrixView | None:
+  """How a leaf is read as matrices if some of its axes stack them."""
+  if not stacked or (how.rows, how.cols) != (None, None):
+    return matrix_view.matrix_view(shape, how.rows, how.cols)
+  others = [axis for axis in range(len(shape)) if axis not in stacked]
+  return matrix_view.matrix_view(shape, *others[-2:]) if others[1:] else None
+
+
+def _possible_views(
+  shape: tuple[int, ...], how: Projection | None
+) -> Iterator[matrix_view.MatrixView]:
+  """The ways to read a leaf as matrices, the usual one first.
+
+  If no rule names its axes, any of them may stack layers. A leaf that no rule
+  projects is not read so.
+  """
+  if how is None:
+    return
+  usual = matrix_view.matrix_view(shape, how.rows, how.cols)
+  if usual is None:
+    return
+  yield usual
+  if (how.rows, how.cols) == (None, None):
+    for rows, cols in itertools.combinations(range(len(shape)), 2):
+      view = matrix_view.matrix_view(shape, rows, cols)
+      if view is not None and view != usual:
+        yield view
 
 
 def _check_rank(
@@ -385,22 +550,39 @@ AT_ARRAYS = (
   "result, and add the updates with `galore_optax.apply_updates`."
 )
 
-# Collects the reasons for full rank inside of `recording_reasons`.
-_RECORD: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
-  "reasons for full rank", default=None
+
+class Decision(NamedTuple):
+  """What a plan decided about a leaf.
+
+  Attributes:
+    site: How the leaf is projected; None at full rank. Of several plans for a
+      leaf, the last that projects it counts; the state tells whether it is.
+    reason: Why it stays at full rank: `its name`, `rule 'REGEX'`, `no matrix`
+      (fewer than two axes), `empty`, `complex`, `no smaller at rank R`, or
+      `thin` (one row or column). If it is projected and has named axes that
+      stack layers, these axes.
+    guessed: Whether that was guessed from a name. A rule overrides it.
+  """
+
+  site: Site | None
+  reason: str
+  guessed: bool
+
+
+# Collects decisions inside of `recording_decisions`.
+_RECORD: contextvars.ContextVar[dict[str, Decision] | None] = (
+  contextvars.ContextVar("decisions about leaves", default=None)
 )
 
 
 @contextlib.contextmanager
-def recording_reasons() -> Iterator[dict[str, str]]:
-  """Records why leaves stay at full rank, for all plans made in the context.
+def recording_decisions() -> Iterator[dict[str, Decision]]:
+  """Records what all plans decide that are made in the context.
 
   Yields:
-    Path to reason: `its name`, `rule 'REGEX'`, `no matrix` (fewer than two
-    axes), `empty`, `complex`, `no smaller at rank R`, or `thin` (one row or
-    column).
+    Path to decision.
   """
-  record: dict[str, str] = {}
+  record: dict[str, Decision] = {}
   token = _RECORD.set(record)
   try:
     yield record
@@ -423,7 +605,7 @@ def _warn_nothing_projected(
   listed = ", ".join(f"{reason} ({count})" for reason, count in counts)
   if small:
     advice = "Take a smaller `rank`, such as 0.25 of the shorter side."
-  elif "its name" in reasons.values():
+  elif _NAME in reasons.values():
     advice = "Give `rules` to project leaves whatever their names are."
   else:
     advice = "Only leaves of two axes or more are projected."
@@ -431,6 +613,35 @@ def _warn_nothing_projected(
     f"galore projects none of the {len(leaves)} leaves and saves no memory; "
     f"they stay at full rank because of: {listed}. {advice} "
     "`galore_optax.describe(tx, params)` shows every leaf.",
+    stacklevel=4,  # the call of `init`, unless a wrapper is in between
+  )
+
+
+def _warn_of_many(sites: Sequence[Site]) -> None:
+  """Warns of leaves that seem to stack layers on another axis than the first.
+
+  They are read as more matrices than a matrix has rows or columns.
+  """
+  many = [
+    x
+    for x in sites
+    if x.view.stack and max(x.view.stack) > min(x.view.m, x.view.n)
+  ]
+  if not many:
+    return
+  listed = [
+    f"{x.path!r} {x.view.shape} is read as {x.view.count} matrices of "
+    f"{x.view.m} x {x.view.n}"
+    for x in many[:8]
+  ]
+  more = f", and {len(many) - 8} more leaves" if many[8:] else ""
+  rule = f"({many[0].path!r}, Projection(rows=0, cols=-1))"
+  warnings.warn(
+    f"More matrices than a matrix has rows or columns: {', '.join(listed)}"
+    f"{more}. If another axis counts layers, name the two axes of a matrix in "
+    f"`rules`, such as {rule}, or the one of layers in Flax's partition "
+    'metadata ({nn.PARTITION_NAME: "layers"}). Projection(rows=-2, cols=-1) '
+    "confirms that the last two are a matrix.",
     stacklevel=4,  # the call of `init`, unless a wrapper is in between
   )
 

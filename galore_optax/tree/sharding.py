@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax.quantization import blocks, qarray
-from galore_optax.tree import paths
+from galore_optax.tree import boxes, paths
 
 
 def shard_like(
@@ -297,6 +297,7 @@ def state_shardings(tx: Any, params: Any, param_shardings: Any) -> Any:
     P(None, 'data')
   """
   mesh = _common_mesh(param_shardings)
+  param_shardings = boxes.put_in_boxes(param_shardings, params)
   # With Explicit axes, shardings are part of the types: the types of what the
   # optimizer's `init` returns say how it shards its state.
   explicit = jax.sharding.AbstractMesh(

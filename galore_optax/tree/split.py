@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from galore_optax.tree import paths
+from galore_optax.tree import boxes, paths
 
 
 class Split(NamedTuple):
@@ -39,7 +39,7 @@ def split(tree: Any, low: Mapping[str, Any]) -> Split:
   Returns:
     The split tree.
   """
-  flat, treedef = paths.flatten(tree)
+  flat, treedef = paths.flatten(boxes.put_outside(tree))
   names = paths.paths([keys for keys, _ in flat])
   leaves = [leaf for _, leaf in flat]
   low_leaves = {
@@ -49,7 +49,7 @@ def split(tree: Any, low: Mapping[str, Any]) -> Split:
     optax.MaskedNode() if name in low else x
     for name, x in zip(names, leaves, strict=False)
   ]
-  return Split(low_leaves, treedef.unflatten(rest))
+  return Split(low_leaves, boxes.put_inside(treedef.unflatten(rest)))
 
 
 def merge(tree: Split) -> Any:
@@ -61,7 +61,7 @@ def merge(tree: Split) -> Any:
   Returns:
     The tree in the parameters' structure, with the low-rank leaves in it.
   """
-  flat, treedef = paths.flatten(tree.full, is_masked)
+  flat, treedef = paths.flatten(boxes.put_outside(tree.full), is_masked)
   names = paths.paths([keys for keys, _ in flat])
   leaves = [leaf for _, leaf in flat]
   return treedef.unflatten(

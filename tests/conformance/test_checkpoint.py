@@ -1,5 +1,8 @@
 """Saving and restoring the state: Orbax old and new, and msgpack."""
 
+import subprocess
+import sys
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,8 @@ import orbax.checkpoint as ocp_v0
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from galore_optax import galore, state_shardings
-from galore_optax.quantization.qarray import is_quantized
+from galore_optax import baselines, galore, quantize_params, state_shardings
+from galore_optax.quantization.qarray import zeros
 from galore_optax.subspace.projection import RandomBasis
 from tests.conformance import cases, inner_optimizers
 from tests.conformance.cases import every, every_layout
@@ -55,13 +58,7 @@ def _v1_checkpointer(path, state, target):
 
 
 def _msgpack(path, state, target):
-  """Flax does not know our nodes; any state goes as a list of its arrays."""
   del path
-  treedef = jax.tree.structure(state)
-  ours = lambda x: is_quantized(x) or isinstance(x, RandomBasis)
-  if any(map(ours, jax.tree.leaves(state, is_leaf=ours))):
-    leaves = jax.tree.leaves(state), jax.tree.leaves(target)
-    return treedef.unflatten(_msgpack(None, *leaves))
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
   saved = flax.serialization.to_bytes(state)
   return jax.tree.map(jnp.asarray, flax.serialization.from_bytes(zeros, saved))
@@ -137,6 +134,42 @@ def test_leaves_of_unusual_kinds(form, tmp_path):
   state = _state(tx)
   restored = _FORMATS[form](tmp_path, state, _target(tx))
   cases.assert_equal(restored, state)
+
+
+def test_msgpack_keeps_quantized_weights_and_adapters():
+  params = {"kernel": jnp.arange(64.0).reshape(8, 8)}
+  frozen, adapters = baselines.qlora(2).init(jax.random.key(0), params)
+  tree = [quantize_params(params), frozen, adapters]
+  zeros = jax.tree.map(jnp.zeros_like, tree)
+  cases.assert_equal(_msgpack(None, tree, zeros), tree)
+
+
+@pytest.mark.parametrize(
+  ("other", "message"),
+  [
+    (zeros((4, 8), "int4"), "'codes' as \\['int8'\\], .*\\['int4'\\]"),
+    (zeros((4, 8), "int8", symmetric=True), "QArray of \\['codes', 'scale'\\]"),
+    (zeros((4, 6), "int8"), "'codes' of shape \\(4, 8\\).*is \\(4, 6\\)"),
+    (RandomBasis(jnp.uint32(0), (4, 8)), "'seed' as \\[\\].*\\['4x8'\\]"),
+  ],
+)
+def test_msgpack_is_not_read_as_something_else(other, message):
+  saved = flax.serialization.to_bytes({"w": zeros((4, 8), "int8")})
+  with pytest.raises(ValueError, match=f"at './w'.*{message}"):
+    flax.serialization.from_bytes({"w": other}, saved)
+
+
+@pytest.mark.slow
+def test_msgpack_where_flax_is_imported_later():
+  code = (
+    "import sys, numpy as np, galore_optax as go\n"
+    "assert 'flax' not in sys.modules\n"
+    "import flax.serialization as s\n"
+    "x = np.zeros((2, 2), np.int8)\n"
+    "q = go.QArray(x, np.zeros((1, 2), np.float32), None, 'int8')\n"
+    "s.from_bytes(q, s.to_bytes(q))"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def _mesh(shape):

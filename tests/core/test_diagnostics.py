@@ -5,11 +5,14 @@ import optax
 import pytest
 
 from galore_optax import (
+  adamw_8bit,
   basis_overlap,
   captured_energy,
   describe,
   find_bases,
   galore,
+  galore_adamw_8bit,
+  ldadam,
   q_galore_adamw_8bit,
   quantize_params,
   refresh_counts,
@@ -167,10 +170,98 @@ def test_every_leaf_at_full_rank_has_its_reason():
       "small": "no smaller at rank 6",
       "v": "no matrix",
     }
-  line = next(x for x in str(table).splitlines() if x.startswith("small"))
-  assert line.endswith("no smaller at rank 6")
+  lines = {x.split()[0]: x for x in str(table).splitlines()}
+  assert lines["small"].endswith("no smaller at rank 6")
   plain = describe(optax.adam(1e-3), params)
   assert "because of" not in str(plain)
+
+
+def test_what_is_guessed_from_a_name_says_so():
+  """Also Haiku's bias; a reason that is no guess does not."""
+  params = {
+    "linear": {"w": jnp.zeros((3, 64, 64)), "b": jnp.zeros((3, 64))},
+    "embed": jnp.zeros((64, 64)),
+    "conv": jnp.zeros((64, 64)),
+    "v": jnp.zeros(64),
+  }
+  tx = galore(optax.adam(1e-3), rank=16, rules=[("conv", None)])
+  table = describe(tx, params)
+  guessed = [row.path for row in table.rows if row.guessed]
+  assert guessed == ["embed", "linear/b"]
+  assert str(table).count("its name (a guess)") == 2
+  assert str(table).count("(a guess)") == 2
+  # The same rule, given by the user, is none.
+  rules = [("embed", None), ("linear/b", None), ("conv", None)]
+  table = describe(galore(optax.adam(1e-3), rank=16, rules=rules), params)
+  assert not any(row.guessed for row in table.rows)
+
+
+COMPLEX = {
+  "bias": jnp.zeros((3, 96), complex),
+  "fft": jnp.zeros((64, 96), complex),
+  "stack": jnp.zeros((3, 64, 96), complex),
+  "w": jnp.zeros((64, 96)),
+}
+
+
+def test_complex_leaves_are_described_in_full():
+  table = describe(optax.adam(1e-3), COMPLEX)
+  for row in table.rows:
+    assert row.state_bytes == row.adam_bytes, row.path
+  counter = 4
+  assert table.total_bytes == counter + sum(x.adam_bytes for x in table.rows)
+  tx = galore(optax.adam(1e-3), rank=4)
+  rows = {row.path: row for row in describe(tx, COMPLEX).rows}
+  assert rows["fft"].reason == "complex"
+  assert rows["fft"].state_bytes == rows["fft"].adam_bytes == 2 * 8 * 64 * 96
+
+
+def _nested(inner):
+  """A wrapper whose optimizer knows parameters under another path."""
+  return optax.GradientTransformation(
+    lambda params: inner.init({"tower": {"all": params}}), inner.update
+  )
+
+
+@pytest.mark.parametrize(
+  ("tx", "counters"),
+  [
+    (galore(optax.adam(1e-3), rank=4), 2),
+    (optax.chain(optax.clip(1.0), galore(optax.adam(1e-3), rank=4)), 2),
+    (galore_adamw_8bit(1e-3, rank=4, min_size=0), 2),
+    (adamw_8bit(1e-3, min_size=0), 1),
+    (_nested(galore(optax.adam(1e-3), rank=4)), 2),
+    (ldadam(1e-3, rank=4), 2),
+  ],
+)
+def test_parameters_in_another_tree_are_described(tx, counters):
+  """Complex ones are two matrices, and all bytes belong to a parameter."""
+  tx = optax.contrib.split_real_and_imaginary(tx)
+  table = describe(tx, COMPLEX)
+  state = jax.eval_shape(tx.init, COMPLEX)
+  assert table.total_bytes == state_bytes(state)
+  owned = sum(row.state_bytes for row in table.rows)
+  assert table.total_bytes - owned == 4 * counters
+  rows = {row.path: row for row in table.rows}
+  if not find_bases(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)):
+    return
+  assert rows["fft"].matrix == "2 x (64, 96)"
+  assert rows["stack"].matrix == "6 x (64, 96)"
+  assert rows["w"].matrix == "(64, 96)"
+  for path in ("fft", "stack", "w"):
+    assert (rows[path].side, rows[path].rank) == ("left", 4)
+  assert (rows["bias"].rank, rows["bias"].reason) == (None, "its name")
+  assert rows["bias"].guessed
+  assert 3 * rows["fft"].state_bytes == rows["stack"].state_bytes
+
+
+def test_a_leaf_of_which_one_part_is_projected():
+  tx = galore(optax.adam(1e-3), rank=4, rules=[("fft/imaginary", None)])
+  tx = optax.contrib.split_real_and_imaginary(tx)
+  row = next(x for x in describe(tx, COMPLEX).rows if x.path == "fft")
+  assert row.matrix == "(64, 96)"
+  assert row.reason == "rule 'fft/imaginary'"
+  assert row.state_bytes == 2 * 4 * 64 * 96 + 4 * (64 * 4 + 2 * 4 * 96)
 
 
 def test_quantized_weights_are_described_as_float32_weights():

@@ -111,6 +111,7 @@ def test_codes_of_bases_may_be_dtypes():
     assert basis.kind == "int8"
 
 
+@pytest.mark.filterwarnings("ignore:More matrices than")
 def test_staggered_gaps_that_overflow():
   params = {"w": jax.ShapeDtypeStruct((300, 16, 24), jnp.float32)}
   make = lambda **options: galore(optax.sgd(1.0), rank=4, **options).init
@@ -172,6 +173,16 @@ def test_complex_leaves_without_a_rule_are_optimized_at_full_rank(dtype):
   assert jnp.allclose(ours["fft"], theirs["fft"])
 
 
+def _scaled_by_loss(tx):
+  """An optimizer that takes its extra argument out of a dict."""
+
+  def update(updates, state, params=None, **extra_args):
+    updates, state = tx.update(updates, state, params)
+    return optax.tree.scale(extra_args["loss"], updates), state
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 @pytest.mark.parametrize(
   "inner",
   [
@@ -180,6 +191,10 @@ def test_complex_leaves_without_a_rule_are_optimized_at_full_rank(dtype):
     optax.adafactor(1e-3),
     optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-3)),
     optax.adaptive_grad_clip(0.1),
+    # Their updates need the loss, which `init` does not know.
+    optax.contrib.momo(),
+    optax.chain(optax.contrib.momo_adam(), optax.contrib.reduce_on_plateau()),
+    _scaled_by_loss(optax.lamb(1e-3)),
   ],
 )
 def test_coupled_optimizers_are_refused_with_the_working_spelling(inner):
@@ -205,6 +220,62 @@ def test_optimizers_that_store_initial_weights_are_refused(inner):
   tx = galore(inner, rank=4, params_mode="project")
   with pytest.raises(ValueError, match="keeps where the weights began"):
     tx.init(PARAMS)
+
+
+@pytest.mark.filterwarnings("ignore:galore projects none")
+@pytest.mark.parametrize("mode", ["split", "project"])
+@pytest.mark.parametrize(
+  ("inner", "name"),
+  [
+    (optax.contrib.sophia(1e-3), "obj_fn"),
+    (
+      optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True),
+      "grad_fn",
+    ),
+  ],
+)
+def test_functions_of_the_whole_parameters_are_refused(inner, name, mode):
+  with pytest.raises(
+    ValueError, match=rf"needs `{name}`.*\n.*\n.*\n.*rank=128"
+  ):
+    galore(inner, rank=4, params_mode=mode).init(PARAMS)
+  # Where nothing is projected, the optimizer sees the whole parameters.
+  galore(inner, rank=4, rules=[("w", None)], params_mode=mode).init(
+    {"w": PARAMS["w"]}
+  )
+
+
+@pytest.mark.parametrize(
+  ("inner", "mode"),
+  [
+    (optax.contrib.momo(), "project"),
+    (optax.polyak_sgd(), "split"),
+    (_scaled_by_loss(optax.adamw(1e-3)), "split"),
+  ],
+)
+def test_an_inner_that_needs_the_loss(inner, mode):
+  tx = galore(inner, rank=4, params_mode=mode)
+  state = tx.init(PARAMS)
+  args = {"loss": 0.5} if mode == "split" else {}
+  args |= {"value": 0.5}
+  updates, _ = tx.update(PARAMS, state, PARAMS, **args)
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(updates))
+  assert jnp.any(updates["w"] != 0)
+
+
+def test_a_residual_beside_an_inner_that_needs_the_loss():
+  tx = galore(_scaled_by_loss(optax.adam(1e-3)), rank=4, residual="fira")
+  updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=0.5)
+  assert jnp.any(updates["w"] != 0)
+
+
+def test_the_wrapper_that_needs_gradients_goes_around():
+  grad = lambda params, _: params
+  tx = optax.contrib.sam(
+    galore(optax.sgd(0.1), rank=4), optax.sgd(0.1), opaque_mode=True
+  )
+  updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad_fn=grad)
+  assert jnp.any(updates["w"] != 0)
 
 
 def test_inner_whose_moments_cannot_be_found():

@@ -10,7 +10,7 @@ import galore_optax
 ROOT = pathlib.Path(galore_optax.__file__).parent
 # Each part may import from the parts in the rows above its own.
 ROWS = (
-  {"checks", "context", "linalg", "old_spellings"},
+  {"checks", "context", "flax_dicts", "linalg", "old_spellings"},
   {"quantization"},
   {"tree"},
   {"inner", "quantized_params", "subspace"},

@@ -56,6 +56,70 @@ def test_updates_are_right_in_expectation(size):
   assert abs(error.mean()) < 5 * 0.5 / np.sqrt(500 * error.size)
 
 
+TREES = {
+  "norm": optax.tree.norm,
+  "global_norm": optax.global_norm,
+  "sum": optax.tree.sum,
+  "max": optax.tree.max,
+  "vdot": lambda x: optax.tree.vdot(x, x),
+  "scale": lambda x: optax.tree.scale(0.5, x),
+  "add_scale": lambda x: optax.tree.add_scale(x, 0.1, x),
+  "div": lambda x: optax.tree.div(x, x),
+  "cast": lambda x: optax.tree.cast(x, jnp.bfloat16),
+  "float_cast": lambda x: jax.tree.map(
+    lambda y: y.astype(jnp.bfloat16) if y.dtype == jnp.float32 else y, x
+  ),
+  "incremental_update": lambda x: optax.incremental_update(x, x, 0.1),
+  "ema": lambda x: optax.ema(0.9).update(x, optax.ema(0.9).init(x)),
+  "clip_by_global_norm": lambda x: optax.clip_by_global_norm(1.0).update(
+    x, optax.EmptyState()
+  ),
+  "jit": jax.jit(lambda x: optax.tree.scale(0.5, x)),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_arithmetic_on_trees_is_refused(name):
+  with pytest.raises(TypeError, match=r"QArray \(int8\).*`dequantize_params`"):
+    TREES[name](SMALL)
+  TREES[name](dequantize_params(SMALL))
+
+
+OPERATORS = {
+  "number": lambda x: x * 2.0,
+  "reflected": lambda x: 2.0 * x,
+  "NumPy scalar": lambda x: np.float32(2.0) * x,
+  "NumPy array": lambda x: np.ones((256, 64)) + x,
+  "asarray": lambda x: np.asarray(x),
+  "matmul": lambda x: jnp.ones((2, 256)) @ x,
+  "minus": lambda x: -x,
+  "comparison": lambda x: x > 0.0,
+  "index": lambda x: x[0],
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_are_refused(name):
+  with pytest.raises(TypeError, match=r"QArray.*`dequantize_params`"):
+    OPERATORS[name](SMALL["kernel"])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_trees_without_arithmetic_are_right(kind):
+  """What moves and selects entries, and what makes no numbers of them."""
+  small = quantize_params(WEIGHTS, kind=kind)
+  other = jax.tree.map(lambda x: jnp.flip(x, -1), small)
+  wanted = jax.tree.map(lambda x: jnp.flip(x, -1), dequantize_params(small))
+  jax.tree.map(np.testing.assert_array_equal, dequantize_params(other), wanted)
+  found = dequantize_params(optax.tree.where(True, small, other))
+  jax.tree.map(np.testing.assert_array_equal, found, dequantize_params(small))
+  zeros = dequantize_params(optax.tree.zeros_like(small))
+  assert not any(x.any() for x in jax.tree.leaves(zeros))
+  jax.tree.map(lambda x: x.shape, small)
+  jax.tree.map(jnp.isfinite, small)
+  jax.eval_shape(lambda x: x, small)
+
+
 def test_small_updates_are_lost_without_a_key_and_not_with_one():
   updates = {"bias": jnp.zeros(64), "kernel": 0.02 * STEP}
   lost, rounded = SMALL, SMALL

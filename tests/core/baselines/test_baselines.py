@@ -579,6 +579,7 @@ def test_explicit_meshes(method):
     ),
   ],
 )
+@pytest.mark.filterwarnings("ignore:More matrices than")
 def test_errors(make, error, match):
   with pytest.raises(error, match=match):
     make()
