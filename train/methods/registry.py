@@ -1,7 +1,7 @@
 """The methods: one record each, which everything else asks.
 
 A method is what `optimizer.name` and `--optimizer` choose. To add one, write
-its transformation in `transforms.py` and its record here.
+its transformation in `transforms.py` or `rivals/` and its record here.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from galore_optax import baselines
 from train.common.errors import UserError
 from train.methods import transforms
 from train.methods.options import OptimizerConfig
+from train.methods.rivals import quantized_muon
 
 # Options, learning-rate schedule and shardings to the transformation.
 Make = Callable[
@@ -157,6 +158,18 @@ _RECORDS = (
     "sgd", "SGD with momentum", transforms.sgd, small={"learning_rate": 0.5}
   ),
   Method("muon", "Muon", transforms.muon, small={"learning_rate": 1e-2}),
+  Method(
+    "muon_8bit",
+    "Muon with momentum in 8 bits",
+    quantized_muon.muon_8bit,
+    small={"learning_rate": 1e-2},
+  ),
+  Method(
+    "muon_4bit",
+    "Muon with momentum in 4 bits",
+    quantized_muon.muon_4bit,
+    small={"learning_rate": 1e-2},
+  ),
   Method(
     "contrib_galore",
     "optax.contrib.galore around Adam",
