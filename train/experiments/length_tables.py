@@ -126,6 +126,9 @@ LENGTH = Table(
       method(
         "muon_4bit", "Muon, 4-bit momentum", "muon_4bit", "optimizer.b2=0.999"
       ),
+      method(
+        "scale", "SCALE", "scale", "optimizer.b1=0.9", "optimizer.b2=0.999"
+      ),
     ),
   ),
   settings=MODEL,

@@ -14,7 +14,7 @@ from galore_optax import baselines
 from train.common.errors import UserError
 from train.methods import transforms
 from train.methods.options import OptimizerConfig
-from train.methods.rivals import quantized_muon
+from train.methods.rivals import quantized_muon, scale
 
 # Options, learning-rate schedule and shardings to the transformation.
 Make = Callable[
@@ -169,6 +169,15 @@ _RECORDS = (
     "Muon with momentum in 4 bits",
     quantized_muon.muon_4bit,
     small={"learning_rate": 1e-2},
+  ),
+  # The rates of this and the other rivals are AdamW's or the papers', and not
+  # tuned.
+  Method(
+    "scale",
+    "SCALE: SGD with normalized columns",
+    scale.scale,
+    one_layer="divides whole columns of the embedding; use apollo_mini",
+    small=_SMALL_ADAMW,
   ),
   Method(
     "contrib_galore",
