@@ -129,6 +129,7 @@ LENGTH = Table(
       method(
         "scale", "SCALE", "scale", "optimizer.b1=0.9", "optimizer.b2=0.999"
       ),
+      method("racs", "RACS", "racs", "optimizer.b2=0.999"),
     ),
   ),
   settings=MODEL,

@@ -14,7 +14,7 @@ from galore_optax import baselines
 from train.common.errors import UserError
 from train.methods import transforms
 from train.methods.options import OptimizerConfig
-from train.methods.rivals import quantized_muon, scale
+from train.methods.rivals import quantized_muon, racs, scale
 
 # Options, learning-rate schedule and shardings to the transformation.
 Make = Callable[
@@ -176,8 +176,16 @@ _RECORDS = (
     "scale",
     "SCALE: SGD with normalized columns",
     scale.scale,
-    one_layer="divides whole columns of the embedding; use apollo_mini",
+    one_layer="divides whole columns of the embedding; use racs",
     small=_SMALL_ADAMW,
+  ),
+  Method(
+    "racs",
+    "RACS: SGD with scaled rows and columns",
+    racs.racs,
+    small={"learning_rate": 8e-3, "scale": 0.125},
+    llama_rate=0.02,
+    llama_scale=0.05,
   ),
   Method(
     "contrib_galore",

@@ -1,5 +1,6 @@
 """What the rivals share: which leaves they update, and how an update ends."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,24 @@ def finished(
       optax.scale_by_learning_rate(lr),
     )
   )
+
+
+def map_leaves(rule: Callable, updates: Any, *states: Any) -> tuple[Any, ...]:
+  """As `jax.tree.map` with a rule that returns several values.
+
+  Args:
+    rule: From the leaves at one place to as many leaves.
+    updates: A tree of gradients.
+    *states: Trees with the same leaves or with subtrees in their places.
+
+  Returns:
+    As many trees.
+  """
+  leaves, treedef = jax.tree.flatten(updates)
+  states = tuple(treedef.flatten_up_to(state) for state in states)
+  rows = [rule(*row) for row in zip(leaves, *states, strict=True)]
+  columns = zip(*rows, strict=True) if rows else [()] * (1 + len(states))
+  return tuple(treedef.unflatten(column) for column in columns)
 
 
 def limited(x: jax.Array, norm: jax.Array) -> tuple[jax.Array, jax.Array]:
