@@ -130,6 +130,9 @@ LENGTH = Table(
         "scale", "SCALE", "scale", "optimizer.b1=0.9", "optimizer.b2=0.999"
       ),
       method("racs", "RACS", "racs", "optimizer.b2=0.999"),
+      method(
+        "alice", "Alice", "alice", "optimizer.b1=0.9", "optimizer.b2=0.999"
+      ),
       method("foam", "FOAM", "foam", "optimizer.b1=0.9", "optimizer.b2=0.999"),
     ),
   ),

@@ -14,7 +14,7 @@ from galore_optax import baselines
 from train.common.errors import UserError
 from train.methods import transforms
 from train.methods.options import OptimizerConfig
-from train.methods.rivals import foam, quantized_muon, racs, scale
+from train.methods.rivals import alice, foam, quantized_muon, racs, scale
 
 # Options, learning-rate schedule and shardings to the transformation.
 Make = Callable[
@@ -186,6 +186,14 @@ _RECORDS = (
     small={"learning_rate": 8e-3, "scale": 0.125},
     llama_rate=0.02,
     llama_scale=0.05,
+  ),
+  Method(
+    "alice",
+    "Alice: Adam in a subspace that switches, and the rest",
+    alice.alice,
+    small=_SMALL_GALORE,
+    llama_rate=0.02,
+    llama_scale=0.3,
   ),
   Method(
     "foam",
