@@ -119,6 +119,22 @@ LENGTH = Table(
       method("lora", "LoRA", "lora", "optimizer.b2=0.999"),
       method("ldadam", "LDAdam", "ldadam", "optimizer.update_proj_gap=1"),
     ),
+    (
+      method(
+        "muon_8bit", "Muon, 8-bit momentum", "muon_8bit", "optimizer.b2=0.999"
+      ),
+      method(
+        "muon_4bit", "Muon, 4-bit momentum", "muon_4bit", "optimizer.b2=0.999"
+      ),
+      method(
+        "scale", "SCALE", "scale", "optimizer.b1=0.9", "optimizer.b2=0.999"
+      ),
+      method("racs", "RACS", "racs", "optimizer.b2=0.999"),
+      method(
+        "alice", "Alice", "alice", "optimizer.b1=0.9", "optimizer.b2=0.999"
+      ),
+      method("foam", "FOAM", "foam", "optimizer.b1=0.9", "optimizer.b2=0.999"),
+    ),
   ),
   settings=MODEL,
   rates=SearchRange(1.6e-2, 2.5e-4, 2.56e-1),

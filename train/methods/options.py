@@ -36,7 +36,9 @@ class SharedOptimizerConfig:
   rank: int = 64  # rank of GaLore's subspaces, or of LoRA's factors
   # steps between two refreshes of the basis of a matrix
   update_proj_gap: int = 50
-  scale: float = 0.25  # GaLore's alpha: factor on the projected updates
+  # GaLore's alpha: factor on the projected updates; also that of RACS, Alice
+  # and FOAM on the updates of the block matrices
+  scale: float = 0.25
   # which side is projected: the shorter (std, as in the papers), the longer
   # (reverse_std), both (full), or whichever leaves the smallest state (auto)
   proj_type: Literal["std", "reverse_std", "left", "right", "full", "auto"] = (

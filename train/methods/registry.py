@@ -1,7 +1,7 @@
 """The methods: one record each, which everything else asks.
 
 A method is what `optimizer.name` and `--optimizer` choose. To add one, write
-its transformation in `transforms.py` and its record here.
+its transformation in `transforms.py` or `rivals/` and its record here.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from galore_optax import baselines
 from train.common.errors import UserError
 from train.methods import transforms
 from train.methods.options import OptimizerConfig
+from train.methods.rivals import alice, foam, quantized_muon, racs, scale
 
 # Options, learning-rate schedule and shardings to the transformation.
 Make = Callable[
@@ -157,6 +158,50 @@ _RECORDS = (
     "sgd", "SGD with momentum", transforms.sgd, small={"learning_rate": 0.5}
   ),
   Method("muon", "Muon", transforms.muon, small={"learning_rate": 1e-2}),
+  Method(
+    "muon_8bit",
+    "Muon with momentum in 8 bits",
+    quantized_muon.muon_8bit,
+    small={"learning_rate": 1e-2},
+  ),
+  Method(
+    "muon_4bit",
+    "Muon with momentum in 4 bits",
+    quantized_muon.muon_4bit,
+    small={"learning_rate": 1e-2},
+  ),
+  # The rates of this and the other rivals are AdamW's or the papers', and not
+  # tuned.
+  Method(
+    "scale",
+    "SCALE: SGD with normalized columns",
+    scale.scale,
+    one_layer="divides whole columns of the embedding; use racs",
+    small=_SMALL_ADAMW,
+  ),
+  Method(
+    "racs",
+    "RACS: SGD with scaled rows and columns",
+    racs.racs,
+    small={"learning_rate": 8e-3, "scale": 0.125},
+    llama_rate=0.02,
+    llama_scale=0.05,
+  ),
+  Method(
+    "alice",
+    "Alice: Adam in a subspace that switches, and the rest",
+    alice.alice,
+    small=_SMALL_GALORE,
+    llama_rate=0.02,
+    llama_scale=0.3,
+  ),
+  Method(
+    "foam",
+    "FOAM: Adam with moments of blocks of four",
+    foam.foam,
+    small=_SMALL_GALORE,
+    llama_rate=GALORE_RATE,
+  ),
   Method(
     "contrib_galore",
     "optax.contrib.galore around Adam",

@@ -104,6 +104,13 @@ def test_layer_by_layer_is_the_usual_step(batch, usual, devices):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["racs", "foam", "alice"])
+def test_rivals_layer_by_layer_take_the_usual_step(batch, name):
+  found = _run(batch, name=name, layerwise=True, devices=4)
+  _assert_same(found, _run(batch, name=name), 1e-5)
+
+
+@pytest.mark.slow
 def test_tied_embeddings(batch):
   """Whose gradient has two parts, added in another order: on some CPUs Adam
   scales that rounding up to a few millionths of a weight."""
