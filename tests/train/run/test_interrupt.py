@@ -163,7 +163,7 @@ def test_a_signal_after_the_last_step_ends_the_program(
   out = tmp_path / "run"
   shutil.copytree(whole, out)
   monkeypatch.setattr(
-    pretrain, "sample", lambda *_: signal.raise_signal(signal.SIGINT)
+    pretrain, "report", lambda *_: signal.raise_signal(signal.SIGINT)
   )
   assert pretrain.main(["--out", str(out), *flags]) == 130
   assert "interrupted; step 12 is saved" in capsys.readouterr().err
