@@ -62,6 +62,12 @@ def ours(name: str, label: str, *settings: str, rank: int = QUARTER, **fields):
   return method(name, label, "galore", *kept, *settings, rank=rank, **fields)
 
 
+def low_bits(name: str, label: str, rank: int) -> Variant:
+  """The same at a rank with moments in 8 bits and bases in 4."""
+  settings = (*RESTING, *residual(), *INT4, "optimizer.b2=0.999")
+  return method(name, label, "galore_8bit", *settings, rank=rank)
+
+
 ADAMW = method("adamw", "AdamW", "adamw", "optimizer.b2=0.999")
 OURS = ours("ours", "GaLore with the residual, rank d/4")
 OURS_LOW = ours(
@@ -86,29 +92,28 @@ LENGTH = Table(
         *MOVING,
         "optimizer.b2=0.999",
       ),
+      low_bits("ours_16_8bit", "the same, d/16, 8-bit moments, int4 bases", 4),
       method(
-        "ours_8bit",
-        "the residual, d/4, 8-bit moments, int4 bases",
-        "galore_8bit",
-        *RESTING,
-        *residual(),
-        *INT4,
-        "optimizer.b2=0.999",
+        "muon_4bit", "Muon, 4-bit momentum", "muon_4bit", "optimizer.b2=0.999"
+      ),
+      low_bits("ours_8bit", "the same, d/4, 8-bit moments, int4 bases", 16),
+    ),
+    (
+      method(
+        "muon_8bit", "Muon, 8-bit momentum", "muon_8bit", "optimizer.b2=0.999"
       ),
       method(
-        "ours_16_8bit",
-        "the residual, d/16, 8-bit moments, int4 bases",
-        "galore_8bit",
-        *RESTING,
-        *residual(),
-        *INT4,
-        "optimizer.b2=0.999",
-        rank=SIXTEENTH,
+        "scale", "SCALE", "scale", "optimizer.b1=0.9", "optimizer.b2=0.999"
       ),
+      method("racs", "RACS", "racs", "optimizer.b2=0.999"),
+      method("foam", "FOAM", "foam", "optimizer.b1=0.9", "optimizer.b2=0.999"),
+      method(
+        "alice", "Alice", "alice", "optimizer.b1=0.9", "optimizer.b2=0.999"
+      ),
+      method("adamw_8bit", "8-bit AdamW", "adamw_8bit", "optimizer.b2=0.999"),
       method("adamw_b2", "AdamW, b2 = 0.95", "adamw", "optimizer.b2=0.95"),
     ),
     (
-      method("adamw_8bit", "8-bit AdamW", "adamw_8bit", "optimizer.b2=0.999"),
       method(
         "galore_faithful", "GaLore, as published", "galore_faithful", *MOVING
       ),
@@ -118,22 +123,6 @@ LENGTH = Table(
       method("adafactor", "Adafactor", "adafactor"),
       method("lora", "LoRA", "lora", "optimizer.b2=0.999"),
       method("ldadam", "LDAdam", "ldadam", "optimizer.update_proj_gap=1"),
-    ),
-    (
-      method(
-        "muon_8bit", "Muon, 8-bit momentum", "muon_8bit", "optimizer.b2=0.999"
-      ),
-      method(
-        "muon_4bit", "Muon, 4-bit momentum", "muon_4bit", "optimizer.b2=0.999"
-      ),
-      method(
-        "scale", "SCALE", "scale", "optimizer.b1=0.9", "optimizer.b2=0.999"
-      ),
-      method("racs", "RACS", "racs", "optimizer.b2=0.999"),
-      method(
-        "alice", "Alice", "alice", "optimizer.b1=0.9", "optimizer.b2=0.999"
-      ),
-      method("foam", "FOAM", "foam", "optimizer.b1=0.9", "optimizer.b2=0.999"),
     ),
   ),
   settings=MODEL,
