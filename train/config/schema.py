@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from train.common.checks import check_above
 from train.common.errors import UserError
+from train.common.fields import Fields
 from train.methods import registry
 from train.methods.options import OptimizerConfig, SharedOptimizerConfig
 
@@ -382,6 +383,53 @@ def fixed_fields(flat: dict[str, Any]) -> dict[str, Any]:
     for name, value in flat.items()
     if name.partition(".")[0] not in FREE_GROUPS and name not in FREE_FIELDS
   }
+
+
+Group = TypeVar("Group")
+
+
+def read_group(kind: type[Group], name: str, fields: Fields) -> Group:
+  """One group of a config, from the flat fields in a run's config.json.
+
+  Fields that an older version did not have get their defaults.
+
+  Args:
+    kind: the group's dataclass.
+    name: the group, as in `model`.
+    fields: those of the file.
+
+  Raises:
+    UserError: a value has a wrong type, or another version wrote the file.
+  """
+  kinds, prefix = typing.get_type_hints(kind), f"{name}."
+  names = [n for n in fields.values if n.startswith(prefix)]
+  unknown = [n for n in names if n.removeprefix(prefix) not in kinds]
+  if unknown:
+    raise UserError(
+      f"{fields.source} was written by another version (it has"
+      f" {', '.join(unknown[:3])})"
+    )
+  values = {
+    n.removeprefix(prefix): _read(kinds[n.removeprefix(prefix)], n, fields)
+    for n in names
+  }
+  try:
+    return kind(**values)
+  except UserError as error:
+    raise UserError(f"{fields.source}: {error}") from None
+
+
+def _read(kind: Any, name: str, fields: Fields) -> Any:
+  """A field of a run's config.json, of the type that its group declares."""
+  if typing.get_origin(kind) is Literal:
+    return fields.choice(name, typing.get_args(kind))
+  if kind is bool:
+    return fields.flag(name)
+  if kind is int:
+    return fields.integer(name, low=-(2**63), high=2**63 - 1)
+  if kind is float:
+    return fields.number(name)
+  return fields.text(name)
 
 
 def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from train.common import inputs
 from train.common.errors import UserError
 
 SPACE = "▁"
@@ -19,6 +20,9 @@ INSIDE = re.compile(f"[^{SPACE}]{SPACE}")  # matches pieces of several words
 WORD = tokenizers.Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 UNIGRAM, BPE = 1, 2  # `model_type` in the file
 CONTROL, UNKNOWN = 3, 2  # `type` of a piece
+# Characters of a piece. SentencePiece trains pieces of up to 512 at most; only
+# those that a user defines can be longer.
+LONGEST = 4096
 
 
 def load(path: pathlib.Path) -> tokenizers.Tokenizer:
@@ -34,7 +38,13 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
       f"data.tokenizer {path} is a SentencePiece model of words or characters;"
       " unigram and bpe models are supported"
     )
-  model = _unigram(proto) if kind == UNIGRAM else _bpe(proto)
+  _check_pieces(proto, path)
+  with inputs.refusing(f"data.tokenizer {path} cannot be used"):
+    return _make(proto, _unigram(proto) if kind == UNIGRAM else _bpe(proto))
+
+
+def _make(proto: Any, model: models.Model) -> tokenizers.Tokenizer:
+  """The tokenizer around a model."""
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.normalizer = _normalizer(proto.normalizer_spec)
   if not any(INSIDE.search(piece) for piece, _ in _pieces(proto)):
@@ -59,14 +69,25 @@ def _parse(path: pathlib.Path) -> Any:
       f"data.tokenizer {path}: SentencePiece files need the package"
       " sentencepiece; pip install sentencepiece"
     ) from error
-  proto = pb2.ModelProto()
-  try:
-    proto.ParseFromString(path.read_bytes())
-  except Exception as error:
-    raise UserError(
-      f"data.tokenizer {path} is not a SentencePiece model: {error}"
-    ) from error
+  proto, content = pb2.ModelProto(), inputs.read_bytes(path)
+  with inputs.refusing(f"data.tokenizer {path} is not a SentencePiece model"):
+    proto.ParseFromString(content)
   return proto
+
+
+def _check_pieces(proto: Any, path: pathlib.Path) -> None:
+  """Refuses pieces that no tokenizer can have."""
+  for i, piece in enumerate(proto.pieces):
+    if not 0 < len(piece.piece) <= LONGEST:
+      raise UserError(
+        f"data.tokenizer {path}: piece {i} has {len(piece.piece):,} characters;"
+        f" pieces of 1 to {LONGEST:,} are supported"
+      )
+  if not any(piece.type == UNKNOWN for piece in proto.pieces):
+    raise UserError(
+      f"data.tokenizer {path} has no piece for unknown text; it is damaged, or"
+      " not a SentencePiece model"
+    )
 
 
 def _pieces(proto: Any) -> list[tuple[str, float]]:
@@ -90,11 +111,13 @@ def _bpe(proto: Any) -> models.BPE:
   """
   ids = {piece: i for i, (piece, _) in enumerate(_pieces(proto))}
   special = {p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN)}
+  lengths = sorted({len(piece) for piece in ids})
   merges = []
   for piece, score in _pieces(proto):
     if piece in special:  # does not occur in a text
       continue
-    halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+    # One after another: all halves of a long piece would fill the memory.
+    halves = ((piece[:i], piece[i:]) for i in lengths if i < len(piece))
     known = [pair for pair in halves if pair[0] in ids and pair[1] in ids]
     known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     merges += [(-score, *map(len, pair), pair) for pair in known]

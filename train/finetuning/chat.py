@@ -130,7 +130,8 @@ def _without_prefix(tokenizer: str) -> str:
 
   Those made by SentencePiece do, and would before every part of a message.
   """
-  config = json.loads(tokenizer)
+  # Written again by the package, which knows one spelling only.
+  config = json.loads(tokenizers.Tokenizer.from_str(tokenizer).to_str())
   for step in _steps(config.get("pre_tokenizer"), "pretokenizers"):
     if step["type"] == "Metaspace":
       step["prepend_scheme"] = "never"

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from train.common import links
 from train.common.errors import UserError
+from train.common.fields import Fields, is_integer, shown
 from train.parallel import multihost
 from train.run.checksums import check_sums
 from train.run.run_dir import FOLDER
@@ -38,6 +40,27 @@ class Progress(NamedTuple):
   seconds: float  # of training so far
   data: Any  # position of this process in the data
 
+  @staticmethod
+  def check(saved: Any) -> dict[str, Any]:
+    """What was saved beside a state, if every part has its type.
+
+    Raises:
+      Damaged: a part has another.
+    """
+    try:
+      if not isinstance(saved, dict):
+        raise UserError(f"{PROGRESS} is {shown(saved)}, not an object")
+      fields = Fields(PROGRESS, saved)
+      sums = fields.values.get("check_sums")
+      if not isinstance(sums, list) or not all(map(is_integer, sums)):
+        fields.refuse("check_sums", "a list of whole numbers")
+      fields.number("seconds", low=0)
+      if not isinstance(saved.get("data"), list) or not saved["data"]:
+        fields.refuse("data", "the positions of all processes")
+    except UserError as error:
+      raise Damaged(str(error)) from None
+    return saved
+
 
 class Damaged(Exception):
   """A checkpoint is not what was saved; the text says why."""
@@ -48,7 +71,14 @@ def steps_in(out: pathlib.Path) -> list[int]:
   folder = out / FOLDER
   if not folder.is_dir():
     return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  return sorted(int(p.name) for p in folder.iterdir() if _is_step(p))
+
+
+def _is_step(path: pathlib.Path) -> bool:
+  """Whether a path is the folder of a checkpoint: its name is the step's."""
+  name = path.name  # `isdigit` alone takes other scripts' digits as well
+  plain = name.isascii() and name.isdigit() and name == str(int(name))
+  return plain and path.is_dir()
 
 
 def restore(
@@ -104,10 +134,19 @@ def _load(
     loaded = ocp.load_checkpointables(
       str(path.resolve()), {"state": target, PROGRESS: None}
     )
-  state, progress = loaded["state"], loaded[PROGRESS]
-  if check_sums(state, abstract.shardings.step.mesh) != progress["check_sums"]:
+  state, saved = loaded["state"], Progress.check(loaded[PROGRESS])
+  if check_sums(state, abstract.shardings.step.mesh) != saved["check_sums"]:
     raise Damaged("its arrays differ from those that were saved")
-  return state, Progress(progress["seconds"], _own(progress["data"]))
+  check_step(int(jax.device_get(state.step)), path)
+  return state, Progress(saved["seconds"], _own(saved["data"]))
+
+
+def check_step(step: int, path: pathlib.Path) -> None:
+  """Raises for a checkpoint whose folder is named for another step."""
+  if step != int(path.name):
+    raise Damaged(
+      f"it holds step {step}, so its folder was renamed; name it {step} again"
+    )
 
 
 def _own(positions: list[Any]) -> Any:
@@ -135,7 +174,7 @@ def _set_aside(
     for step, reason in reasons.items():
       path = out / FOLDER / str(step)
       renamed = path.with_name(f"{step}.damaged")
-      shutil.rmtree(renamed, ignore_errors=True)
+      links.remove_folder(renamed)
       path.rename(renamed)
       say(
         f"checkpoint {path} is damaged ({reason}); it is renamed to"
