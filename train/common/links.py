@@ -27,6 +27,23 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
   return path
 
 
+def check_tree(folder: pathlib.Path) -> None:
+  """Checks a folder whose files another library opens.
+
+  A link in it would be read through, and a pipe would be waited for.
+
+  Raises:
+    UserError: something in it is no file and no folder, or is a link that
+      leads out of it.
+  """
+  root = os.path.realpath(folder)
+  for path in pathlib.Path(root).rglob("*"):
+    if not pathlib.Path(os.path.realpath(path)).is_relative_to(root):
+      raise UserError(f"{path} is a link that leads out of the checkpoint")
+    if not path.is_file() and not path.is_dir():
+      raise UserError(f"{path} is not a regular file")
+
+
 def remove_folder(path: pathlib.Path) -> None:
   """Removes a folder, or a link in its place but not what it stands for."""
   if path.is_symlink():

@@ -39,6 +39,9 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
       " unigram and bpe models are supported"
     )
   _check_pieces(proto, path)
+  if proto.normalizer_spec.precompiled_charsmap:
+    charsmap = proto.normalizer_spec.precompiled_charsmap
+    check_map(charsmap, f"data.tokenizer {path}")
   with inputs.refusing(f"data.tokenizer {path} cannot be used"):
     return _make(proto, _unigram(proto) if kind == UNIGRAM else _bpe(proto))
 
@@ -87,6 +90,23 @@ def _check_pieces(proto: Any, path: pathlib.Path) -> None:
     raise UserError(
       f"data.tokenizer {path} has no piece for unknown text; it is damaged, or"
       " not a SentencePiece model"
+    )
+
+
+def check_map(content: bytes, source: str) -> None:
+  """Refuses a map of characters that does not have the size it says.
+
+  `tokenizers` allocates that size first, and ends the process if it cannot.
+
+  Args:
+    content: begins with the size of a trie in bytes, which comes next.
+    source: the file, as messages call it.
+  """
+  size = int.from_bytes(content[:4], "little")
+  if size % 4 or not size <= len(content) - 4:
+    raise UserError(
+      f"{source}: its precompiled_charsmap is damaged: {len(content):,} bytes,"
+      f" with a table of {size:,}"
     )
 
 

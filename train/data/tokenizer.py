@@ -6,12 +6,14 @@ the head of a small model small; with the 32,000 entries of LLaMA's vocabulary
 they would be most of its parameters.
 """
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -52,11 +54,30 @@ def parse(text: str, source: str) -> tokenizers.Tokenizer:
   Raises:
     UserError: `tokenizers` cannot read it.
   """
+  if '"precompiled_charsmap"' in text:
+    normalizer = inputs.parse_object(text, source).get("normalizer")
+    _check_maps(normalizer, source)
   with inputs.refusing(
     f"{source} cannot be read: it is not a tokenizer.json that `tokenizers`"
     " can read"
   ):
     return tokenizers.Tokenizer.from_str(text)
+
+
+def _check_maps(part: Any, source: str) -> None:
+  """Checks every map of characters in a part of a tokenizer.json."""
+  if isinstance(part, list):
+    for each in part:
+      _check_maps(each, source)
+  if not isinstance(part, dict):
+    return
+  for name, value in part.items():
+    if name == "precompiled_charsmap" and isinstance(value, str):
+      with inputs.refusing(f"{source}: its {name} cannot be read"):
+        content = base64.b64decode(value)
+      sentencepiece_model.check_map(content, source)
+    else:
+      _check_maps(value, source)
 
 
 def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

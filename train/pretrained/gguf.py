@@ -156,7 +156,7 @@ def _check_rope(fields: Fields, config: dict[str, Any], scaling: str) -> None:
   if width is None and {"hidden_size", "num_attention_heads"} <= set(config):
     width = config["hidden_size"] // config["num_attention_heads"]
   rotated = fields.integer("llama.rope.dimension_count", width)
-  if rotated != width:
+  if width is not None and rotated != width:
     raise UserError(
       f"{fields.source}: llama.rope.dimension_count is {rotated}, of heads of"
       f" width {width}; rotary embeddings of a part of a head cannot be read"

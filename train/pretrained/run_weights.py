@@ -82,6 +82,7 @@ def _restore(
   context = checkpoint_lib.reading_progress()
   context.pytree.loading.partial_load = True
   progress = checkpoint_lib.PROGRESS
+  links.check_tree(checkpoint)
   # Orbax and its storage surface a broken file as many exception types.
   with inputs.refusing(f"{checkpoint} cannot be read"), context:
     loaded = ocp.load_checkpointables(

@@ -8,6 +8,8 @@ its last complete checkpoint.
 import concurrent.futures
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import math
 import os
@@ -59,7 +61,16 @@ class Progress(NamedTuple):
         fields.refuse("data", "the positions of all processes")
     except UserError as error:
       raise Damaged(str(error)) from None
+    # Older checkpoints have none.
+    if saved.get("digest", digest(saved)) != digest(saved):
+      raise Damaged("its position in the data differs from what was saved")
     return saved
+
+
+def digest(saved: dict[str, Any]) -> str:
+  """A hash of the position in the data, which decides what comes next."""
+  text = json.dumps(saved["data"], sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class Damaged(Exception):
@@ -130,6 +141,7 @@ def _load(
     abstract.state,
     abstract.shardings,
   )
+  links.check_tree(path)
   with reading_progress():
     loaded = ocp.load_checkpointables(
       str(path.resolve()), {"state": target, PROGRESS: None}
@@ -281,6 +293,7 @@ class Checkpoints:
       "seconds": progress.seconds,
       "data": multihost.gather(progress.data),
     }
+    saved["digest"] = digest(saved)
     metrics = None if loss is None else {LOSS: loss}
     try:
       # Fetching 4-bit arrays is an implicit transfer even where they are saved.
