@@ -218,8 +218,8 @@ def _change(content: Any, rng: random.Random) -> str:
     return "without a field"
   old, new = parent[key], rng.choice(OTHERS)
   parent[key] = new
-  if new is None or type(old) is type(None):
-    return "null"
+  if new in (None, []) or old is None:  # both may stand for no value
+    return "nothing"
   return "value" if kind_of(old) == kind_of(new) else "type"
 
 

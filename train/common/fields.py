@@ -158,7 +158,7 @@ class Fields:
     It is a string, or an object whose `content` is one.
     """
     if isinstance(self.values.get(name), Mapping):
-      return self.group(name).text("content", "")
+      return self.group(name).text("content")
     return self.text(name, "")
 
 

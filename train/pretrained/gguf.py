@@ -19,6 +19,7 @@ from train.pretrained import gguf_header, llama_names
 from train.pretrained.llama_names import Weights
 
 CONTROL = 3  # the type of tokens such as <|endoftext|>
+MAY_BE_0 = ("attention.head_count_kv",)  # as many as query heads
 # The pre-tokenizers before the byte level, by `tokenizer.ggml.pre`.
 BEFORE_BYTES = {
   "gpt-2": (),
@@ -112,7 +113,7 @@ def _config(fields: Fields, tied: bool) -> dict[str, Any]:
       " 'llama' can be read"
     )
   config = {
-    theirs: fields.integer(f"llama.{ours}")
+    theirs: fields.integer(f"llama.{ours}", low=0 if ours in MAY_BE_0 else 1)
     for theirs, ours in (
       ("hidden_size", "embedding_length"),
       ("intermediate_size", "feed_forward_length"),
