@@ -461,6 +461,16 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
   return config
 
 
+def setting(settings: Sequence[str], wanted: str) -> str:
+  """What `group.field=value` settings set a field to; "" if none does."""
+  found = ""
+  for each in settings:
+    name, _, text = each.partition("=")
+    if name.strip() == wanted:
+      found = text.strip()
+  return found
+
+
 def _find(config: SharedConfig, name: str) -> tuple[str, str, Any]:
   """Group, field and type that a name stands for."""
   group, _, field = name.partition(".")

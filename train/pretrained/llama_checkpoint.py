@@ -73,11 +73,18 @@ def _load_folder(path: pathlib.Path, config: dict[str, Any]) -> Weights:
   )
 
 
-def adopt(config: schema.Config, path: pathlib.Path) -> schema.Config:
+def adopt(
+  config: schema.Config, path: pathlib.Path, tokenizer: str = ""
+) -> schema.Config:
   """The config of a run that starts from pretrained weights.
 
   The sizes of the model and the tokenizer are those of the weights. How the
   model is computed and trained stays as in `config`.
+
+  Args:
+    config: the run without the weights.
+    path: the folder of the weights.
+    tokenizer: what data.tokenizer is set to, in place of the weights' own.
 
   Raises:
     UserError: the weights cannot be read, do not fit their own config, or
@@ -91,14 +98,17 @@ def adopt(config: schema.Config, path: pathlib.Path) -> schema.Config:
   path = path.resolve()  # the run may be resumed from another directory
   weights = load(path)
   llama_names.check(weights)
-  if not weights.tokenizer:
-    raise UserError(f"--from {path} has no {TOKENIZER}; put it there")
+  if not weights.tokenizer and not tokenizer:
+    raise UserError(
+      f"--from {path} has no {TOKENIZER}; put it there, or name the model's"
+      f" tokenizer{_sentencepiece(path)} with --set data.tokenizer=FILE"
+    )
   ours = {name: getattr(config.model, name) for name in OURS}
   name = checkpoint_folder.TOKENIZER_CONFIG
   described = Fields(str(path / name), weights.extra.get(name, {}))
   data = dataclasses.replace(
     config.data,
-    tokenizer=str(path / TOKENIZER),
+    tokenizer=tokenizer or str(path / TOKENIZER),
     end_token=described.token("eos_token"),
   )
   return dataclasses.replace(
@@ -107,6 +117,12 @@ def adopt(config: schema.Config, path: pathlib.Path) -> schema.Config:
     data=data,
     train=dataclasses.replace(config.train, init=str(path)),
   )
+
+
+def _sentencepiece(path: pathlib.Path) -> str:
+  """The folder's SentencePiece file, for a message; "" if it has none."""
+  file = path / "tokenizer.model"
+  return f", such as {file}," if file.is_file() else ""
 
 
 def initial_params(config: schema.Config) -> dict | None:
