@@ -1,6 +1,7 @@
 """Damaged files of others, each refused in a line that names file and field."""
 
 import json
+import resource
 import types
 
 import jax
@@ -11,9 +12,12 @@ import safetensors.numpy
 from tests.train.conftest import TINY
 from tests.train.test_plot import make_run
 from train import hf, plot, sample
+from train.common import links
+from train.common.errors import UserError
 from train.data import tokenizer
 from train.models import llama
 from train.pretrained import checkpoint_folder, llama_checkpoint, llama_names
+from train.run import metrics, run_dir
 
 TEXT = tokenizer.train(["we the people of these states " * 9], 300).to_str()
 EXTRA = {
@@ -189,3 +193,93 @@ def test_a_run_with_fields_of_wrong_types_is_not_sampled(tmp_path, capsys):
   change(out / "config.json", **{"model.n_layers": "4"})
   line = sampled(out, capsys)
   assert 'model.n_layers is "4"' in line and str(out / "config.json") in line
+
+
+@pytest.fixture
+def full_disk():
+  """A disk on which no file can be larger than 4 KiB."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  yield
+  resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_during_an_export(folder, tmp_path, capsys,
+                                              full_disk):  # fmt: skip
+  out = tmp_path / "out"
+  line = refused(
+    hf.main(["import", str(folder.out), "--out", str(out)]), capsys
+  )
+  assert str(out) in line and "cannot be written" in line
+  assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["run.png", "run.svg", "run.pdf"])
+def test_a_disk_that_is_full_during_a_plot(name, tmp_path, capsys, full_disk):
+  out = make_run(tmp_path / "run", subspace=False)
+  (out / "run.png").write_bytes(b"of before")
+  before = {path.name: path.read_bytes() for path in out.iterdir()}
+  line = refused(plot.main([str(out), "--out", str(out / name)]), capsys)
+  assert f"{name} cannot be written" in line
+  assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.fixture
+def secret(tmp_path):
+  """A file outside of the run's folder."""
+  path = tmp_path / "secret"
+  path.write_text("mine\n")
+  return path
+
+
+def test_a_link_is_replaced_by_the_figure(tmp_path, secret, capsys):
+  out = make_run(tmp_path / "run", subspace=False)
+  (out / "run.png").symlink_to(secret)
+  assert plot.main([str(out)]) == 0
+  assert secret.read_text() == "mine\n"
+  assert not (out / "run.png").is_symlink()
+  assert (out / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_link_that_the_user_names_is_followed(tmp_path, secret, capsys):
+  out = make_run(tmp_path / "run", subspace=False)
+  link = tmp_path / "link.png"
+  link.symlink_to(secret.with_suffix(".png"))
+  assert plot.main([str(out), "--out", str(link)]) == 0
+  assert link.is_symlink() and secret.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl"])
+def test_a_link_out_of_a_run_is_not_read(file, tmp_path, capsys):
+  other = make_run(tmp_path / "other", subspace=False)
+  out = make_run(tmp_path / "run", subspace=False)
+  (out / file).unlink()
+  (out / file).symlink_to(other / file)
+  line = refused(plot.main([str(out)]), capsys)
+  assert f"{out / file} is a link to {other / file}" in line
+  assert not (out / "run.png").exists()
+
+
+def test_links_inside_of_a_run_are_read(tmp_path, capsys):
+  out = make_run(tmp_path / "run", subspace=False)
+  (out / "metrics.jsonl").rename(out / "old.jsonl")
+  (out / "metrics.jsonl").symlink_to("old.jsonl")
+  assert plot.main([str(out)]) == 0
+
+
+def test_a_run_writes_to_no_link(tmp_path, secret):
+  out = make_run(tmp_path / "run", subspace=False)
+  (out / run_dir.LOCK).symlink_to(secret)
+  mode = secret.stat().st_mode
+  with run_dir.held(out):
+    assert secret.read_text() == "mine\n" and secret.stat().st_mode == mode
+  for name in ("metrics.jsonl", run_dir.TEXT):
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(secret)
+  with pytest.raises(UserError, match=r"metrics\.jsonl is a link to"):
+    metrics.Log(out, 0)
+  with pytest.raises(UserError, match=r"text\.json is a link to"):
+    run_dir.record_examples(out, "0f")
+  (out / "model").symlink_to(tmp_path)
+  links.remove_folder(out / "model")
+  assert not (out / "model").exists() and secret.read_text() == "mine\n"

@@ -196,7 +196,9 @@ def write(
     tokenizer: the text of tokenizer.json; "": none is written.
   """
   # transformers asks for the format "pt", whichever library wrote the file.
-  safetensors.numpy.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+  path = folder / WEIGHTS
+  with inputs.refusing(f"{path} cannot be written"):
+    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
   for name, content in files.items():
     text = json.dumps(content, indent=2) + "\n"
     atomic_files.write_text(folder / name, text)
