@@ -201,7 +201,7 @@ def make_checkpoint(folder: pathlib.Path) -> None:
   state = trainer().init()
   store.save(state._replace(step=state.step + 3), checkpoint.Progress(
     1.0, {"batches": 3}
-  ))  # fmt: skip
+  ), 2.5)  # fmt: skip
   store.close()
 
 
@@ -210,8 +210,12 @@ def read_checkpoint(folder: pathlib.Path) -> str:
   state, position = None, None
   if restored is not None:
     state, position = jax.device_get(restored[0]), restored[1].data
+  store = checkpoint.Checkpoints(folder, 2, 1)
+  best = store.best()
+  store.close()
   weights = llama_checkpoint.load(folder)
   params = llama_names.to_params(weights)
+  assert best in (2.5, float("inf"))
   return digest(state, position, weights.end_ids, weights.extra, params)
 
 

@@ -23,6 +23,9 @@ CONTROL, UNKNOWN = 3, 2  # `type` of a piece
 # Characters of a piece. SentencePiece trains pieces of up to 512 at most; only
 # those that a user defines can be longer.
 LONGEST = 4096
+# Characters of all merges. A vocabulary of 256,000 pieces has ten million; long
+# pieces that are made of each other can have as many as fill the memory.
+MERGED = 100_000_000
 
 
 def load(path: pathlib.Path) -> tokenizers.Tokenizer:
@@ -42,8 +45,10 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
   if proto.normalizer_spec.precompiled_charsmap:
     charsmap = proto.normalizer_spec.precompiled_charsmap
     check_map(charsmap, f"data.tokenizer {path}")
-  with inputs.refusing(f"data.tokenizer {path} cannot be used"):
-    return _make(proto, _unigram(proto) if kind == UNIGRAM else _bpe(proto))
+  name = f"data.tokenizer {path}"
+  with inputs.refusing(f"{name} cannot be used"):
+    model = _unigram(proto) if kind == UNIGRAM else _bpe(proto, name)
+    return _make(proto, model)
 
 
 def _make(proto: Any, model: models.Model) -> tokenizers.Tokenizer:
@@ -123,22 +128,32 @@ def _unigram(proto: Any) -> models.Unigram:
   return models.Unigram(_pieces(proto), _unknown(proto), spec.byte_fallback)
 
 
-def _bpe(proto: Any) -> models.BPE:
+def _bpe(proto: Any, name: str) -> models.BPE:
   """The BPE model.
 
   The file does not list merges: two pieces merge if their concatenation is a
   piece.
+
+  Args:
+    proto: the file.
+    name: what messages call it.
   """
   ids = {piece: i for i, (piece, _) in enumerate(_pieces(proto))}
   special = {p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN)}
   lengths = sorted({len(piece) for piece in ids})
-  merges = []
+  merges, merged = [], 0
   for piece, score in _pieces(proto):
     if piece in special:  # does not occur in a text
       continue
     # One after another: all halves of a long piece would fill the memory.
     halves = ((piece[:i], piece[i:]) for i in lengths if i < len(piece))
     known = [pair for pair in halves if pair[0] in ids and pair[1] in ids]
+    merged += len(known) * len(piece)
+    if merged > MERGED:
+      raise UserError(
+        f"{name}: its pieces merge in more ways than {MERGED:,} characters can"
+        " list; use shorter pieces"
+      )
     known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     merges += [(-score, *map(len, pair), pair) for pair in known]
   # Best score first; equal scores stay in the order of the pieces.

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from train.common import links
 from train.common.errors import UserError
-from train.common.fields import Fields, is_integer, shown
+from train.common.fields import Fields, is_integer, is_number, shown
 from train.parallel import multihost
 from train.run.checksums import check_sums
 from train.run.run_dir import FOLDER
@@ -227,6 +227,12 @@ def reading_progress() -> ocp.Context:
   return context
 
 
+def held_out_loss(metrics: Any) -> float:
+  """The loss that was saved with a checkpoint; infinite if it is no number."""
+  loss = metrics.get(LOSS) if isinstance(metrics, dict) else None
+  return float(loss) if loss is not None and is_number(loss) else math.inf
+
+
 class Checkpoints:
   """Saves training states in a run's folder, in the background."""
 
@@ -261,9 +267,7 @@ class Checkpoints:
 
   def best(self) -> float:
     """The lowest held-out loss of any checkpoint; infinite without one."""
-    losses = [
-      c.metrics[LOSS] for c in self._orbax.checkpoints if c.metrics is not None
-    ]
+    losses = [held_out_loss(c.metrics) for c in self._orbax.checkpoints]
     return min(losses, default=math.inf)
 
   def save(
@@ -288,7 +292,7 @@ class Checkpoints:
     step = int(jax.device_get(state.step))
     if self.latest == step:
       return
-    saved = {
+    saved: dict[str, Any] = {
       "check_sums": check_sums(state, state.step.sharding.mesh),
       "seconds": progress.seconds,
       "data": multihost.gather(progress.data),
@@ -373,7 +377,7 @@ def _preservation(keep: int, keep_best: int) -> Any:
   if not keep_best:
     return newest
   best = policies.BestN(
-    get_metric_fn=lambda metrics: metrics[LOSS],
+    get_metric_fn=held_out_loss,
     reverse=True,
     n=keep_best,
     keep_checkpoints_without_metrics=False,
