@@ -19,6 +19,7 @@ import tokenizers
 from pyarrow import parquet
 
 from tests.train.conftest import TINY, make_trainer
+from tests.train.finetuning import files
 from tests.train.pretrained import encoder_files
 from tests.train.test_plot import make_run
 from train.config import presets, schema
@@ -41,6 +42,10 @@ MODEL = schema.ModelConfig(
   vocab_size=300, d_model=16, d_ff=24, n_layers=2, n_heads=2
 )
 ENCODER = encoder.Config(60, 16, 24, 2, 2, max_length=32, labels=2)
+ROBERTA = encoder.Config(
+  400, 16, 24, 1, 2, "roberta", max_length=32, position_offset=2, n_types=1,
+  pad_id=1,
+)  # fmt: skip
 BASE = presets.make("sotu_small", "galore")
 WORDS = "we the people of these states hold that union and peace are one " * 3
 
@@ -125,15 +130,26 @@ def read_llama(folder: pathlib.Path) -> str:
   )  # fmt: skip
 
 
-def make_encoder(folder: pathlib.Path) -> None:
+def make_bert(folder: pathlib.Path) -> None:
   encoder_files.write_bert(folder)
-  params = random_params(encoder.abstract(ENCODER)[1])
-  tensors = encoder_names.to_tensors(ENCODER, params)
+  _make_encoder(folder, ENCODER)
+
+
+def make_roberta(folder: pathlib.Path) -> None:
+  encoder_files.write_roberta(folder)
+  _make_encoder(folder, ROBERTA)
+
+
+def _make_encoder(folder: pathlib.Path, model: encoder.Config) -> None:
+  params = random_params(encoder.abstract(model)[1])
+  tensors = encoder_names.to_tensors(model, params)
   safetensors.numpy.save_file(tensors, folder / checkpoint_folder.WEIGHTS)
-  config = encoder_names.config_to_hf(ENCODER, {"id2label": {"0": "a"}})
+  config = encoder_names.config_to_hf(model, {"id2label": {"0": "a"}})
   (folder / "config.json").write_text(json.dumps(config))
   (folder / "tokenizer_config.json").write_text(
-    json.dumps({"do_lower_case": True, "strip_accents": False})
+    json.dumps(
+      {"do_lower_case": True, "strip_accents": False, "add_prefix_space": True}
+    )
   )
 
 
@@ -267,6 +283,8 @@ def make_data(folder: pathlib.Path) -> None:
   (folder / "a.jsonl").write_text(
     "".join(json.dumps(row) + "\n" for row in ROWS)
   )
+  files.write_lines(folder / "chat.jsonl", files.conversations(8))
+  files.write_lines(folder / "squad_v2.jsonl", files.squad_rows(8, True))
   with (folder / "a.csv").open("w", newline="") as file:
     table = csv.DictWriter(file, ["text", "label"])
     table.writeheader()
@@ -287,6 +305,11 @@ def read_data(folder: pathlib.Path) -> str:
 
 def _read_data(path: pathlib.Path, folder: pathlib.Path) -> str:
   cache = folder / "cache"
+  if path.stem in TASKS:
+    config = schema.DataConfig(path=str(path), holdout_every=2)
+    return examples_lib.digest(
+      examples_lib.load(TASKS[path.stem], config, cache)
+    )
   encoder_ = tokenizer_lib.make_encoder(
     tokenizers.Tokenizer.from_str(vocabulary()), tokenizer_lib.END
   )
@@ -310,8 +333,11 @@ READERS = {
       checkpoint_folder.INDEX,
     ),
   ),
-  "encoder": Reader(
-    make_encoder, read_encoder, typed=("config.json", "tokenizer_config.json")
+  "bert": Reader(
+    make_bert, read_encoder, typed=("config.json", "tokenizer_config.json")
+  ),
+  "roberta": Reader(
+    make_roberta, read_encoder, typed=("config.json", "tokenizer_config.json")
   ),
   "gguf": Reader(make_gguf, read_gguf),
   "run": Reader(make_run_folder, read_run, typed=("config.json", "text.json")),

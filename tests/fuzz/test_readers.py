@@ -18,7 +18,8 @@ pytest.importorskip("sentencepiece", reason="needs the extra `test`")
 
 READERS = (
   "llama",
-  "encoder",
+  "bert",
+  "roberta",
   "gguf",
   "run",
   "checkpoint",

@@ -64,8 +64,17 @@ def fetch(path: str) -> pathlib.Path:
 
 
 def read_text(path: pathlib.Path) -> str:
-  """The text of a file; "" if it does not exist."""
-  return inputs.read_text(path) if path.exists() else ""
+  """The text of a file; "" if it does not exist.
+
+  Raises:
+    UserError: it cannot be read, or is empty.
+  """
+  if not path.exists() and not path.is_symlink():
+    return ""
+  text = inputs.read_text(path)
+  if not text.strip():
+    raise UserError(f"{path} is empty; put the model's own there, or delete it")
+  return text
 
 
 def read_sidecars(

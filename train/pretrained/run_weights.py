@@ -127,6 +127,8 @@ def _extra(path: pathlib.Path, text: str, config: Fields) -> dict[str, dict]:
     parsed = tokenizer.parse(text, str(file))
     end = _end_token(path, parsed, config)
     number = parsed.token_to_id(end)
+    if end and number is None:
+      raise UserError(f"{file} does not have {end!r}, the run's end token")
     end_id = {} if number is None else {"eos_token_id": number}
   return {
     checkpoint_folder.CONFIG: {"max_position_embeddings": length, **end_id},

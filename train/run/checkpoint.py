@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from train.common import links
+from train.common import inputs, links
 from train.common.errors import UserError
 from train.common.fields import Fields, is_integer, is_number, shown
 from train.parallel import multihost
@@ -78,8 +78,14 @@ class Damaged(Exception):
 
 
 def steps_in(out: pathlib.Path) -> list[int]:
-  """Steps of the checkpoints of a run, oldest first."""
+  """Steps of the checkpoints of a run, oldest first.
+
+  Raises:
+    UserError: there is a file in place of the folder.
+  """
   folder = out / FOLDER
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"{folder} is a file; it must be the folder of checkpoints")
   if not folder.is_dir():
     return []
   return sorted(int(p.name) for p in folder.iterdir() if _is_step(p))
@@ -233,6 +239,20 @@ def held_out_loss(metrics: Any) -> float:
   return float(loss) if loss is not None and is_number(loss) else math.inf
 
 
+def _drop_damaged_losses(out: pathlib.Path) -> None:
+  """Deletes files of losses that are no JSON, at which Orbax would fail."""
+  for step in steps_in(out):
+    path = out / FOLDER / str(step) / "metrics" / "metrics"
+    if not path.exists() and not path.is_symlink():
+      continue
+    try:
+      inputs.read_object(links.inside(path.parent, path.name))
+    except UserError as error:
+      print(f"note: {error}; the checkpoint does not count as a best one")
+      links.remove_folder(path)
+      path.unlink(missing_ok=True)
+
+
 class Checkpoints:
   """Saves training states in a run's folder, in the background."""
 
@@ -246,6 +266,7 @@ class Checkpoints:
         besides.
     """
     self._folder = out.resolve() / FOLDER
+    multihost.run_on_first(lambda: _drop_damaged_losses(out))
     self._policy = _preservation(keep, keep_best)
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._writing: tuple[int, concurrent.futures.Future] | None = None

@@ -235,6 +235,16 @@ def test_what_is_no_folder_of_a_step_is_left_alone(
   assert checkpoint.steps_in(tmp_path) == [3]
 
 
+def test_a_file_in_place_of_the_checkpoints_is_named(trainer, tmp_path):
+  (tmp_path / FOLDER).write_text("")
+  for use in (
+    lambda: checkpoint.restore(tmp_path, trainer.abstract),
+    lambda: checkpoint.Checkpoints(tmp_path, 1),
+  ):
+    with pytest.raises(UserError, match="checkpoints is a file"):
+      use()
+
+
 @pytest.mark.parametrize(
   ("change", "says"),
   [
@@ -269,6 +279,18 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(trainer, state, tmp_path):
   os.mkfifo(path)
   with pytest.raises(UserError, match="is not a regular file"):
     checkpoint.restore(tmp_path, trainer.abstract)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{\xff}", b"{} {}", None])
+def test_a_damaged_file_of_a_loss_is_dropped(content, state, tmp_path, capsys):
+  save(tmp_path, (at(state, 4), 3.0), (at(state, 8), 2.0))
+  path = tmp_path / FOLDER / "8" / "metrics" / "metrics"
+  path.unlink()
+  path.mkdir() if content is None else path.write_bytes(content)
+  store = checkpoint.Checkpoints(tmp_path, 1, 1)
+  assert f"note: {path}" in capsys.readouterr().out
+  assert store.best() == 3.0 and store.latest == 8
+  store.close()
 
 
 @pytest.mark.parametrize("loss", ["low", None, [], {}])
