@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from tests.train.conftest import TINY, make_trainer
-from train import hf, pretrain
+from train import hf, pretrain, sample
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.data import tokenizer
@@ -401,3 +401,39 @@ def test_the_command_looks_at_the_tokenizer_that_is_set(
   argv = ["--from", str(tmp_path), "--out", str(tmp_path / "run")]
   assert pretrain.main([*argv, "--set", "data.tokenizer=my.model"]) == 0
   assert [config.data.tokenizer for config in found] == ["my.model"]
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_sampled(
+  trainer, tmp_path, capsys
+):
+  out = tmp_path / "run"
+  config = schema.Config("tiny", model=TINY)
+  run_dir.write_config(out, config, overwrite=False)
+  (out / "tokenizer.json").write_text(TEXT)
+  state = trainer.init()
+  state.params["norm"]["scale"] *= np.nan
+  saver = checkpoint.Checkpoints(out, keep=1)
+  with jax.set_mesh(trainer.mesh):
+    saver.save(state, checkpoint.Progress(1.0, None))
+  saver.close()
+  assert sample.main([str(out), "--prompt", "we"]) == 2
+  error = capsys.readouterr().err
+  assert f"{out}: 32 of 32 numbers in model.norm.weight are not" in error
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39])
+def test_numbers_beyond_the_dtype_are_named(written, tmp_path, value):
+  tensors = copy(written, tmp_path)
+  name = "model.norm.weight"
+  tensors[name] = np.full(tensors[name].shape, value, np.float64)
+  save(tensors, tmp_path / checkpoint_folder.WEIGHTS)
+  weights = llama_checkpoint.load(tmp_path)
+  with pytest.raises(UserError, match=r"model.norm.weight are not finite in"):
+    llama_names.to_params(weights)
+
+
+def test_an_empty_tokenizer_is_not_taken_for_none(written, tmp_path):
+  save(copy(written, tmp_path), tmp_path / checkpoint_folder.WEIGHTS)
+  (tmp_path / checkpoint_folder.TOKENIZER).write_text("\n")
+  with pytest.raises(UserError, match=r"tokenizer\.json is empty"):
+    llama_checkpoint.load(tmp_path)
