@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+from train.common import inputs
 from train.common.errors import UserError
 from train.finetuning.config import TemplateName
 
@@ -71,7 +72,8 @@ class Writer:
       for text, is_content, in_loss in self._parts(message):
         markup = self.markup if len(ids) > len(self.begin) else self.start
         tokenizer = self.plain if is_content else markup
-        new = tokenizer.encode(text, add_special_tokens=False).ids
+        with inputs.refusing("the tokenizer cannot encode a message"):
+          new = tokenizer.encode(text, add_special_tokens=False).ids
         ids += new
         mask += [in_loss] * len(new)
     return Row(

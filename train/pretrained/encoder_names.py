@@ -149,7 +149,9 @@ def to_params(
   for tensor in wanted.values():
     if tensor.module in fresh and tensor.transpose:  # biases start at zero
       array = arrays[tensor.path]
-      array[...] = random.normal(0, config.init_std, array.shape)
+      with np.errstate(over="ignore"):  # found below
+        array[...] = random.normal(0, config.init_std, array.shape)
+      mapping.check_finite(array, tensor.path, source)
   return mapping.nested(arrays), _notes(fresh, unread)
 
 

@@ -101,7 +101,7 @@ class Tokenizer:
     try:
       encodings = self._encode(first, second)
     # The library has no exception type of its own for failed truncation.
-    except Exception as error:
+    except UserError as error:
       if "Truncation" not in str(error):
         raise
       raise UserError(
@@ -186,10 +186,12 @@ class Tokenizer:
     self, first: Sequence[str], second: Sequence[str] | None
   ) -> list[tokenizers.Encoding]:
     given = first if second is None else zip(first, second, strict=True)
-    return self.tokenizer.encode_batch(list(given))
+    with inputs.refusing("the tokenizer cannot encode the text"):
+      return self.tokenizer.encode_batch(list(given))
 
   def _shorten(self, question: str, query: int) -> str:
-    encoding = self.tokenizer.encode(question, add_special_tokens=False)
+    with inputs.refusing("the tokenizer cannot encode a question"):
+      encoding = self.tokenizer.encode(question, add_special_tokens=False)
     if len(encoding) <= query:
       return question
     return question[: encoding.offsets[query - 1][1]]
@@ -284,9 +286,10 @@ def _word_pieces(path: pathlib.Path, settings: Fields) -> tokenizers.Tokenizer:
 
 def _byte_pairs(path: pathlib.Path, settings: Fields) -> tokenizers.Tokenizer:
   """RoBERTa's tokenizer, from a vocab.json and merges.txt."""
-  vocabulary = str(path.with_name("vocab.json"))
+  vocabulary = path.with_name("vocab.json")
+  inputs.check_regular(vocabulary)
   tokenizer = tokenizers.Tokenizer(
-    models.BPE.from_file(vocabulary, str(path), unk_token="<unk>")
+    models.BPE.from_file(str(vocabulary), str(path), unk_token="<unk>")
   )
   prefix = settings.flag("add_prefix_space", False)
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
