@@ -227,11 +227,10 @@ def read_checkpoint(folder: pathlib.Path) -> str:
   if restored is not None:
     state, position = jax.device_get(restored[0]), restored[1].data
   store = checkpoint.Checkpoints(folder, 2, 1)
-  best = store.best()
+  store.best()  # its numbers are under no checksum
   store.close()
   weights = llama_checkpoint.load(folder)
   params = llama_names.to_params(weights)
-  assert best in (2.5, float("inf"))
   return digest(state, position, weights.end_ids, weights.extra, params)
 
 
