@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import pathlib
-import shutil
 import sys
 import textwrap
 from typing import Any
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 from train import plot
+from train.common import links
 from train.common.errors import Diverged, UserError
 from train.config import cli, field_help, schema
 from train.config.schema import HUB
@@ -341,7 +341,7 @@ def finish(
       lambda x: np.asarray(x).astype(config.model.param_dtype),
       jax.device_get(abstract.read(state.params)),
     )
-    shutil.rmtree(job.out / "model", ignore_errors=True)
+    links.remove_folder(job.out / "model")
     model.save(job.out / "model", weights)
     print(f"model      {job.out / 'model'}")
   picture = plot.draw(job.out, f"{config.preset}, {config.optimizer.name}")

@@ -25,6 +25,7 @@ from train.common import units
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.estimate import aot_targets, collectives, dry_run
+from train.measure import figure as figure_lib
 from train.methods import registry
 from train.parallel import mesh as mesh_lib
 from train.step import setup as setup_lib
@@ -47,15 +48,15 @@ def main(argv: list[str] | None = None) -> int:
       found = [search(run, target, flags.vary, limit) for run in runs]
     else:
       found = [measure(run, target) for run in runs]
+    if flags.json:
+      print(json.dumps(found[0] if len(found) == 1 else found))
+    else:
+      print("\n\n".join(map(render, found)))
+    if flags.plot:
+      draw(found, flags.plot)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  if flags.json:
-    print(json.dumps(found[0] if len(found) == 1 else found))
-  else:
-    print("\n\n".join(map(render, found)))
-  if flags.plot:
-    draw(found, flags.plot)
   return 0 if all(x["fits"] is not False for x in found) else 1
 
 
@@ -390,7 +391,7 @@ def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
     bbox_to_anchor=(0, -0.25 if len(found) > 2 else -0.45),
   )
   axis.spines[["top", "right"]].set_visible(False)
-  figure.savefig(path, dpi=130)
+  figure_lib.save(figure, path, 130)
   plt.close(figure)
 
 

@@ -18,6 +18,7 @@ from matplotlib import colors, ticker
 from matplotlib import pyplot as plt
 
 from train.common.errors import UserError
+from train.measure import figure as figure_lib
 from train.run import history
 from train.run.history import Run
 
@@ -65,7 +66,7 @@ def overlay(
     title: The figure's title, empty for none.
 
   Returns:
-    `path`.
+    The file: `path`, with the suffix of the format if it has none.
 
   Raises:
     UserError: The figure cannot be written, or a run does not have this axis.
@@ -93,12 +94,9 @@ def overlay(
     panel.set_visible(False)
   _add_title_and_legend(figure, runs, title)
   try:
-    figure.savefig(path, dpi=120)
-  except (OSError, ValueError) as error:
-    raise UserError(f"--out {path} cannot be written: {error}") from None
+    return figure_lib.save(figure, path, 120)
   finally:
     plt.close(figure)
-  return path
 
 
 DrawPanel = Callable[[plt.Axes, list[Run], str], None]
@@ -374,9 +372,11 @@ def main(argv: list[str] | None = None) -> int:
   try:
     runs = [history.load(out) for out in flags.runs]
     single = len(runs) == 1
-    path = flags.out or (
-      flags.runs[0] / FILE if single else pathlib.Path("runs.png")
-    )
+    path = pathlib.Path("runs.png")
+    if flags.out:
+      path = flags.out.resolve() if flags.out.is_symlink() else flags.out
+    elif single:
+      path = flags.runs[0] / FILE
     title = history.labels(runs)[0] if single else ""
     print(overlay(runs, path, flags.x, title))
   except UserError as error:

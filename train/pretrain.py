@@ -228,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
 def _command(flags: argparse.Namespace) -> int:
   config = presets.make(flags.preset, flags.optimizer)
   if flags.source:
-    config = llama_checkpoint.adopt(config, flags.source)
+    chosen = schema.setting(flags.settings, "data.tokenizer")
+    config = llama_checkpoint.adopt(config, flags.source, chosen)
   config = schema.override(config, flags.settings)
   default = f"{flags.preset}-{config.optimizer.name}"
   if flags.dry_run:

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from train.common import inputs
 from train.common.errors import UserError
 from train.config.schema import ModelConfig
+from train.data import tokenizer as tokenizer_lib
 from train.models import llama
 from train.pretrained import llama_checkpoint, llama_names
 
@@ -236,7 +238,8 @@ def encode(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
     UserError: The prompt has no tokens.
   """
   # Like the training text, without special tokens before or after it.
-  ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+  with inputs.refusing(f"the tokenizer cannot encode {prompt!r}"):
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
   if not ids:
     raise UserError(f"the prompt {prompt!r} has no tokens; give it a few words")
   return ids
@@ -247,7 +250,8 @@ def beginning(
 ) -> list[int]:
   """The token that begins every text, if config and tokenizer agree on one."""
   token = weights.extra.get("config.json", {}).get("bos_token_id")
-  first = tokenizer.encode("a").ids[:1]
+  with inputs.refusing(f"{weights.source}: its tokenizer cannot be used"):
+    first = tokenizer.encode("a").ids[:1]
   return first if first == [token] else []
 
 
@@ -357,7 +361,9 @@ def run(flags: argparse.Namespace) -> None:
     raise UserError(
       f"{flags.source} has no tokenizer.json; copy the model's into it"
     )
-  tokenizer = tokenizers.Tokenizer.from_str(weights.tokenizer)
+  tokenizer = tokenizer_lib.parse(
+    weights.tokenizer, f"{flags.source}: its tokenizer.json"
+  )
   first = beginning(tokenizer, weights)
   rows = [first + encode(tokenizer, prompt) for prompt in flags.prompt]
   config = weights.model

@@ -47,13 +47,21 @@ def new_folder(path: pathlib.Path, what: str) -> Iterator[None]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes through a neighbour and a rename, so no reader sees half a file."""
+  """Writes UTF-8; see `write_bytes`."""
+  write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """Writes through a neighbour and a rename, so no reader sees half a file.
+
+  A link in the place of the file is replaced, not written through.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   neighbour = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
   try:
     # Opened in the plain way, for the permissions that other files get.
-    with neighbour.open("x", encoding="utf-8") as file:
-      file.write(text)
+    with neighbour.open("xb") as file:
+      file.write(content)
     neighbour.replace(path)
   except BaseException:
     neighbour.unlink(missing_ok=True)

@@ -17,6 +17,10 @@ class Diverged(TrainingError):
   """Its gradients, or the loss that it ends with, are not finite."""
 
 
+LONGEST = 300  # characters of another library's message
+
+
 def first_line(error: BaseException) -> str:
   """The first line of an error's text, or its type if it has no text."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
+  line = (str(error).strip() or type(error).__name__).splitlines()[0]
+  return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."

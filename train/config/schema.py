@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from train.common.checks import check_above
 from train.common.errors import UserError
+from train.common.fields import Fields
 from train.methods import registry
 from train.methods.options import OptimizerConfig, SharedOptimizerConfig
 
@@ -384,6 +385,53 @@ def fixed_fields(flat: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+Group = TypeVar("Group")
+
+
+def read_group(kind: type[Group], name: str, fields: Fields) -> Group:
+  """One group of a config, from the flat fields in a run's config.json.
+
+  Fields that an older version did not have get their defaults.
+
+  Args:
+    kind: the group's dataclass.
+    name: the group, as in `model`.
+    fields: those of the file.
+
+  Raises:
+    UserError: a value has a wrong type, or another version wrote the file.
+  """
+  kinds, prefix = typing.get_type_hints(kind), f"{name}."
+  names = [n for n in fields.values if n.startswith(prefix)]
+  unknown = [n for n in names if n.removeprefix(prefix) not in kinds]
+  if unknown:
+    raise UserError(
+      f"{fields.source} was written by another version (it has"
+      f" {', '.join(unknown[:3])})"
+    )
+  values = {
+    n.removeprefix(prefix): _read(kinds[n.removeprefix(prefix)], n, fields)
+    for n in names
+  }
+  try:
+    return kind(**values)
+  except UserError as error:
+    raise UserError(f"{fields.source}: {error}") from None
+
+
+def _read(kind: Any, name: str, fields: Fields) -> Any:
+  """A field of a run's config.json, of the type that its group declares."""
+  if typing.get_origin(kind) is Literal:
+    return fields.choice(name, typing.get_args(kind))
+  if kind is bool:
+    return fields.flag(name)
+  if kind is int:
+    return fields.integer(name, low=-(2**63), high=2**63 - 1)
+  if kind is float:
+    return fields.number(name)
+  return fields.text(name)
+
+
 def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
   """Applies `group.field=value` settings, in order.
 
@@ -411,6 +459,16 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
     new = dataclasses.replace(getattr(config, group), **fields)
     config = dataclasses.replace(config, **{group: new})
   return config
+
+
+def setting(settings: Sequence[str], wanted: str) -> str:
+  """What `group.field=value` settings set a field to; "" if none does."""
+  found = ""
+  for each in settings:
+    name, _, text = each.partition("=")
+    if name.strip() == wanted:
+      found = text.strip()
+  return found
 
 
 def _find(config: SharedConfig, name: str) -> tuple[str, str, Any]:

@@ -23,7 +23,7 @@ from train.common.errors import UserError
 from train.config.schema import DataConfig, SharedDataConfig
 from train.data import holdout, packing, sources, stream
 from train.data import tokenizer as tokenizer_lib
-from train.data.prefetch import Loader, State
+from train.data.prefetch import Loader, State, check_position
 from train.data.tokenizer import Encoder
 
 SAMPLE = 2000  # documents of a stream whose token frequencies are counted
@@ -103,6 +103,7 @@ class Corpus:
         f" {parts} processes; use a multiple of {parts}"
       )
     state = self.feed.start(part, parts) if state is None else state
+    check_position(state)
     batches = self.feed.batches(state, seed, part, parts)
     return Loader(batches, state, self.config.prefetch)
 

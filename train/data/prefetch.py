@@ -13,9 +13,29 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from train.common.errors import UserError
+from train.common.fields import is_integer, shown
+
 T = TypeVar("T")
 State = dict[str, int]  # a position; can be stored as JSON
 PATIENCE = 5.0  # seconds that `close` waits for the thread to end
+
+
+def check_position(state: Any) -> State:
+  """A position that a checkpoint saved, if it can be one.
+
+  Raises:
+    UserError: it is something else than names and whole numbers.
+  """
+  if not isinstance(state, dict) or not all(
+    is_integer(value) and value >= 0 for value in state.values()
+  ):
+    raise UserError(
+      f"the checkpoint's position in the data is {shown(state)}; it must be an"
+      " object of whole numbers. Delete the checkpoint to continue from the one"
+      " before it"
+    )
+  return state
 
 
 class Prefetch(Iterator[T], Generic[T]):

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from train.common import inputs
 from train.common.errors import UserError
 
 SPACE = "▁"
@@ -19,6 +20,12 @@ INSIDE = re.compile(f"[^{SPACE}]{SPACE}")  # matches pieces of several words
 WORD = tokenizers.Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 UNIGRAM, BPE = 1, 2  # `model_type` in the file
 CONTROL, UNKNOWN = 3, 2  # `type` of a piece
+# Characters of a piece. SentencePiece trains pieces of up to 512 at most; only
+# those that a user defines can be longer.
+LONGEST = 4096
+# Characters of all merges. A vocabulary of 256,000 pieces has ten million; long
+# pieces that are made of each other can have as many as fill the memory.
+MERGED = 100_000_000
 
 
 def load(path: pathlib.Path) -> tokenizers.Tokenizer:
@@ -34,7 +41,18 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
       f"data.tokenizer {path} is a SentencePiece model of words or characters;"
       " unigram and bpe models are supported"
     )
-  model = _unigram(proto) if kind == UNIGRAM else _bpe(proto)
+  _check_pieces(proto, path)
+  if proto.normalizer_spec.precompiled_charsmap:
+    charsmap = proto.normalizer_spec.precompiled_charsmap
+    check_map(charsmap, f"data.tokenizer {path}")
+  name = f"data.tokenizer {path}"
+  with inputs.refusing(f"{name} cannot be used"):
+    model = _unigram(proto) if kind == UNIGRAM else _bpe(proto, name)
+    return _make(proto, model)
+
+
+def _make(proto: Any, model: models.Model) -> tokenizers.Tokenizer:
+  """The tokenizer around a model."""
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.normalizer = _normalizer(proto.normalizer_spec)
   if not any(INSIDE.search(piece) for piece, _ in _pieces(proto)):
@@ -59,14 +77,42 @@ def _parse(path: pathlib.Path) -> Any:
       f"data.tokenizer {path}: SentencePiece files need the package"
       " sentencepiece; pip install sentencepiece"
     ) from error
-  proto = pb2.ModelProto()
-  try:
-    proto.ParseFromString(path.read_bytes())
-  except Exception as error:
-    raise UserError(
-      f"data.tokenizer {path} is not a SentencePiece model: {error}"
-    ) from error
+  proto, content = pb2.ModelProto(), inputs.read_bytes(path)
+  with inputs.refusing(f"data.tokenizer {path} is not a SentencePiece model"):
+    proto.ParseFromString(content)
   return proto
+
+
+def _check_pieces(proto: Any, path: pathlib.Path) -> None:
+  """Refuses pieces that no tokenizer can have."""
+  for i, piece in enumerate(proto.pieces):
+    if not 0 < len(piece.piece) <= LONGEST:
+      raise UserError(
+        f"data.tokenizer {path}: piece {i} has {len(piece.piece):,} characters;"
+        f" pieces of 1 to {LONGEST:,} are supported"
+      )
+  if not any(piece.type == UNKNOWN for piece in proto.pieces):
+    raise UserError(
+      f"data.tokenizer {path} has no piece for unknown text; it is damaged, or"
+      " not a SentencePiece model"
+    )
+
+
+def check_map(content: bytes, source: str) -> None:
+  """Refuses a map of characters that does not have the size it says.
+
+  `tokenizers` allocates that size first, and ends the process if it cannot.
+
+  Args:
+    content: begins with the size of a trie in bytes, which comes next.
+    source: the file, as messages call it.
+  """
+  size = int.from_bytes(content[:4], "little")
+  if size % 4 or not size <= len(content) - 4:
+    raise UserError(
+      f"{source}: its precompiled_charsmap is damaged: {len(content):,} bytes,"
+      f" with a table of {size:,}"
+    )
 
 
 def _pieces(proto: Any) -> list[tuple[str, float]]:
@@ -82,20 +128,32 @@ def _unigram(proto: Any) -> models.Unigram:
   return models.Unigram(_pieces(proto), _unknown(proto), spec.byte_fallback)
 
 
-def _bpe(proto: Any) -> models.BPE:
+def _bpe(proto: Any, name: str) -> models.BPE:
   """The BPE model.
 
   The file does not list merges: two pieces merge if their concatenation is a
   piece.
+
+  Args:
+    proto: the file.
+    name: what messages call it.
   """
   ids = {piece: i for i, (piece, _) in enumerate(_pieces(proto))}
   special = {p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN)}
-  merges = []
+  lengths = sorted({len(piece) for piece in ids})
+  merges, merged = [], 0
   for piece, score in _pieces(proto):
     if piece in special:  # does not occur in a text
       continue
-    halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+    # One after another: all halves of a long piece would fill the memory.
+    halves = ((piece[:i], piece[i:]) for i in lengths if i < len(piece))
     known = [pair for pair in halves if pair[0] in ids and pair[1] in ids]
+    merged += len(known) * len(piece)
+    if merged > MERGED:
+      raise UserError(
+        f"{name}: its pieces merge in more ways than {MERGED:,} characters can"
+        " list; use shorter pieces"
+      )
     known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     merges += [(-score, *map(len, pair), pair) for pair in known]
   # Best score first; equal scores stay in the order of the pieces.

@@ -241,7 +241,7 @@ def _texts(documents: Documents, name: str, field: str) -> Documents:
   documents = cast(datasets.Dataset, documents.select_columns([field]))
   if field != "text":
     documents = documents.rename_column(field, "text")
-  with quiet():
+  with reading(name), quiet():
     filled = documents.filter(
       lambda texts: [not blank(text) for text in texts],
       batched=True,

@@ -79,7 +79,9 @@ class Shards:
         name,
         self._field,
       )
-      yield from table[self._field].slice(start).to_pylist()
+      with sources.reading(name):
+        texts = table[self._field].slice(start).to_pylist()
+      yield from texts
       start = max(0, start - table.num_rows)
 
   def documents(self) -> Iterator[str]:

@@ -6,18 +6,20 @@ the head of a small model small; with the 32,000 entries of LLaMA's vocabulary
 they would be most of its parameters.
 """
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import tokenizers
 
-from train.common import atomic_files, hub
+from train.common import atomic_files, hub, inputs
 from train.common.errors import UserError, first_line
 from train.config.schema import HUB, DataConfig
 from train.data import sentencepiece_model
@@ -40,6 +42,42 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
   )
   tokenizer.train_from_iterator(texts, trainer)
   return _plain(tokenizer)
+
+
+def parse(text: str, source: str) -> tokenizers.Tokenizer:
+  """The tokenizer in the text of a tokenizer.json.
+
+  Args:
+    text: the content of the file.
+    source: the file, as messages call it.
+
+  Raises:
+    UserError: `tokenizers` cannot read it.
+  """
+  if '"precompiled_charsmap"' in text:
+    normalizer = inputs.parse_object(text, source).get("normalizer")
+    _check_maps(normalizer, source)
+  with inputs.refusing(
+    f"{source} cannot be read: it is not a tokenizer.json that `tokenizers`"
+    " can read"
+  ):
+    return tokenizers.Tokenizer.from_str(text)
+
+
+def _check_maps(part: Any, source: str) -> None:
+  """Checks every map of characters in a part of a tokenizer.json."""
+  if isinstance(part, list):
+    for each in part:
+      _check_maps(each, source)
+  if not isinstance(part, dict):
+    return
+  for name, value in part.items():
+    if name == "precompiled_charsmap" and isinstance(value, str):
+      with inputs.refusing(f"{source}: its {name} cannot be read"):
+        content = base64.b64decode(value)
+      sentencepiece_model.check_map(content, source)
+    else:
+      _check_maps(value, source)
 
 
 def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -73,12 +111,10 @@ def cached(
   path = folder / f"bpe-{vocab_size}-{digest.hexdigest()[:16]}.json"
   if path.exists():
     try:
-      return _plain(tokenizers.Tokenizer.from_file(str(path))), path, True
-    # The library raises a bare Exception if it cannot parse the file.
-    except Exception as error:
-      print(
-        f"note: {path} cannot be read ({first_line(error)}); it is made again"
-      )
+      found = parse(inputs.read_text(path), str(path))
+      return _plain(found), path, True
+    except UserError as error:
+      print(f"note: {first_line(error)}; it is made again")
   tokenizer = train(texts, vocab_size)
   atomic_files.write_text(path, tokenizer.to_str())
   return tokenizer, path, False
@@ -98,9 +134,10 @@ class Encoder:
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     """The ids (n,) int32 of each text; the end token is last, and only last."""
-    encodings = self.tokenizer.encode_batch_fast(
-      texts, add_special_tokens=False
-    )
+    with inputs.refusing("the tokenizer cannot encode the text"):
+      encodings = self.tokenizer.encode_batch_fast(
+        texts, add_special_tokens=False
+      )
     return [self._close(encoding.ids) for encoding in encodings]
 
   def _close(self, ids: list[int]) -> np.ndarray:
@@ -118,7 +155,8 @@ class Encoder:
     the text: there, a token has the bytes from the end of the token before it
     to its own end.
     """
-    encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+    with inputs.refusing("the tokenizer cannot encode the text"):
+      encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
     return [
       (self._close(e.ids), self._bytes(e, text))
       for e, text in zip(encodings, texts, strict=True)
@@ -167,9 +205,10 @@ def find(
     print(f"tokenizer  {'read from' if existed else 'trained:'} {path}")
     return make_encoder(tokenizer, END)
   name = f"data.tokenizer {config.tokenizer}"
-  tokenizer, settings = _read(config.tokenizer, name)
-  end = _end_token(tokenizer, config.end_token, settings, name)
-  tokenizer = _fit(tokenizer, vocab_size, end, name)
+  tokenizer, own = _read(config.tokenizer, name)
+  end = _end_token(tokenizer, config.end_token or own, name)
+  with inputs.refusing(f"{name} cannot be used"):
+    tokenizer = _fit(tokenizer, vocab_size, end, name)
   print(
     f"tokenizer  {config.tokenizer}, {tokenizer.get_vocab_size():,} entries"
   )
@@ -192,8 +231,8 @@ def _unknown(tokenizer: tokenizers.Tokenizer) -> int | None:
   return None if token is None else tokenizer.token_to_id(token)
 
 
-def _read(path: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
-  """A tokenizer, and the content of its tokenizer_config.json or {}."""
+def _read(path: str, name: str) -> tuple[tokenizers.Tokenizer, str]:
+  """A tokenizer, and its end token by the tokenizer_config.json beside it."""
   if path.startswith(HUB):
     return _from_hub(path.removeprefix(HUB), name)
   file = pathlib.Path(path).expanduser()
@@ -204,23 +243,15 @@ def _read(path: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
       f"{name}: {file} does not exist; name a tokenizer.json, a SentencePiece"
       f" .model file, or {HUB}NAME"
     )
-  try:
-    if file.suffix == ".model":
-      return sentencepiece_model.load(file), {}
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
-  # The library raises a bare Exception if it cannot parse the file.
-  except Exception as error:
-    if isinstance(error, UserError):
-      raise
-    raise UserError(
-      f"{name} is not a tokenizer.json that `tokenizers` can read:"
-      f" {first_line(error)}"
-    ) from error
+  if file.suffix == ".model":
+    return sentencepiece_model.load(file), ""
+  tokenizer = parse(inputs.read_text(file), name)
   beside = file.with_name("tokenizer_config.json")
-  return tokenizer, json.loads(beside.read_text()) if beside.is_file() else {}
+  end = inputs.read_fields(beside).token("eos_token") if beside.exists() else ""
+  return tokenizer, end
 
 
-def _from_hub(repository: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
+def _from_hub(repository: str, name: str) -> tuple[tokenizers.Tokenizer, str]:
   missing = "is not on the hub, or has no tokenizer.json"
   with hub.fetching(name, missing):
     file = huggingface_hub.hf_hub_download(repository, "tokenizer.json")
@@ -229,18 +260,11 @@ def _from_hub(repository: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
   return _read(file, name)
 
 
-def _end_token(
-  tokenizer: tokenizers.Tokenizer, asked: str, settings: dict, name: str
-) -> str:
-  """The token that ends a document.
-
-  It is `asked`, or the one in tokenizer_config.json, or the first of ENDS.
-  """
-  own = settings.get("eos_token")
-  own = own.get("content") if isinstance(own, dict) else own
-  names = [asked] if asked else [own] if own else ENDS
+def _end_token(tokenizer: tokenizers.Tokenizer, asked: str, name: str) -> str:
+  """The token that ends a document: `asked`, or the first of ENDS."""
+  names = [asked] if asked else ENDS
   for token in names:
-    if token is not None and tokenizer.token_to_id(token) is not None:
+    if tokenizer.token_to_id(token) is not None:
       return token
   raise UserError(
     f"{name} has no token {' or '.join(map(repr, names))} to end a document"

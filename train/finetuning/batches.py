@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from train.common.errors import UserError
 from train.data.prefetch import State
 
 Batch = dict[str, np.ndarray]
@@ -43,6 +44,11 @@ class TrainBatches:
       part: index of the part.
       parts: number of parts of equal shape that a batch is divided into.
     """
+    if set(state) != {"batches"}:
+      raise UserError(
+        f"the checkpoint's position in the data is {state}, and not one of a"
+        " fine-tuning run; --overwrite starts the run again"
+      )
     done = state["batches"]
     first, index = divmod(done, self.per_epoch)
     size = self.size // parts

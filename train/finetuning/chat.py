@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+from train.common import inputs
 from train.common.errors import UserError
 from train.finetuning.config import TemplateName
 
@@ -71,7 +72,8 @@ class Writer:
       for text, is_content, in_loss in self._parts(message):
         markup = self.markup if len(ids) > len(self.begin) else self.start
         tokenizer = self.plain if is_content else markup
-        new = tokenizer.encode(text, add_special_tokens=False).ids
+        with inputs.refusing("the tokenizer cannot encode a message"):
+          new = tokenizer.encode(text, add_special_tokens=False).ids
         ids += new
         mask += [in_loss] * len(new)
     return Row(
@@ -130,7 +132,8 @@ def _without_prefix(tokenizer: str) -> str:
 
   Those made by SentencePiece do, and would before every part of a message.
   """
-  config = json.loads(tokenizer)
+  # Written again by the package, which knows one spelling only.
+  config = json.loads(tokenizers.Tokenizer.from_str(tokenizer).to_str())
   for step in _steps(config.get("pre_tokenizer"), "pretokenizers"):
     if step["type"] == "Metaspace":
       step["prepend_scheme"] = "never"

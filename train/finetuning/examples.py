@@ -14,6 +14,7 @@ import numpy as np
 
 from train.common.errors import UserError
 from train.config.schema import HUB, SharedDataConfig
+from train.data import sources
 from train.finetuning import chat, tables
 from train.finetuning import labels as labels_lib
 from train.finetuning.tasks import Task
@@ -126,7 +127,8 @@ def _column(table: tables.Table, column: str, field: str, name: str) -> list:
       f"{name} has no column {column!r}; its columns are"
       f" {', '.join(table.column_names)}: name one with {field}"
     )
-  return list(cast(Iterable[Any], table[column]))
+  with sources.reading(name):
+    return list(cast(Iterable[Any], table[column]))
 
 
 def _parse(table: tables.Table, task: Task, name: str, split: str) -> Split:

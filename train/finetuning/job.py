@@ -214,7 +214,7 @@ def prepare(
   eval_step = make_eval_step(model, abstract)
   # As many rows at a time as in a part of a training step.
   rows = config.data.batch // train.accumulate
-  position = progress.data or {"batches": 0}
+  position = prefetch.check_position(progress.data or {"batches": 0})
   job = job_lib.Job(
     out=out,
     train=train,

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from flax import nnx
 
+from train.common import inputs
 from train.common.errors import UserError
+from train.common.fields import Fields
 from train.config.schema import HUB, ModelConfig
 from train.data import tokenizer as tokenizer_lib
 from train.finetuning import chat
@@ -325,7 +326,7 @@ def is_llama(source: str) -> bool:
   if source.startswith(HUB):
     path = checkpoint_folder.fetch(source)
   try:
-    config = checkpoint_folder.read_json(path / checkpoint_folder.CONFIG)
+    config = inputs.read_object(path / checkpoint_folder.CONFIG)
   except UserError as error:
     raise UserError(
       f"--from {source}: {error}; give a folder in Hugging Face's layout, a"
@@ -384,31 +385,19 @@ def make(source: str, task: Task, config: Config) -> LlamaTaskModel:
   )
 
 
-def _read_tokenizer(weights: llama_names.Weights) -> tokenizers.Tokenizer:
-  try:
-    return tokenizers.Tokenizer.from_str(weights.tokenizer)
-  except Exception as error:  # the package raises plain `Exception`s
-    raise UserError(
-      f"{weights.source}: its {checkpoint_folder.TOKENIZER} cannot be read"
-      f" ({error})"
-    ) from None
-
-
 def _make_writer(weights: llama_names.Weights, config: Config) -> chat.Writer:
   """A writer with the checkpoint's begin and end tokens."""
-  settings = weights.extra.get(checkpoint_folder.TOKENIZER_CONFIG, {})
-
-  def token(name: str) -> str:
-    value = settings.get(name) or ""
-    return value["content"] if isinstance(value, dict) else value
-
-  tokenizer = _read_tokenizer(weights)
+  name = checkpoint_folder.TOKENIZER_CONFIG
+  settings = Fields(f"{weights.source}: {name}", weights.extra.get(name, {}))
+  tokenizer = tokenizer_lib.parse(
+    weights.tokenizer, f"{weights.source}: its {checkpoint_folder.TOKENIZER}"
+  )
   ends = [t for t in tokenizer_lib.ENDS if tokenizer.token_to_id(t) is not None]
-  end = token("eos_token") or next(iter(ends), "")
-  begin = tokenizer.token_to_id(token("bos_token") or "")
+  end = settings.token("eos_token") or next(iter(ends), "")
+  begin = tokenizer.token_to_id(settings.token("bos_token"))
   # Without a setting, the tokenizer itself shows whether it adds the token.
   is_added = begin is not None and tokenizer.encode("a").ids[:1] == [begin]
-  if begin is None or not settings.get("add_bos_token", is_added):
+  if begin is None or not settings.flag("add_bos_token", is_added):
     return chat.make_writer(config.task.template, weights.tokenizer, end)
   return chat.make_writer(
     config.task.template, weights.tokenizer, end, (begin,)

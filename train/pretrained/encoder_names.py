@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from train.common.errors import UserError
+from train.common.fields import Fields
 from train.models import encoder
 from train.models.encoder_config import Config, Head
 from train.pretrained import mapping
@@ -143,12 +144,14 @@ def to_params(
   unread = [given[name] for name in given if name not in wanted]
   arrays = mapping.allocate(_param_shapes(config), config.param_dtype)
   taken = {n: t for n, t in wanted.items() if t.module not in fresh}
-  mapping.read_into(arrays, taken, lambda name: read(given[name]))
+  mapping.read_into(arrays, taken, lambda name: read(given[name]), source)
   random = np.random.default_rng(seed)
   for tensor in wanted.values():
     if tensor.module in fresh and tensor.transpose:  # biases start at zero
       array = arrays[tensor.path]
-      array[...] = random.normal(0, config.init_std, array.shape)
+      with np.errstate(over="ignore"):  # found below
+        array[...] = random.normal(0, config.init_std, array.shape)
+      mapping.check_finite(array, tensor.path, source)
   return mapping.nested(arrays), _notes(fresh, unread)
 
 
@@ -239,47 +242,51 @@ def config_from_hf(
       f"{source}: model_type is {family!r}; only"
       f" {' and '.join(map(repr, FAMILIES))} can be read"
     )
-  sizes = mapping.sizes_from_hf(given, source)
-  _refuse_variants(given, source)
-  pad = given.get("pad_token_id")
-  pad = (1 if family == "roberta" else 0) if pad is None else pad
+  fields = Fields(source, given)
+  sizes = mapping.sizes_from_hf(fields)
+  _refuse_variants(fields)
+  pad = fields.integer("pad_token_id", 1 if family == "roberta" else 0)
   offset = pad + 1 if family == "roberta" else 0
-  dropout = given.get("hidden_dropout_prob", 0.1)
-  head_dropout = given.get("classifier_dropout")
+  positions = fields.integer("max_position_embeddings", 512, low=offset + 1)
+  dropout = fields.number("hidden_dropout_prob", 0.1)
   read: dict[str, Any] = {
     **sizes,
     "family": family,
-    "max_length": given.get("max_position_embeddings", 512) - offset,
+    "max_length": positions - offset,
     "position_offset": offset,
-    "n_types": given.get("type_vocab_size", 2),
+    "n_types": fields.integer("type_vocab_size", 2, low=1),
     "pad_id": pad,
-    "norm_eps": given.get("layer_norm_eps", 1e-12),
-    "activation": given.get("hidden_act", "gelu"),
-    "init_std": given.get("initializer_range", 0.02),
-    "pool": given.get(POOL, "first"),
+    "norm_eps": fields.number("layer_norm_eps", 1e-12),
+    "activation": fields.text("hidden_act", "gelu"),
+    "init_std": fields.number("initializer_range", 0.02, low=0),
+    "pool": fields.choice(POOL, ("first", "mean"), "first"),
     "dropout": dropout,
-    "attention_dropout": given.get("attention_probs_dropout_prob", 0.1),
-    "head_dropout": dropout if head_dropout is None else head_dropout,
+    "attention_dropout": fields.number("attention_probs_dropout_prob", 0.1),
+    "head_dropout": fields.number("classifier_dropout", dropout),
   }
-  return Config(**read | {"head": head, "labels": labels} | changes)
+  with mapping.naming(source):
+    return Config(**read | {"head": head, "labels": labels} | changes)
 
 
-def _refuse_variants(given: Mapping[str, Any], source: str) -> None:
-  width = given["hidden_size"]
+def _refuse_variants(fields: Fields) -> None:
+  width = fields.integer("hidden_size")
   implemented = {
-    "hidden_act": ("gelu", tuple(encoder.ACTIVATIONS)),
-    "position_embedding_type": ("absolute", ("absolute",)),
-    "is_decoder": (False, (False,)),
-    "add_cross_attention": (False, (False,)),
-    "embedding_size": (width, (width,)),
+    "hidden_act": (
+      fields.text("hidden_act", "gelu"),
+      tuple(encoder.ACTIVATIONS),
+    ),
+    "position_embedding_type": (
+      fields.text("position_embedding_type", "absolute"),
+      ("absolute",),
+    ),
+    "is_decoder": (fields.flag("is_decoder", False), (False,)),
+    "add_cross_attention": (
+      fields.flag("add_cross_attention", False),
+      (False,),
+    ),
+    "embedding_size": (fields.integer("embedding_size", width), (width,)),
   }
-  mapping.refuse_variants(
-    source,
-    {
-      name: (given.get(name, default), values)
-      for name, (default, values) in implemented.items()
-    },
-  )
+  mapping.refuse_variants(fields.source, implemented)
 
 
 _CLASSES = {

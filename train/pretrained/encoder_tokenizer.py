@@ -11,7 +11,6 @@ byte-level BPE).
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -26,7 +25,10 @@ from tokenizers import (
   processors,
 )
 
-from train.common.errors import UserError, first_line
+from train.common import inputs
+from train.common.errors import UserError
+from train.common.fields import Fields
+from train.data import tokenizer as tokenizer_lib
 from train.models.encoder_config import Config
 
 Truncation = Literal["longest_first", "only_first", "only_second"]
@@ -99,7 +101,7 @@ class Tokenizer:
     try:
       encodings = self._encode(first, second)
     # The library has no exception type of its own for failed truncation.
-    except Exception as error:
+    except UserError as error:
       if "Truncation" not in str(error):
         raise
       raise UserError(
@@ -184,10 +186,12 @@ class Tokenizer:
     self, first: Sequence[str], second: Sequence[str] | None
   ) -> list[tokenizers.Encoding]:
     given = first if second is None else zip(first, second, strict=True)
-    return self.tokenizer.encode_batch(list(given))
+    with inputs.refusing("the tokenizer cannot encode the text"):
+      return self.tokenizer.encode_batch(list(given))
 
   def _shorten(self, question: str, query: int) -> str:
-    encoding = self.tokenizer.encode(question, add_special_tokens=False)
+    with inputs.refusing("the tokenizer cannot encode a question"):
+      encoding = self.tokenizer.encode(question, add_special_tokens=False)
     if len(encoding) <= query:
       return question
     return question[: encoding.offsets[query - 1][1]]
@@ -229,45 +233,45 @@ def load(folder: pathlib.Path, config: Config) -> Tokenizer:
   tokenizer.no_truncation()
   # A special token that is spelled in a text is text.
   tokenizer.encode_special_tokens = True
-  _check(tokenizer, config, path)
+  with inputs.refusing(f"{path} cannot be used"):
+    _check(tokenizer, config, path)
   return Tokenizer(tokenizer, config.pad_id, config.max_length)
 
 
 def _read(folder: pathlib.Path) -> tuple[pathlib.Path, tokenizers.Tokenizer]:
   readers = {
-    "tokenizer.json": lambda path, _: tokenizers.Tokenizer.from_file(str(path)),
+    "tokenizer.json": lambda path, _: tokenizer_lib.parse(
+      inputs.read_text(path), str(path)
+    ),
     "vocab.txt": _word_pieces,
     "merges.txt": _byte_pairs,
   }
   for name, reader in readers.items():
     path = folder / name
     if path.is_file():
-      try:
-        return path, reader(path, _settings(folder))
-      # The library raises a bare Exception if it cannot parse the file.
-      except Exception as error:
-        reason = first_line(error)
-        raise UserError(f"{path} cannot be read ({reason})") from error
+      settings = _settings(folder)
+      with inputs.refusing(f"{path} cannot be read"):
+        return path, reader(path, settings)
   raise UserError(
     f"{folder} has no tokenizer: neither tokenizer.json nor vocab.txt nor"
     " vocab.json with merges.txt; put one there"
   )
 
 
-def _settings(folder: pathlib.Path) -> dict:
+def _settings(folder: pathlib.Path) -> Fields:
   path = folder / "tokenizer_config.json"
-  return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+  return inputs.read_fields(path) if path.exists() else Fields(str(path), {})
 
 
-def _word_pieces(path: pathlib.Path, settings: dict) -> tokenizers.Tokenizer:
+def _word_pieces(path: pathlib.Path, settings: Fields) -> tokenizers.Tokenizer:
   """BERT's tokenizer, from a vocab.txt."""
   tokenizer = tokenizers.Tokenizer(
     models.WordPiece.from_file(str(path), unk_token="[UNK]")
   )
   tokenizer.normalizer = normalizers.BertNormalizer(
-    lowercase=settings.get("do_lower_case", True),
-    strip_accents=settings.get("strip_accents"),
-    handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    lowercase=settings.flag("do_lower_case", True),
+    strip_accents=settings.flag("strip_accents", None),
+    handle_chinese_chars=settings.flag("tokenize_chinese_chars", True),
   )
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = decoders.WordPiece()
@@ -280,13 +284,14 @@ def _word_pieces(path: pathlib.Path, settings: dict) -> tokenizers.Tokenizer:
   return _with_special(tokenizer, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
 
 
-def _byte_pairs(path: pathlib.Path, settings: dict) -> tokenizers.Tokenizer:
+def _byte_pairs(path: pathlib.Path, settings: Fields) -> tokenizers.Tokenizer:
   """RoBERTa's tokenizer, from a vocab.json and merges.txt."""
-  vocabulary = str(path.with_name("vocab.json"))
+  vocabulary = path.with_name("vocab.json")
+  inputs.check_regular(vocabulary)
   tokenizer = tokenizers.Tokenizer(
-    models.BPE.from_file(vocabulary, str(path), unk_token="<unk>")
+    models.BPE.from_file(str(vocabulary), str(path), unk_token="<unk>")
   )
-  prefix = settings.get("add_prefix_space", False)
+  prefix = settings.flag("add_prefix_space", False)
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
   tokenizer.decoder = decoders.ByteLevel()
   ends = [(token, _id(tokenizer, token)) for token in ("</s>", "<s>")]
@@ -314,7 +319,10 @@ def _check(
   tokenizer: tokenizers.Tokenizer, config: Config, path: pathlib.Path
 ) -> None:
   """Refuses a tokenizer that cannot be the one the model was trained with."""
-  most = max(tokenizer.get_vocab(with_added_tokens=True).values())
+  vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+  if not vocabulary:
+    raise UserError(f"{path} has no tokens; put the model's own there")
+  most = max(vocabulary.values())
   if most >= config.vocab_size:
     raise UserError(
       f"{path} has the id {most}, but the model's vocab_size is"

@@ -12,11 +12,14 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from train.common import inputs
 from train.common.errors import UserError
-from train.pretrained import llama_names
+from train.common.fields import Fields
+from train.pretrained import gguf_header, llama_names
 from train.pretrained.llama_names import Weights
 
 CONTROL = 3  # the type of tokens such as <|endoftext|>
+MAY_BE_0 = ("attention.head_count_kv",)  # as many as query heads
 # The pre-tokenizers before the byte level, by `tokenizer.ggml.pre`.
 BEFORE_BYTES = {
   "gpt-2": (),
@@ -37,13 +40,13 @@ def load(path: pathlib.Path) -> Weights:
     raise UserError(
       f"{path}: GGUF files need the package gguf; pip install gguf"
     ) from None
-  try:
+  gguf_header.check(path)
+  with inputs.refusing(f"{path} cannot be read as GGUF"):
     reader = gguf.GGUFReader(path)
-  except (OSError, ValueError, KeyError, IndexError) as error:
-    raise UserError(f"{path} cannot be read as GGUF ({error})") from None
-  fields = {key: field.contents() for key, field in reader.fields.items()}
-  tensors = {tensor.name: tensor for tensor in reader.tensors}
-  config = _config(fields, "output.weight" not in tensors, str(path))
+    contents = {key: field.contents() for key, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+  fields = Fields(str(path), contents)
+  config = _config(fields, "output.weight" not in tensors)
   model = llama_names.model_from_hf(config, str(path))
   llama_names.check_layers(model, len(tensors), str(path))
   names = {
@@ -54,8 +57,7 @@ def load(path: pathlib.Path) -> Weights:
   by_name = {names.get(name, name): x for name, x in tensors.items()}
 
   def read(name: str) -> np.ndarray:
-    tensor = by_name[name]
-    array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    array = _dequantize(gguf, by_name[name], path)
     for part, heads in (("q", model.n_heads), ("k", model.kv_heads)):
       if name.endswith(f"self_attn.{part}_proj.weight"):
         return _unpermute(array, heads)
@@ -67,9 +69,23 @@ def load(path: pathlib.Path) -> Weights:
     # GGUF lists the innermost axis first.
     shapes={name: tuple(x.shape.tolist())[::-1] for name, x in by_name.items()},
     read=read,
-    tokenizer=_tokenizer(fields, path),
+    tokenizer=_tokenizer(fields),
     extra=_extra(fields, config),
   )
+
+
+def _dequantize(gguf: Any, tensor: Any, path: pathlib.Path) -> np.ndarray:
+  """A tensor as floating-point numbers; integers are no weights."""
+  kind = tensor.tensor_type
+  if kind.name.startswith(("I8", "I16", "I32", "I64")):
+    raise UserError(
+      f"{path}: the tensor {tensor.name!r} has type {kind.name}; weights are"
+      " floating-point numbers, or quantized"
+    )
+  if kind.name == "F64":
+    return tensor.data
+  with inputs.refusing(f"{path}: the tensor {tensor.name!r} cannot be read"):
+    return gguf.quants.dequantize(tensor.data, kind)
 
 
 def _gguf_name(gguf: Any, name: str, layers: int) -> str:
@@ -88,16 +104,16 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
   return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _config(fields: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
+def _config(fields: Fields, tied: bool) -> dict[str, Any]:
   """The fields of the file under the names of config.json."""
-  architecture = fields.get("general.architecture")
+  architecture = fields.values.get("general.architecture")
   if architecture != "llama":
     raise UserError(
-      f"{source}: general.architecture is {architecture!r}; only 'llama' can"
-      " be read"
+      f"{fields.source}: general.architecture is {architecture!r:.60}; only"
+      " 'llama' can be read"
     )
   config = {
-    theirs: fields[f"llama.{ours}"]
+    theirs: fields.integer(f"llama.{ours}", low=0 if ours in MAY_BE_0 else 1)
     for theirs, ours in (
       ("hidden_size", "embedding_length"),
       ("intermediate_size", "feed_forward_length"),
@@ -105,89 +121,93 @@ def _config(fields: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
       ("num_attention_heads", "attention.head_count"),
       ("num_key_value_heads", "attention.head_count_kv"),
       ("head_dim", "attention.key_length"),
-      ("rope_theta", "rope.freq_base"),
-      ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
       ("max_position_embeddings", "context_length"),
     )
-    if f"llama.{ours}" in fields
+    if fields.has(f"llama.{ours}")
   }
-  for name in ("rms_norm_eps", "rope_theta"):
-    if name in config:  # stored as float32: 1e-5 reads as 9.99999974e-06
-      config[name] = float(f"{config[name]:.7g}")
-  scaling = fields.get("llama.rope.scaling.type", "none")
-  _check_rope(fields, config, scaling, source)
+  for theirs, ours in (
+    ("rope_theta", "rope.freq_base"),
+    ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+  ):
+    value = fields.number(f"llama.{ours}", None)
+    if value is not None:  # stored as float32: 1e-5 reads as 9.99999974e-06
+      config[theirs] = float(f"{value:.7g}")
+  scaling = fields.text("llama.rope.scaling.type", "none")
+  _check_rope(fields, config, scaling)
   return {
     **config,
     "model_type": "llama",
-    "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
+    "vocab_size": len(fields.texts("tokenizer.ggml.tokens")),
     "tie_word_embeddings": tied,
     "rope_scaling": None if scaling == "none" else {"rope_type": scaling},
   }
 
 
-def _check_rope(
-  fields: dict[str, Any], config: dict[str, Any], scaling: str, source: str
-) -> None:
+def _check_rope(fields: Fields, config: dict[str, Any], scaling: str) -> None:
   """Raises for rotary embeddings that `rope_scaling` does not describe."""
   # A factor without a type scales linearly; older files have the first name.
   for name in ("rope.scale_linear", "rope.scaling.factor"):
-    factor = fields.get(f"llama.{name}", 1.0)
+    factor = fields.number(f"llama.{name}", 1.0)
     if scaling == "none" and factor not in (0.0, 1.0):
       raise UserError(
-        f"{source}: llama.{name} is {factor:g}; scaled rotary embeddings cannot"
-        " be read"
+        f"{fields.source}: llama.{name} is {factor:g}; scaled rotary embeddings"
+        " cannot be read"
       )
   width = config.get("head_dim")
   if width is None and {"hidden_size", "num_attention_heads"} <= set(config):
     width = config["hidden_size"] // config["num_attention_heads"]
-  rotated = fields.get("llama.rope.dimension_count", width)
-  if rotated != width:
+  rotated = fields.integer("llama.rope.dimension_count", width)
+  if width is not None and rotated != width:
     raise UserError(
-      f"{source}: llama.rope.dimension_count is {rotated}, of heads of width"
-      f" {width}; rotary embeddings of a part of a head cannot be read"
+      f"{fields.source}: llama.rope.dimension_count is {rotated}, of heads of"
+      f" width {width}; rotary embeddings of a part of a head cannot be read"
     )
 
 
-def _tokenizer(fields: dict[str, Any], path: pathlib.Path) -> str:
+def _tokenizer(fields: Fields) -> str:
   """The text of a tokenizer.json, from the byte-level BPE in the file.
 
   Returns:
     "" for any other tokenizer, after a note is printed.
   """
-  kind = fields.get("tokenizer.ggml.model")
-  pre = fields.get("tokenizer.ggml.pre")
+  kind = fields.text("tokenizer.ggml.model", None)
+  pre = fields.text("tokenizer.ggml.pre", None)
   if kind != "gpt2" or pre not in BEFORE_BYTES:
     print(
-      f"note: {path} has a tokenizer {kind}/{pre}, which cannot be converted"
-      f" (only gpt2/{', gpt2/'.join(BEFORE_BYTES)} can); put the model's own"
-      " tokenizer.json beside the weights"
+      f"note: {fields.source} has a tokenizer {kind}/{pre}, which cannot be"
+      f" converted (only gpt2/{', gpt2/'.join(BEFORE_BYTES)} can); put the"
+      " model's own tokenizer.json beside the weights"
     )
     return ""
-  tokens = fields["tokenizer.ggml.tokens"]
-  merges = [tuple(m.split(" ", 1)) for m in fields["tokenizer.ggml.merges"]]
+  tokens = fields.texts("tokenizer.ggml.tokens")
+  pairs = [m.split(" ", 1) for m in fields.texts("tokenizer.ggml.merges")]
+  if any(len(pair) != 2 for pair in pairs):
+    fields.refuse("tokenizer.ggml.merges", "pairs with a space between them")
   vocabulary = {token: i for i, token in enumerate(tokens)}
-  tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+  with inputs.refusing(f"{fields.source}: its tokenizer cannot be used"):
+    merges = [(first, second) for first, second in pairs]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
   level = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*BEFORE_BYTES[pre], level])
   tokenizer.decoder = decoders.ByteLevel()
-  kinds = fields.get("tokenizer.ggml.token_type", [])
+  kinds = fields.integers("tokenizer.ggml.token_type", ())
   tokenizer.add_special_tokens(
     [token for token, k in zip(tokens, kinds, strict=False) if k == CONTROL]
   )
   return tokenizer.to_str()
 
 
-def _extra(
-  fields: dict[str, Any], config: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def _extra(fields: Fields, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
   """Begin and end tokens and the maximum length, for the JSON files."""
   prefix = "tokenizer.ggml."
+  tokens = fields.texts(f"{prefix}tokens")
   ids = {
-    f"{name}_token_id": fields[f"{prefix}{name}_token_id"]
+    f"{name}_token_id": fields.integer(
+      f"{prefix}{name}_token_id", high=len(tokens) - 1
+    )
     for name in ("bos", "eos")
-    if f"{prefix}{name}_token_id" in fields
+    if fields.has(f"{prefix}{name}_token_id")
   }
-  tokens = fields.get(f"{prefix}tokens", [])
   length = config.get("max_position_embeddings")
   described = {"tokenizer_class": "PreTrainedTokenizerFast"}
   described |= {name[:-3]: tokens[i] for name, i in ids.items()}

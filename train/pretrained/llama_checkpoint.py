@@ -8,10 +8,18 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from train.common import atomic_files
+import numpy as np
+
+from train.common import atomic_files, inputs
 from train.common.errors import UserError
+from train.common.fields import Fields
 from train.config import schema
-from train.pretrained import checkpoint_folder, llama_names, run_weights
+from train.pretrained import (
+  checkpoint_folder,
+  llama_names,
+  mapping,
+  run_weights,
+)
 from train.pretrained.checkpoint_folder import CONFIG, SIDECARS, TOKENIZER
 from train.pretrained.llama_names import Weights
 from train.pretrained.mapping import DTYPES
@@ -40,7 +48,7 @@ def load(path: pathlib.Path, step: int = 0) -> Weights:
       f"{path} is neither a folder nor a .gguf file; name a folder with"
       f" {CONFIG} and safetensors, a .gguf file, or a run"
     )
-  config = checkpoint_folder.read_json(path / CONFIG)
+  config = inputs.read_object(path / CONFIG)
   if "task.name" in config:
     raise UserError(
       f"{path} is the folder of a fine-tuning run; its weights are in"
@@ -61,19 +69,22 @@ def _load_folder(path: pathlib.Path, config: dict[str, Any]) -> Weights:
     shapes=shapes,
     read=read,
     tokenizer=checkpoint_folder.read_text(path / TOKENIZER),
-    extra={
-      name: checkpoint_folder.read_json(path / name)
-      for name in (CONFIG, *SIDECARS)
-      if (path / name).exists()
-    },
+    extra=checkpoint_folder.read_sidecars(path, (CONFIG, *SIDECARS)),
   )
 
 
-def adopt(config: schema.Config, path: pathlib.Path) -> schema.Config:
+def adopt(
+  config: schema.Config, path: pathlib.Path, tokenizer: str = ""
+) -> schema.Config:
   """The config of a run that starts from pretrained weights.
 
   The sizes of the model and the tokenizer are those of the weights. How the
   model is computed and trained stays as in `config`.
+
+  Args:
+    config: the run without the weights.
+    path: the folder of the weights.
+    tokenizer: what data.tokenizer is set to, in place of the weights' own.
 
   Raises:
     UserError: the weights cannot be read, do not fit their own config, or
@@ -87,15 +98,18 @@ def adopt(config: schema.Config, path: pathlib.Path) -> schema.Config:
   path = path.resolve()  # the run may be resumed from another directory
   weights = load(path)
   llama_names.check(weights)
-  if not weights.tokenizer:
-    raise UserError(f"--from {path} has no {TOKENIZER}; put it there")
+  if not weights.tokenizer and not tokenizer:
+    raise UserError(
+      f"--from {path} has no {TOKENIZER}; put it there, or name the model's"
+      f" tokenizer{_sentencepiece(path)} with --set data.tokenizer=FILE"
+    )
   ours = {name: getattr(config.model, name) for name in OURS}
-  described = weights.extra.get(checkpoint_folder.TOKENIZER_CONFIG, {})
-  end = described.get("eos_token", "")
+  name = checkpoint_folder.TOKENIZER_CONFIG
+  described = Fields(str(path / name), weights.extra.get(name, {}))
   data = dataclasses.replace(
     config.data,
-    tokenizer=str(path / TOKENIZER),
-    end_token=end["content"] if isinstance(end, dict) else end or "",
+    tokenizer=tokenizer or str(path / TOKENIZER),
+    end_token=described.token("eos_token"),
   )
   return dataclasses.replace(
     config,
@@ -103,6 +117,12 @@ def adopt(config: schema.Config, path: pathlib.Path) -> schema.Config:
     data=data,
     train=dataclasses.replace(config.train, init=str(path)),
   )
+
+
+def _sentencepiece(path: pathlib.Path) -> str:
+  """The folder's SentencePiece file, for a message; "" if it has none."""
+  file = path / "tokenizer.model"
+  return f", such as {file}," if file.is_file() else ""
 
 
 def initial_params(config: schema.Config) -> dict | None:
@@ -137,7 +157,10 @@ def save(weights: Weights, out: pathlib.Path, dtype: str = "") -> None:
     tensors = {}
     for name in llama_names.tensors(weights.model):
       tensor = weights.read(name)
-      tensors[name] = tensor.astype(DTYPES[dtype]) if dtype else tensor
+      with np.errstate(over="ignore"):  # found below
+        tensor = tensor.astype(DTYPES[dtype]) if dtype else tensor
+      mapping.check_finite(tensor, name, weights.source)
+      tensors[name] = tensor
     stored = str(next(iter(tensors.values())).dtype)
     checkpoint_folder.write(
       out, tensors, _files(weights, stored), weights.tokenizer

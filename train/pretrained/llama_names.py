@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from train.common.errors import UserError
+from train.common.fields import Fields
 from train.config.schema import ModelConfig
 from train.models import llama
 from train.pretrained import mapping
@@ -61,9 +62,10 @@ class Weights:
   def end_ids(self) -> tuple[int, ...]:
     """Ids of the tokens that end a text."""
     for name in ("generation_config.json", "config.json"):
-      ids = self.extra.get(name, {}).get("eos_token_id")
+      fields = Fields(f"{self.source}: {name}", self.extra.get(name, {}))
+      ids = fields.integers("eos_token_id", None)
       if ids is not None:
-        return tuple(ids) if isinstance(ids, list) else (ids,)
+        return ids
     return ()
 
 
@@ -139,12 +141,13 @@ def to_params(weights: Weights) -> dict:
     Nested dicts of arrays on the host, in `weights.model.param_dtype`.
 
   Raises:
-    UserError: names or shapes are wrong; nothing is read then.
+    UserError: names or shapes are wrong; nothing is read then. Or a number
+      is not finite.
   """
   check(weights)
   model = weights.model
   arrays = mapping.allocate(_param_shapes(model), model.param_dtype)
-  mapping.read_into(arrays, tensors(model), weights.read)
+  mapping.read_into(arrays, tensors(model), weights.read, weights.source)
   return mapping.nested(arrays)
 
 
@@ -184,38 +187,39 @@ def model_from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
     raise UserError(
       f"{source}: model_type is {kind!r}; only 'llama' can be read"
     )
-  sizes: dict[str, Any] = mapping.sizes_from_hf(given, source)
-  _refuse_variants(given, source)
+  fields = Fields(source, given)
+  sizes: dict[str, Any] = mapping.sizes_from_hf(fields)
+  _refuse_variants(fields)
   heads = sizes["n_heads"]
-  kv_heads = given.get("num_key_value_heads") or heads
-  rope = given.get("rope_parameters") or {}
-  return ModelConfig(
-    **sizes,
-    n_kv_heads=0 if kv_heads == heads else kv_heads,
-    rope_theta=float(
-      rope.get("rope_theta") or given.get("rope_theta") or 10000.0
-    ),
-    norm_eps=given.get("rms_norm_eps", 1e-6),
-    init_std=given.get("initializer_range", 0.02),
-    tie_embeddings=given.get("tie_word_embeddings", False),
-  )
+  kv_heads = fields.integer("num_key_value_heads", 0) or heads
+  newer = fields.group("rope_parameters").number("rope_theta", 0.0)
+  older = fields.number("rope_theta", 0.0)
+  with mapping.naming(source):
+    return ModelConfig(
+      **sizes,
+      n_kv_heads=0 if kv_heads == heads else kv_heads,
+      rope_theta=newer or older or 10000.0,
+      norm_eps=fields.number("rms_norm_eps", 1e-6),
+      init_std=fields.number("initializer_range", 0.02),
+      tie_embeddings=fields.flag("tie_word_embeddings", False),
+    )
 
 
-def _refuse_variants(given: Mapping[str, Any], source: str) -> None:
-  width = given["hidden_size"] // given["num_attention_heads"]
+def _refuse_variants(fields: Fields) -> None:
+  width = fields.integer("hidden_size") // fields.integer("num_attention_heads")
   # The second is the spelling of transformers 5, which always writes it.
-  ropes = [
-    given.get(name) or {} for name in ("rope_scaling", "rope_parameters")
+  ropes = [fields.group(name) for name in ("rope_scaling", "rope_parameters")]
+  kinds = [
+    rope.text("rope_type", "") or rope.text("type", "") for rope in ropes
   ]
-  kinds = [rope.get("rope_type") or rope.get("type") for rope in ropes]
-  scaled = [kind for kind in kinds if kind not in (None, "default")]
+  scaled = [kind for kind in kinds if kind not in ("", "default")]
   mapping.refuse_variants(
-    source,
+    fields.source,
     {
-      "hidden_act": (given.get("hidden_act", "silu"), ("silu",)),
-      "attention_bias": (bool(given.get("attention_bias")), (False,)),
-      "mlp_bias": (bool(given.get("mlp_bias")), (False,)),
-      "head_dim": (given.get("head_dim") or width, (width,)),
+      "hidden_act": (fields.text("hidden_act", "silu"), ("silu",)),
+      "attention_bias": (fields.flag("attention_bias", False), (False,)),
+      "mlp_bias": (fields.flag("mlp_bias", False), (False,)),
+      "head_dim": (fields.integer("head_dim", 0) or width, (width,)),
       "rope_type": (next(iter(scaled), "default"), ("default",)),
     },
   )

@@ -8,7 +8,8 @@ for each name in the checkpoint; everything else works on that.
 Nothing is read before all names and shapes have been checked.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from train.common.errors import UserError
+from train.common.fields import Fields
 
 DTYPES = {
   "float32": np.dtype(np.float32),
@@ -159,7 +161,10 @@ def allocate(shapes: Mapping[str, Shape], dtype: str) -> dict[str, np.ndarray]:
 
 
 def read_into(
-  arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Tensor], read: Reader
+  arrays: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Tensor],
+  read: Reader,
+  source: str,
 ) -> None:
   """Reads tensors into the parameters that they belong to.
 
@@ -167,11 +172,37 @@ def read_into(
     arrays: our parameters by path, filled in their own dtype.
     wanted: the tensors, by name.
     read: reads one tensor.
+    source: the checkpoint, as messages call it.
+
+  Raises:
+    UserError: a number is not finite in the dtype of its parameter.
   """
   for name, (path, layer, _, transpose) in wanted.items():
     tensor = read(name)
     target = arrays[path] if layer is None else arrays[path][layer]
-    target[...] = tensor.T if transpose else tensor
+    with np.errstate(over="ignore"):  # found below
+      target[...] = tensor.T if transpose else tensor
+    check_finite(target, name, source)
+
+
+def check_finite(tensor: np.ndarray, name: str, source: str) -> None:
+  """Refuses weights with which every output would be NaN.
+
+  Args:
+    tensor: the weights.
+    name: of the tensor.
+    source: the checkpoint, as messages call it.
+
+  Raises:
+    UserError: a number is NaN or infinite.
+  """
+  bad = tensor.size - int(np.isfinite(tensor).sum())
+  if bad:
+    raise UserError(
+      f"{source}: {bad:,} of {tensor.size:,} numbers in {name} are not finite"
+      f" in {tensor.dtype}; the file is damaged, or its training diverged: use"
+      " another, or an earlier checkpoint"
+    )
 
 
 def nested(arrays: Mapping[str, np.ndarray]) -> dict:
@@ -189,16 +220,25 @@ def to_tensor(params: Mapping[str, Any], tensor: Tensor) -> np.ndarray:
   return np.ascontiguousarray(array.T if tensor.transpose else array)
 
 
-def sizes_from_hf(given: Mapping[str, Any], source: str) -> dict[str, int]:
+def sizes_from_hf(fields: Fields) -> dict[str, int]:
   """The sizes in a config.json, under the names of our configs.
 
   Raises:
-    UserError: one is missing.
+    UserError: one is missing, or no whole number above 0.
   """
-  missing = [name for name in SIZES if given.get(name) is None]
+  missing = [name for name in SIZES if not fields.has(name)]
   if missing:
-    raise UserError(f"{source} has no {', '.join(missing)}")
-  return {ours: given[theirs] for theirs, ours in SIZES.items()}
+    raise UserError(f"{fields.source} has no {', '.join(missing)}")
+  return {ours: fields.integer(theirs, low=1) for theirs, ours in SIZES.items()}
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+  """Puts the file before the errors of a config that is made from it."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"{source}: {error}") from None
 
 
 def sizes_to_hf(config: Any) -> dict[str, int]:

@@ -1,9 +1,8 @@
 """Reads the weights of a pre-training run from its checkpoints."""
 
 import functools
-import json
 import pathlib
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +11,9 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import galore_optax
-from train.common.errors import UserError, first_line
+from train.common import inputs, links
+from train.common.errors import UserError
+from train.common.fields import Fields
 from train.config import schema
 from train.data import tokenizer
 from train.models import llama
@@ -21,8 +22,6 @@ from train.pretrained.llama_names import Weights
 from train.run import checkpoint as checkpoint_lib
 from train.run import checksums, run_dir
 from train.step import adapters, train_step
-
-Group = TypeVar("Group", schema.ModelConfig, schema.OptimizerConfig)
 
 
 def is_run(config: dict[str, Any]) -> bool:
@@ -41,42 +40,27 @@ def load(path: pathlib.Path, config: dict[str, Any], step: int = 0) -> Weights:
   Raises:
     UserError: there is no checkpoint, or another version wrote the config.
   """
-  model = _group(schema.ModelConfig, "model.", config, path)
-  method = _group(schema.OptimizerConfig, "optimizer.", config, path)
+  fields = Fields(str(links.inside(path, run_dir.CONFIG)), config)
+  model = schema.read_group(schema.ModelConfig, "model", fields)
+  method = schema.read_group(schema.OptimizerConfig, "optimizer", fields)
   parts = adapters.make(method)
   checkpoints = path / run_dir.FOLDER
   checkpoint = checkpoints / str(step or _newest(checkpoints))
-  text = checkpoint_folder.read_text(path / checkpoint_folder.TOKENIZER)
+  text = checkpoint_folder.read_text(
+    links.inside(path, checkpoint_folder.TOKENIZER)
+  )
   return llama_names.from_params(
     str(path),
     model,
     functools.cache(lambda: _restore(checkpoint, model, parts)),
     tokenizer=text,
-    extra=_extra(path, text, config),
+    extra=_extra(path, text, fields),
   )
-
-
-def _group(
-  kind: type[Group], prefix: str, config: dict[str, Any], path: pathlib.Path
-) -> Group:
-  """One group of a run's config, from its flat fields."""
-  fields = {
-    name.removeprefix(prefix): value
-    for name, value in config.items()
-    if name.startswith(prefix)
-  }
-  try:
-    return kind(**fields)
-  except TypeError as error:
-    raise UserError(
-      f"{path / checkpoint_folder.CONFIG} was written by another version"
-      f" ({error})"
-    ) from None
 
 
 def _newest(checkpoints: pathlib.Path) -> int:
   """The step of the last complete checkpoint."""
-  steps = [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()]
+  steps = checkpoint_lib.steps_in(checkpoints.parent)
   if not steps:
     raise UserError(f"{checkpoints} holds no checkpoint; train the run first")
   return max(steps)
@@ -92,25 +76,26 @@ def _restore(
   host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
   store = parts.init if parts else functools.partial(train_step.store, model)
   stored = jax.eval_shape(store, nnx.to_pure_dict(llama.abstract(model)[1]))
-  params = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), stored
-  )
+  abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
+  params = jax.tree.map(abstract, stored)
+  step = abstract(np.zeros((), np.int32))
   context = checkpoint_lib.reading_progress()
   context.pytree.loading.partial_load = True
   progress = checkpoint_lib.PROGRESS
-  try:
-    with context:
-      loaded = ocp.load_checkpointables(
-        str(checkpoint.resolve()),
-        {"state": {"params": params}, progress: None},
-      )
+  links.check_tree(checkpoint)
   # Orbax and its storage surface a broken file as many exception types.
-  except Exception as error:
-    raise UserError(
-      f"{checkpoint} cannot be read ({first_line(error)})"
-    ) from None
+  with inputs.refusing(f"{checkpoint} cannot be read"), context:
+    loaded = ocp.load_checkpointables(
+      str(checkpoint.resolve()),
+      {"state": {"params": params, "step": step}, progress: None},
+    )
   restored = loaded["state"]["params"]
-  _check(restored, loaded[progress]["check_sums"], checkpoint)
+  try:
+    saved = checkpoint_lib.Progress.check(loaded[progress])
+    checkpoint_lib.check_step(int(loaded["state"]["step"]), checkpoint)
+  except checkpoint_lib.Damaged as error:
+    raise UserError(f"{checkpoint} is damaged: {error}") from None
+  _check(restored, saved["check_sums"], checkpoint)
   if parts is not None:
     return parts.read(restored)
   # Weights that were trained in 8 bits are exported at full precision.
@@ -133,15 +118,17 @@ def _check(params: Any, sums: list[int], checkpoint: pathlib.Path) -> None:
     )
 
 
-def _extra(
-  path: pathlib.Path, text: str, config: dict[str, Any]
-) -> dict[str, dict]:
+def _extra(path: pathlib.Path, text: str, config: Fields) -> dict[str, dict]:
   """Files beside the weights: the end token, and the length of a row."""
-  length = config["data.length"]
+  length = config.integer("data.length", low=1)
   end, end_id = "", {}
   if text:
-    end = _end_token(path, text, config)
-    number = tokenizers.Tokenizer.from_str(text).token_to_id(end)
+    file = path / checkpoint_folder.TOKENIZER
+    parsed = tokenizer.parse(text, str(file))
+    end = _end_token(path, parsed, config)
+    number = parsed.token_to_id(end)
+    if end and number is None:
+      raise UserError(f"{file} does not have {end!r}, the run's end token")
     end_id = {} if number is None else {"eos_token_id": number}
   return {
     checkpoint_folder.CONFIG: {"max_position_embeddings": length, **end_id},
@@ -150,14 +137,17 @@ def _extra(
   }
 
 
-def _end_token(path: pathlib.Path, text: str, config: dict[str, Any]) -> str:
+def _end_token(
+  path: pathlib.Path, parsed: tokenizers.Tokenizer, config: Fields
+) -> str:
   """The token that closed the run's documents; "" if it is not known."""
   if (path / run_dir.TEXT).exists():
-    return checkpoint_folder.read_json(path / run_dir.TEXT)["end_token"]
+    file = links.inside(path, run_dir.TEXT)
+    return inputs.read_fields(file).text("end_token")
   # Older runs did not record it.
-  added = json.loads(text).get("added_tokens", [])
-  names = {token["content"] for token in added}
-  asked = config.get("data.end_token")
+  added = parsed.get_added_tokens_decoder().values()
+  names = {token.content for token in added}
+  asked = config.text("data.end_token", "")
   known = [e for e in ([asked] if asked else tokenizer.ENDS) if e in names]
   return next(iter(known), "")
 

@@ -8,6 +8,8 @@ its last complete checkpoint.
 import concurrent.futures
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import math
 import os
@@ -20,7 +22,9 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from train.common import inputs, links
 from train.common.errors import UserError
+from train.common.fields import Fields, is_integer, is_number, shown
 from train.parallel import multihost
 from train.run.checksums import check_sums
 from train.run.run_dir import FOLDER
@@ -38,17 +42,60 @@ class Progress(NamedTuple):
   seconds: float  # of training so far
   data: Any  # position of this process in the data
 
+  @staticmethod
+  def check(saved: Any) -> dict[str, Any]:
+    """What was saved beside a state, if every part has its type.
+
+    Raises:
+      Damaged: a part has another.
+    """
+    try:
+      if not isinstance(saved, dict):
+        raise UserError(f"{PROGRESS} is {shown(saved)}, not an object")
+      fields = Fields(PROGRESS, saved)
+      sums = fields.values.get("check_sums")
+      if not isinstance(sums, list) or not all(map(is_integer, sums)):
+        fields.refuse("check_sums", "a list of whole numbers")
+      fields.number("seconds", low=0)
+      if not isinstance(saved.get("data"), list) or not saved["data"]:
+        fields.refuse("data", "the positions of all processes")
+    except UserError as error:
+      raise Damaged(str(error)) from None
+    # Older checkpoints have none.
+    if saved.get("digest", digest(saved)) != digest(saved):
+      raise Damaged("its position in the data differs from what was saved")
+    return saved
+
+
+def digest(saved: dict[str, Any]) -> str:
+  """A hash of the position in the data, which decides what comes next."""
+  text = json.dumps(saved["data"], sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
 
 class Damaged(Exception):
   """A checkpoint is not what was saved; the text says why."""
 
 
 def steps_in(out: pathlib.Path) -> list[int]:
-  """Steps of the checkpoints of a run, oldest first."""
+  """Steps of the checkpoints of a run, oldest first.
+
+  Raises:
+    UserError: there is a file in place of the folder.
+  """
   folder = out / FOLDER
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"{folder} is a file; it must be the folder of checkpoints")
   if not folder.is_dir():
     return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  return sorted(int(p.name) for p in folder.iterdir() if _is_step(p))
+
+
+def _is_step(path: pathlib.Path) -> bool:
+  """Whether a path is the folder of a checkpoint: its name is the step's."""
+  name = path.name  # `isdigit` alone takes other scripts' digits as well
+  plain = name.isascii() and name.isdigit() and name == str(int(name))
+  return plain and path.is_dir()
 
 
 def restore(
@@ -100,14 +147,24 @@ def _load(
     abstract.state,
     abstract.shardings,
   )
+  links.check_tree(path)
   with reading_progress():
     loaded = ocp.load_checkpointables(
       str(path.resolve()), {"state": target, PROGRESS: None}
     )
-  state, progress = loaded["state"], loaded[PROGRESS]
-  if check_sums(state, abstract.shardings.step.mesh) != progress["check_sums"]:
+  state, saved = loaded["state"], Progress.check(loaded[PROGRESS])
+  if check_sums(state, abstract.shardings.step.mesh) != saved["check_sums"]:
     raise Damaged("its arrays differ from those that were saved")
-  return state, Progress(progress["seconds"], _own(progress["data"]))
+  check_step(int(jax.device_get(state.step)), path)
+  return state, Progress(saved["seconds"], _own(saved["data"]))
+
+
+def check_step(step: int, path: pathlib.Path) -> None:
+  """Raises for a checkpoint whose folder is named for another step."""
+  if step != int(path.name):
+    raise Damaged(
+      f"it holds step {step}, so its folder was renamed; name it {step} again"
+    )
 
 
 def _own(positions: list[Any]) -> Any:
@@ -135,7 +192,7 @@ def _set_aside(
     for step, reason in reasons.items():
       path = out / FOLDER / str(step)
       renamed = path.with_name(f"{step}.damaged")
-      shutil.rmtree(renamed, ignore_errors=True)
+      links.remove_folder(renamed)
       path.rename(renamed)
       say(
         f"checkpoint {path} is damaged ({reason}); it is renamed to"
@@ -176,6 +233,26 @@ def reading_progress() -> ocp.Context:
   return context
 
 
+def held_out_loss(metrics: Any) -> float:
+  """The loss that was saved with a checkpoint; infinite if it is no number."""
+  loss = metrics.get(LOSS) if isinstance(metrics, dict) else None
+  return float(loss) if loss is not None and is_number(loss) else math.inf
+
+
+def _drop_damaged_losses(out: pathlib.Path) -> None:
+  """Deletes files of losses that are no JSON, at which Orbax would fail."""
+  for step in steps_in(out):
+    path = out / FOLDER / str(step) / "metrics" / "metrics"
+    if not path.exists() and not path.is_symlink():
+      continue
+    try:
+      inputs.read_object(links.inside(path.parent, path.name))
+    except UserError as error:
+      print(f"note: {error}; the checkpoint does not count as a best one")
+      links.remove_folder(path)
+      path.unlink(missing_ok=True)
+
+
 class Checkpoints:
   """Saves training states in a run's folder, in the background."""
 
@@ -189,6 +266,7 @@ class Checkpoints:
         besides.
     """
     self._folder = out.resolve() / FOLDER
+    multihost.run_on_first(lambda: _drop_damaged_losses(out))
     self._policy = _preservation(keep, keep_best)
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._writing: tuple[int, concurrent.futures.Future] | None = None
@@ -210,9 +288,7 @@ class Checkpoints:
 
   def best(self) -> float:
     """The lowest held-out loss of any checkpoint; infinite without one."""
-    losses = [
-      c.metrics[LOSS] for c in self._orbax.checkpoints if c.metrics is not None
-    ]
+    losses = [held_out_loss(c.metrics) for c in self._orbax.checkpoints]
     return min(losses, default=math.inf)
 
   def save(
@@ -237,11 +313,12 @@ class Checkpoints:
     step = int(jax.device_get(state.step))
     if self.latest == step:
       return
-    saved = {
+    saved: dict[str, Any] = {
       "check_sums": check_sums(state, state.step.sharding.mesh),
       "seconds": progress.seconds,
       "data": multihost.gather(progress.data),
     }
+    saved["digest"] = digest(saved)
     metrics = None if loss is None else {LOSS: loss}
     try:
       # Fetching 4-bit arrays is an implicit transfer even where they are saved.
@@ -321,7 +398,7 @@ def _preservation(keep: int, keep_best: int) -> Any:
   if not keep_best:
     return newest
   best = policies.BestN(
-    get_metric_fn=lambda metrics: metrics[LOSS],
+    get_metric_fn=held_out_loss,
     reverse=True,
     n=keep_best,
     keep_checkpoints_without_metrics=False,

@@ -1,13 +1,14 @@
 """Reads finished runs from their folders: metrics, and labels to tell them."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
 
+from train.common import inputs, links
 from train.common.errors import UserError
+from train.common.fields import Fields
 from train.methods import registry
 from train.run import metrics
 
@@ -55,6 +56,10 @@ class Run:
     steps, values = np.array(found, float).reshape(-1, 2).T
     return self._positions(steps, axis), values
 
+  @property
+  def _fields(self) -> Fields:
+    return Fields(str(self.out / "config.json"), self.config)
+
   def _positions(self, steps: np.ndarray, axis: str) -> np.ndarray:
     if axis == "steps":
       return steps
@@ -64,7 +69,8 @@ class Run:
           f"--x tokens: {self.out} is a fine-tuning run, whose batches vary in"
           " length; use --x steps or --x hours"
         )
-      return steps * self.config["data.batch"] * self.config["data.length"]
+      batch = self._fields.integer("data.batch", low=1)
+      return steps * batch * self._fields.integer("data.length", low=1)
     known = [(r["step"], r["seconds"]) for r in self.records if "seconds" in r]
     if not known:
       raise UserError(
@@ -80,7 +86,7 @@ class Run:
       key.split("/")[1]
       for record in self.records
       for key in record
-      if key.startswith("subspace/")
+      if key.startswith("subspace/") and key.count("/") == 2
     }
     return sorted(names)
 
@@ -91,18 +97,14 @@ def load(out: pathlib.Path) -> Run:
   Raises:
     UserError: it is not the folder of a run, or has no training steps.
   """
-  try:
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(
-      f"{out} is not the folder of a run: it has no config.json"
-    ) from None
-  except (OSError, ValueError) as error:
-    raise UserError(f"{out / 'config.json'} cannot be read: {error}") from None
-  try:
-    records = metrics.read(out / metrics.FILE)
-  except OSError as error:
-    raise UserError(f"{out / metrics.FILE} cannot be read: {error}") from None
+  path = links.inside(out, "config.json")
+  if not path.exists():
+    raise UserError(f"{out} is not the folder of a run: it has no config.json")
+  config = inputs.read_object(path)
+  fields = Fields(str(path), config)
+  for name in ("preset", "optimizer.name"):  # which labels have
+    fields.text(name)
+  records = metrics.read(out / metrics.FILE)
   if not any("loss" in record for record in records):
     raise UserError(f"{out / metrics.FILE} holds no training steps")
   return Run(out, config, records)

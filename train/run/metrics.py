@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import pathlib
+import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ from typing import Any
 
 import jax
 
-from train.common import atomic_files
+from train.common import atomic_files, inputs, links
+from train.common.fields import is_integer
 from train.common.units import format_mib
 from train.run.sinks import Sink
 
@@ -103,11 +105,15 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
   An incomplete last line is dropped. So is all that comes after a line that is
   no record, as a power loss may leave it, and a note says so.
+
+  Raises:
+    UserError: the file cannot be read, or is a link to another folder.
   """
+  path = links.inside(path.parent, path.name)
   if not path.exists():
     return []
   records: list[dict[str, Any]] = []
-  for line in path.read_bytes().split(b"\n")[:-1]:
+  for line in inputs.read_bytes(path).split(b"\n")[:-1]:
     record = _parse(line)
     if record is None:
       print(
@@ -122,12 +128,20 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 def _parse(line: bytes) -> dict[str, Any] | None:
   """The record in a line; None if there is none."""
   try:
-    record = json.loads(line)
-  except ValueError:  # or not in UTF-8
+    record = json.loads(line.decode())
+  except (ValueError, RecursionError):  # or not in UTF-8
     return None
-  if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+  if not isinstance(record, dict) or not all(map(_is_metric, record.values())):
     return None
-  return record
+  step = record.get("step", -1)
+  return record if is_integer(step) and step >= 0 else None
+
+
+def _is_metric(value: Any) -> bool:
+  """Whether a value is a number that a float can hold, infinite ones too."""
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return False
+  return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def held_out(

@@ -7,14 +7,14 @@
 import contextlib
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import filelock
 
-from train.common import atomic_files
+from train.common import atomic_files, inputs, links
 from train.common.errors import UserError
+from train.common.fields import Fields
 from train.config import schema
 from train.data.corpus import Corpus
 
@@ -58,6 +58,8 @@ def held(out: pathlib.Path) -> Iterator[None]:
     UserError: another process holds it.
   """
   atomic_files.make_folder(out, "--out")
+  if (out / LOCK).is_symlink():
+    (out / LOCK).unlink()  # locking would empty the file that it leads to
   lock = filelock.FileLock(out / LOCK)
   try:
     lock.acquire(blocking=False)
@@ -120,7 +122,7 @@ def record_examples(out: pathlib.Path, digest: str) -> None:
 
 def examples_digest(out: pathlib.Path) -> str:
   """The digest that `record_examples` has written."""
-  return _read(out / TEXT)["digest"]
+  return Fields(str(out / TEXT), _read(out / TEXT)).text("digest")
 
 
 def _record_data(
@@ -140,9 +142,7 @@ def _delete_run(out: pathlib.Path) -> None:
   """Removes what a run writes, and no other files of the folder."""
   for name in (FOLDER, *OWN_FOLDERS):
     path = out / name
-    if path.is_symlink():
-      path.unlink()  # and not what it stands for, which is elsewhere
-    shutil.rmtree(path, ignore_errors=True)
+    links.remove_folder(path)
     if path.exists():
       raise UserError(
         f"--overwrite cannot delete {path}; delete it, or name another --out"
@@ -166,12 +166,9 @@ OWN_FOLDERS = ("tensorboard", "wandb", "model")
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
-    saved = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f"{path} cannot be read ({error}); --overwrite starts the run again"
-    ) from None
-  return saved
+    return inputs.read_object(links.inside(path.parent, path.name))
+  except UserError as error:
+    raise UserError(f"{error}; --overwrite starts the run again") from None
 
 
 def _shown(fields: dict[str, Any], name: str) -> Any:

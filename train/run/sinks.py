@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from train.common import atomic_files, inputs, links
 from train.common.errors import UserError
 
 
@@ -93,9 +94,9 @@ def _run_id(out: pathlib.Path, new: bool) -> str:
   """The W&B id of the training in this folder."""
   file = out / "wandb" / "id"
   if new or not file.exists():
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(hashlib.sha256(os.urandom(16)).hexdigest()[:12])
-  return file.read_text()
+    name = hashlib.sha256(os.urandom(16)).hexdigest()[:12]
+    atomic_files.write_text(file, name)
+  return inputs.read_text(links.inside(file.parent, file.name))
 
 
 SINKS: dict[str, tuple[str, Callable[..., Sink]]] = {

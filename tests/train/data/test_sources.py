@@ -198,3 +198,23 @@ def test_ambiguous_folders_are_refused(tmp_path, cache):
   (tmp_path / "README.md").write_text("# A set")
   with pytest.raises(UserError, match=r"kinds.*\.(md|jsonl) and .*glob"):
     sources.load(DataConfig(path=str(tmp_path)), cache)
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_column_that_is_no_utf8_is_refused(stream, tmp_path):
+  """As parquet files can have, whose text is not decoded when it is read."""
+  path = tmp_path / "a.parquet"
+  table = pa.table({"text": ["one text " * 9, "another text " * 9]})
+  pa.parquet.write_table(
+    table,
+    path,
+    compression="none",
+    use_dictionary=False,
+    write_statistics=False,
+  )
+  path.write_bytes(path.read_bytes().replace(b"another", b"\xffnother"))
+  config = DataConfig(
+    path=str(path), stream=stream, cache=str(tmp_path / "cache")
+  )
+  with pytest.raises(UserError, match=r"a\.parquet.* cannot be read.*utf-8"):
+    corpus.prepare(config, 300)

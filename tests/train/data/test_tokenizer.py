@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import hypothesis
 import numpy as np
@@ -204,3 +205,76 @@ def test_files_that_are_not_sentencepiece_models_are_refused(tmp_path):
   )  # fmt: skip
   with pytest.raises(UserError, match="unigram and bpe models are supported"):
     find(path, 330, tmp_path)
+
+
+def sentencepiece_model(path, kind, pieces, charsmap=b""):
+  """Writes a SentencePiece model of these pieces: text and type."""
+  pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+  proto = pb2.ModelProto()
+  proto.trainer_spec.model_type = kind
+  proto.normalizer_spec.precompiled_charsmap = charsmap
+  for i, (piece, type_) in enumerate(pieces):
+    proto.pieces.add(piece=piece, score=-float(i), type=type_)
+  path.write_bytes(proto.SerializeToString())
+
+
+SPECIAL = [("<unk>", 2), ("</s>", 3)]
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize(
+  ("pieces", "charsmap", "says"),
+  [
+    ([*SPECIAL, ("a", 1), ("a" * 100_000, 1)], b"", "piece 3 has 100,000 char"),
+    ([*SPECIAL, ("", 1)], b"", "piece 2 has 0 characters"),
+    ([("</s>", 3), ("a", 1)], b"", "no piece for unknown text"),
+    ([*SPECIAL, ("a", 1)], b"\xff\xff\xff\x7f", "charsmap is damaged"),
+    ([*SPECIAL, ("a", 1)], b"\x03\0\0\0abc", "charsmap is damaged"),
+  ],
+)
+def test_pieces_that_no_tokenizer_has(kind, pieces, charsmap, says, tmp_path):
+  path = tmp_path / "a.model"
+  sentencepiece_model(path, kind, pieces, charsmap)
+  with pytest.raises(UserError, match=says):
+    find(path, 400, tmp_path)
+
+
+def peak(call):
+  """Bytes of Python's objects that a call takes at most."""
+  tracemalloc.start()
+  try:
+    call()
+  finally:
+    _, found = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+  return found
+
+
+def test_a_long_piece_takes_memory_once(tmp_path):
+  path = tmp_path / "a.model"
+  sentencepiece_model(path, 2, [*SPECIAL, ("b", 1), ("b" * 4096, 1)])
+  # All halves of the piece take 16 MB.
+  assert peak(lambda: find(path, 10, tmp_path)) < 2_000_000
+
+
+def test_pieces_that_are_made_of_each_other_are_limited(tmp_path, monkeypatch):
+  path = tmp_path / "a.model"
+  pieces = [("a" * n, 1) for n in range(1, 300)]
+  sentencepiece_model(path, 2, [*SPECIAL, *pieces])
+  find(path, 400, tmp_path)
+  monkeypatch.setattr(tokenizer.sentencepiece_model, "MERGED", 1_000_000)
+  with pytest.raises(UserError, match=r"a\.model: its pieces merge in more"):
+    find(path, 400, tmp_path)
+
+
+def test_a_map_of_characters_in_a_tokenizer_json_is_checked(file, tmp_path):
+  content = json.loads(file.read_text())
+  content["normalizer"] = {
+    "type": "Sequence",
+    "normalizers": [
+      {"type": "Precompiled", "precompiled_charsmap": "////fwAAAAA="}
+    ],
+  }
+  file.write_text(json.dumps(content))
+  with pytest.raises(UserError, match="charsmap is damaged"):
+    find(file, 40, tmp_path)

@@ -73,7 +73,9 @@ def test_a_text_begins_with_the_begin_token_of_its_tokenizer(described, begins):
     single="<s> $A", special_tokens=[("<s>", start)]
   )
   extra = {"tokenizer_config.json": {"bos_token": "<s>"} | described}
-  found = types.SimpleNamespace(extra=extra, tokenizer=vocabulary.to_str())
+  found = types.SimpleNamespace(
+    source="test", extra=extra, tokenizer=vocabulary.to_str()
+  )
   writer = llamas._make_writer(found, recipes.make("chat", "galore"))  # type: ignore
   assert writer.begin == ((start,) if begins else ())
 

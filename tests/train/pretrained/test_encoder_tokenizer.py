@@ -1,3 +1,5 @@
+import json
+import os
 import pathlib
 
 import numpy as np
@@ -149,4 +151,21 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
 def test_a_vocabulary_without_special_tokens_is_refused(tmp_path):
   (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\nwe\n")
   with pytest.raises(UserError, match=r"vocabulary has no \[CLS\]"):
+    encoder_tokenizer.load(tmp_path, CONFIG)
+
+
+def test_a_pipe_in_place_of_a_vocabulary_is_not_waited_for(tmp_path):
+  encoder_files.write_roberta(tmp_path)
+  (tmp_path / "vocab.json").unlink()
+  os.mkfifo(tmp_path / "vocab.json")
+  with pytest.raises(UserError, match=r"vocab\.json .*not a regular file"):
+    encoder_tokenizer.load(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("value", ["true", 1, [], {"a": 1}])
+def test_a_setting_of_a_wrong_type_is_named(value, tmp_path):
+  encoder_files.write_bert(tmp_path)
+  text = json.dumps({"do_lower_case": value})
+  (tmp_path / "tokenizer_config.json").write_text(text)
+  with pytest.raises(UserError, match=r"config\.json: do_lower_case is .*true"):
     encoder_tokenizer.load(tmp_path, CONFIG)

@@ -191,3 +191,86 @@ def test_a_published_model_predicts_a_speech():
     logits[0], np.array(ids[1:])
   )
   assert float(np.exp(losses.mean())) == pytest.approx(34.62, abs=0.05)
+
+
+def test_integers_are_no_weights(params, tmp_path, monkeypatch):
+  """As a tensor of indices would be."""
+  path = tmp_path / "m.gguf"
+  add = gguf.GGUFWriter.add_tensor
+
+  def integers(writer, name, array, **more):
+    if name == "output_norm.weight":
+      array = array.astype(np.int32)
+    add(writer, name, array, **more)
+
+  monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", integers)
+  write(path, params)
+  with pytest.raises(UserError, match=r"output_norm.weight' has type I32"):
+    llama_names.to_params(gguf_lib.load(path))
+
+
+def edited(path, params, key, type_=None, value=None):
+  """A file in which the type of a field, or its first four bytes, differ."""
+  write(path, params)
+  content = bytearray(path.read_bytes())
+  at = content.index(key) + len(key)
+  if type_ is not None:
+    content[at : at + 4] = type_.to_bytes(4, "little")
+  if value is not None:
+    content[at + 4 : at + 8] = value.to_bytes(4, "little")
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  ("key", "type_", "value", "says"),
+  [
+    (b"attention.head_count", 6, None, "head_count is .*a whole number"),
+    (b"attention.head_count", None, 0, "head_count is 0; .* from 1"),
+    (b"block_count", 5, 2**32 - 1, "block_count is -1; .* from 1"),
+    (b"layer_norm_rms_epsilon", 6, 0x7FC00000, "epsilon is NaN; .* a number"),
+    (b"eos_token_id", None, 10**6, "eos_token_id is 1000000; .* to 299"),
+    (b"block_count", 9, None, "cannot be read as GGUF"),
+    (b"block_count", 200, None, "a value of type 200"),
+  ],
+)
+def test_a_field_of_a_wrong_type_is_named(
+  key, type_, value, says, params, tmp_path
+):
+  path = tmp_path / "m.gguf"
+  edited(path, params, key, type_, value)
+  with pytest.raises(UserError, match=says) as raised:
+    gguf_lib.load(path)
+  assert str(path) in str(raised.value)
+
+
+def test_head_counts_of_each_layer_are_refused(params, tmp_path, monkeypatch):
+  path = tmp_path / "m.gguf"
+  monkeypatch.setattr(
+    gguf.GGUFWriter,
+    "add_head_count",
+    lambda self, n: self.add_array("llama.attention.head_count", [n, n]),
+  )
+  write(path, params)
+  says = r"llama\.attention\.head_count is \[4, 4\]; it must be a whole number"
+  with pytest.raises(UserError, match=says):
+    gguf_lib.load(path)
+
+
+def test_a_text_that_is_no_utf8_is_refused(params, tmp_path):
+  path = tmp_path / "m.gguf"
+  write(path, params)
+  content = path.read_bytes()
+  path.write_bytes(content.replace(b"gpt-2", b"gpt\xff2"))
+  with pytest.raises(UserError, match="cannot be read as GGUF"):
+    gguf_lib.load(path)
+
+
+@pytest.mark.parametrize("at", [8, 16])
+def test_counts_beyond_the_file_are_refused_at_once(at, params, tmp_path):
+  path = tmp_path / "m.gguf"
+  write(path, params)
+  content = bytearray(path.read_bytes())
+  content[at : at + 8] = (2**62).to_bytes(8, "little")
+  path.write_bytes(content)
+  with pytest.raises(UserError, match="it is damaged"):
+    gguf_lib.load(path)

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from tests.train.conftest import TINY, make_trainer
-from train import hf
+from train import hf, pretrain, sample
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.data import tokenizer
@@ -359,3 +359,81 @@ def test_starting_from_weights_needs_a_tokenizer(tmp_path):
     llama_checkpoint.adopt(base, tmp_path / "out")
   with pytest.raises(UserError, match=r"convert the file first"):
     llama_checkpoint.adopt(base, tmp_path / "model.gguf")
+
+
+def test_a_renamed_checkpoint_is_not_exported(trainer, tmp_path, capsys):
+  config = schema.Config("tiny", model=TINY)
+  run_dir.write_config(tmp_path / "run", config, overwrite=False)
+  saver = checkpoint.Checkpoints(tmp_path / "run", keep=1)
+  with jax.set_mesh(trainer.mesh):
+    saver.save(trainer.init(), checkpoint.Progress(1.0, None))
+  saver.close()
+  folder = tmp_path / "run" / run_dir.FOLDER
+  (folder / "0").rename(folder / "7")
+  argv = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+  assert hf.main(argv) == 2
+  assert "checkpoints/7 is damaged: it holds step 0" in capsys.readouterr().err
+
+
+def test_a_set_tokenizer_replaces_a_missing_one(written, tmp_path):
+  for file in written.out.iterdir():
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  (tmp_path / checkpoint_folder.TOKENIZER).unlink()
+  (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+  base = presets.make("sotu_small", "galore")
+  with pytest.raises(UserError, match=r"such as .*\.model, with --set"):
+    llama_checkpoint.adopt(base, tmp_path)
+  path = str(tmp_path / "tokenizer.model")
+  config = llama_checkpoint.adopt(base, tmp_path, path)
+  assert config.data.tokenizer == path
+  assert config.data.end_token == tokenizer.END
+  assert config.model.vocab_size == TINY.vocab_size
+
+
+def test_the_command_looks_at_the_tokenizer_that_is_set(
+  written, tmp_path, monkeypatch
+):
+  for file in written.out.iterdir():
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  (tmp_path / checkpoint_folder.TOKENIZER).unlink()
+  found = []
+  monkeypatch.setattr(pretrain, "run", lambda c, out, o: found.append(c) or 0)
+  argv = ["--from", str(tmp_path), "--out", str(tmp_path / "run")]
+  assert pretrain.main([*argv, "--set", "data.tokenizer=my.model"]) == 0
+  assert [config.data.tokenizer for config in found] == ["my.model"]
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_sampled(
+  trainer, tmp_path, capsys
+):
+  out = tmp_path / "run"
+  config = schema.Config("tiny", model=TINY)
+  run_dir.write_config(out, config, overwrite=False)
+  (out / "tokenizer.json").write_text(TEXT)
+  state = trainer.init()
+  state.params["norm"]["scale"] *= np.nan
+  saver = checkpoint.Checkpoints(out, keep=1)
+  with jax.set_mesh(trainer.mesh):
+    saver.save(state, checkpoint.Progress(1.0, None))
+  saver.close()
+  assert sample.main([str(out), "--prompt", "we"]) == 2
+  error = capsys.readouterr().err
+  assert f"{out}: 32 of 32 numbers in model.norm.weight are not" in error
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39])
+def test_numbers_beyond_the_dtype_are_named(written, tmp_path, value):
+  tensors = copy(written, tmp_path)
+  name = "model.norm.weight"
+  tensors[name] = np.full(tensors[name].shape, value, np.float64)
+  save(tensors, tmp_path / checkpoint_folder.WEIGHTS)
+  weights = llama_checkpoint.load(tmp_path)
+  with pytest.raises(UserError, match=r"model.norm.weight are not finite in"):
+    llama_names.to_params(weights)
+
+
+def test_an_empty_tokenizer_is_not_taken_for_none(written, tmp_path):
+  save(copy(written, tmp_path), tmp_path / checkpoint_folder.WEIGHTS)
+  (tmp_path / checkpoint_folder.TOKENIZER).write_text("\n")
+  with pytest.raises(UserError, match=r"tokenizer\.json is empty"):
+    llama_checkpoint.load(tmp_path)

@@ -1,3 +1,5 @@
+import json
+import os
 import shutil
 
 import jax
@@ -205,3 +207,100 @@ def test_throughput_leaves_pauses_out():
   assert speed.rate == 100
   speed.update(100, 50.5)
   assert speed.rate == 200
+
+
+def test_a_checkpoint_that_was_renamed_is_noticed(trainer, state, tmp_path):
+  save(tmp_path, (at(state, 4), None), (at(state, 8), None))
+  (tmp_path / FOLDER / "8").rename(tmp_path / FOLDER / "20")
+  printed = []
+  restored, _ = checkpoint.restore(tmp_path, trainer.abstract, printed.append)
+  assert int(restored.step) == 4
+  (text,) = printed
+  assert "checkpoints/20 is damaged (it holds step 8" in text
+  shutil.rmtree(tmp_path / FOLDER / "4")
+  (tmp_path / FOLDER / "20.damaged").rename(tmp_path / FOLDER / "20")
+  with pytest.raises(UserError, match=r"step 20: it holds step 8.*name it 8"):
+    checkpoint.restore(tmp_path, trainer.abstract)
+  (tmp_path / FOLDER / "20").rename(tmp_path / FOLDER / "8")
+  restored, _ = checkpoint.restore(tmp_path, trainer.abstract)
+  assert int(restored.step) == 8
+
+
+@pytest.mark.parametrize("name", ["²", "٤", "007", "4"])
+def test_what_is_no_folder_of_a_step_is_left_alone(
+  name, trainer, state, tmp_path
+):
+  save(tmp_path, (at(state, 3), None))
+  (tmp_path / FOLDER / name).write_text("")
+  assert checkpoint.steps_in(tmp_path) == [3]
+
+
+def test_a_file_in_place_of_the_checkpoints_is_named(trainer, tmp_path):
+  (tmp_path / FOLDER).write_text("")
+  for use in (
+    lambda: checkpoint.restore(tmp_path, trainer.abstract),
+    lambda: checkpoint.Checkpoints(tmp_path, 1),
+  ):
+    with pytest.raises(UserError, match="checkpoints is a file"):
+      use()
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"data": [{"step": 5}]}, "its position in the data differs"),
+    ({"data": {}}, r"data is \{\}; it must be the positions"),
+    ({"seconds": "1.5"}, 'seconds is "1.5"; it must be a number'),
+    ({"check_sums": "1"}, 'check_sums is "1"; it must be a list'),
+  ],
+)
+def test_damaged_progress_is_named(change, says, trainer, state, tmp_path):
+  save(tmp_path, (at(state, 4), None))
+  (path,) = (tmp_path / FOLDER / "4" / "progress").glob("*.json")
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(UserError, match=says):
+    checkpoint.restore(tmp_path, trainer.abstract)
+
+
+def test_progress_of_before_there_was_a_hash_is_read(trainer, state, tmp_path):
+  save(tmp_path, (at(state, 4), None))
+  (path,) = (tmp_path / FOLDER / "4" / "progress").glob("*.json")
+  saved = json.loads(path.read_text())
+  del saved["digest"]
+  path.write_text(json.dumps(saved))
+  _, progress = checkpoint.restore(tmp_path, trainer.abstract)
+  assert progress == PROGRESS
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(trainer, state, tmp_path):
+  save(tmp_path, (at(state, 4), None))
+  path = biggest(tmp_path / FOLDER / "4" / "state")
+  path.unlink()
+  os.mkfifo(path)
+  with pytest.raises(UserError, match="is not a regular file"):
+    checkpoint.restore(tmp_path, trainer.abstract)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{\xff}", b"{} {}", None])
+def test_a_damaged_file_of_a_loss_is_dropped(content, state, tmp_path, capsys):
+  save(tmp_path, (at(state, 4), 3.0), (at(state, 8), 2.0))
+  path = tmp_path / FOLDER / "8" / "metrics" / "metrics"
+  path.unlink()
+  path.mkdir() if content is None else path.write_bytes(content)
+  store = checkpoint.Checkpoints(tmp_path, 1, 1)
+  assert f"note: {path}" in capsys.readouterr().out
+  assert store.best() == 3.0 and store.latest == 8
+  store.close()
+
+
+@pytest.mark.parametrize("loss", ["low", None, [], {}])
+def test_the_best_loss_is_a_number(loss, state, tmp_path):
+  save(tmp_path, (at(state, 4), 3.0), (at(state, 8), 2.0))
+  folder = tmp_path / FOLDER / "8" / "metrics"
+  (path,) = [p for p in folder.iterdir() if checkpoint.LOSS in p.read_text()]
+  path.write_text(json.dumps({checkpoint.LOSS: loss}))
+  store = checkpoint.Checkpoints(tmp_path, 1, 1)
+  assert store.best() == 3.0
+  store.save(at(state, 9), PROGRESS, 2.5)
+  store.close()
+  assert not store.failure and kept(tmp_path) == ["9"]
