@@ -23,10 +23,11 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from train.common import inputs, links
-from train.common.errors import UserError
+from train.common.errors import TrainingError, UserError
 from train.common.fields import Fields, is_integer, is_number, shown
 from train.parallel import multihost
 from train.run.checksums import check_sums
+from train.run.kept_folder import KeptFolder
 from train.run.run_dir import FOLDER
 from train.step.train_step import AbstractState, TrainState
 
@@ -266,6 +267,7 @@ class Checkpoints:
         besides.
     """
     self._folder = out.resolve() / FOLDER
+    self._kept = KeptFolder(out.resolve())
     multihost.run_on_first(lambda: _drop_damaged_losses(out))
     self._policy = _preservation(keep, keep_best)
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -308,7 +310,12 @@ class Checkpoints:
       progress: what is saved with it.
       loss: the held-out loss of this state, if it is known.
       say: prints failures.
+
+    Raises:
+      TrainingError: the run's folder is not there any more.
     """
+    if any(multihost.gather(self._kept.is_lost())):
+      self._rescue(state, progress)
     self.settle(say)
     step = int(jax.device_get(state.step))
     if self.latest == step:
@@ -330,6 +337,26 @@ class Checkpoints:
     # A full disk or a lost mount surfaces as many exception types.
     except Exception as error:
       self._give_up(step, _reason(error), say)
+
+  def _rescue(self, state: TrainState, progress: Progress) -> None:
+    """Saves a state beside the run's folder, which is gone, and says where."""
+    step, out = int(jax.device_get(state.step)), self._kept.out
+    lost = f"the folder {out} was deleted or replaced during training"
+    if self._writing is not None:  # into the folder that is gone
+      self._writing[1].exception()
+      self._writing = None
+    if jax.process_count() > 1:
+      raise TrainingError(f"{lost}; nothing after step {self.latest} is saved")
+    beside = self._kept.copy()
+    others = Checkpoints(beside, keep=1)
+    others.save(state, progress)
+    others.close()
+    if others.latest != step:
+      raise TrainingError(f"{lost}, and {beside}: {others.failure}")
+    raise TrainingError(
+      f"{lost}. Step {step} is saved in {beside}: the same command with --out"
+      f" {beside} continues"
+    )
 
   def poll(self, say: Callable[[str], None] = print) -> None:
     """Reports a save in the background that has failed."""
@@ -388,7 +415,10 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for the save in the background and ends the background work."""
     self.settle(say=lambda text: None)  # `failure` keeps the reason
-    self._orbax.close()
+    # What it was writing into a folder that is gone has failed.
+    expected = (Exception,) if self._kept.is_lost() else ()
+    with contextlib.suppress(*expected):
+      self._orbax.close()
     self._waiter.shutdown()
 
 

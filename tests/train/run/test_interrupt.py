@@ -169,6 +169,31 @@ def test_a_signal_after_the_last_step_ends_the_program(
   assert "interrupted; step 12 is saved" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_run_whose_folder_is_lost_is_saved_beside_it(
+  how, flags, whole, tmp_path, monkeypatch, capsys
+):
+  out, record = tmp_path / "run", loop.Reporter.record
+
+  def lose(self, index, values):
+    if index == 6:
+      out.rename(tmp_path / "moved")  # as a deletion, but free of races
+      if how == "replaced":
+        out.mkdir()
+    return record(self, index, values)
+
+  monkeypatch.setattr(loop.Reporter, "record", lose)
+  assert pretrain.main(["--out", str(out), *flags]) == 1
+  beside = tmp_path / "run-kept-1"
+  error = capsys.readouterr().err
+  assert "was deleted or replaced" in error and f"--out {beside}" in error
+  assert steps_of(beside) == [6]
+  monkeypatch.setattr(loop.Reporter, "record", record)
+  assert pretrain.main(["--out", str(beside), *flags]) == 0
+  (state, _), (expected, _) = final(beside), final(whole)
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
 def test_a_finished_run_says_that_it_is_complete(
   flags, whole, tmp_path, capsys
 ):
