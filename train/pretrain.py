@@ -235,6 +235,8 @@ def _command(flags: argparse.Namespace) -> int:
   if flags.dry_run:
     return dry_run.main(config, flags.json)
   out = flags.out or pathlib.Path("runs") / default
+  if not flags.overwrite:
+    config = run_dir.goes_on_as_begun(out, config, flags.settings)
   multihost.connect(config.mesh)
   with multihost.only_first_prints():
     return run(config, out, flags.overwrite)

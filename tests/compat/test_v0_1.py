@@ -81,7 +81,11 @@ def test_pretraining_goes_on(name, folder, capsys):
   groups = ("model", "data", "optimizer", "train", "mesh", "run")
   flags = ["--optimizer", name, "--out", str(run), *settings(run, groups)]
   assert pretrain.main(flags) == 0
-  check_losses(run, capsys.readouterr().out)
+  output = capsys.readouterr().out
+  check_losses(run, output)
+  # Of methods whose default has changed since then.
+  changed = name in ("galore", "galore_8bit", "q_galore")
+  assert ("begun by version 0.1" in output) == changed
 
 
 @pytest.mark.parametrize(

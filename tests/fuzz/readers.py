@@ -207,7 +207,7 @@ def make_checkpoint(folder: pathlib.Path) -> None:
   made = schema.override(
     BASE,
     [f"model.{name}={value}" for name, value in vars(MODEL).items()]
-    + ["optimizer.name=adamw"],
+    + ["optimizer.name=adamw", "optimizer.residual=none"],
   )
   run_dir.write_config(folder, made, overwrite=False)
   (folder / "tokenizer.json").write_text(vocabulary())

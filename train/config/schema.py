@@ -295,7 +295,8 @@ class SharedConfig:
     if residual != "none" and (method.by_optax or not method.projects):
       raise UserError(
         f"optimizer.residual={residual} is for GaLore's methods, not for"
-        f" optimizer.name={self.optimizer.name}; leave it at none"
+        f" optimizer.name={self.optimizer.name}; leave it at none, or choose"
+        f" the method with --optimizer {self.optimizer.name}"
       )
     burst = self.optimizer.burst
     if burst and (method.by_optax or not method.projects):

@@ -213,7 +213,7 @@ def _reason(error: BaseException) -> str:
     return FULL
   messages = [text for text in reversed(texts) if text]
   line = messages[0].splitlines()[0] if messages else type(error).__name__
-  return line if len(line) <= 160 else f"{line[:160]}..."
+  return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def silence_orbax() -> None:

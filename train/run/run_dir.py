@@ -7,7 +7,7 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import filelock
@@ -48,6 +48,40 @@ def check_folder(
       f"--out {out} is not empty and holds no {CONFIG} of a run; name an"
       " empty or new folder"
     )
+
+
+# Options whose defaults in a preset differ from those of version 0.1.
+CHANGED = ("optimizer.residual", "optimizer.scale")
+
+
+def goes_on_as_begun(
+  out: pathlib.Path, config: schema.AnyConfig, settings: Sequence[str]
+) -> schema.AnyConfig:
+  """The config with the defaults of version 0.1, if it began the run.
+
+  Args:
+    out: the run's folder.
+    config: the config with today's defaults.
+    settings: the `--set` flags, which stay as they are.
+  """
+  saved = out / CONFIG
+  if not saved.exists() or CHANGED[0] in (begun := _read(saved)):
+    return config
+  given = {setting.partition("=")[0] for setting in settings}
+  old = schema.flatten(type(config)(preset="")) | begun
+  now = schema.flatten(config)
+  changes = [
+    f"{name}={old[name]}"
+    for name in CHANGED
+    if name not in given and old[name] != now.get(name)
+  ]
+  if not changes:
+    return config
+  print(
+    f"note: {out} was begun by version 0.1, and goes on with its"
+    f" {', '.join(changes)}"
+  )
+  return schema.override(config, changes)
 
 
 @contextlib.contextmanager
