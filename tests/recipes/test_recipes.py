@@ -1,10 +1,7 @@
-"""Runs the blocks of docs/recipes whose packages are installed.
+"""Runs the programs of docs/recipes whose packages are installed.
 
-With the extra `recipes` the tests run more of them. The blocks of trainers that
-have versions of their own of many packages run in an environment each:
-
-  pip install -e . google-tunix pytest markdown-it-py
-  pytest -n 0 tests/recipes
+The extra `recipes` installs some of them; docs/recipes/index.md says how the
+others are run.
 """
 
 import pytest
