@@ -3,6 +3,8 @@
 Marks of a block, in a comment on the line above it:
 
 - `runnable`: a block of Python, run by itself.
+- `runnable: NAMES`: the same, in docs/recipes, for which packages are needed
+  that may be missing. tests/recipes runs the blocks of that folder.
 - `runnable in order`: Python or shell commands. The blocks of a page run one
   after the other in one temporary folder, with the settings of `TINY`.
 - `runnable in order: NAMES`: the same, but left out if one of the packages is
@@ -39,9 +41,11 @@ NAMES = {page: str(page.relative_to(ROOT)) for page in PAGES}
 MARKED = {
   page: list(MARK.finditer(page.read_text(encoding="utf-8"))) for page in PAGES
 }
+RECIPES = ROOT / "docs" / "recipes"
 BLOCKS = {
   f"{NAMES[page]}:{i}": code
   for page, marked in MARKED.items()
+  if page.parent != RECIPES
   for i, code in enumerate(x["code"] for x in marked if not x["ordered"])
 }
 TRAINING = (

@@ -25,13 +25,14 @@ from galore_optax.tree import sides as sides_lib
 
 # Paths of leaves that the papers leave at full rank: embeddings, output heads,
 # norms, and vectors, which have two axes where layers are stacked. Keys of flat
-# dicts join names by dots.
+# dicts join names by dots. A node without names of its own, such as the
+# NamedArray of Haliax, adds an index at the end.
 _FULL_RANK_PATHS = re.compile(
   r"(^|[./])[^./]*(embed|norm)[^./]*([./]|$)"
   r"|(^|[./])(wte|wpe|ln|ln_?\w{1,3}|lm_head|unembed\w*)([./]|$)"
   r"|(^|[./])(\w+_)?(embs?|logits)([./]|$)"
-  r"|(^|[./])(head|output|classifier|score)([./](kernel|weight|w))?$"
-  r"|(^|[./])(bias|scale|offset|gamma|beta)$",
+  r"|(^|[./])(head|output|classifier|score)([./](kernel|weight|w)([./]\d+)?)?$"
+  r"|(^|[./])(bias|scale|offset|gamma|beta)([./]\d+)?$",
   re.IGNORECASE,
 )
 

@@ -40,6 +40,7 @@ def arrays(**shapes):
     "layers/LayerNorm_0/scale", "lm_head.weight", "transformer.wte.weight",
     "model.ln_f.weight", "blocks.0.ln_1.scale", "h.0.attn.bias",
     "to_logits/w", "tok_emb/weight", "pos_embs", "layer_1/offset", "ln/beta",
+    "up/bias/0", "head/weight/0",
   ],
 )  # fmt: skip
 def test_full_rank_paths(path):
@@ -53,6 +54,7 @@ def test_full_rank_paths(path):
     "w", "heads/kernel", "layers/self_attn/o_proj/kernel",
     "encoder.layer.0.output.dense.weight", "model.layers.0.mlp.up_proj.weight",
     "b", "up/b", "ember/w", "logits_mix/w",
+    "output/0", "up/weight/0", "bias/up/0",
   ],
 )  # fmt: skip
 def test_projected_paths(path):
