@@ -95,7 +95,13 @@ def _mesh():
   return jax.make_mesh((2, 4), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
 
 
-@every
+@pytest.mark.parametrize(
+  "name",
+  [
+    "galore_adamw",
+    pytest.param("q_galore_adamw_8bit", marks=pytest.mark.slow),
+  ],
+)
 def test_annotated_nnx_optimizer_eagerly(name):
   """Metadata of a kernel must not reach what stands for it at low rank."""
   with jax.set_mesh(_mesh()):

@@ -169,7 +169,9 @@ def test_a_signal_after_the_last_step_ends_the_program(
   assert "interrupted; step 12 is saved" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["deleted", "replaced"])
+@pytest.mark.parametrize(
+  "how", ["deleted", pytest.param("replaced", marks=pytest.mark.slow)]
+)
 def test_a_run_whose_folder_is_lost_is_saved_beside_it(
   how, flags, whole, tmp_path, monkeypatch, capsys
 ):
