@@ -60,7 +60,7 @@ def _state_mib(record: Record) -> float:
 def _draw_perplexities(plan: Plan, path: pathlib.Path) -> None:
   """Draws perplexities by variant and seed, and their means by state size."""
   chosen = _chosen(plan)
-  height = 1.2 + 0.24 * len(chosen)
+  height = max(2.6, 1.2 + 0.24 * len(chosen))  # room for the axes' names
   with figure.axes(path, count=2, width=5.6, height=height) as (left, right):
     _draw_seeds(plan, chosen, left)
     _draw_states(plan, chosen, right)
