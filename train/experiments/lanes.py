@@ -68,6 +68,7 @@ def common(config: schema.Config) -> schema.Config:
     # Without a residual, its options are at their defaults.
     if chosen.residual != "none" or not name.startswith("residual_")
   }
+  chosen = optimizer.resolve(chosen, config.train.steps)
   return dataclasses.replace(
     config,
     optimizer=dataclasses.replace(chosen, **stand_ins),

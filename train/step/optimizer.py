@@ -53,6 +53,14 @@ def _linear(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([up, down], [warmup])
 
 
+def resolve(config: OptimizerConfig, steps: int) -> OptimizerConfig:
+  """The config with the options that depend on the length of the run."""
+  late = registry.get(config.name).random_late
+  if not late or config.random_from:
+    return config
+  return dataclasses.replace(config, random_from=max(1, steps // 2))
+
+
 def make_optimizer(
   config: OptimizerConfig, steps: int, param_shardings: Any = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -75,8 +83,7 @@ def make_optimizer(
       f"optimizer.accumulate is {config.accumulate}, which is for the GaLore"
       f" methods, not {config.name}; use train.accumulate"
     )
-  if method.random_late and not config.random_from:
-    config = dataclasses.replace(config, random_from=max(1, steps // 2))
+  config = resolve(config, steps)
   try:
     schedule = make_schedule(config, steps)
     parts = [method.make(config, schedule, param_shardings)]

@@ -1,5 +1,6 @@
 """Runs by one program: against the training script, side by side, resumed."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -20,6 +21,7 @@ from train.experiments import (
   training,
   training_loop,
 )
+from train.methods import registry
 from train.run import checkpoint, metrics
 
 ADAMW, GALORE = TINIEST.variants
@@ -161,3 +163,45 @@ def test_programs_differ_in_what_is_not_a_number(text):
   )
   assert json.dumps(values["b2"].tolist()).startswith("[0.94999")
   assert values["seed"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    name
+    if name in ("galore", "golore", "contrib_galore")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in registry.METHODS
+  ],
+)
+def test_every_method_takes_its_numbers_as_arrays(name, text):
+  variant = tables.BASELINE._replace(optimizer=name)
+  run = runs_of(variant, (8e-3, 0.25, 0))[0]
+  config = training.program_of(run, text)
+  mesh = training.mesh_lib.make_mesh(config.mesh, 4, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    program = lanes.make(config, 1, mesh)
+    values = lanes.numbers([training.config_of(run, text)])
+    state = jax.eval_shape(program.start, values)
+    rows = np.zeros((1, 4, 17), np.int32)
+    after, _ = jax.eval_shape(program.advance, state, values, rows)
+  kinds = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  assert kinds(after) == kinds(state)
+
+
+def test_losses_that_are_not_finite_are_restored(text, tmp_path):
+  """A lane may have diverged when the others are stopped."""
+  runs = runs_of(ADAMW, (8e-3, 0.25, 0), (DIVERGING, 0.25, 0))
+  asked = itertools.count(1)
+  assert training.train(runs, text, tmp_path, lambda: next(asked) == 6) is None
+  configs = [training.config_of(run, text) for run in runs]
+  config = lanes.common(configs[0])
+  mesh = training.mesh_lib.make_mesh(config.mesh, 4, jax.devices()[:1])
+  corpus = training._corpus(config.data, config.model.vocab_size)
+  with jax.set_mesh(mesh):
+    program = training._program(config, 2, mesh)
+    with contextlib.closing(
+      training_loop.Training(program, configs, corpus, tmp_path)
+    ) as resumed:
+      assert resumed.history.step == 5
+      assert not math.isfinite(resumed.history.losses[-1][1])
