@@ -80,11 +80,14 @@ def test_pretraining_goes_on(name, folder, capsys):
   run = folder / name
   groups = ("model", "data", "optimizer", "train", "mesh", "run")
   flags = ["--optimizer", name, "--out", str(run), *settings(run, groups)]
+  # Of methods whose defaults have changed since then.
+  changed = name in ("galore", "galore_8bit", "q_galore")
+  if changed:  # what the command does not say is as it was
+    at = flags.index("optimizer.scale=0.25")
+    del flags[at - 1 : at + 1]
   assert pretrain.main(flags) == 0
   output = capsys.readouterr().out
   check_losses(run, output)
-  # Of methods whose default has changed since then.
-  changed = name in ("galore", "galore_8bit", "q_galore")
   assert ("begun by version 0.1" in output) == changed
 
 
