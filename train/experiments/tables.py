@@ -43,7 +43,7 @@ EVERY_STEP = 10**6  # more gaps than steps: a gap is at least one step
 
 
 BASELINE = Variant("adamw", "AdamW, full rank", "adamw")
-OURS = Variant("galore", "GaLore, our defaults", "galore")
+OURS = Variant("galore", "GaLore, defaults of 0.1", "galore")
 FAITHFUL = Variant("galore_faithful", "GaLore, as published", "galore_faithful")
 
 METHODS = Table(
@@ -107,7 +107,7 @@ METHODS = Table(
 
 
 def _change(name: str, label: str, *settings: str, gaps: int = 10) -> Variant:
-  """GaLore with our defaults, except for these settings."""
+  """GaLore with the defaults of 0.1, except for these settings."""
   fields = tuple(f"optimizer.{s}" if "." not in s else s for s in settings)
   return Variant(name, label, "galore", fields, gaps)
 
@@ -120,7 +120,7 @@ RANK_VARIANTS = tuple(
 
 ABLATIONS = Table(
   "ablations",
-  "Ablations of GaLore with our defaults",
+  "Ablations of GaLore with the defaults of 0.1",
   (
     (
       OURS,

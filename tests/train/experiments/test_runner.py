@@ -121,7 +121,7 @@ def test_the_report_contains_the_records(base, ran, capsys):
   assert "Not measured yet: `python -m train.experiments run methods" in text
   assert text.count("old") == 1  # an unknown section stays
   assert "5 of about 5 runs are done" in text
-  rows = re.findall(r"^\| (AdamW, full rank|GaLore, our.*?) \|", text, re.M)
+  rows = re.findall(r"^\| (AdamW, full rank|GaLore, def.*?) \|", text, re.M)
   assert len(rows) == 2 + 3  # the table, and all points in the grid
   found = results.read(base / "out" / "quick.jsonl")
   pair = [
