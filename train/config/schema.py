@@ -203,9 +203,13 @@ class MeshConfig:
   processes: int = 0  # number of processes; 0: from the cluster's environment
   # index of this process, from 0; -1: from the cluster's environment
   process: int = -1
+  # seconds without a sign of life after which a process counts as lost, and
+  # the others end
+  lost_after: int = 30
 
   def __post_init__(self):
     check_above("mesh", self, ("data", "processes"), low=-1)
+    check_above("mesh", self, ("lost_after",))
     check_above("mesh", self, ("process",), low=-2)
     check_above("mesh", self, ("fsdp", "tensor"))
     if self.coordinator not in ("", "auto") and ":" not in self.coordinator:
