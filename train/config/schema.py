@@ -289,25 +289,7 @@ class SharedConfig:
 
   def __post_init__(self):
     method = registry.get(self.optimizer.name)
-    if self.optimizer.moments == "ldadam" and not method.around_adam:
-      raise UserError(
-        f"optimizer.moments=ldadam is for AdamW in a subspace, not for"
-        f" optimizer.name={self.optimizer.name}; use galore or fira, or"
-        " optimizer.moments=rotate"
-      )
-    residual = self.optimizer.residual
-    if residual != "none" and (method.by_optax or not method.projects):
-      raise UserError(
-        f"optimizer.residual={residual} is for GaLore's methods, not for"
-        f" optimizer.name={self.optimizer.name}; leave it at none, or choose"
-        f" the method with --optimizer {self.optimizer.name}"
-      )
-    burst = self.optimizer.burst
-    if burst and (method.by_optax or not method.projects):
-      raise UserError(
-        f"optimizer.burst={burst} is for GaLore's methods, not for"
-        f" optimizer.name={self.optimizer.name}; leave it at 0"
-      )
+    method.check(self.optimizer)
     if method.factors and self.model.weights != "full":
       raise UserError(
         f"model.weights={self.model.weights} is for weights that are trained,"
