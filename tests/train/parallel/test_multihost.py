@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.run.test_interrupt import SETTINGS
+from tests.train.run.small_run import SETTINGS
 from train import pretrain
 from train.common.errors import UserError
 from train.config import schema

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from tests.train.parallel import test_multihost
-from tests.train.run.test_interrupt import SETTINGS
+from tests.train.run.small_run import SETTINGS
 from train.parallel import peers, witness
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 
 from train import pretrain
 from train.run import loop
@@ -36,6 +37,19 @@ def killed_after(step: int) -> None:
       self._job.checkpoints.settle()  # no save is under way
       os.kill(os.getpid(), signal.SIGKILL)
     return found
+
+  loop.Reporter.record = then_die
+
+
+def killed_soon_after(step: int, seconds: float) -> None:
+  """`kill -9` that long after the numbers of a step, whatever is going on."""
+  record = loop.Reporter.record
+
+  def then_die(self, index, values):
+    if index == step:
+      kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+      threading.Timer(seconds, kill).start()
+    return record(self, index, values)
 
   loop.Reporter.record = then_die
 
@@ -79,6 +93,9 @@ def main() -> int:
     return full_disk(argument, flags)
   if harm == "killed-after":
     killed_after(int(argument))
+  elif harm == "killed-soon-after":
+    step, seconds = argument.split(":")
+    killed_soon_after(int(step), float(seconds))
   else:
     killed_when(harm, argument)
   return pretrain.main(flags)

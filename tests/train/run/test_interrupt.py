@@ -1,117 +1,33 @@
 """Runs that come to harm, next to one that does not.
 
-All share one tiny config; what is compared are the losses of every step and
-the final checkpoint, bit for bit.
+All share one tiny config, and are compared bit for bit.
 """
 
 import json
-import os
-import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.train.run.small_run import (
+  assert_same_run,
+  drive,
+  final,
+  losses,
+  steps_of,
+)
 from train import pretrain
-from train.config import presets, schema
 from train.data import corpus
 from train.models import llama
-from train.parallel import mesh as mesh_lib
-from train.run import checkpoint, loop, metrics
+from train.run import loop, metrics
 from train.run.run_dir import FOLDER
-from train.step import optimizer, train_step
+from train.step import train_step
 
 pytestmark = pytest.mark.usefixtures("one_device")
-
-ROOT = pathlib.Path(__file__).parents[3]
-SETTINGS = {
-  "data.length": 16,
-  "data.batch": 8,
-  "model.vocab_size": 300,
-  "model.d_model": 16,
-  "model.d_ff": 32,
-  "model.n_layers": 2,
-  "model.n_heads": 2,
-  "optimizer.rank": 4,
-  "optimizer.update_proj_gap": 3,
-  "optimizer.learning_rate": 0.01,
-  "train.steps": 12,
-  "run.eval_every": 6,
-  "run.checkpoint_every": 4,
-  "run.log_every": 1,
-  "run.sample_tokens": 0,
-  "run.watch": "none",
-  "mesh.data": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def flags(text_file, tmp_path_factory):
-  settings = SETTINGS | {
-    "data.path": text_file,
-    "data.cache": tmp_path_factory.mktemp("cache"),
-  }
-  return [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
-
-
-@pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory):
-  """The run that nothing happens to."""
-  out = tmp_path_factory.mktemp("whole") / "run"
-  assert pretrain.main(["--out", str(out), *flags]) == 0
-  return out
-
-
-def losses(out):
-  records = metrics.read(out / metrics.FILE)
-  return [(r["step"], r["loss"]) for r in records if "loss" in r]
-
-
-def steps_of(out):
-  return sorted(int(p.name) for p in (out / FOLDER).iterdir())
-
-
-def final(out):
-  """The state of the last checkpoint, read without the run's own code."""
-  config = schema.override(
-    presets.make("sotu_small", "galore"),
-    [f"{k}={v}" for k, v in SETTINGS.items()],
-  )
-  model = config.model
-  tx = optimizer.make_optimizer(config.optimizer, 12)
-  mesh = mesh_lib.make_mesh(schema.MeshConfig(), 8)
-  state, progress = checkpoint.restore(
-    out, train_step.abstract_state(model, *llama.abstract(model), tx, mesh)
-  )
-  assert int(state.step) == 12
-  return state, progress
-
-
-def assert_same_run(out, whole):
-  assert losses(out) == losses(whole)
-  assert [n for n, _ in losses(out)] == list(range(1, 13))
-  (state, progress), (expected, reference) = final(out), final(whole)
-  jax.tree.map(np.testing.assert_array_equal, state, expected)
-  assert progress.data == reference.data
-
-
-def drive(harm, argument, out, flags, *before):
-  """Runs the driver; returns the finished process."""
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=1",
-  }
-  return subprocess.run(
-    [*before, sys.executable, "-m", "tests.train.run.driver", harm,
-     str(argument), "--", "--out", str(out), *flags],
-    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-  )  # fmt: skip
 
 
 @pytest.mark.parametrize(
