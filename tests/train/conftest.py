@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import random
+import signal
 from typing import Any
 
 import jax
@@ -77,6 +78,14 @@ def one_device(tmp_path_factory):
     yield
   for name, value in before.items():
     jax.config.update(name, value)
+
+
+@pytest.fixture
+def ctrl_c():
+  """Ctrl-C as in a terminal; tests started in the background ignore it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 @functools.cache

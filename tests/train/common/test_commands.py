@@ -13,6 +13,8 @@ import pytest
 from train.common import commands
 from train.common.errors import Diverged, UserError
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
 ROOT = pathlib.Path(__file__).parents[3]
 STARTED = "import sys; sys.argv[:] = ['-m']; import train"
 CTRL_C = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT)"

@@ -74,7 +74,7 @@ def test_a_second_signal_says_what_is_saved(
 
 
 def test_a_signal_after_the_last_step_ends_the_program(
-  flags, whole, tmp_path, monkeypatch, capsys
+  flags, whole, tmp_path, monkeypatch, capsys, ctrl_c
 ):
   out = tmp_path / "run"
   shutil.copytree(whole, out)
