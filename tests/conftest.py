@@ -7,6 +7,8 @@ optimizing them. `XLA_FLAGS= pytest` compiles them as users do.
 import gc
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 
 def quick_flags() -> str:
@@ -25,6 +27,13 @@ os.environ.setdefault("XLA_FLAGS", quick_flags())
 # Operations of a compiled program need no line numbers here.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
+# A program that several tests, workers or subprocesses run is compiled once.
+_CACHE = None  # the folder, in the process that makes and deletes it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 # Tracing makes a great many small objects that live for long; looking through
 # all of them every few hundred takes a twentieth of the run.
 gc.set_threshold(100_000, 20, 50)
@@ -34,3 +43,9 @@ import jax  # noqa: E402
 # Before the first use of a device, also in every worker of pytest-xdist.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_unconfigure():
+  """Deletes the compiled programs."""
+  if _CACHE:
+    shutil.rmtree(_CACHE, ignore_errors=True)

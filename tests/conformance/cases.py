@@ -8,7 +8,7 @@ wraps, without GaLore. A test runs over one of three lists:
 - `every_layout`: one row for each way in which a state is stored, where storing
   and sharding it matters,
 - `every`: one row for each kind of state that updates go through, everywhere
-  else.
+  else; `every_with_slow_codes` where the kinds differ least.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ from galore_optax import (
   scale_by_orthogonal_momentum,
   sumo,
 )
+from tests.marks import with_slow
 
 RANK, GAP, RATE, DECAY = 2, 2, 1e-2, 0.1
 SHAPES = {"bias": (16,), "kernel": (8, 16)}
@@ -209,23 +210,23 @@ LAYOUTS = (
 ALIASES = [name for name, case in OPTIMIZERS.items() if case.alias]
 
 
-def _with_slow(names):
-  """Names as parameters; those that others are like with `-m slow`."""
-  slow = ("galore_adafactor",)
-  return [
-    pytest.param(name, marks=pytest.mark.slow if name in slow else ())
-    for name in names
-  ]
-
-
-every = pytest.mark.parametrize("name", _with_slow([*GALORE, CONTROL]))
+every = pytest.mark.parametrize(
+  "name", with_slow([*GALORE, CONTROL], "galore_adafactor")
+)
+# The same where codes are arrays like others, and take long to compile.
+every_with_slow_codes = pytest.mark.parametrize(
+  "name",
+  with_slow([*GALORE, CONTROL], "galore_adafactor", "q_galore_adamw_8bit"),
+)
 # Those whose state holds arrays alone, no codes with their scales.
 every_of_arrays = pytest.mark.parametrize(
   "name", ["galore_adamw", "galore_adafactor", CONTROL]
 )
 every_layout = pytest.mark.parametrize("name", LAYOUTS)
 every_public = pytest.mark.parametrize("name", list(OPTIMIZERS))
-every_galore = pytest.mark.parametrize("name", _with_slow(GALORE))
+every_galore = pytest.mark.parametrize(
+  "name", with_slow(GALORE, "galore_adafactor")
+)
 
 # What Optax's own optimizer fails without GaLore too, and why. Where a row is
 # listed, `hold` asserts both failures, so that no entry outlives its reason.

@@ -16,7 +16,8 @@ from galore_optax import baselines, galore, quantize_params, state_shardings
 from galore_optax.quantization.qarray import zeros
 from galore_optax.subspace.projection import RandomBasis
 from tests.conformance import cases, inner_optimizers
-from tests.conformance.cases import every, every_layout
+from tests.conformance.cases import every
+from tests.marks import with_slow
 
 
 def _state(tx, name=cases.CONTROL):
@@ -75,19 +76,29 @@ _FORMATS = {
 
 # One format of each library; the others with `-m slow`.
 _QUICK = ("v0 Standard", "v1", "msgpack")
+# The optimizers that are tried in all quick formats. The others are saved as
+# arrays just like these, so that one format of Orbax is enough.
+_ALL_QUICK = ("galore_adamw", "q_galore_adamw_8bit", cases.CONTROL)
+# `flax.serialization` restores no types and no shardings.
+_ORBAX = [form for form in _FORMATS if form != "msgpack"]
 
 
-def _forms(*names):
-  """Formats as parameters of a test."""
-  slow = lambda name: () if name in _QUICK else pytest.mark.slow
-  return pytest.mark.parametrize(
-    "form", [pytest.param(name, marks=slow(name)) for name in names]
+def _is_slow(name, form):
+  return form not in _QUICK or (
+    form == "v0 Standard" and name not in _ALL_QUICK
   )
 
 
-_every_form = _forms(*_FORMATS)
-# `flax.serialization` restores no types and no shardings.
-_every_orbax_form = _forms(*(x for x in _FORMATS if x != "msgpack"))
+def _layouts_in(forms):
+  """Pairs of optimizers and formats as parameters of a test."""
+  return pytest.mark.parametrize(
+    ("name", "form"),
+    [
+      pytest.param(x, y, marks=pytest.mark.slow if _is_slow(x, y) else ())
+      for x in cases.LAYOUTS
+      for y in forms
+    ],
+  )
 
 
 def _target(tx, shardings=None, name=cases.CONTROL):
@@ -103,8 +114,7 @@ def _target(tx, shardings=None, name=cases.CONTROL):
   )
 
 
-@every_layout
-@_every_form
+@_layouts_in(_FORMATS)
 def test_round_trip(name, form, tmp_path):
   """With a bias in the tree, for which the state holds no empty arrays."""
   tx = cases.make(name)
@@ -127,7 +137,7 @@ def test_training_goes_on_after_a_restore(name, tmp_path):
   cases.assert_equal((params, state), wanted)
 
 
-@_every_orbax_form
+@pytest.mark.parametrize("form", with_slow(_ORBAX, *set(_ORBAX) - set(_QUICK)))
 def test_leaves_of_unusual_kinds(form, tmp_path):
   """int8 and int4 codes and typed keys of an inner optimizer."""
   tx = galore(inner_optimizers.momentum_in_codes(), rank=2)
@@ -184,8 +194,7 @@ def _shardings(tx, mesh, name):
   return state_shardings(tx, params, named)
 
 
-@every_layout
-@_every_orbax_form
+@_layouts_in(_ORBAX)
 def test_restore_onto_a_different_mesh(name, form, tmp_path):
   tx = cases.make(name)
   state = _state(tx, name)

@@ -15,6 +15,7 @@ from galore_optax import (
 )
 from tests.conformance import cases
 from tests.conformance.cases import every, every_galore
+from tests.marks import with_slow
 
 _PAIRS = [
   ("bfloat16", "bfloat16"),
@@ -61,7 +62,7 @@ def test_state_dtypes_are_fixed_at_init(name, param_dtype, grad_dtype):
 
 
 @every
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", with_slow(["bfloat16", "float16"], "float16"))
 def test_half_precision_follows_single_precision(name, dtype):
   half = _problem(dtype, dtype)
   single = jax.tree.map(lambda x: x.astype(jnp.float32), half)

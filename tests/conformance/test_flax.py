@@ -13,7 +13,11 @@ from flax.training import train_state
 
 from galore_optax import adamw_8bit, dequantize
 from tests.conformance import cases
-from tests.conformance.cases import every, every_layout
+from tests.conformance.cases import (
+  every,
+  every_layout,
+  every_with_slow_codes,
+)
 
 # Of these, two keep codes for a bias that is in the box of its parameter.
 every_or_8_bits = pytest.mark.parametrize(
@@ -113,7 +117,7 @@ def test_annotated_nnx_optimizer_eagerly(name):
   cases.assert_close(_pure(model), _wanted(name), 1e-4, 1e-5)
 
 
-@every
+@every_with_slow_codes
 def test_annotated_nnx_optimizer_under_jit(name):
   tx = cases.make(name)
 
@@ -271,7 +275,7 @@ def _linen_stack():
   )
 
 
-@every
+@every_with_slow_codes
 @pytest.mark.parametrize("stack", [_nnx_stack, _linen_stack])
 def test_scanned_layers(name, stack):
   """Kernels are projected layer by layer; biases and norm scales are not."""

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conformance import cases
 from tests.conformance.cases import every_galore
+from tests.marks import with_slow
 
 _FACTORIzATIONS = {
   *("cholesky", "triangular_solve", "svd", "qr", "geqrf", "geqp3"),
@@ -85,7 +86,9 @@ def _inner(value):
 
 
 @every_galore
-@pytest.mark.parametrize("use", _USES)
+@pytest.mark.parametrize(
+  "use", with_slow(_USES, "vmap of vmap", "vmap of grad")
+)
 def test_factorizations_are_of_one_matrix(name, use):
   trace = _traced(name, use)
   found = [

@@ -17,7 +17,8 @@ from galore_optax import (
   state_shardings,
 )
 from tests.conformance import cases
-from tests.conformance.cases import every, every_layout, every_of_arrays
+from tests.conformance.cases import every, every_of_arrays
+from tests.marks import with_slow
 
 _EXPLICIT, _AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
 # Matrices sharded along rows, columns and both, and a stack along its layers.
@@ -86,7 +87,18 @@ def _wanted(name):
   return jax.device_get(params)
 
 
-@every_layout
+# With `-m slow`: those whose arrays are sharded as those of others are.
+@pytest.mark.parametrize(
+  "name",
+  with_slow(
+    cases.LAYOUTS,
+    "galore_adafactor",
+    "two-sided",
+    "fira",
+    "apollo_mini",
+    "adamw_8bit",
+  ),
+)
 def test_explicit_mesh(name):
   """Types stay what they are, and numbers are those of one device."""
   tx = cases.make(name)
@@ -130,16 +142,17 @@ def test_init_on_an_explicit_mesh(name):
   assert len(split) >= len(_SPECS) - 1
 
 
-# With `-m slow`: `test_explicit_mesh` has them with the same numbers.
-_AUTO_SLOW = ("galore_adafactor", "fira", "apollo_mini", "adamw_8bit", "adamw")
-
-
 @pytest.mark.parametrize(
   "name",
-  [
-    pytest.param(name, marks=pytest.mark.slow if name in _AUTO_SLOW else ())
-    for name in cases.LAYOUTS
-  ],
+  with_slow(
+    cases.LAYOUTS,
+    "galore_adafactor",
+    "fira",
+    "gum",
+    "apollo_mini",
+    "adamw_8bit",
+    "adamw",
+  ),
 )
 def test_auto_mesh(name):
   """With the state where `state_shardings` puts it."""
@@ -310,14 +323,20 @@ def _updates(tx, spec):
     for k in (0, 1)
   )
   of_state = state_shardings(tx, params, {"w": sharding})
-  update = jax.jit(tx.update, out_shardings=({"w": sharding}, of_state))
   state = jax.jit(tx.init, out_shardings=of_state)(params)
-  text = update.lower(grads, state, params).compile().as_text()
+  update = jax.jit(tx.update, out_shardings=({"w": sharding}, of_state))
+  update = update.lower(grads, state, params).compile()
   found = []
   for _ in range(3):
     updates, state = update(grads, state, params)
     found.append(jax.device_get(updates["w"]))
-  return found, text
+  return found, update.as_text()
+
+
+@functools.cache
+def _updates_of_one_device(**options):
+  """The same updates where nothing is divided."""
+  return _updates(galore_adamw(1e-2, update_proj_gap=4, **options), jax.P())[0]
 
 
 @pytest.mark.parametrize(
@@ -334,16 +353,20 @@ def _updates(tx, spec):
 def test_given_shardings_nothing_is_gathered(spec, sides, residual):
   """No gradient, basis or moment; and the updates are those of one device."""
   mesh = _one_by_eight()
-  make = functools.partial(
-    galore_adamw, 1e-2, rank=2, update_proj_gap=4, residual=residual
-  )
   shardings = {"w": jax.NamedSharding(mesh, spec)}
-  tx = make(proj_type="auto", param_shardings=shardings)
+  tx = galore_adamw(
+    1e-2,
+    rank=2,
+    update_proj_gap=4,
+    residual=residual,
+    proj_type="auto",
+    param_shardings=shardings,
+  )
   state = tx.init({"w": jnp.zeros((8, 16, 24))})
   assert list(cases.bases(state)["w"]) == sides
   found, text = _updates(tx, spec)
   assert "all-gather" not in text and "all-reduce" in text
-  wanted, _ = _updates(make(proj_type=sides[0]), jax.P())
+  wanted = _updates_of_one_device(rank=2, residual=residual, proj_type=sides[0])
   for x, y in zip(found, wanted, strict=True):
     cases.assert_close(x, y, 1e-4, 1e-5)
 
@@ -359,11 +382,15 @@ def test_given_shardings_residuals_are_added_one_by_one(residual):
   """The update of each matrix is that of one device."""
   spec = jax.P(None, "x")
   where = {"w": jax.NamedSharding(_one_by_eight(), spec)}
-  make = functools.partial(
-    galore_adamw, 1e-2, rank=8, update_proj_gap=4, residual=residual
+  tx = galore_adamw(
+    1e-2,
+    rank=8,
+    update_proj_gap=4,
+    residual=residual,
+    param_shardings=where,
   )
-  found, _ = _updates(make(param_shardings=where), spec)
-  wanted, _ = _updates(make(), jax.P())
+  found, _ = _updates(tx, spec)
+  wanted = _updates_of_one_device(rank=8, residual=residual)
   for x, y in zip(found, wanted, strict=True):
     cases.assert_close(x, y, 1e-4, 1e-5)
 
@@ -377,7 +404,7 @@ def test_given_shardings_matrices_are_gathered_one_by_one(given):
   make = functools.partial(galore_adamw, 1e-2, rank=rank, update_proj_gap=4)
   found, text = _updates(make(param_shardings=where if given else None), spec)
   assert _gathered(text) == rank * 24 * (1 if given else 8)
-  wanted, _ = _updates(make(), jax.P())
+  wanted = _updates_of_one_device(rank=rank)
   for x, y in zip(found, wanted, strict=True):
     cases.assert_close(x, y, 1e-4, 1e-5)
 

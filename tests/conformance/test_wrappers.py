@@ -10,7 +10,11 @@ import pytest
 
 from galore_optax import Projection, galore
 from tests.conformance import cases, inner_optimizers
-from tests.conformance.cases import every, every_galore
+from tests.conformance.cases import (
+  every,
+  every_galore,
+  every_with_slow_codes,
+)
 
 
 def _mean_step(update, g, state, params, parts):
@@ -33,7 +37,7 @@ def _run_on_kernel(name):
 _kernel = functools.cache(_run_on_kernel)
 
 
-@every
+@every_with_slow_codes
 def test_masked(name):
   """What the mask leaves out passes through unchanged."""
   tx = optax.masked(cases.make(name), cases.KERNEL_ONLY)
@@ -170,7 +174,7 @@ _WRAPPERS = {
 }
 
 
-@every
+@every_with_slow_codes
 @pytest.mark.parametrize("wrapper", _WRAPPERS)
 def test_wrappers(name, wrapper):
   tx = _WRAPPERS[wrapper](cases.make(name))
@@ -183,7 +187,7 @@ def test_wrappers(name, wrapper):
   assert all(jnp.any(found[key] != params[key]) for key in params)
 
 
-@every
+@every_with_slow_codes
 def test_lookahead(name):
   tx = optax.lookahead(cases.make(name), sync_period=2, slow_step_size=0.5)
   params, grads = cases.problem()

@@ -46,7 +46,15 @@ def _normal(seed, shape=(3, 6, 8)):
 
 
 # Variants of the others, with `-m slow`.
-SLOW = ("synchronous", "svd", "normalized", "fira", "galore_8bit", "adamw_8bit")
+SLOW = (
+  "synchronous",
+  "svd",
+  "burst",
+  "normalized",
+  "fira",
+  "galore_8bit",
+  "q_galore",
+)
 
 
 def _names(names):

@@ -24,6 +24,7 @@ from galore_optax import (
 from galore_optax.subspace import moments as moments_lib
 from galore_optax.subspace import projection
 from galore_optax.tree import paths, plan
+from tests.marks import slow, with_slow
 
 RATE = optax.linear_schedule(1e-2, 1e-3, 20)
 SHAPES = {
@@ -157,7 +158,9 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize(
+  "name", with_slow(INNERS, "adamw, mask tree", "partition")
+)
 def test_decoupled_decay_acts_on_the_full_weights(name):
   """The update is that of weights 0 plus what the inner adds for weights."""
   inner, params = optax.with_extra_args_support(INNERS[name]), normal(SHAPES, 0)
@@ -254,7 +257,7 @@ def capture_share(tx, grad, steps=20):
   return np.sum((own.T @ update) ** 2) / np.sum(update**2)
 
 
-@pytest.mark.parametrize("true_rank", [1, 4])
+@pytest.mark.parametrize("true_rank", [1, slow(4)])
 def test_null_directions_are_not_blown_up(true_rank):
   rng = np.random.default_rng(0)
   grad = jnp.ones((100, 100))

@@ -15,6 +15,7 @@ from galore_optax import (
   quantize_params,
 )
 from galore_optax.quantization import qarray
+from tests.marks import slow
 
 
 def normal(shape, seed=0):
@@ -44,7 +45,7 @@ def mean_after(updates, keys):
   return total / len(keys)
 
 
-@pytest.mark.parametrize("size", [1e-3, 0.3, 5.0])
+@pytest.mark.parametrize("size", [1e-3, slow(0.3), slow(5.0)])
 def test_updates_are_right_in_expectation(size):
   """Sizes are in steps of the format; the largest changes every code."""
   updates = {"bias": WEIGHTS["bias"], "kernel": size * STEP * normal((256, 64))}
@@ -253,7 +254,7 @@ def test_which_leaves_are_quantized():
 
 
 @pytest.mark.parametrize(
-  ("shape", "spec"), [((768, 32), ("x", "y")), ((64, 1376), (None, "y"))]
+  ("shape", "spec"), [((768, 32), ("x", "y")), slow((64, 1376), (None, "y"))]
 )
 def test_explicit_mesh(shape, spec):
   """Also where the mesh does not divide the blocks."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import pytest
 
+from train import plot
 from train.config import schema
 from train.models import llama
 from train.parallel import mesh as mesh_lib
@@ -58,26 +59,20 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-  """One device, as on a user's machine; every program compiled once.
-
-  For runs that are made again: also subprocesses find the compiled programs.
-  """
-  found, cache = jax.devices, str(tmp_path_factory.mktemp("compiled"))
-  variables = {
-    "jax_compilation_cache_dir": cache,
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in variables}
+def one_device():
+  """One device, as on a user's machine."""
+  found = jax.devices
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, "devices", lambda *names: found(*names)[:1])
-    for name, value in variables.items():
-      jax.config.update(name, value)
-      patch.setenv(name.upper(), str(value))
     yield
-  for name, value in before.items():
-    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+  """Runs without pictures: drawing is slow, and has tests of its own."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plot, "draw", lambda out, title: out / title)
+    yield
 
 
 @pytest.fixture

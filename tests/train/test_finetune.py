@@ -26,7 +26,7 @@ from train.pretrained import (
 )
 from train.run import history, loop, metrics, signals
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "undrawn")
 
 DEVICES = jax.devices()
 SMALL = {
@@ -45,14 +45,6 @@ MNLI = {
   "task__dropout": 0.05,
   "optimizer__learning_rate": 0.05,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def undrawn():
-  """Drawing is slow, and has a test of its own."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(finetune.plot, "draw", lambda out, title: out / title)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from train.common.errors import UserError
 from train.data import prefetch
 from train.run import metrics
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "undrawn")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from galore_optax.baselines import (
   relora,
 )
 from galore_optax.subspace import moments
+from tests.marks import slow
 
 KEY = jax.random.key(0)
 RULES = (
@@ -515,7 +516,9 @@ def check_boxes(graph, params):
 
 
 @pytest.mark.parametrize(
-  "method", [lora(4), qlora(4), low_rank(4)], ids=["lora", "qlora", "low_rank"]
+  "method",
+  [slow(lora(4)), qlora(4), low_rank(4)],
+  ids=["lora", "qlora", "low_rank"],
 )
 def test_explicit_meshes(method):
   mesh = jax.make_mesh((2, 4), ("x", "y"))

@@ -24,6 +24,7 @@ from galore_optax import (
   sumo,
 )
 from tests.core import small as small_lib
+from tests.marks import slow
 
 GAP, RANK, RATE, DECAY, MU, ALPHA = 3, 3, 1e-2, 0.1, 0.9, 0.5
 OPTIONS = {"rank": RANK, "update_proj_gap": GAP}
@@ -88,8 +89,15 @@ class Gum:
     return -RATE * (ALPHA * direction + DECAY * weight)
 
 
-@pytest.mark.parametrize("refresh", ["synchronous", "staggered"])
-@pytest.mark.parametrize("shape", [(10, 16), (16, 10)])
+@pytest.mark.parametrize(
+  ("shape", "refresh"),
+  [
+    ((10, 16), "staggered"),
+    ((16, 10), "synchronous"),
+    slow((10, 16), "synchronous"),
+    slow((16, 10), "staggered"),
+  ],
+)
 def test_gum_follows_the_reference_over_four_periods(shape, refresh):
   shapes = {"a": (2, *shape), "b": shape, "c": (1, 2, *shape)}
   tx = gum(
@@ -294,7 +302,7 @@ def test_a_gradient_of_low_rank_or_without_sense_moves_no_noise():
   "options",
   [
     {"basis_dtype": "int8", "state_dtype": "bfloat16"},
-    {"proj_type": "reverse_std", "nesterov": True},
+    slow({"proj_type": "reverse_std", "nesterov": True}),
     {"proj_type": "full", "refresh": "staggered", "scale": 0.5},
   ],
 )

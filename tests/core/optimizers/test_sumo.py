@@ -17,6 +17,7 @@ from galore_optax import (
   sumo,
 )
 from tests.core import small as small_lib
+from tests.marks import slow
 
 GAP, RANK, RATE, DECAY, MU, ALPHA = 3, 3, 1e-2, 0.1, 0.9, 0.5
 STEPS = 3 * GAP + 2  # refreshes at 0, 3, 6, 9
@@ -177,10 +178,10 @@ def test_one_moment_is_kept():
   "options",
   [
     {"basis_dtype": "int8"},
-    {"state_dtype": "bfloat16"},
-    {"residual": "fira"},
+    slow({"state_dtype": "bfloat16"}),
+    slow({"residual": "fira"}),
     {"proj_type": "full"},
-    {"refresh": Refresh.paper()},
+    slow({"refresh": Refresh.paper()}),
     {"refresh": "adaptive", "nesterov": True},
   ],
 )

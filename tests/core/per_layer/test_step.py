@@ -31,6 +31,7 @@ from galore_optax import (
   state_shardings,
   unstack,
 )
+from tests.marks import slow
 
 LAYERS, WIDTH, VOCAB, STEPS = 3, 8, 24, 30
 SHAPES = {
@@ -230,7 +231,7 @@ TIED = PLAIN._replace(
 @pytest.mark.parametrize(
   ("model", "chunks"),
   [
-    (TIED, None),
+    slow(TIED, None),
     (TIED._replace(first_keys=None), {"embed": 4}),
     (PLAIN._replace(last_keys=("head",)), {"head": 2}),
   ],
@@ -362,7 +363,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", [slow(False), True])
 def test_mesh(quantized):
   """On eight devices, with the state sharded by `state_shardings`."""
   mesh = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Auto,))

@@ -10,6 +10,7 @@ import pytest
 from galore_optax import QArray, dequantize, quantize, state_bytes
 from galore_optax.baselines import adapters
 from galore_optax.quantization import nf4, qarray
+from tests.marks import slow
 
 
 def normal(shape, seed=0):
@@ -37,7 +38,9 @@ def test_each_code_is_the_nearest_to_its_value_and_zero_is_zero():
   np.testing.assert_array_equal(nf4.code(jnp.asarray(x)), nearest)
 
 
-@pytest.mark.parametrize("shape", [(512, 8), (8, 500), (3, 96, 40), (70,)])
+@pytest.mark.parametrize(
+  "shape", [slow((512, 8)), (8, 500), (3, 96, 40), slow((70,))]
+)
 def test_errors_stay_within_half_a_gap(shape):
   x = normal(shape) * 10.0 ** np.arange(shape[-1]) ** 0.5
   q = quantize(x, "nf4", block=64)

@@ -19,6 +19,7 @@ from galore_optax import (
 from tests.core import small
 from tests.core.residual import reference
 from tests.core.residual.gradients import SIZES, gradients
+from tests.marks import slow
 
 GAP, RANK, RATE, DECAY = 4, 3, 1e-2, 0.1
 SHAPES = [(10, 16), (16, 10), (12, 12), (2, 3, 8, 12)]
@@ -84,10 +85,10 @@ def test_follows_the_reference_over_four_refreshes(shape, method):
   ("options", "tolerance"),
   [
     ({"proj_type": "full"}, 2e-4),
-    ({"proj_type": "reverse_std"}, 2e-4),
-    ({"basis_dtype": "int4"}, 2e-4),
+    slow({"proj_type": "reverse_std"}, 2e-4),
+    slow({"basis_dtype": "int4"}, 2e-4),
     ({"basis_dtype": "int8", "proj_type": "right"}, 2e-4),
-    ({"basis_dtype": "bfloat16"}, 2e-4),
+    slow({"basis_dtype": "bfloat16"}, 2e-4),
     ({"basis_dtype": "int4", "proj_type": "full"}, 2e-4),
   ],
 )
@@ -140,7 +141,7 @@ def run(tx, grads, params):
   ("sign", "tx"),
   [
     (1, normalized(optax.scale_by_adam())),
-    (-RATE, normalized(optax.inject_hyperparams(optax.adam)(RATE))),
+    slow(-RATE, normalized(optax.inject_hyperparams(optax.adam)(RATE))),
     (-RATE, chain(normalized(None), optax.adam(RATE))),
     (-RATE, normalized(optax.partition({"a": optax.adam(RATE)}, "a"))),
   ],
@@ -157,9 +158,11 @@ def test_learning_rate_and_sign_multiply_the_residual(sign, tx):
   "inner",
   [
     optax.lion(RATE),
-    optax.sgd(RATE, 0.9, nesterov=True),
-    optax.adafactor(
-      RATE, multiply_by_parameter_scale=False, min_dim_size_to_factor=2
+    slow(optax.sgd(RATE, 0.9, nesterov=True)),
+    slow(
+      optax.adafactor(
+        RATE, multiply_by_parameter_scale=False, min_dim_size_to_factor=2
+      )
     ),
     optax.chain(optax.clip_by_global_norm(1.0), optax.adam(RATE)),
     adamw_8bit(RATE, min_size=0),
@@ -202,8 +205,17 @@ def test_bad_gradients_neither_spread_nor_stay(proj_type, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rank", [3, 7, 8])
-@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize(
+  ("rank", "state_dtype"),
+  [
+    (3, "bfloat16"),
+    (7, None),
+    (8, None),
+    slow(3, None),
+    slow(7, "bfloat16"),
+    slow(8, "bfloat16"),
+  ],
+)
 def test_rounding_noise_is_no_residual(state_dtype, rank, method):
   """A basis that spans the gradient leaves nothing to be scaled up."""
   rng = np.random.default_rng(0)
@@ -285,8 +297,15 @@ def test_bfloat16_weights_get_float32_s_update():
     assert error < 0.03 * jnp.linalg.norm(other["w"])
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("recipe", [galore_adamw_8bit, q_galore_adamw_8bit])
+@pytest.mark.parametrize(
+  ("recipe", "method"),
+  [
+    (galore_adamw_8bit, "factored"),
+    (q_galore_adamw_8bit, "normalized"),
+    slow(galore_adamw_8bit, "normalized"),
+    slow(q_galore_adamw_8bit, "factored"),
+  ],
+)
 def test_in_eight_bits(recipe, method):
   """It follows the residual of the recipe in float32.
 

@@ -22,6 +22,7 @@ from tests.core import small
 from tests.core.options import gathered
 from tests.core.residual import reference
 from tests.core.residual.gradients import SIZES, gradients
+from tests.marks import slow
 
 GAP, RANK, RATE, DECAY = 4, 3, 1e-2, 0.1
 STEPS = 3 * GAP + 3  # refreshes at 0, 4, 8, 12
@@ -86,9 +87,9 @@ def test_fira_follows_the_reference_over_four_refreshes(shape):
   [
     (1, optax.scale_by_adam()),
     (-RATE, optax.adam(RATE)),
-    (-RATE, optax.inject_hyperparams(optax.adam)(learning_rate=RATE)),
+    slow(-RATE, optax.inject_hyperparams(optax.adam)(learning_rate=RATE)),
     (-RATE, optax.partition({"a": optax.adam(RATE)}, "a")),
-    (-RATE, optax.apply_if_finite(optax.adam(RATE), 2)),
+    slow(-RATE, optax.apply_if_finite(optax.adam(RATE), 2)),
   ],
 )
 def test_learning_rate_and_sign_are_left_out_of_the_scaling(sign, inner):
@@ -118,12 +119,12 @@ def run(tx, grads, params):
   "inner",
   [
     optax.lion(RATE),
-    optax.sgd(RATE, 0.9, nesterov=True),
-    optax.radam(RATE),
+    slow(optax.sgd(RATE, 0.9, nesterov=True)),
+    slow(optax.radam(RATE)),
     optax.adafactor(
       RATE, multiply_by_parameter_scale=False, min_dim_size_to_factor=2
     ),
-    optax.chain(optax.clip_by_global_norm(1.0), optax.adam(RATE)),
+    slow(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(RATE))),
     optax.chain(optax.adam(RATE), optax.clip_by_block_rms(0.1)),
     adamw_8bit(RATE, min_size=0),
   ],

@@ -15,6 +15,7 @@ from galore_optax import (
 )
 from galore_optax.subspace import moments
 from tests.core.options import gathered
+from tests.marks import slow
 
 GAP, RANK, RATE, DECAY, ALPHA = 3, 3, 1e-2, 0.1, 0.5
 B1, B2, EPS = 0.8, 0.95, 1e-8
@@ -143,7 +144,7 @@ def test_differs_from_rotating_the_moments():
   "options",
   [
     {"basis_dtype": "int4"},
-    {"residual": "fira"},
+    slow({"residual": "fira"}),
     {"proj_type": "full"},
     {"policy": "adaptive"},
     {"state_dtype": "bfloat16"},

@@ -17,6 +17,7 @@ from galore_optax import (
 from galore_optax.subspace import find
 from tests.core import small
 from tests.core.options import gathered
+from tests.marks import slow
 
 GAP, RANK, RATE, ALPHA, LATE = 3, 3, 1e-2, 0.5, 5
 B1, B2, EPS = 0.8, 0.95, 1e-8
@@ -100,7 +101,7 @@ def test_follows_the_reference(shape):
     np.testing.assert_allclose(found.reshape(grad.shape), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["subspace", "svd"])
+@pytest.mark.parametrize("method", ["subspace", slow("svd")])
 def test_bases_are_found_before_and_drawn_after(method):
   grads = gradients((2, 8, 12))
   options = OPTIONS | {"finder": method}
@@ -134,12 +135,12 @@ def test_bases_are_found_before_and_drawn_after(method):
   ("inner", "options"),
   [
     (adam(), {"basis_dtype": "int4", "policy": "staggered"}),
-    (adamw_8bit(RATE, min_size=0), {"basis_dtype": "int8"}),
+    slow(adamw_8bit(RATE, min_size=0), {"basis_dtype": "int8"}),
     (adam(), {"residual": "fira", "moments": "keep"}),
-    (adam(), {"proj_type": "full", "moments": "reset"}),
+    slow(adam(), {"proj_type": "full", "moments": "reset"}),
     (adam(), {"policy": "adaptive"}),
     (adam(), {"accumulation_steps": 2}),
-    (scale_by_orthogonal_momentum(), {}),
+    slow(scale_by_orthogonal_momentum(), {}),
   ],
 )
 def test_goes_with_other_options(inner, options):

@@ -107,7 +107,7 @@ def test_svd_and_rotation_cost_more():
 
 
 # One method for each way to count; all of them with `-m slow`.
-QUICK = ("adamw", "galore", "apollo", "muon", "lora", "contrib_galore")
+QUICK = ("galore", "apollo", "lora", "contrib_galore")
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def alone(text, tmp_path_factory):
   }
 
 
-def test_a_run_is_that_of_the_training_script(text, alone, tmp_path):
+def test_a_run_is_that_of_the_training_script(text, alone, undrawn, tmp_path):
   run = runs_of(GALORE, (8e-3, 0.25, 1))[0]
   (record,) = training.train([run], text, tmp_path / "lane", NEVER)
   arguments = ["--preset", tables.PRESET, "--optimizer", "galore"]

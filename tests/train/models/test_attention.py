@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.marks import slow
 from train.common.errors import UserError
 from train.config.schema import MeshConfig
 from train.models import attention
@@ -40,7 +41,7 @@ def compare(found, expected):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [100, 128])
+@pytest.mark.parametrize("length", [100, slow(128)])
 def test_splash_equals_xla_to_rounding(length):
   given = arrays(length)
   compare(value_and_grads(splash, *given), value_and_grads(plain, *given))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import galore_optax
+from tests.marks import slow
 from train.common.errors import UserError
 from train.config.schema import MeshConfig
 from train.methods import leaves
@@ -76,7 +77,7 @@ def test_tokens_attend_to_each_other_and_not_to_padding(family):
   assert (found[:5, 5:] == 0).all()
 
 
-@pytest.mark.parametrize("pool", ["first", "mean"])
+@pytest.mark.parametrize("pool", [slow("first"), "mean"])
 def test_logits_depend_on_all_tokens_and_not_on_padding(pool):
   config = dataclasses.replace(BERT, pool=pool)
   found = reach(config, lambda *args: encoder.classify(*args)[1])

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.marks import slow
 from tests.train.conftest import TINY
 from train.models import llama
 
@@ -110,7 +111,7 @@ def gradient(**changes):
 
 
 @pytest.mark.parametrize(
-  "changes", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}]
+  "changes", [slow({"remat": "full"}), {"remat": "dots"}, {"unroll": 2}]
 )
 def test_remat_and_unroll_do_not_change_the_gradient(changes):
   jax.tree.map(

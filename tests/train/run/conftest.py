@@ -16,7 +16,7 @@ def flags(text_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(one_device, flags, tmp_path_factory):
+def whole(one_device, undrawn, flags, tmp_path_factory):
   """The run that nothing happens to."""
   out = tmp_path_factory.mktemp("whole") / "run"
   assert pretrain.main(["--out", str(out), *flags]) == 0

@@ -27,7 +27,7 @@ from train.run import loop, metrics
 from train.run.run_dir import FOLDER
 from train.step import train_step
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "undrawn")
 
 
 @pytest.mark.parametrize(

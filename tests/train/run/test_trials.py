@@ -11,7 +11,10 @@ from tests.train.run.small_run import assert_same_run, drive, steps_of
 from train import pretrain
 from train.run.run_dir import FOLDER
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.usefixtures("one_device", "undrawn"),
+]
 
 KILLS, FLIPS = 30, 50
 
