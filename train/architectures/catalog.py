@@ -19,7 +19,7 @@ class Entry(NamedTuple):
     library: What it is written in.
     package: The package to import, if the extra `train` does not have it.
     data: `digits` or `speeches`.
-    metric: The metric of the test part in tables: `error`, `perplexity`, `loss`.
+    metric: The test metric of the tables: `error`, `perplexity` or `loss`.
   """
 
   name: str

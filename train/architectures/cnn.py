@@ -35,7 +35,7 @@ class Config:
   channels: int = 16  # of the first convolution; doubled by each other one
   depth: int = 3
   batch: int = 32
-  steps: int = 2180  # ten epochs
+  steps: int = 1090  # five epochs
   rank: float = 0.25  # of the shorter side of each matrix
   gap: int = 50
 

@@ -30,7 +30,7 @@ class Config:
   depth: int = 2
   length: int = 64  # tokens of a row
   batch: int = 16
-  steps: int = 800
+  steps: int = 600
   rank: float = 0.25  # of the shorter side of each matrix
   gap: int = 50
 

@@ -18,9 +18,9 @@ from flax.training import train_state
 from train.architectures.speeches import VOCABULARY
 from train.architectures.trainer import Batch, Trainer
 
-# Expert kernels are (layers, experts, inputs, outputs): one matrix, with a basis
-# of its own, for each expert of each layer, without a rule. The router is a
-# matrix too, but small, and every row of it belongs to one expert: it stays at
+# Expert kernels are (layers, experts, inputs, outputs): without a rule, one
+# matrix with a basis of its own for each expert of each layer. The router is a
+# matrix too, but small, and a column of it belongs to one expert: it stays at
 # full rank.
 RULES = (("router", None),)
 
@@ -38,7 +38,7 @@ class Config:
   balance: float = 0.01  # weight of the loss that balances the experts
   length: int = 64  # tokens of a row
   batch: int = 8
-  steps: int = 800
+  steps: int = 600
   rank: float = 0.25  # of the shorter side of each matrix
   gap: int = 50
 
@@ -59,6 +59,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Rows of tokens (n, length, width)."""
     width, heads = self.config.width, self.config.heads
     project = lambda name: nn.Dense(width, use_bias=False, name=name)
     split = lambda y: y.reshape(*y.shape[:2], heads, width // heads)
@@ -76,6 +77,7 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What to add to rows of tokens, and how unbalanced the experts are."""
     c = self.config
     chances = nn.softmax(nn.Dense(c.experts, False, name="router")(x))
     best, chosen = jax.lax.top_k(chances, c.active)
@@ -101,6 +103,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+    """The carry of the scan, and what it stacks."""
     norm = lambda name: nn.RMSNorm(name=name)
     x = x + Attention(self.config, name="attention")(norm("attention_norm")(x))
     y, balance = Experts(self.config, name="experts")(norm("experts_norm")(x))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from train.architectures import catalog, loop, tables
+from train.architectures import loop, tables
 from train.architectures.catalog import Entry
 from train.config.schema import DataConfig
 from train.data import corpus

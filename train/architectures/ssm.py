@@ -29,14 +29,14 @@ class Config:
   """The sizes of the run."""
 
   width: int = 64
-  inner: int = 96
+  inner: int = 64
   states: int = 4  # of a channel
   taps: int = 4  # tokens that the convolution sees
   step_rank: int = 8
   depth: int = 2
   length: int = 64  # tokens of a row
   batch: int = 8
-  steps: int = 800
+  steps: int = 600
   rank: float = 0.25  # of the shorter side of each matrix
   gap: int = 50
 

@@ -12,8 +12,7 @@ from train.experiments.table import SearchRange, Table, Variant
 
 ADAMW = Variant("adamw", "AdamW", "adamw")
 GALORE = Variant("galore", "GaLore", "galore")
-PLAIN = Variant("galore_plain", "GaLore, no residual", "galore_plain")
-RATES = SearchRange(8e-3, 1e-3, 6.4e-2)
+RATES = SearchRange(1e-2, 3e-4, 0.11, factor=10**0.5)
 MULTIPLIERS = SearchRange(0.5, 1 / 128, 8.0, factor=4.0)
 SEEDS = (0, 1, 2)
 
@@ -25,7 +24,7 @@ def table(entry: Entry) -> Table:
   return Table(
     entry.name,
     entry.title,
-    ((ADAMW, GALORE), (PLAIN,)),
+    ((ADAMW, GALORE),),
     settings=tuple(f"{entry.name}.{k}={v}" for k, v in sizes.items()),
     rates=RATES,
     multipliers=MULTIPLIERS,

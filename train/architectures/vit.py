@@ -29,7 +29,7 @@ RULES = (
 class Config:
   """The sizes of the run."""
 
-  width: int = 64
+  width: int = 48
   depth: int = 2
   heads: int = 4
   patch: int = 7  # pixels along a side
@@ -53,6 +53,7 @@ class Block(nnx.Module):
     self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Rows of patches (n, patches, width)."""
     x = x + self.attention(self.attention_norm(x))
     return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 

@@ -1,0 +1,129 @@
+"""Makes a long run, and measures at intervals what could drift."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import galore_optax as go
+from train.measure.bases import orthogonality_error
+from train.stability import problem, scenarios
+from train.stability.scenarios import LossScale, Scenario
+
+POINTS = 200  # measurements of a run
+
+
+class State(NamedTuple):
+  """What a run carries from step to step."""
+
+  step: jax.Array
+  params: problem.Params
+  opt_state: Any
+  scale: LossScale
+
+
+def make(
+  method: str,
+  scenario: Scenario,
+  steps: int,
+  seed: int = 0,
+  say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+  """Makes a run.
+
+  Returns:
+    `points`: for each measurement step, test loss, largest orthonormality error
+    of a basis, largest entry of the optimizer's state in absolute value, and
+    whether every number of weights and state is finite. `skipped`: steps that
+    were left out. `scale`: the last loss scale. `seconds`: what it took.
+  """
+  tx = scenarios.optimizer(method, scenario)
+  advance = _advance(tx, scenario, seed)
+  params = optax.tree.cast(problem.start(seed), scenario.weights)
+  state = State(jnp.int32(0), params, tx.init(params), LossScale.start())
+  inputs = scenarios.rates(scenario, steps), scenarios.factors(scenario, steps)
+  begin, points = time.perf_counter(), []
+  skipped = 0
+  for part in np.array_split(np.arange(steps), min(POINTS, steps)):
+    state, left_out = advance(state, *(x[part] for x in inputs))
+    skipped += int(left_out)
+    points.append(measure(state))
+    if len(points) % 50 == 0:
+      say(f"step {int(state.step)}/{steps}  loss {points[-1]['loss']}")
+  return {
+    "points": points,
+    "skipped": skipped,
+    "scale": float(state.scale.scale),
+    "seconds": round(time.perf_counter() - begin, 1),
+  }
+
+
+def _advance(
+  tx: optax.GradientTransformationExtraArgs, scenario: Scenario, seed: int
+) -> Callable[..., tuple[State, jax.Array]]:
+  """A function that makes several steps, and counts those left out."""
+  scaled = scenario.compute == jnp.float16
+
+  def loss(params: problem.Params, scale: jax.Array, step: jax.Array) -> Any:
+    computed = optax.tree.cast(params, scenario.compute)
+    return scale * problem.loss(computed, *problem.batch(step, seed))
+
+  def one(state: State, inputs: tuple) -> tuple[State, jax.Array]:
+    rate, factor = inputs
+    scale = state.scale.scale if scaled else jnp.float32(1)
+    grads = jax.grad(loss)(state.params, scale, state.step)
+    grads = jax.tree.map(lambda g: g * (factor / scale).astype(g.dtype), grads)
+    finite = jnp.isfinite(optax.tree.norm(optax.tree.cast(grads, jnp.float32)))
+    opt_state = state.opt_state._replace(hyperparams={"learning_rate": rate})
+    updates, opt_state = tx.update(grads, opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    loss_scale = state.scale.after(finite)
+    return State(state.step + 1, params, opt_state, loss_scale), ~finite
+
+  @jax.jit
+  def advance(state: State, *inputs: jax.Array) -> tuple[State, jax.Array]:
+    state, left_out = jax.lax.scan(one, state, inputs)
+    return state, left_out.sum()
+
+  return advance
+
+
+def measure(state: State) -> dict[str, Any]:
+  """What could drift, after the steps so far."""
+  loss, largest, finite = jax.device_get(_summary(state))
+  errors = [
+    orthogonality_error(basis)
+    for sides in go.find_bases(state.opt_state).values()
+    for basis in sides.values()
+  ]
+  return {
+    "step": int(state.step),
+    "loss": float(f"{loss:.4g}") if math.isfinite(loss) else None,
+    "basis_error": float(f"{max(errors):.3g}") if errors else None,
+    "largest": float(f"{largest:.4g}") if math.isfinite(largest) else None,
+    "finite": bool(finite),
+  }
+
+
+@jax.jit
+def _summary(state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
+  numbers = [
+    x.astype(jnp.float32)
+    for x in jax.tree.leaves((state.params, state.opt_state))
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  finite = jnp.array([jnp.isfinite(x).all() for x in numbers]).all()
+  kept = jax.tree.leaves(state.opt_state)
+  largest = jnp.array(
+    [
+      jnp.abs(x.astype(jnp.float32)).max()
+      for x in kept
+      if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+  ).max()
+  return problem.test_loss(state.params, state.step), largest, finite
