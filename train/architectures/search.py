@@ -5,16 +5,12 @@ import pathlib
 import time
 from collections.abc import Callable, Sequence
 
-import jax
-
 from train.architectures import loop, tables
 from train.architectures.catalog import Entry
-from train.config.schema import DataConfig
-from train.data import corpus
 from train.experiments import results, sweep
 from train.experiments.plan import Plan, Record, Run
 from train.measure import machine
-from train.run import signals
+from train.run import program_cache, signals
 
 FOLDER = pathlib.Path("docs/results/architectures")
 STOPPED = 130
@@ -46,7 +42,7 @@ def work_through(
   Returns:
     0 if all runs have a result, 130 after a stop.
   """
-  keep_programs()
+  program_cache.enable()
   end = time.monotonic() + 3600 * hours
   with signals.stop_requests() as requested:
     stopped = lambda: requested() or time.monotonic() > end
@@ -74,13 +70,6 @@ def work_through(
         say("stopped; the same command continues")
         return STOPPED
   return 0
-
-
-def keep_programs() -> None:
-  """Caches compiled programs on disk, for runs that differ in rates alone."""
-  cache = corpus.cache_folder(DataConfig()) / "programs"
-  jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _train(entry: Entry, run: Run) -> Record:

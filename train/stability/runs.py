@@ -15,7 +15,7 @@ from train.measure.bases import orthogonality_error
 from train.stability import problem, scenarios
 from train.stability.scenarios import LossScale, Scenario
 
-POINTS = 200  # measurements of a run
+POINTS = 100  # measurements of a run
 
 
 class State(NamedTuple):
@@ -37,27 +37,30 @@ def make(
   """Makes a run.
 
   Returns:
-    `points`: for each measurement step, test loss, largest orthonormality error
-    of a basis, largest entry of the optimizer's state in absolute value, and
-    whether every number of weights and state is finite. `skipped`: steps that
-    were left out. `scale`: the last loss scale. `seconds`: what it took.
+    Lists over the measurements: `step`, `loss` on the test inputs,
+    `basis_error` (the largest entry of |P^T P - I| over all bases), `largest`
+    (the largest number of the optimizer's state, in absolute value); None where
+    there is no such finite number. `finite`: whether all numbers of weights and state were
+    finite at every measurement. `faulty`: steps with a gradient that was not.
+    `scale`: the last loss scale. `seconds`: what it took.
   """
   tx = scenarios.optimizer(method, scenario)
   advance = _advance(tx, scenario, seed)
   params = optax.tree.cast(problem.start(seed), scenario.weights)
   state = State(jnp.int32(0), params, tx.init(params), LossScale.start())
   inputs = scenarios.rates(scenario, steps), scenarios.factors(scenario, steps)
-  begin, points = time.perf_counter(), []
-  skipped = 0
+  begin, points, faulty = time.perf_counter(), [], 0
   for part in np.array_split(np.arange(steps), min(POINTS, steps)):
-    state, left_out = advance(state, *(x[part] for x in inputs))
-    skipped += int(left_out)
+    state, count = advance(state, *(x[part] for x in inputs))
+    faulty += int(count)
     points.append(measure(state))
-    if len(points) % 50 == 0:
-      say(f"step {int(state.step)}/{steps}  loss {points[-1]['loss']}")
+    if len(points) % 25 == 0:
+      say(f"step {points[-1]['step']}/{steps}  loss {points[-1]['loss']}")
+  columns = ("step", "loss", "basis_error", "largest")
   return {
-    "points": points,
-    "skipped": skipped,
+    **{name: [point[name] for point in points] for name in columns},
+    "finite": all(point["finite"] for point in points),
+    "faulty": faulty,
     "scale": float(state.scale.scale),
     "seconds": round(time.perf_counter() - begin, 1),
   }
@@ -66,7 +69,7 @@ def make(
 def _advance(
   tx: optax.GradientTransformationExtraArgs, scenario: Scenario, seed: int
 ) -> Callable[..., tuple[State, jax.Array]]:
-  """A function that makes several steps, and counts those left out."""
+  """A function that makes several steps, and counts the faulty gradients."""
   scaled = scenario.compute == jnp.float16
 
   def loss(params: problem.Params, scale: jax.Array, step: jax.Array) -> Any:
@@ -87,8 +90,8 @@ def _advance(
 
   @jax.jit
   def advance(state: State, *inputs: jax.Array) -> tuple[State, jax.Array]:
-    state, left_out = jax.lax.scan(one, state, inputs)
-    return state, left_out.sum()
+    state, faulty = jax.lax.scan(one, state, inputs)
+    return state, faulty.sum()
 
   return advance
 
@@ -112,18 +115,16 @@ def measure(state: State) -> dict[str, Any]:
 
 @jax.jit
 def _summary(state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
-  numbers = [
+  """Test loss, largest number of the optimizer's state, all finite."""
+  floats = lambda tree: [
     x.astype(jnp.float32)
-    for x in jax.tree.leaves((state.params, state.opt_state))
+    for x in jax.tree.leaves(tree)
     if jnp.issubdtype(x.dtype, jnp.floating)
   ]
-  finite = jnp.array([jnp.isfinite(x).all() for x in numbers]).all()
-  kept = jax.tree.leaves(state.opt_state)
-  largest = jnp.array(
-    [
-      jnp.abs(x.astype(jnp.float32)).max()
-      for x in kept
-      if jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-  ).max()
-  return problem.test_loss(state.params, state.step), largest, finite
+  finite = [jnp.isfinite(x).all() for x in floats(state)]
+  largest = [jnp.abs(x).max() for x in floats(state.opt_state)]
+  return (
+    problem.test_loss(state.params, state.step),
+    jnp.array(largest).max(),
+    jnp.array(finite).all(),
+  )

@@ -99,7 +99,7 @@ def optimizer(
 
 
 def _adamw(rate: Any) -> optax.GradientTransformation:
-  """AdamW with moments in float32, which GaLore has for weights of any dtype."""
+  """AdamW with moments in float32, as GaLore has for weights of any dtype."""
   tx = optax.adamw(rate, weight_decay=0.0)
   single = lambda tree: optax.tree.cast(tree, jnp.float32)
 
@@ -145,7 +145,7 @@ METHODS = {
 
 
 class LossScale(NamedTuple):
-  """A dynamic loss scale: halved by an overflow, doubled after `EVERY` steps."""
+  """A dynamic loss scale: halved by overflows, doubled after `EVERY` steps."""
 
   scale: jax.Array
   good_steps: jax.Array
