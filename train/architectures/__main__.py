@@ -19,10 +19,20 @@ import os
 import pathlib
 import sys
 
-from train.architectures import catalog, loop, optimizers, search, tables
+from train.architectures import (
+  catalog,
+  loop,
+  optimizers,
+  report,
+  search,
+  tables,
+  times,
+)
+from train.common.errors import Diverged, UserError
 from train.run import exit_status
 
 WORK = pathlib.Path("runs/architectures")
+SAMPLED = "diffusion"  # the architecture that makes pictures
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,43 +44,53 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   )
   commands = parser.add_subparsers(dest="command", required=True)
   for entry in catalog.ENTRIES.values():
-    _add_training(
-      commands.add_parser(entry.name, help=f"{entry.title}, {entry.library}")
-    )
-  for name, what in (
-    ("search", "make the runs that the comparison lacks"),
-    ("time", "measure the training steps side by side"),
-    ("report", "rewrite the page from the records"),
-  ):
-    command = commands.add_parser(name, help=what)
-    command.add_argument(
-      "names",
-      nargs="*",
-      choices=[*catalog.ENTRIES, []],
-      metavar="NAME",
-      help="architectures (default: all)",
-    )
+    title = f"{entry.title}, {entry.library}"
+    training = commands.add_parser(entry.name, help=title, description=title)
+    _add_training(training, entry)
+  searching = commands.add_parser(
+    "search", help="make the runs that the comparison lacks"
+  )
+  _add_names(searching)
+  searching.add_argument(
+    "--budget",
+    type=float,
+    default=float("inf"),
+    metavar="HOURS",
+    help="start no run after this time",
+  )
+  searching.add_argument(
+    "--nice", type=int, default=15, help="niceness (default: %(default)s)"
+  )
+  timing = commands.add_parser(
+    "time", help="measure the training steps side by side"
+  )
+  _add_names(timing)
+  reporting = commands.add_parser(
+    "report", help="rewrite the page from the records"
+  )
+  reporting.add_argument("--page", type=pathlib.Path, default=report.PAGE)
+  for command in (searching, timing, reporting):
     command.add_argument(
       "--results",
       type=pathlib.Path,
       default=search.FOLDER,
       help="folder of the records (default: %(default)s)",
     )
-    if name == "search":
-      command.add_argument(
-        "--budget",
-        type=float,
-        default=float("inf"),
-        metavar="HOURS",
-        help="start no run after this time",
-      )
-      command.add_argument(
-        "--nice", type=int, default=15, help="niceness to run with"
-      )
   return parser.parse_args(argv)
 
 
-def _add_training(command: argparse.ArgumentParser) -> None:
+def _add_names(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    "names",
+    nargs="*",
+    metavar="NAME",
+    help=f"architectures (default: all): {', '.join(catalog.ENTRIES)}",
+  )
+
+
+def _add_training(
+  command: argparse.ArgumentParser, entry: catalog.Entry
+) -> None:
   add = command.add_argument
   add("--optimizer", choices=optimizers.METHODS, default="galore")
   add("--rate", type=float, help="learning rate (default: the one chosen)")
@@ -79,42 +99,69 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     type=float,
     help="factor on it for the matrices (default: the one chosen)",
   )
-  add("--seed", type=int, default=0)
+  add("--seed", type=int, default=0, help="of weights and batches")
   add(
     "--set",
     dest="settings",
     action="append",
     default=[],
     metavar="FIELD=VALUE",
-    help="a field of the Config of the architecture's file",
+    help=f"a field of the Config in train/architectures/{entry.name}.py",
   )
-  add("--out", type=pathlib.Path, help="PNG for samples of the diffusion model")
+  if entry.name == SAMPLED:
+    add("--out", type=pathlib.Path, help="PNG to write a hundred samples to")
 
 
 def train(flags: argparse.Namespace) -> int:
   """Trains once and prints the scores."""
   entry = catalog.ENTRIES[flags.command]
   config = catalog.override(entry.module().Config(), flags.settings)
-  rate = flags.rate or tables.RATES.start
-  multiplier = flags.multiplier or tables.MULTIPLIERS.start
-  rates = loop.Rates(flags.optimizer, rate, multiplier)
-  finished = loop.run(entry, config, rates, flags.seed, print)
-  for name, value in finished.record.items():
+  rates = _rates(entry, flags)
+  command = search.command(entry, rates, flags.seed)
+  print(" ".join([command, *(f"--set {x}" for x in flags.settings)]))
+  made = loop.run(entry, config, rates, flags.seed, print)
+  if made.record["status"] == "diverged":
+    raise Diverged("the loss is not finite at the end; lower --rate")
+  for name, value in made.record.items():
     if name != "curve":
       print(f"{name}  {value}")
+  out = getattr(flags, "out", None)
+  if out and made.trainer.sample:
+    report.draw_samples(made.trainer.sample(made.state, flags.seed), out)
+    print(f"wrote {out}")
   return 0
+
+
+def _rates(entry: catalog.Entry, flags: argparse.Namespace) -> loop.Rates:
+  """The rates of the command line, or else those that the search chose."""
+  plan = search.plan(entry, search.FOLDER)
+  found = {x.optimizer: plan.chosen(x) for x in plan.table.variants}
+  start = tables.RATES.start, tables.MULTIPLIERS.start
+  rate, multiplier = found.get(flags.optimizer) or start
+  if flags.rate is not None:
+    rate = flags.rate
+  if flags.multiplier is not None:
+    multiplier = flags.multiplier
+  for name, value in (("--rate", rate), ("--multiplier", multiplier)):
+    if not value > 0:
+      raise UserError(f"{name} is {value}; use a number above 0")
+  return loop.Rates(flags.optimizer, rate, multiplier)
 
 
 def execute(flags: argparse.Namespace) -> int:
   """Runs the chosen command; returns its exit status."""
   if flags.command in catalog.ENTRIES:
     return train(flags)
-  entries = [catalog.ENTRIES[x] for x in flags.names or catalog.ENTRIES]
-  if flags.command == "search":
-    os.nice(max(0, flags.nice - os.nice(0)))
-    say = lambda line: print(line, flush=True)
-    return search.work_through(entries, flags.results, WORK, flags.budget, say)
-  raise NotImplementedError
+  if flags.command == "report":
+    report.write(flags.results, flags.page)
+    return 0
+  entries = [catalog.get(x) for x in flags.names or catalog.ENTRIES]
+  if flags.command == "time":
+    times.measure(entries, flags.results)
+    return 0
+  os.nice(max(0, flags.nice - os.nice(0)))
+  say = lambda line: print(line, flush=True)
+  return search.work_through(entries, flags.results, WORK, flags.budget, say)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,13 +29,17 @@ class Entry(NamedTuple):
   data: str
   metric: str
 
+  def installed(self) -> bool:
+    """Whether the library is there."""
+    return not self.package or bool(importlib.util.find_spec(self.package))
+
   def module(self) -> ModuleType:
     """The module of the model: its `Config`, `RULES` and `make`.
 
     Raises:
       UserError: The library is not installed.
     """
-    if self.package and importlib.util.find_spec(self.package) is None:
+    if not self.installed():
       raise UserError(
         f"{self.name} is written in {self.library}, which is not installed:"
         ' pip install -e ".[train,recipes]"'
@@ -70,6 +74,19 @@ ENTRIES = {
     Entry("diffusion", "diffusion model", "Flax NNX", "", "digits", "loss"),
   )
 }
+
+
+def get(name: str) -> Entry:
+  """The architecture of a name.
+
+  Raises:
+    UserError: There is none.
+  """
+  if name not in ENTRIES:
+    raise UserError(
+      f"there is no architecture {name!r}; there are {', '.join(ENTRIES)}"
+    )
+  return ENTRIES[name]
 
 
 def override(config: Any, settings: list[str]) -> Any:

@@ -8,6 +8,7 @@ To use it in a project of yours, give `make` any Optax optimizer:
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -68,7 +69,7 @@ def step(
 ) -> tuple[train_state.TrainState, jax.Array]:
   """The next state and the loss."""
 
-  def loss(params: dict) -> jax.Array:
+  def loss(params: Any) -> jax.Array:
     logits = state.apply_fn({"params": params}, batch["image"])
     return cross_entropy(logits, batch["label"])
 

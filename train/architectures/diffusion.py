@@ -143,9 +143,15 @@ def make(config: Config, tx: optax.GradientTransformation) -> Trainer:
     model = UNet(config, nnx.Rngs(seed))
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param), nnx.Rngs(seed)
 
+  def step(
+    state: tuple[UNet, nnx.Optimizer, nnx.Rngs], batch: Batch
+  ) -> tuple[tuple[UNet, nnx.Optimizer, nnx.Rngs], jax.Array]:
+    model, optimizer, rngs = state
+    return state, update(model, optimizer, rngs, batch)
+
   return Trainer(
     start=start,
-    step=lambda state, batch: (state, update(*state, batch)),
+    step=step,
     evaluate=lambda state, batch: score(state[0], batch),
     params=lambda state: nnx.state(state[0], nnx.Param),
     opt_state=lambda state: state[1].opt_state,

@@ -68,7 +68,7 @@ def run(
   begin = time.perf_counter()
   state, losses = _train(trainer, state, data, config.steps, seed, say)
   seconds = time.perf_counter() - begin
-  record = {
+  record: dict[str, Any] = {
     "bytes": {
       "optimizer": go.state_bytes(trainer.opt_state(state)),
       "weights": go.state_bytes(trainer.params(state)),

@@ -8,6 +8,7 @@ To use it in a project of yours, give `make` any Optax optimizer:
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -133,7 +134,7 @@ class MoE(nn.Module):
 
 
 def losses(
-  state: train_state.TrainState, params: dict, batch: Batch
+  state: train_state.TrainState, params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
   """Mean cross-entropy, and how unbalanced the experts are."""
   tokens = batch["tokens"]
@@ -159,7 +160,7 @@ def make(config: Config, tx: optax.GradientTransformation) -> Trainer:
   def step(
     state: train_state.TrainState, batch: Batch
   ) -> tuple[train_state.TrainState, jax.Array]:
-    def loss(params: dict) -> tuple[jax.Array, jax.Array]:
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
       value, balance = losses(state, params, batch)
       return value + config.balance * balance, value
 

@@ -91,6 +91,13 @@ def _plain_galore(
   return _galore(rate, multiplier, options, residual=None)
 
 
+def _galore_without_rules(
+  rate: Any, multiplier: Any, options: Options
+) -> optax.GradientTransformation:
+  """GaLore with its own reading of the leaves' shapes and names."""
+  return _galore(rate, multiplier, options._replace(rules=()))
+
+
 def _adamw(
   rate: Any, multiplier: Any, options: Options
 ) -> optax.GradientTransformation:
@@ -144,5 +151,6 @@ METHODS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adamw": _adamw,
   "galore": _galore,
   "galore_plain": _plain_galore,
+  "galore_no_rules": _galore_without_rules,
   "muon": _muon,
 }

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def prepare(batch: int, length: int) -> Data:
     DataConfig(**config, validation=str(parts.test), eval_rows=10**9),
     VOCABULARY,
   )
-  rows = validation.feed.rows
+  rows = cast(packing.Rows, validation.feed).rows
 
   def batches(seed: int) -> Iterator[Batch]:
     rng = np.random.default_rng(seed)

@@ -12,6 +12,11 @@ from train.experiments.table import SearchRange, Table, Variant
 
 ADAMW = Variant("adamw", "AdamW", "adamw")
 GALORE = Variant("galore", "GaLore", "galore")
+# A convolution kernel as nine matrices, which is how it is read without a rule.
+NINE_MATRICES = Variant(
+  "galore_no_rules", "GaLore, nine matrices a kernel", "galore_no_rules"
+)
+EXTRA = {"cnn": ((NINE_MATRICES,),)}  # groups of variants of one architecture
 RATES = SearchRange(1e-2, 3e-4, 0.11, factor=10**0.5)
 MULTIPLIERS = SearchRange(0.5, 1 / 128, 8.0, factor=4.0)
 SEEDS = (0, 1, 2)
@@ -24,7 +29,7 @@ def table(entry: Entry) -> Table:
   return Table(
     entry.name,
     entry.title,
-    ((ADAMW, GALORE),),
+    ((ADAMW, GALORE), *EXTRA.get(entry.name, ())),
     settings=tuple(f"{entry.name}.{k}={v}" for k, v in sizes.items()),
     rates=RATES,
     multipliers=MULTIPLIERS,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-Batch = Mapping[str, np.ndarray]
+Batch = Mapping[str, Any]  # of arrays: NumPy's, and JAX's within a program
 State = Any  # what the library of the model keeps: a TrainState, a pair, ...
 
 

@@ -116,9 +116,15 @@ def make(config: Config, tx: optax.GradientTransformation) -> Trainer:
     model = ViT(config, nnx.Rngs(seed))
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
+  def step(
+    state: tuple[ViT, nnx.Optimizer], batch: Batch
+  ) -> tuple[tuple[ViT, nnx.Optimizer], jax.Array]:
+    model, optimizer = state
+    return state, update(model, optimizer, batch)
+
   return Trainer(
     start=start,
-    step=lambda state, batch: (state, update(*state, batch)),
+    step=step,
     evaluate=lambda state, batch: score(state[0], batch),
     params=lambda state: nnx.state(state[0], nnx.Param),
     opt_state=lambda state: state[1].opt_state,

@@ -4,7 +4,8 @@
   python -m train.stability restarts nans    # only these
   python -m train.stability --steps 1000 --results /tmp/short
 
-Every method makes 20,000 steps in each scenario, and a record of what could
+Short runs of another seed choose the learning rate of each method. Then every
+method makes 20,000 steps in each scenario, and a record of what could
 drift is added to docs/results/stability/runs.jsonl. Then the table and the
 figure of docs/results/stability.md are rewritten. It can be stopped at any
 time; runs that are recorded are not made again.
@@ -15,12 +16,14 @@ import os
 import pathlib
 import sys
 
+from train.common.errors import Diverged
 from train.experiments import results
 from train.measure import machine
 from train.run import exit_status, program_cache
 from train.stability import report, runs, scenarios
 
 STEPS = 20_000
+TUNING = 4  # runs that choose a rate have a quarter of the steps
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,25 +72,61 @@ def execute(flags: argparse.Namespace) -> int:
   """Makes the missing runs, and reports."""
   os.nice(max(0, flags.nice - os.nice(0)))
   program_cache.enable()
-  path = flags.results / report.FILE
   for name in flags.names or scenarios.SCENARIOS:
     for method in scenarios.METHODS:
-      key = f"{method}-{name}-{flags.steps}"
-      if key in results.read_all(flags.results):
-        continue
-      print(f"{method}, {name}", flush=True)
       scenario = scenarios.SCENARIOS[name]
-      say = lambda line: print(f"  {line}", flush=True)
-      made = runs.make(method, scenario, flags.steps, say=say)
-      command = f"python -m train.stability {name} --steps {flags.steps}"
-      identity = {"key": key, "method": method, "scenario": name}
-      record = identity | {"steps": flags.steps} | made
-      results.append(path, record | machine.provenance(command))
+      _run(flags, method, scenario, flags.steps, _rate(flags, method), seed=0)
   page = flags.page
   if page is None and flags.results == report.FOLDER:
     page = report.PAGE
   report.write(flags.results, page, flags.steps)
   return 0
+
+
+def _rate(flags: argparse.Namespace, method: str) -> float:
+  """The rate of the least loss in short runs without faults, of another seed."""
+  steps = -(-flags.steps // TUNING)
+  scenario = scenarios.SCENARIOS["float32"]
+  losses = {
+    rate: report.late_loss(_run(flags, method, scenario, steps, rate, seed=1))
+    for rate in scenarios.RATES
+  }
+  finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+  if not finite:
+    raise Diverged(f"{method} has no finite loss at any of {scenarios.RATES}")
+  return min(finite, key=lambda rate: finite[rate])
+
+
+def _run(
+  flags: argparse.Namespace,
+  method: str,
+  scenario: scenarios.Scenario,
+  steps: int,
+  rate: float,
+  seed: int,
+) -> results.Record:
+  """The record of a run, which is made if there is none."""
+  path = flags.results / report.FILE
+  key = f"{method}-{scenario.name}-{steps}-{rate:g}-{seed}"
+  known = {record["key"]: record for record in results.read(path)}
+  if key in known:
+    return known[key]
+  print(f"{method}, {scenario.name}, rate {rate:g}, {steps} steps", flush=True)
+  say = lambda line: print(f"  {line}", flush=True)
+  made = runs.make(method, scenario, steps, rate, seed, say)
+  command = f"python -m train.stability {scenario.name} --steps {flags.steps}"
+  record = {
+    "key": key,
+    "method": method,
+    "scenario": scenario.name,
+    "steps": steps,
+    "rate": rate,
+    "seed": seed,
+    **made,
+    **machine.provenance(command),
+  }
+  results.append(path, record)
+  return record
 
 
 def main(argv: list[str] | None = None) -> int:

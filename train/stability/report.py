@@ -18,7 +18,8 @@ FIGURE = "runs.png"
 HEAD = (
   "",
   "",
-  "mean test loss of the second half",
+  "learning rate",
+  "mean held-out loss of the second half",
   "of AdamW's",
   "largest orthonormality error",
   "all numbers finite",
@@ -30,7 +31,9 @@ HEAD = (
 def write(folder: pathlib.Path, page: pathlib.Path | None, steps: int) -> None:
   """Rewrites a page's table and the figure; prints the table without a page."""
   records = [
-    record for record in results.read(folder / FILE) if record["steps"] == steps
+    record
+    for record in results.read(folder / FILE)
+    if record["steps"] == steps and record["seed"] == 0
   ]
   if not records:
     return
@@ -60,10 +63,11 @@ def table(records: list[Record]) -> str:
 
 
 def _cells(record: Record, base: Record | None) -> list[str]:
-  loss, reference = _late_loss(record), base and _late_loss(base)
+  loss, reference = late_loss(record), base and late_loss(base)
   ratio = loss / reference if loss is not None and reference else None
   errors = [x for x in record["basis_error"] if x is not None]
   return [
+    f"{record['rate']:g}",
     "not finite" if loss is None else f"{loss:.4f}",
     "" if ratio is None else f"{ratio:.2f}",
     f"{max(errors):.0e}" if errors else "",
@@ -73,7 +77,7 @@ def _cells(record: Record, base: Record | None) -> list[str]:
   ]
 
 
-def _late_loss(record: Record) -> float | None:
+def late_loss(record: Record) -> float | None:
   """The mean over the second half of a run; None if any is not finite."""
   losses = record["loss"][len(record["loss"]) // 2 :]
   return None if None in losses else statistics.mean(losses)
@@ -101,7 +105,7 @@ def _draw_losses(records: list[Record], axis: Any) -> None:
       axis.plot(record["step"], values, color=f"C{i}", lw=1, label=label)
   axis.set_yscale("log")
   axis.set_xlabel("step")
-  axis.set_ylabel("test loss")
+  axis.set_ylabel("held-out loss")
   axis.grid(alpha=0.25)
 
 

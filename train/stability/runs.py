@@ -1,5 +1,6 @@
 """Makes a long run, and measures at intervals what could drift."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -31,29 +32,33 @@ def make(
   method: str,
   scenario: Scenario,
   steps: int,
+  rate: float,
   seed: int = 0,
   say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
   """Makes a run.
 
   Returns:
-    Lists over the measurements: `step`, `loss` on the test inputs,
+    Lists over the measurements: `step`, held-out `loss`,
     `basis_error` (the largest entry of |P^T P - I| over all bases), `largest`
     (the largest number of the optimizer's state, in absolute value); None where
-    there is no such finite number. `finite`: whether all numbers of weights and state were
-    finite at every measurement. `faulty`: steps with a gradient that was not.
-    `scale`: the last loss scale. `seconds`: what it took.
+    there is no such finite number. `finite`: whether all numbers of weights and
+    state were finite at every measurement. `faulty`: steps with a gradient that
+    was not. `scale`: the last loss scale. `seconds`: what it took.
   """
   tx = scenarios.optimizer(method, scenario)
   advance = _advance(tx, scenario, seed)
   params = optax.tree.cast(problem.start(seed), scenario.weights)
   state = State(jnp.int32(0), params, tx.init(params), LossScale.start())
-  inputs = scenarios.rates(scenario, steps), scenarios.factors(scenario, steps)
+  inputs = (
+    scenarios.rates(scenario, steps, rate),
+    scenarios.factors(scenario, steps),
+  )
   begin, points, faulty = time.perf_counter(), [], 0
   for part in np.array_split(np.arange(steps), min(POINTS, steps)):
     state, count = advance(state, *(x[part] for x in inputs))
     faulty += int(count)
-    points.append(measure(state))
+    points.append(measure(state, seed))
     if len(points) % 25 == 0:
       say(f"step {points[-1]['step']}/{steps}  loss {points[-1]['loss']}")
   columns = ("step", "loss", "basis_error", "largest")
@@ -96,9 +101,9 @@ def _advance(
   return advance
 
 
-def measure(state: State) -> dict[str, Any]:
+def measure(state: State, seed: int) -> dict[str, Any]:
   """What could drift, after the steps so far."""
-  loss, largest, finite = jax.device_get(_summary(state))
+  loss, largest, finite = jax.device_get(_summary(state, seed))
   errors = [
     orthogonality_error(basis)
     for sides in go.find_bases(state.opt_state).values()
@@ -113,9 +118,9 @@ def measure(state: State) -> dict[str, Any]:
   }
 
 
-@jax.jit
-def _summary(state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Test loss, largest number of the optimizer's state, all finite."""
+@functools.partial(jax.jit, static_argnums=1)
+def _summary(state: State, seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Held-out loss, largest number of the optimizer's state, all finite."""
   floats = lambda tree: [
     x.astype(jnp.float32)
     for x in jax.tree.leaves(tree)
@@ -124,7 +129,7 @@ def _summary(state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
   finite = [jnp.isfinite(x).all() for x in floats(state)]
   largest = [jnp.abs(x).max() for x in floats(state.opt_state)]
   return (
-    problem.test_loss(state.params, state.step),
+    problem.held_out_loss(state.params, state.step, seed),
     jnp.array(largest).max(),
     jnp.array(finite).all(),
   )

@@ -10,7 +10,7 @@ import optax
 
 import galore_optax as go
 
-RATE = 3e-3
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # to choose from
 RESTARTS = 10  # cycles of the learning rate
 GAP = 10  # steps between two bases of a matrix
 CLIP = 1.0  # global norm of the gradient
@@ -61,14 +61,15 @@ SCENARIOS = {
 }
 
 
-def rates(scenario: Scenario, steps: int) -> np.ndarray:
-  """The learning rate of each step."""
+def rates(scenario: Scenario, steps: int, highest: float) -> np.ndarray:
+  """The learning rate of each step, up to the highest."""
   warm_up = np.minimum(1, np.arange(1, steps + 1) / min(200, steps))
   if not scenario.restarts:
-    return (RATE * warm_up).astype(np.float32)
+    return (highest * warm_up).astype(np.float32)
   cycle = max(1, steps // RESTARTS)
   phase = np.arange(steps) % cycle / cycle
-  return (RATE * warm_up * (1 + np.cos(np.pi * phase)) / 2).astype(np.float32)
+  shape = (1 + np.cos(np.pi * phase)) / 2
+  return (highest * warm_up * shape).astype(np.float32)
 
 
 def factors(scenario: Scenario, steps: int) -> np.ndarray:
@@ -103,7 +104,7 @@ def _adamw(rate: Any) -> optax.GradientTransformation:
   tx = optax.adamw(rate, weight_decay=0.0)
   single = lambda tree: optax.tree.cast(tree, jnp.float32)
 
-  def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     new, state = tx.update(single(updates), state, single(params))
     return optax.tree.cast_like(new, updates), state
 
