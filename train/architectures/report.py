@@ -33,17 +33,15 @@ HEAD = (
   "that of the matrices",
   "points searched",
 )
-# From a record to the metric, and how it is printed.
-METRICS: dict[str, tuple[Callable[[Record], float], str]] = {
-  "error": (
-    lambda record: 100 * record["test_error"],
-    "{:.2f} ± {:.2f} % wrong",
-  ),
+# From a record to the metric, its decimals, and its name.
+METRICS: dict[str, tuple[Callable[[Record], float], int, str]] = {
+  "error": (lambda record: 100 * record["test_error"], 2, "% wrong"),
   "perplexity": (
     lambda record: perplexity(record["test_loss"]),
-    "perplexity {:.2f} ± {:.2f}",
+    2,
+    "perplexity",
   ),
-  "loss": (lambda record: record["test_loss"], "{:.4f} ± {:.4f}"),
+  "loss": (lambda record: record["test_loss"], 4, "squared error"),
 }
 
 
@@ -89,7 +87,7 @@ def _cells(
   if not records:
     return ["not measured yet", *[""] * (len(HEAD) - 3)]
   base = _done(plan, tables.ADAMW)
-  value, form = METRICS[entry.metric]
+  value, digits, name = METRICS[entry.metric]
   point = plan.chosen(variant) or (math.nan, math.nan)
   searched = str(len(plan.tried(variant)))
   if not plan.complete(variant):
@@ -97,8 +95,8 @@ def _cells(
   size = records[0]["bytes"]["optimizer"]
   of_base = f"{size / base[0]['bytes']['optimizer']:.0%}" if base else ""
   return [
-    form.format(*mean_and_error([value(x) for x in records])),
-    "{:.4f} ± {:.4f}".format(*mean_and_error(_losses(records))),
+    f"{_with_error([value(x) for x in records], digits)} {name}",
+    _with_error(_losses(records), 4),
     *_difference(_losses(records), _losses(base), variant),
     str(len(records)),
     f"{size / units.KIB:.0f}",
@@ -120,6 +118,12 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
   if len(values) < 2:
     return mean, math.nan
   return mean, statistics.stdev(values) / len(values) ** 0.5
+
+
+def _with_error(values: list[float], digits: int) -> str:
+  mean, error = mean_and_error(values)
+  width = f" ± {error:.{digits}f}" if math.isfinite(error) else ""
+  return f"{mean:.{digits}f}{width}"
 
 
 def _difference(
@@ -154,6 +158,9 @@ def draw(plans: dict[Entry, Plan], path: pathlib.Path) -> None:
           axis.plot(steps, losses, color=f"C{i}", lw=1.1, label=variant.label)
       axis.set_title(entry.title, fontsize="small")
       axis.set_yscale("log")
+      axis.yaxis.set_minor_formatter("{x:g}")
+      axis.yaxis.set_major_formatter("{x:g}")
+      axis.tick_params(which="both", labelsize="x-small")
       axis.set_xlabel("step")
       axis.set_ylabel("training loss")
       axis.grid(alpha=0.25)

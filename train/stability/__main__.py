@@ -84,7 +84,7 @@ def execute(flags: argparse.Namespace) -> int:
 
 
 def _rate(flags: argparse.Namespace, method: str) -> float:
-  """The rate of the least loss in short runs without faults, of another seed."""
+  """The rate of the least loss in short runs of another seed, unharmed."""
   steps = -(-flags.steps // TUNING)
   scenario = scenarios.SCENARIOS["float32"]
   losses = {

@@ -68,7 +68,7 @@ def test_search_and_report(fake_runs, tmp_path, monkeypatch):
     "<!-- architectures: begin -->\n<!-- architectures: end -->\n"
   )
   report.write(tmp_path, page)
-  _, _, adamw, galore = (
+  _, _, adamw, galore, nine = (
     line.split(" | ")
     for line in page.read_text().splitlines()
     if line.startswith("|")
@@ -76,6 +76,7 @@ def test_search_and_report(fake_runs, tmp_path, monkeypatch):
   assert adamw[2] == "1.01 ± 0.01 % wrong"
   assert galore[4:6] == ["-0.5000 ± 0.0082", "better"]
   assert galore[6:10] == ["3", "0", "25%", "1.50"]
+  assert nine[1] == tables.NINE_MATRICES.label
   assert (tmp_path / report.FIGURE).stat().st_size > 1000
 
 
@@ -91,7 +92,7 @@ def test_the_verdict(values, verdict):
 def test_what_is_not_measured_says_so(tmp_path):
   plan = Plan(tables.table(CNN), 1, "digits", {})
   text = report.table({CNN: plan}, tmp_path)
-  assert text.count("not measured yet") == 2
+  assert text.count("not measured yet") == 3
 
 
 def test_a_stopped_search_says_so(fake_runs, tmp_path):
