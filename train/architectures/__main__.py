@@ -28,8 +28,8 @@ from train.architectures import (
   tables,
   times,
 )
+from train.common import commands
 from train.common.errors import Diverged, UserError
-from train.run import exit_status
 
 WORK = pathlib.Path("runs/architectures")
 SAMPLED = "diffusion"  # the architecture that makes pictures
@@ -42,12 +42,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  commands = parser.add_subparsers(dest="command", required=True)
+  subparsers = parser.add_subparsers(dest="command", required=True)
   for entry in catalog.ENTRIES.values():
     title = f"{entry.title}, {entry.library}"
-    training = commands.add_parser(entry.name, help=title, description=title)
+    training = subparsers.add_parser(entry.name, help=title, description=title)
     _add_training(training, entry)
-  searching = commands.add_parser(
+  searching = subparsers.add_parser(
     "search", help="make the runs that the comparison lacks"
   )
   _add_names(searching)
@@ -61,11 +61,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   searching.add_argument(
     "--nice", type=int, default=15, help="niceness (default: %(default)s)"
   )
-  timing = commands.add_parser(
+  timing = subparsers.add_parser(
     "time", help="measure the training steps side by side"
   )
   _add_names(timing)
-  reporting = commands.add_parser(
+  reporting = subparsers.add_parser(
     "report", help="rewrite the page from the records"
   )
   reporting.add_argument("--page", type=pathlib.Path, default=report.PAGE)
@@ -167,7 +167,7 @@ def execute(flags: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
   """Runs the command: 0 when done, 2 for wrong input, 130 if stopped."""
   flags = parse(argv)
-  return exit_status.report_errors(lambda: execute(flags))
+  return commands.run(lambda: execute(flags))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import os
 import pathlib
 import sys
 
+from train.common import commands
 from train.common.errors import Diverged
 from train.experiments import results
 from train.measure import machine
-from train.run import exit_status, program_cache
+from train.run import program_cache
 from train.stability import report, runs, scenarios
 
 STEPS = 20_000
@@ -132,7 +133,7 @@ def _run(
 def main(argv: list[str] | None = None) -> int:
   """Runs the command: 0 when done, 2 for wrong input, 130 if stopped."""
   flags = parse(argv)
-  return exit_status.report_errors(lambda: execute(flags))
+  return commands.run(lambda: execute(flags))
 
 
 if __name__ == "__main__":
