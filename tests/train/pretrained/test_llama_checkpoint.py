@@ -14,7 +14,12 @@ from train.common.errors import UserError
 from train.config import presets, schema
 from train.data import tokenizer
 from train.models import llama
-from train.pretrained import checkpoint_folder, llama_checkpoint, llama_names
+from train.pretrained import (
+  checkpoint_folder,
+  llama_checkpoint,
+  llama_config,
+  llama_names,
+)
 from train.run import checkpoint, run_dir
 from train.step import train_step
 
@@ -211,19 +216,19 @@ def test_rotary_tables_are_ignored_and_a_tied_head_is_the_embedding(tmp_path):
   ],
 )
 def test_another_architecture_is_refused(field, value, message):
-  config = llama_names.model_to_hf(TINY, "float32", {})
+  config = llama_config.to_hf(TINY, "float32", {})
   config = {k: v for k, v in (config | {field: value}).items() if v is not None}
   with pytest.raises(UserError, match=message):
-    llama_names.model_from_hf(config, "config.json")
+    llama_config.from_hf(config, "config.json")
 
 
 def test_both_spellings_of_rope_theta_are_read():
-  config = llama_names.model_to_hf(SHAPES["tied"], "float32", {})
+  config = llama_config.to_hf(SHAPES["tied"], "float32", {})
   for name in ("rope_theta", "rope_parameters"):
     rest = {k: v for k, v in config.items() if k != name}
-    assert llama_names.model_from_hf(rest, "").rope_theta == 5e5
+    assert llama_config.from_hf(rest, "").rope_theta == 5e5
   bare = {k: v for k, v in config.items() if not k.startswith("rope")}
-  assert llama_names.model_from_hf(bare, "").rope_theta == 1e4
+  assert llama_config.from_hf(bare, "").rope_theta == 1e4
 
 
 def test_a_source_without_weights_is_refused(tmp_path, capsys):
@@ -232,7 +237,7 @@ def test_a_source_without_weights_is_refused(tmp_path, capsys):
   assert "is neither a folder nor a .gguf file" in capsys.readouterr().err
   with pytest.raises(UserError, match=r"config\.json cannot be read"):
     llama_checkpoint.load(tmp_path)
-  config = llama_names.model_to_hf(TINY, "float32", {})
+  config = llama_config.to_hf(TINY, "float32", {})
   (tmp_path / checkpoint_folder.CONFIG).write_text(json.dumps(config))
   with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
     llama_checkpoint.load(tmp_path)
