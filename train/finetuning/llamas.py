@@ -19,6 +19,7 @@ from flax import nnx
 from train.common import inputs
 from train.common.errors import UserError
 from train.common.fields import Fields
+from train.config.families import FAMILIES
 from train.config.schema import HUB, ModelConfig
 from train.data import tokenizer as tokenizer_lib
 from train.finetuning import chat
@@ -82,7 +83,7 @@ class LlamaTaskModel:
   def describe(self) -> str:
     """The model's kind and sizes, in half a line."""
     c = self.model
-    return f"llama, {c.n_layers} layers, d_model {c.d_model}, {c.dtype}"
+    return f"{c.family}, {c.n_layers} layers, d_model {c.d_model}, {c.dtype}"
 
   def tokenize(self, split: Split) -> TokenizedSplit:
     """Tokenizes a split."""
@@ -314,7 +315,7 @@ def _tokenized(
 
 
 def is_llama(source: str) -> bool:
-  """Whether a checkpoint is a LLaMA; else it is an encoder.
+  """Whether a checkpoint is a LLaMA or a relative; else it is an encoder.
 
   Raises:
     UserError: it is neither, or the folder of a fine-tuning run, which has its
@@ -338,13 +339,13 @@ def is_llama(source: str) -> bool:
       f" {path / 'model'}"
     )
   model_type = config.get("model_type")
-  if model_type == "llama" or "model.d_model" in config:
+  if model_type in FAMILIES or "model.d_model" in config:
     return True
   if model_type not in encoder_names.FAMILIES:
-    known = ", ".join(encoder_names.FAMILIES)
+    known = ", ".join([*encoder_names.FAMILIES, *FAMILIES])
     raise UserError(
       f"--from {source}: its model_type is {model_type!r}; known ones are"
-      f" {known} and llama"
+      f" {known}"
     )
   return False
 

@@ -9,8 +9,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from train.common import inputs
 from train.common.errors import UserError
@@ -19,17 +17,11 @@ from train.config.schema import ModelConfig
 from train.pretrained import (
   gguf_config,
   gguf_header,
+  gguf_tokenizer,
   llama_config,
   llama_names,
 )
 from train.pretrained.llama_names import Weights
-
-CONTROL = 3  # the type of tokens such as <|endoftext|>
-# The pre-tokenizers before the byte level, by `tokenizer.ggml.pre`.
-BEFORE_BYTES = {
-  "gpt-2": (),
-  "smollm": (pre_tokenizers.Digits(individual_digits=True),),
-}
 
 
 def load(path: pathlib.Path) -> Weights:
@@ -75,7 +67,7 @@ def load(path: pathlib.Path) -> Weights:
     # GGUF lists the innermost axis first.
     shapes={name: tuple(x.shape.tolist())[::-1] for name, x in by_name.items()},
     read=read,
-    tokenizer=_tokenizer(fields),
+    tokenizer=gguf_tokenizer.to_json(fields),
     extra=_extra(fields, config),
   )
 
@@ -109,39 +101,6 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
   """
   halves = rows.reshape(heads, -1, 2, *rows.shape[1:])
   return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _tokenizer(fields: Fields) -> str:
-  """The text of a tokenizer.json, from the byte-level BPE in the file.
-
-  Returns:
-    "" for any other tokenizer, after a note is printed.
-  """
-  kind = fields.text("tokenizer.ggml.model", None)
-  pre = fields.text("tokenizer.ggml.pre", None)
-  if kind != "gpt2" or pre not in BEFORE_BYTES:
-    print(
-      f"note: {fields.source} has a tokenizer {kind}/{pre}, which cannot be"
-      f" converted (only gpt2/{', gpt2/'.join(BEFORE_BYTES)} can); put the"
-      " model's own tokenizer.json beside the weights"
-    )
-    return ""
-  tokens = fields.texts("tokenizer.ggml.tokens")
-  pairs = [m.split(" ", 1) for m in fields.texts("tokenizer.ggml.merges")]
-  if any(len(pair) != 2 for pair in pairs):
-    fields.refuse("tokenizer.ggml.merges", "pairs with a space between them")
-  vocabulary = {token: i for i, token in enumerate(tokens)}
-  with inputs.refusing(f"{fields.source}: its tokenizer cannot be used"):
-    merges = [(first, second) for first, second in pairs]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-  level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*BEFORE_BYTES[pre], level])
-  tokenizer.decoder = decoders.ByteLevel()
-  kinds = fields.integers("tokenizer.ggml.token_type", ())
-  tokenizer.add_special_tokens(
-    [token for token, k in zip(tokens, kinds, strict=False) if k == CONTROL]
-  )
-  return tokenizer.to_str()
 
 
 def _extra(fields: Fields, config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.conftest import TINY
+from tests.train.conftest import QWEN, TINY
 from train.models import llama, rope
 
 INIT = jax.jit(llama.init, static_argnums=(0, 1))
@@ -84,10 +84,13 @@ def test_grouped_queries_equal_full_heads_with_repeated_keys():
   assert not np.allclose(logits(TOKENS, swapped), grouped, atol=1e-3)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_scan_equals_a_loop_over_the_layers(tied):
-  config = dataclasses.replace(TINY, tie_embeddings=tied)
-  params = fresh(tie_embeddings=tied)
+@pytest.mark.parametrize(
+  "config",
+  [TINY, dataclasses.replace(TINY, tie_embeddings=True), QWEN],
+  ids=["plain", "tied", "layers that differ"],
+)
+def test_the_scan_equals_a_loop_over_the_layers(config):
+  params = INIT(config, 0)
   rows, length = TOKENS.shape
 
   @jax.jit
@@ -99,7 +102,7 @@ def test_the_scan_equals_a_loop_over_the_layers(tied):
       x = llama.block(config, layer, x, length, i)
     return llama.head(config, outside, x, rows)
 
-  together = logits(TOKENS, params, tie_embeddings=tied)
+  together = APPLY(llama.abstract(config)[0], params, TOKENS)
   np.testing.assert_allclose(loop(params), together, atol=1e-6)
 
 
