@@ -42,6 +42,12 @@ TEMPLATES: dict[TemplateName, Template] = {
     "\n",
     ("<|im_start|>", "<|im_end|>"),
   ),
+  "llama3": Template(
+    "<|start_header_id|>{role}<|end_header_id|>\n\n",
+    "<|eot_id|>",
+    "",
+    ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+  ),
   "plain": Template("### {role}:\n", "", "\n\n"),
 }
 

@@ -8,7 +8,7 @@ from train.common.checks import check_above
 from train.common.errors import UserError
 from train.config import schema
 
-TemplateName = Literal["chatml", "plain"]
+TemplateName = Literal["chatml", "llama3", "plain"]
 USE_ACCUMULATE = "To use less memory in a step, set train.accumulate"
 
 

@@ -82,7 +82,7 @@ def _model(fields: Fields, pre: Pre) -> models.BPE:
 
 def _pre_tokenizer(pre: Pre) -> pre_tokenizers.PreTokenizer:
   """Cuts a text into the pieces within which bytes are merged."""
-  steps = []
+  steps: list[pre_tokenizers.PreTokenizer] = []
   if pre.single_digits:
     steps.append(pre_tokenizers.Digits(individual_digits=True))
   if pre.pattern:
