@@ -89,8 +89,6 @@ def test_imported_trained_sampled_exported(case, way, tmp_path, capsys):
   for logits in both(weights.model, params, tokens, True):
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
   error = float(np.abs(logits - expected).max())
-  before, after = found[0], np.mean(found[-3:])
+  fall = f"loss {found[0]:.3f} to {np.mean(found[-3:]):.3f}"
   with capsys.disabled():
-    print(
-      f"\n{case}, {way}: loss {before:.3f} to {after:.3f}, error {error:.1e}"
-    )
+    print(f"\n{case}, {way}: {fall}, error of the logits {error:.1e}")
