@@ -110,13 +110,13 @@ class ModelConfig(SharedModelConfig):
     )
 
   @property
-  def layers_with_window(self) -> tuple[int, ...]:
+  def layers_with_window(self) -> Sequence[int]:
     """Numbers of the layers with a sliding window."""
     if not self.sliding_window:
       return ()
     return families.layer_numbers(
       "window_layers", self.window_layers, self.n_layers
-    ) or tuple(range(self.n_layers))
+    ) or range(self.n_layers)
 
   def __post_init__(self):
     super().__post_init__()

@@ -117,6 +117,8 @@ def _extra(fields: Fields, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
   length = config.get("max_position_embeddings")
   described = {"tokenizer_class": "PreTrainedTokenizerFast"}
   described |= {name[:-3]: tokens[i] for name, i in ids.items()}
+  template = fields.text("tokenizer.chat_template", "")
+  described |= {"chat_template": template} if template else {}
   limit = {} if length is None else {"max_position_embeddings": length}
   return {
     "config.json": limit | ids,

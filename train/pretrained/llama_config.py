@@ -9,6 +9,9 @@ from train.config.families import FAMILIES, Family
 from train.config.schema import ModelConfig
 from train.pretrained import mapping, rope_config
 
+# Layers of a family whose layers may differ, at most: they are listed before
+# anything shows that a number of layers is damaged.
+MOST_LAYERS = 10_000
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -31,6 +34,8 @@ def from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
     )
   fields, family = Fields(source, given), FAMILIES[kind]
   sizes: dict[str, Any] = mapping.sizes_from_hf(fields)
+  if family.windows == "any" and sizes["n_layers"] > MOST_LAYERS:
+    fields.refuse("num_hidden_layers", f"{MOST_LAYERS} at most")
   act = fields.text("hidden_act", "silu")
   mapping.refuse_variants(source, {"hidden_act": (act, ("silu",))})
   still = _layers_without_rope(fields, family, sizes["n_layers"])

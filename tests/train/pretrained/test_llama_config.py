@@ -170,6 +170,11 @@ def test_configs_are_read_and_written(fields, expected):
       {"layer_types": ["full_attention"] * 4},
       "layer_types is .*sliding_attention for every layer, .*=4096",
     ),
+    (
+      "smollm3",
+      {"num_hidden_layers": 10**9},
+      "num_hidden_layers is 1000000000",
+    ),
     ("mistral", {"sliding_window": 0}, "sliding_window is 0; .*null for no"),
     ("llama", {"num_attention_heads": 3, "head_dim": 8}, "n_heads is 3, which"),
     ("llama", {"head_dim": 7}, "head_dim is 7"),
@@ -178,6 +183,11 @@ def test_configs_are_read_and_written(fields, expected):
 def test_what_a_family_does_not_compute_is_refused(kind, fields, message):
   with pytest.raises(UserError, match=f"config.json: .*{message}"):
     read(kind, **fields)
+
+
+def test_a_damaged_number_of_layers_takes_no_time():
+  many = {"num_hidden_layers": 10**9, "num_key_value_heads": 4}
+  assert len(read("mistral", **many).layers_with_window) == 10**9
 
 
 @pytest.mark.parametrize(
