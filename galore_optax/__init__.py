@@ -41,6 +41,7 @@ from galore_optax.per_layer.step import (
   LayerwiseState,
   layerwise,
 )
+from galore_optax.projected.value_and_grad import projected_value_and_grad
 from galore_optax.quantization.qarray import QArray, dequantize, quantize
 from galore_optax.quantized_params import (
   apply_updates,
@@ -89,6 +90,7 @@ __all__ = [
   "layerwise",
   "ldadam",
   "polar_factor",
+  "projected_value_and_grad",
   "q_galore_adamw_8bit",
   "quantize",
   "quantize_params",
