@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from galore_optax.projected import gradient as gradient_lib
 from galore_optax.projected.gradient import Found
 from galore_optax.projected.weight import Weight
-from galore_optax.tree import slices
+from galore_optax.tree import sharding, slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,17 +145,21 @@ def _dot(
 def _dot_forward(
   rule: Dot, x: jax.Array, slot: Found, weight: Weight
 ) -> tuple[jax.Array, tuple]:
-  return _dot(rule, x, slot, weight), (x, weight)
+  # Of the slot only the type is used.
+  return _dot(rule, x, slot, weight), (x, slot, weight)
 
 
 def _dot_backward(rule: Dot, kept: tuple, dy: jax.Array) -> tuple:
-  x, weight = kept
+  x, slot, weight = kept
   _, of_x = jax.vjp(lambda x: rule(x, weight.array()), x)
-  factors = rule.factors(weight, x, dy)
-  found = _find_and_project(
-    weight, factors[:2], lambda g: gradient_lib.Factored(*g, factors.axes)
-  )
-  return of_x(dy)[0], found, None
+
+  def find(weight: Weight, x: jax.Array, dy: jax.Array) -> Found:
+    factors = rule.factors(weight, x, dy)
+    return _find_and_project(
+      weight, factors[:2], lambda g: gradient_lib.Factored(*g, factors.axes)
+    )
+
+  return of_x(dy)[0], sharding.run_auto(find, slot, weight, x, dy), None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
@@ -167,14 +171,22 @@ def _read(slot: Found, weight: Weight) -> jax.Array:
   return weight.array()
 
 
-def _read_forward(slot: Found, weight: Weight) -> tuple[jax.Array, Weight]:
-  return _read(slot, weight), weight
+def _read_forward(
+  slot: Found, weight: Weight
+) -> tuple[jax.Array, tuple[Found, Weight]]:
+  return _read(slot, weight), (slot, weight)
 
 
-def _read_backward(weight: Weight, g: jax.Array) -> tuple:
-  g = weight.view().as_matrix(g)
-  found = _find_and_project(weight, (g,), lambda g: gradient_lib.Formed(*g))
-  return found, None
+def _read_backward(kept: tuple[Found, Weight], g: jax.Array) -> tuple:
+  slot, weight = kept
+  if weight.form.varying:
+    g = jax.lax.psum(g, weight.form.varying)
+
+  def find(weight: Weight, g: jax.Array) -> Found:
+    g = weight.view().as_matrix(g)
+    return _find_and_project(weight, (g,), lambda g: gradient_lib.Formed(*g))
+
+  return sharding.run_auto(find, slot, weight, g), None
 
 
 _read.defvjp(_read_forward, _read_backward)

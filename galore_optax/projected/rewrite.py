@@ -193,6 +193,12 @@ def _transpose(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
   return [values[0].with_form(axes=permuted)]
 
 
+def _vary(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
+  """In `jax.shard_map`: the same on all devices, to be used by each alone."""
+  axes = values[0].form.varying
+  return [values[0].with_form(varying=(*axes, *eqn.params["axes"]))]
+
+
 _RULES: dict[str, Callable] = {
   "checkpoint": _checkpoint,
   "remat2": _checkpoint,
@@ -200,4 +206,5 @@ _RULES: dict[str, Callable] = {
   "dot_general": _dot_general,
   "convert_element_type": _convert,
   "transpose": _transpose,
+  "pvary": _vary,
 }

@@ -1,7 +1,7 @@
 """`projected_value_and_grad`: gradients of rank r, and refreshed bases."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from galore_optax.projected.gradient import Found
 from galore_optax.projected.weight import Form, Weight
 from galore_optax.quantization import qarray
 from galore_optax.quantized_params import dequantize_params
-from galore_optax.tree import paths, plan
+from galore_optax.tree import paths, plan, sharding
 
 
 def projected_value_and_grad(
@@ -88,13 +88,45 @@ def projected_value_and_grad(
     >>> updates["w"].shape
     (64, 256)
   """
+  run = deferred(loss_fn, tx, has_aux=has_aux, dtype=dtype)
+
+  def value_and_grad(
+    params: optax.Params, state: optax.OptState, *args: Any, **kwargs: Any
+  ) -> tuple[Any, Any, optax.OptState]:
+    value, grads, refreshed = run(params, state, *args, **kwargs)
+    return value, grads, refreshed()
+
+  return value_and_grad
+
+
+def deferred(
+  loss_fn: Callable,
+  tx: optax.GradientTransformation,
+  *,
+  has_aux: bool = False,
+  dtype: Any = None,
+) -> Callable:
+  """As :func:`projected_value_and_grad`, but the state is refreshed later.
+
+  A step that may be skipped refreshes the state within its condition, so that
+  there are no two states at once.
+
+  Args:
+    loss_fn: As for :func:`projected_value_and_grad`.
+    tx: As for :func:`projected_value_and_grad`.
+    has_aux: As for :func:`projected_value_and_grad`.
+    dtype: As for :func:`projected_value_and_grad`.
+
+  Returns:
+    A function that returns a function without arguments in place of the state.
+  """
   if not isinstance(tx, optax.GradientTransformation):
     raise TypeError(f"`tx` must be a gradient transformation, got {tx!r}.")
   tx = optax.with_extra_args_support(tx)
 
   def value_and_grad(
     params: optax.Params, state: optax.OptState, *args: Any, **kwargs: Any
-  ) -> tuple[Any, Any, optax.OptState]:
+  ) -> tuple[Any, Any, Callable[[], optax.OptState]]:
     arrays = dequantize_params(params, dtype)
     galores = _describe(tx, arrays, state)
     weights: dict[str, Weight] = {}
@@ -113,7 +145,7 @@ def projected_value_and_grad(
     return (
       (value, aux) if has_aux else value,
       paths.map_with_path(lambda path, _: grads[path], params),
-      _with_refreshed(state, galores, found),
+      lambda: _with_refreshed(state, galores, found),
     )
 
   return value_and_grad
@@ -199,13 +231,42 @@ def _weight(
     basis_dtype=basis_dtype,
     iterations=None if _is_traced(galore.iterations) else galore.iterations,
   )
-  slot = Found(
-    jnp.zeros(site.low_shape, gradient_dtype),
-    {x: jnp.zeros(site.basis_shape(x), basis_dtype) for x in site.sides},
-    jnp.zeros((*view.stack, 1, 1), jnp.float32),
+  weight = Weight(
+    leaf,
+    bases,
+    galore.due[site.path],
+    galore.iterations if form.iterations is None else None,
+    _slot(site, leaf, form),
+    form,
   )
-  traced = galore.iterations if form.iterations is None else None
-  return Weight(leaf, bases, galore.due[site.path], traced, slot, form)
+  return sharding.vary_together(weight)
+
+
+def _slot(site: plan.Site, leaf: Any, form: Form) -> Found:
+  """Zeros for what a backward pass finds, sharded as the state is."""
+  like = leaf.codes if qarray.is_quantized(leaf) else leaf
+  zeros = lambda shape, dtype, spec: sharding.shard_divisible_like(
+    jnp.zeros(shape, dtype), like, spec
+  )
+
+  def of_side(side: str) -> jax.Array:
+    keep = -2 if side == "left" else -1
+
+    def spec(parts: tuple) -> tuple:
+      parts = site.view.spec(parts)
+      return (*parts[:-2], parts[keep], None)
+
+    return zeros(site.basis_shape(side), form.basis_dtype, spec)
+
+  return Found(
+    zeros(site.low_shape, form.gradient_dtype, site.view.spec),
+    {side: of_side(side) for side in site.sides},
+    zeros(
+      (*site.view.stack, 1, 1),
+      jnp.float32,
+      lambda parts: (*site.view.spec(parts)[:-2], None, None),
+    ),
+  )
 
 
 def _is_traced(x: Any) -> bool:
@@ -227,6 +288,7 @@ def _with_weights(f: Callable, params: Any, has_aux: bool) -> Callable:
   """
   closed, shapes = jax.make_jaxpr(f, return_shape=True)(params)
   _check_result(shapes, has_aux)
+  _check_devices([*jax.tree.leaves(params), *closed.consts], closed.out_avals)
   names = list(paths.leaves_by_path(params))
 
   def call(
@@ -242,6 +304,19 @@ def _with_weights(f: Callable, params: Any, has_aux: bool) -> Callable:
     return result if has_aux else (result, None)
 
   return call
+
+
+def _check_devices(arrays: Sequence[Any], results: Sequence[Any]) -> None:
+  """Raises where nothing says over which devices the gradient is summed."""
+  axes = jax.sharding.get_abstract_mesh().manual_axes
+  types = [*map(jax.typeof, arrays), *results]
+  if axes and not any(x.manual_axis_type.varying for x in types):
+    raise ValueError(
+      f"Within the mesh axes {axes}, each device would refresh the bases from "
+      "its own gradient, and they would differ. `jax.shard_map` with "
+      "check_vma=True knows what the devices share, and sums over them; "
+      "`jax.pmap` and check_vma=False do not. Use jax.value_and_grad there."
+    )
 
 
 def _check_result(shapes: Any, has_aux: bool) -> None:

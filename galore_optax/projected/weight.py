@@ -85,7 +85,9 @@ class Weight:
       x = qarray.dequantize(x, form.dtype)
     permutation = tuple(map(form.kept.index, form.axes))
     x = x.astype(form.dtype)
-    return x if permutation == form.kept else x.transpose(permutation)
+    if permutation != tuple(range(x.ndim)):
+      x = x.transpose(permutation)
+    return jax.lax.pcast(x, form.varying, to="varying") if form.varying else x
 
   def view(self) -> matrix_view.MatrixView:
     """How the array is read as matrices."""

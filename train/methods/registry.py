@@ -39,6 +39,7 @@ class Method:
     by_optax: whether Optax projects: what `galore_optax.describe` cannot see.
     accumulates: whether `optimizer.accumulate` applies: gradients are added up
       after the projection.
+    lean: whether gradients at rank r are all that it needs.
     random_bases: whether projections are random, so that no basis is found.
     unwatchable: why its subspaces cannot be measured; "" if they can.
     random_late: whether bases are random from half of the run on.
@@ -64,6 +65,7 @@ class Method:
   projects: bool = False
   by_optax: bool = False
   accumulates: bool = False
+  lean: bool = False
   random_bases: bool = False
   unwatchable: str = ""
   random_late: bool = False
@@ -110,8 +112,7 @@ def _galore(name: str, about: str, make: Make, **facts: Any) -> Method:
     make,
     projects=True,
     accumulates=True,
-    llama_rate=GALORE_RATE,
-    **facts,
+    **{"lean": True, "llama_rate": GALORE_RATE} | facts,
   )
 
 
@@ -225,6 +226,7 @@ _RECORDS = (
     "GaLore exactly as published: by SVD, all matrices at once",
     transforms.galore_faithful,
     published=True,
+    lean=False,
     small=_SMALL_GALORE,
   ),
   _galore(
@@ -250,6 +252,7 @@ _RECORDS = (
     "GaLore whose bases are random from half of the run on",
     transforms.golore,
     random_late=True,
+    lean=False,
     small=_SMALL_GALORE,
   ),
   Method(
@@ -330,6 +333,7 @@ _RECORDS = (
     "SUMO: orthogonalized momentum in a subspace",
     transforms.sumo,
     projects=True,
+    lean=True,
     small={"learning_rate": 8e-3, "scale": 0.2},
     llama_rate=GALORE_RATE,
   ),
