@@ -887,10 +887,10 @@ def _or_describe(settings: _GaLore) -> Callable:
   update = sharding.with_auto_axes(settings.update)
 
   def update_or_describe(updates, state, params=None, **extra_args):
-    context, others = context_lib.split_off(extra_args)
+    context, _ = context_lib.split_off(extra_args)
     if context.probe is None:
       return update(updates, state, params, **extra_args)
-    described = settings.describe(updates, state, params, others)
+    described = settings.describe(updates, state, params, extra_args)
     context.probe.described.append(described)
     return updates, state
 

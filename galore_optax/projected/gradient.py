@@ -93,7 +93,7 @@ class Factored(NamedTuple):
 
 
 def _thin(x: jax.Array, basis: jax.Array | None) -> jax.Array:
-  """x P in the dtype of x; x itself if there is no basis."""
+  """The product x P in the dtype of x; x itself if there is no basis."""
   if basis is None:
     return x
   return linalg.matmul("ti,ir->tr", x, basis.astype(x.dtype)).astype(x.dtype)

@@ -38,11 +38,11 @@ class Dot:
 
   def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
     """The product."""
-    pairs = (self.contract, self.batch)
+    options = dict(self.options)
     if self.weight_first:
-      pairs = tuple((b, a) for a, b in pairs)
-      x, w = w, x
-    return jax.lax.dot_general(x, w, pairs, **dict(self.options))
+      pairs = self.contract[::-1], self.batch[::-1]
+      return jax.lax.dot_general(w, x, pairs, **options)
+    return jax.lax.dot_general(x, w, (self.contract, self.batch), **options)
 
   def fits(self, weight: Weight) -> bool:
     """Whether the weight's gradient is a product of two factors.
@@ -135,9 +135,7 @@ def _without_slot(weight: Weight) -> Weight:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(
-  rule: Dot, x: jax.Array, slot: Found, weight: Weight
-) -> jax.Array:
+def _dot(rule: Dot, x: jax.Array, slot: Found, weight: Weight) -> jax.Array:
   del slot
   return rule(x, weight.array())
 
@@ -154,9 +152,11 @@ def _dot_backward(rule: Dot, kept: tuple, dy: jax.Array) -> tuple:
   _, of_x = jax.vjp(lambda x: rule(x, weight.array()), x)
 
   def find(weight: Weight, x: jax.Array, dy: jax.Array) -> Found:
-    factors = rule.factors(weight, x, dy)
+    rows, cols, axes = rule.factors(weight, x, dy)
     return _find_and_project(
-      weight, factors[:2], lambda g: gradient_lib.Factored(*g, factors.axes)
+      weight,
+      (rows, cols),
+      lambda g: gradient_lib.Factored(g[0], g[1], axes),
     )
 
   return of_x(dy)[0], sharding.run_auto(find, slot, weight, x, dy), None
@@ -200,7 +200,6 @@ def _find_and_project(weight: Weight, arrays: tuple, make: Any) -> Found:
     arrays: Arrays (..., a, b) of all matrices.
     make: From these arrays of one matrix to its gradient.
   """
-
   form = weight.form
   iterations = weight.iterations if form.iterations is None else form.iterations
 

@@ -138,9 +138,7 @@ def _scan(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
 
   def body(carry: list, elements: list) -> tuple[list, list]:
     sliced = [make(x) for make, x in zip(makes, elements, strict=True)]
-    out = _run(
-      inner.jaxpr, inner.consts, [*shared[:consts], *carry, *sliced]
-    )
+    out = _run(inner.jaxpr, inner.consts, [*shared[:consts], *carry, *sliced])
     return out[: len(carry)], out[len(carry) :]
 
   carry, stacked = jax.lax.scan(
@@ -167,8 +165,8 @@ def _dot_general(eqn: core.JaxprEqn, values: list[Any]) -> list[Any] | None:
   options = dict(eqn.params)
   del options["dimension_numbers"]
   rule = product.Dot(
-    tuple(map(tuple, contract)),
-    tuple(map(tuple, batch)),
+    (tuple(contract[0]), tuple(contract[1])),
+    (tuple(batch[0]), tuple(batch[1])),
     weight_first,
     tuple(sorted(options.items())),
   )

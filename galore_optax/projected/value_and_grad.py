@@ -162,7 +162,8 @@ def _describe(
     raise ValueError(
       "`tx` has no `galore(...)` that gradients of rank r could be given to: "
       "either there is none, or an optimizer around it does not hand extra "
-      "arguments on. Use jax.value_and_grad instead."
+      "arguments on, such as `optax.MultiSteps`. (To accumulate gradients give "
+      "`galore` its `accumulation_steps`.) Use jax.value_and_grad instead."
     )
   states = [id(x.step) for x in _states(state)]
   if any(id(galore.step) not in states for galore in galores):
@@ -218,9 +219,7 @@ def _weight(
     gradient_dtype = jnp.dtype(dtype or jnp.float32)
   else:
     gradient_dtype = leaf.dtype
-  # Bases in few bits are rounded again, to fewer digits, when they are stored.
-  exact = all(x.dtype == jnp.float32 for x in bases.values())
-  basis_dtype = jnp.dtype(jnp.float32 if exact else jnp.bfloat16)
+  basis_dtype = jnp.promote_types(gradient_dtype, _stored_dtype(bases))
   form = Form(
     batch=view.batch,
     rows=view.rows,
@@ -240,6 +239,14 @@ def _weight(
     form,
   )
   return sharding.vary_together(weight)
+
+
+def _stored_dtype(bases: Mapping[str, Any]) -> Any:
+  """The dtype of bases; bfloat16 for codes, which hold no more digits."""
+  dtypes = {
+    jnp.bfloat16 if qarray.is_quantized(x) else x.dtype for x in bases.values()
+  }
+  return jnp.result_type(*dtypes)
 
 
 def _slot(site: plan.Site, leaf: Any, form: Form) -> Found:

@@ -70,7 +70,7 @@ class Weight:
   bases: Mapping[str, Any]
   due: jax.Array
   iterations: Any
-  slot: Found
+  slot: Found | None
   form: Form = dataclasses.field(metadata={"static": True})
 
   def with_form(self, **changes: Any) -> "Weight":

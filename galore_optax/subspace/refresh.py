@@ -24,7 +24,6 @@ from galore_optax.tree import plan, sharding, slices, split
 _Slots = dict[str, refresh_groups.Slot]
 
 
-
 class Found(NamedTuple):
   """Bases of one leaf that are known already.
 

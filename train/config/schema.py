@@ -315,7 +315,6 @@ class SharedConfig:
         " take optimizer.name=qlora for frozen weights of four bits"
       )
 
-
   def _check_lean(self, method: registry.Method) -> None:
     """Raises where projected gradients are not enough."""
     if not method.lean:

@@ -104,7 +104,9 @@ def _low_rank(c: OptimizerConfig, **shared: Any) -> baselines.LowRank:
   return baselines.low_rank(c.rank, **shared)
 
 
-def _galore(name: str, about: str, make: Make, **facts: Any) -> Method:
+def _galore(
+  name: str, about: str, make: Make, *, lean: bool = True, **facts: Any
+) -> Method:
   """A record of GaLore around another optimizer."""
   return Method(
     name,
@@ -112,7 +114,9 @@ def _galore(name: str, about: str, make: Make, **facts: Any) -> Method:
     make,
     projects=True,
     accumulates=True,
-    **{"lean": True, "llama_rate": GALORE_RATE} | facts,
+    lean=lean,
+    llama_rate=GALORE_RATE,
+    **facts,
   )
 
 

@@ -353,8 +353,9 @@ def _backward(
     )
 
     def lean(params: dict, opt_state: Any, batch: Any, step: jax.Array):
-      (_, aux), grads, refreshed = differentiate(params, opt_state, batch, step)
-      return Backward(grads, *aux, refreshed)
+      value, grads, refreshed = differentiate(params, opt_state, batch, step)
+      _, (alone, tokens) = value
+      return Backward(grads, alone, tokens, refreshed)
 
     return lean
   if gradient is None:
