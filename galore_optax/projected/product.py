@@ -149,7 +149,7 @@ def _dot_forward(
 
 def _dot_backward(rule: Dot, kept: tuple, dy: jax.Array) -> tuple:
   x, slot, weight = kept
-  _, of_x = jax.vjp(lambda x: rule(x, weight.array()), x)
+  of_x = jax.linear_transpose(lambda x: rule(x, weight.array()), x)
 
   def find(weight: Weight, x: jax.Array, dy: jax.Array) -> Found:
     rows, cols, axes = rule.factors(weight, x, dy)

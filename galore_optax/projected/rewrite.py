@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from galore_optax.projected import product
 from galore_optax.projected.weight import Weight
@@ -32,7 +33,10 @@ def run(closed: core.ClosedJaxpr, values: Sequence[Any]) -> list[jax.Array]:
   Returns:
     Its outputs.
   """
-  return _run(closed.jaxpr, closed.consts, values)
+  # Some libraries return a layer's weights from it, although nothing uses them.
+  used = [True] * len(closed.jaxpr.outvars)
+  jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
+  return _run(jaxpr, closed.consts, values)
 
 
 def _run(
