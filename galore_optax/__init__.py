@@ -5,6 +5,7 @@ from typing import Any
 from galore_optax import baselines
 from galore_optax._chain import chain
 from galore_optax._galore import GaLoreState, galore
+from galore_optax._value_and_grad import projected_value_and_grad
 from galore_optax.diagnostics import (
   basis_overlap,
   captured_energy,
@@ -41,7 +42,6 @@ from galore_optax.per_layer.step import (
   LayerwiseState,
   layerwise,
 )
-from galore_optax.projected.value_and_grad import projected_value_and_grad
 from galore_optax.quantization.qarray import QArray, dequantize, quantize
 from galore_optax.quantized_params import (
   apply_updates,

@@ -242,6 +242,10 @@ class _GaLore:
   ) -> probe_lib.Described:
     """What a backward pass needs for projecting gradients, at this step."""
     call = self._call(updates, state, params, extra_args)
+    if call.context.probe.active is not None:
+      active = call.context.active & call.context.probe.active
+      context = call.context._replace(active=active)
+      call = dataclasses.replace(call, context=context)
     reason = self._needs_all(call.context)
     if reason is not None:
       raise ValueError(
@@ -579,8 +583,9 @@ def _zero_updates(call: _Call) -> optax.Updates:
 
 def _is_low(site: plan_lib.Site, leaf: Any) -> bool:
   """Whether the gradient of a leaf is projected: its shape tells."""
-  shape = jnp.shape(leaf)
-  return leaf is not None and shape == site.low_shape != site.view.shape
+  if leaf is None:
+    return False
+  return jnp.shape(leaf) == site.low_shape != site.view.shape
 
 
 def _lift_leaves(

@@ -42,10 +42,12 @@ class Probe:
   """Collects descriptions.
 
   Attributes:
+    active: Whether bases may be refreshed, bool scalar; None for True.
     described: Those of all GaLores that an update reached.
   """
 
-  def __init__(self):
+  def __init__(self, active: Any = None):
+    self.active = active
     self.described: list[Described] = []
 
 
@@ -54,6 +56,7 @@ def describe(
   updates: optax.Updates,
   state: optax.OptState,
   params: optax.Params,
+  active: Any = None,
 ) -> list[Described]:
   """Describes every GaLore in an optimizer.
 
@@ -62,11 +65,12 @@ def describe(
     updates: Arrays in the structure and shapes of gradients.
     state: Its state.
     params: The parameters.
+    active: Whether bases may be refreshed, bool scalar; None for True.
 
   Returns:
     The descriptions.
   """
-  probe = Probe()
+  probe = Probe(active)
   context = context_lib.UpdateContext(probe=probe)
   context_lib.update_with(tx, context, updates, state, params)
   return probe.described

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax.projected import value_and_grad
+from galore_optax import _value_and_grad as value_and_grad
 from train.config import presets, schema
 from train.estimate import jaxpr_cost
 from train.measure import tables as tables_lib
@@ -144,28 +144,21 @@ def _gradient_pass(
   """A compiled gradient pass at a step without a refresh."""
   loss = train_step.next_token_loss(setup.abstract, config.train)
   if config.train.lean:
-    run = value_and_grad.deferred(loss, setup.tx, has_aux=True)
+    run = value_and_grad.deferred(loss.share, setup.tx, has_aux=True)
 
     def differentiate(params: Any, opt_state: Any, rows: jax.Array) -> Any:
-      return run(params, _between_refreshes(opt_state), rows, 1)[:2]
+      return run(params, opt_state, False, *loss.of(rows, 1))[:2]
   else:
 
     def differentiate(params: Any, opt_state: Any, rows: jax.Array) -> Any:
-      return jax.value_and_grad(loss, has_aux=True)(params, rows, 1)
+      del opt_state
+      return jax.value_and_grad(loss.share, has_aux=True)(
+        params, *loss.of(rows, 1)
+      )
 
   args = (state.params, state.opt_state, rows)
   compiled = jax.jit(differentiate).lower(*args).compile()
   return functools.partial(compiled, *args)
-
-
-def _between_refreshes(opt_state: Any) -> Any:
-  """The state at a step at which no basis is due."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: (
-      jnp.ones_like(x) if jax.tree_util.keystr(path).endswith(".step") else x
-    ),
-    opt_state,
-  )
 
 
 def _flops(size: str) -> dict[str, float]:

@@ -334,12 +334,6 @@ class SharedConfig:
         f"optimizer.projector={self.optimizer.projector} needs whole"
         " gradients, which train.lean never computes; use subspace"
       )
-    if self.train.accumulate > 1:
-      raise UserError(
-        f"train.accumulate={self.train.accumulate} adds up whole gradients,"
-        " which train.lean never computes; use optimizer.accumulate, which adds"
-        " up projected ones"
-      )
 
 
 @dataclasses.dataclass(frozen=True)

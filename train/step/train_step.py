@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import galore_optax
-from galore_optax.projected import value_and_grad
+from galore_optax import _value_and_grad as value_and_grad
 from train.config.schema import ModelConfig, TrainConfig
 from train.models import llama
 from train.parallel import mesh as mesh_lib
@@ -119,11 +119,27 @@ def is_predicted(rows: jax.Array) -> jax.Array:
 Updater = optax.GradientTransformation | galore_optax.Layerwise
 # From weights, a batch and the step's number to gradient, loss, token count.
 Gradient = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
-# From weights, a batch and the step's number to loss, and a tuple of the loss
-# without penalties and the token count.
-Loss = Callable[
-  [Any, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array]]
-]
+
+
+class Loss(NamedTuple):
+  """A batch's mean loss, as a sum over parts of the batch.
+
+  Attributes:
+    share: from weights, a part, the number of items in the batch, the step's
+      number and the part's to the part's share of the loss, with penalties and
+      without.
+    count: from a batch to the numbers of items in it and of tokens.
+    divide: from a batch to its parts, stacked.
+  """
+
+  share: Callable[..., tuple[jax.Array, jax.Array]]
+  count: Callable[[Any], tuple[jax.Array, jax.Array]]
+  divide: Callable[[Any, int], Any] = mesh_lib.microbatches
+
+  def of(self, batch: Any, step: Any) -> tuple:
+    """The arguments of `share` after the weights, for a whole batch."""
+    items = jnp.maximum(self.count(batch)[0], 1).astype(jnp.float32)
+    return batch, items, step, 0
 
 
 class Backward(NamedTuple):
@@ -250,8 +266,8 @@ def make_train_step(
     low_rank_parts: microbatches whose gradients `tx` adds up at low rank.
     gradient: function of the weights, a batch and the number of the step that
       returns gradient, loss and token count; None for the next-token loss.
-    loss: the loss of which projected gradients are taken, if `config.lean` says
-      so; None for the next-token loss.
+    loss: the loss of which gradients at rank r are taken if `config.lean`; None
+      for the next-token loss.
 
   Returns:
     A function of a state and rows (B, T + 1) int32 that returns the next state
@@ -345,19 +361,9 @@ def _backward(
 ) -> Callable[[dict, Any, Any, jax.Array], Backward]:
   """A function of parameters, optimizer state, batch and step's number."""
   if config.lean:
-    differentiate = value_and_grad.deferred(
-      loss or next_token_loss(abstract, config),
-      tx,
-      has_aux=True,
-      dtype=abstract.config.dtype,
+    return _lean(
+      tx, abstract, config, loss or next_token_loss(abstract, config)
     )
-
-    def lean(params: dict, opt_state: Any, batch: Any, step: jax.Array):
-      value, grads, refreshed = differentiate(params, opt_state, batch, step)
-      _, (alone, tokens) = value
-      return Backward(grads, alone, tokens, refreshed)
-
-    return lean
   if gradient is None:
     of_tokens = make_gradient(abstract, config)
     gradient = lambda weights, rows, step: of_tokens(weights, rows)
@@ -370,18 +376,64 @@ def _backward(
   return usual
 
 
+def _lean(
+  tx: optax.GradientTransformation,
+  abstract: AbstractState,
+  config: TrainConfig,
+  loss: Loss,
+) -> Callable[[dict, Any, Any, jax.Array], Backward]:
+  """The same with gradients at rank r.
+
+  Of a batch in parts, the first part's gradient refreshes the bases. The parts'
+  projected gradients are added up in float32.
+  """
+  differentiate = value_and_grad.deferred(
+    loss.share, tx, has_aux=True, dtype=abstract.config.dtype
+  )
+
+  def whole(params: dict, opt_state: Any, batch: Any, step: jax.Array):
+    value, grads, refreshed = differentiate(
+      params, opt_state, None, *loss.of(batch, step)
+    )
+    return Backward(grads, value[1], loss.count(batch)[1], refreshed)
+
+  def in_parts(params: dict, opt_state: Any, batch: Any, step: jax.Array):
+    _, items, _, _ = loss.of(batch, step)
+
+    def one(opt_state: Any, part: Any, index: jax.Array) -> tuple:
+      (_, alone), grads, refreshed = differentiate(
+        params, opt_state, index == 0, part, items, step, index
+      )
+      return refreshed(), (grads, alone)
+
+    def add(carry: tuple, part: tuple) -> tuple[tuple, None]:
+      opt_state, found = one(carry[0], *part)
+      total = jax.tree.map(lambda a, b: a + b, carry[1], found)
+      return (opt_state, total), None
+
+    parts = (
+      loss.divide(batch, config.accumulate),
+      jnp.arange(config.accumulate),
+    )
+    first = jax.tree.map(lambda x: x[0], parts)
+    _, like = jax.eval_shape(one, opt_state, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+    (new, (grads, alone)), _ = jax.lax.scan(add, (opt_state, zeros), parts)
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, like[0])
+    return Backward(grads, alone, loss.count(batch)[1], lambda: new)
+
+  return whole if config.accumulate == 1 else in_parts
+
+
 def next_token_loss(abstract: AbstractState, config: TrainConfig) -> Loss:
   """The mean loss of the predicted tokens of a batch."""
   share = _share_of_loss(abstract, config)
 
-  def loss(weights: dict, rows: jax.Array, step: jax.Array):
-    del step
-    count = is_predicted(rows).sum()
-    tokens = jnp.maximum(count, 1).astype(jnp.float32)
-    total, alone = share(weights, rows, tokens)
-    return total, (alone, count)
+  def count(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    tokens = is_predicted(rows).sum()
+    return tokens, tokens
 
-  return loss
+  return Loss(lambda w, rows, items, *_: share(w, rows, items), count)
 
 
 def _count_of(opt_state: Any) -> jax.Array:

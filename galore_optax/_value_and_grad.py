@@ -93,7 +93,7 @@ def projected_value_and_grad(
   def value_and_grad(
     params: optax.Params, state: optax.OptState, *args: Any, **kwargs: Any
   ) -> tuple[Any, Any, optax.OptState]:
-    value, grads, refreshed = run(params, state, *args, **kwargs)
+    value, grads, refreshed = run(params, state, None, *args, **kwargs)
     return value, grads, refreshed()
 
   return value_and_grad
@@ -109,7 +109,8 @@ def deferred(
   """As :func:`projected_value_and_grad`, but the state is refreshed later.
 
   A step that may be skipped refreshes the state within its condition, so that
-  there are no two states at once.
+  there are no two states at once. A step in several parts refreshes bases in
+  its first part.
 
   Args:
     loss_fn: As for :func:`projected_value_and_grad`.
@@ -118,17 +119,23 @@ def deferred(
     dtype: As for :func:`projected_value_and_grad`.
 
   Returns:
-    A function that returns a function without arguments in place of the state.
+    A function of `(params, state, active, *args, **kwargs)`, where `active`
+    says whether bases may be refreshed (None for yes). In place of the state it
+    returns a function without arguments that gives it.
   """
   if not isinstance(tx, optax.GradientTransformation):
     raise TypeError(f"`tx` must be a gradient transformation, got {tx!r}.")
   tx = optax.with_extra_args_support(tx)
 
   def value_and_grad(
-    params: optax.Params, state: optax.OptState, *args: Any, **kwargs: Any
+    params: optax.Params,
+    state: optax.OptState,
+    active: Any,
+    *args: Any,
+    **kwargs: Any,
   ) -> tuple[Any, Any, Callable[[], optax.OptState]]:
     arrays = dequantize_params(params, dtype)
-    galores = _describe(tx, arrays, state)
+    galores = _describe(tx, arrays, state, active)
     weights: dict[str, Weight] = {}
     for galore in galores:
       weights |= _weights(galore, paths.leaves_by_path(params), dtype)
@@ -152,12 +159,15 @@ def deferred(
 
 
 def _describe(
-  tx: optax.GradientTransformationExtraArgs, params: Any, state: Any
+  tx: optax.GradientTransformationExtraArgs,
+  params: Any,
+  state: Any,
+  active: Any,
 ) -> list[probe.Described]:
   """Every GaLore in an optimizer; raises if there is none, or it is hidden."""
   # Nothing is computed from the zeros, and a compiler removes them.
   zeros = jax.tree.map(jnp.zeros_like, params)
-  galores = probe.describe(tx, zeros, state, params)
+  galores = probe.describe(tx, zeros, state, params, active)
   if not galores:
     raise ValueError(
       "`tx` has no `galore(...)` that gradients of rank r could be given to: "
