@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import galore_optax
-from galore_optax import _value_and_grad as value_and_grad
+from galore_optax._value_and_grad import deferred
 from train.config.schema import ModelConfig, TrainConfig
 from train.models import llama
 from train.parallel import mesh as mesh_lib
@@ -387,7 +387,7 @@ def _lean(
   Of a batch in parts, the first part's gradient refreshes the bases. The parts'
   projected gradients are added up in float32.
   """
-  differentiate = value_and_grad.deferred(
+  differentiate = deferred(
     loss.share, tx, has_aux=True, dtype=abstract.config.dtype
   )
 
