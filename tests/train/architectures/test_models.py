@@ -58,8 +58,8 @@ TINY = {
   "heads": 2,
   "patch": 14,
   "length": 8,
-  "batch": 4,
-  "steps": 6,
+  "batch": 16,
+  "steps": 12,
   "gap": 2,
 }
 
@@ -103,11 +103,11 @@ def test_rules_project_the_matrices(name):
 )
 def test_an_architecture_trains(name, method):
   entry, config = tiny(name)
-  made = loop.run(entry, config, loop.Rates(method, 3e-2, 1.0), 0)
+  made = loop.run(entry, config, loop.Rates(method, 1e-2, 1.0), 0)
   assert made.record["status"] == "done"
-  first, *_, last = (loss for _, loss in made.record["curve"])
-  assert last < first
-  assert made.record["test_loss"] < 1.1 * first
+  start, test = made.trainer.start(0), entry.prepare(config).test
+  before = loop.mean_scores(made.trainer, start, test)["loss"]
+  assert made.record["test_loss"] < before - 0.02
   bases = go.find_bases(made.trainer.opt_state(made.state))
   assert bool(bases) == (method == "galore")
 
