@@ -12,7 +12,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import _chain, checks, old_spellings
 from galore_optax import context as context_lib
-from galore_optax.inner import extra_args, separate
+from galore_optax.inner import extra_args, separate, storage
+from galore_optax.quantization import bfloat16
 from galore_optax.residual import methods as residual_lib
 from galore_optax.subspace import (
   adaptive,
@@ -29,6 +30,8 @@ from galore_optax.tree import plan as plan_lib
 
 PARAMS_MODES = ("split", "project")
 BASIS_CODES = initial.CODES
+# Make the random bits of one use differ from those of another.
+_MOMENTS, _SUMS = "moments", "sums"
 
 
 class GaLoreState(NamedTuple):
@@ -114,15 +117,14 @@ class _GaLore:
       }
       for path, site in sites.items()
     }
-    low = paths.map_with_path(
-      lambda path, x: (
-        self._low_zeros(sites[path], x) if path in sites else self._cast(x)
-      ),
-      params,
+    low, narrow = (
+      self._low_params(params, sites, dtype)
+      for dtype in (self._dtype, self._stored_dtype)
     )
-    inner_state = self.inner.init(low)
+    inner_state = storage.init(self.inner, low, narrow)
     checks.check_not_nested(inner_state, GaLoreState)
     stored = split.split_state(self.inner, inner_state, sites)
+    inner_state = storage.widen(self.inner, inner_state, low)
     self._check_inner(params, low, inner_state, sites)
     norms = None
     if self.residual:
@@ -138,7 +140,7 @@ class _GaLore:
     )
     if self.accumulation_steps == 1:
       return state
-    empty = jax.tree.map(lambda x: _zeros_like(x), low)
+    empty = jax.tree.map(lambda x: _zeros_like(x), narrow)
     return state._replace(
       accumulator=split.split(empty, sites),
       micro_step=jnp.zeros([], jnp.int32),
@@ -264,6 +266,7 @@ class _GaLore:
   ) -> tuple[optax.Updates, GaLoreState]:
     """The inner optimizer's step on projected gradients, lifted."""
     inner_state = split.merge_state(self.inner, state.inner_state)
+    inner_state = storage.widen(self.inner, inner_state, low)
     param_terms = self._param_terms(
       call.sites, inner_state, call.params, call.extra_args
     )
@@ -277,13 +280,19 @@ class _GaLore:
     )
     new |= lifted
     new |= {path: new[path] + term for path, term in param_terms.items()}
+    stored = storage.narrow(
+      split.split_state(self.inner, new_inner_state, call.sites),
+      state.inner_state,
+      bfloat16.word(_MOMENTS, self.seed, state.step),
+      call.context.layer,
+    )
     return (
       paths.map_with_path(
         lambda path, g: new[path].astype(jnp.result_type(g)), call.updates
       ),
       state._replace(
         step=optax.safe_increment(state.step),
-        inner_state=split.split_state(self.inner, new_inner_state, call.sites),
+        inner_state=stored,
         recovery=norms,
       ),
     )
@@ -336,15 +345,20 @@ class _GaLore:
 
     def finish(mean: Any) -> tuple[optax.Updates, GaLoreState]:
       new, after = self._step(call, bases, mean, state)
-      empty = split.split(jax.tree.map(jnp.zeros_like, mean), call.sites)
+      empty = jax.tree.map(jnp.zeros_like, state.accumulator)
       return new, after._replace(
         accumulator=empty, micro_step=jnp.zeros_like(state.micro_step)
       )
 
     def wait(mean: Any) -> tuple[optax.Updates, GaLoreState]:
+      stored = storage.round_tree(
+        split.split(mean, call.sites),
+        state.accumulator,
+        bfloat16.word(_SUMS, self.seed, state.step, state.micro_step),
+        call.context.layer,
+      )
       return jax.tree.map(jnp.zeros_like, call.updates), state._replace(
-        accumulator=split.split(mean, call.sites),
-        micro_step=state.micro_step + 1,
+        accumulator=stored, micro_step=state.micro_step + 1
       )
 
     return jax.lax.cond(is_last, finish, wait, mean)
@@ -438,28 +452,62 @@ class _GaLore:
       return None
     return {p: adaptive.start(x.view.stack, rule) for p, x in sites.items()}
 
-  def _low_zeros(self, site: plan_lib.Site, like: Any) -> jax.Array:
-    """Zeros in the shape of the projected gradient.
+  def _low_params(
+    self,
+    params: optax.Params,
+    sites: Mapping[str, plan_lib.Site],
+    dtype: Callable[[Any], Any],
+  ) -> Any:
+    """What the inner optimizer is initialized with, in the dtypes of `dtype`.
 
-    The axis of the rank is divided over the mesh axes of the side it stands
-    for, so that every device holds a part of the moments on either side.
+    Args:
+      params: The parameters.
+      sites: Path to site.
+      dtype: From the dtype of a parameter.
     """
-    zeros = jnp.zeros(site.low_shape, self._dtype(jnp.result_type(like)))
-    return sharding.shard_divisible_like(zeros, like, site.view.spec)
+    return paths.map_with_path(
+      lambda path, x: (
+        _low_zeros(sites[path], x, dtype(jnp.result_type(x)))
+        if path in sites
+        else _as_dtype(x, dtype(jnp.result_type(x)))
+      ),
+      params,
+    )
 
   def _dtype(self, dtype: Any) -> Any:
     """The dtype in which the inner optimizer sees a leaf."""
+    if self.state_dtype is None or self.state_dtype == jnp.bfloat16:
+      return jnp.promote_types(dtype, jnp.float32)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-      return jnp.promote_types(dtype, self.state_dtype or jnp.float32)
-    if self.state_dtype is not None:
-      return jnp.dtype(self.state_dtype)
-    return jnp.promote_types(dtype, jnp.float32)
+      return jnp.promote_types(dtype, self.state_dtype)
+    return jnp.dtype(self.state_dtype)
+
+  def _stored_dtype(self, dtype: Any) -> Any:
+    """The dtype in which the moments of a leaf are stored."""
+    asked = dtype if self.state_dtype is None else self.state_dtype
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    if asked == jnp.bfloat16 and not is_complex:
+      return jnp.dtype(jnp.bfloat16)
+    return self._dtype(dtype)
 
   def _cast(self, x: Any) -> Any:
-    dtype = self._dtype(jnp.result_type(x))
-    if isinstance(x, jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-    return jnp.asarray(x, dtype)
+    return _as_dtype(x, self._dtype(jnp.result_type(x)))
+
+
+def _as_dtype(x: Any, dtype: Any) -> Any:
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+  return jnp.asarray(x, dtype)
+
+
+def _low_zeros(site: plan_lib.Site, like: Any, dtype: Any) -> jax.Array:
+  """Zeros in the shape of the projected gradient.
+
+  The axis of the rank is divided over the mesh axes of the side it stands for,
+  so that every device holds a part of the moments on either side.
+  """
+  zeros = jnp.zeros(site.low_shape, dtype)
+  return sharding.shard_divisible_like(zeros, like, site.view.spec)
 
 
 def _zeros_like(x: Any) -> jax.Array:
