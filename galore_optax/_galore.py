@@ -30,8 +30,6 @@ from galore_optax.tree import plan as plan_lib
 
 PARAMS_MODES = ("split", "project")
 BASIS_CODES = initial.CODES
-# Make the random bits of one use differ from those of another.
-_MOMENTS, _SUMS = "moments", "sums"
 
 
 class GaLoreState(NamedTuple):
@@ -283,7 +281,7 @@ class _GaLore:
     stored = storage.narrow(
       split.split_state(self.inner, new_inner_state, call.sites),
       state.inner_state,
-      bfloat16.word(_MOMENTS, self.seed, state.step),
+      bfloat16.step_key("moments", self.seed, state.step),
       call.context.layer,
     )
     return (
@@ -354,7 +352,7 @@ class _GaLore:
       stored = storage.round_tree(
         split.split(mean, call.sites),
         state.accumulator,
-        bfloat16.word(_SUMS, self.seed, state.step, state.micro_step),
+        bfloat16.step_key("sums", self.seed, state.step, state.micro_step),
         call.context.layer,
       )
       return jax.tree.map(jnp.zeros_like, call.updates), state._replace(

@@ -91,7 +91,7 @@ def narrow(new: Any, old: Any, key: jax.Array, layer: Any = None) -> Any:
   trees, treedef = jax.tree.flatten(new, is_leaf=split.is_split)
   stored = treedef.flatten_up_to(old)
   return treedef.unflatten(
-    round_tree(x, like, bfloat16.word(key, i), layer)
+    round_tree(x, like, bfloat16.leaf_key(key, str(i)), layer)
     if split.is_split(x)
     else _cast(x, jnp.result_type(like))
     for i, (x, like) in enumerate(zip(trees, stored, strict=True))
@@ -110,7 +110,7 @@ def round_tree(
     flat, treedef = jax.tree_util.tree_flatten_with_path(new)
     names = paths.paths([keys for keys, _ in flat])
     return treedef.unflatten(
-      bfloat16.store(x, like.dtype, bfloat16.word(key, name), start(x))
+      bfloat16.store(x, like.dtype, bfloat16.leaf_key(key, name), start(x))
       for name, (_, x), like in zip(
         names, flat, treedef.flatten_up_to(old), strict=True
       )

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio; odd
 
@@ -33,7 +32,7 @@ def store(
   Args:
     x: The array.
     dtype: The dtype. Only to bfloat16 numbers are rounded at random.
-    key: uint32 scalar, see :func:`word`.
+    key: uint32 scalar, see :func:`leaf_key`.
     start: Index of the first element, where it is a part of a larger array.
 
   Returns:
@@ -47,23 +46,28 @@ def store(
   return round_at_random(x.astype(jnp.float32), bits)
 
 
-def word(*parts: Any) -> jax.Array:
-  """A uint32 that depends on all of some integers and strings.
+def step_key(use: str, seed: Any, *numbers: Any) -> jax.Array:
+  """A key that differs between uses, seeds and steps.
 
   Args:
-    *parts: Integers, which may be traced scalars, and strings.
+    use: What the bits are for.
+    seed: An integer.
+    *numbers: Integers such as the step, which may be traced scalars.
 
   Returns:
     uint32 scalar.
   """
-  result = jnp.uint32(0)
-  for part in parts:
-    if isinstance(part, str):
-      part = zlib.crc32(part.encode())
-    if isinstance(part, int):
-      part = np.uint32(part % 2**32)
-    result = _mix(result * jnp.uint32(_GOLDEN) + jnp.asarray(part).astype(jnp.uint32))
-  return result
+  key = jnp.uint32(zlib.crc32(use.encode()))
+  for number in (seed, *numbers):
+    number = jnp.asarray(number).astype(jnp.uint32)
+    key = _mix(key * jnp.uint32(_GOLDEN) + number)
+  return key
+
+
+def leaf_key(key: jax.Array, name: str) -> jax.Array:
+  """The key of one leaf, given that of the step."""
+  # One operation, because it is compiled for every leaf: hashing is for bits.
+  return key ^ jnp.uint32(zlib.crc32(name.encode()))
 
 
 def random_bits(
@@ -72,7 +76,7 @@ def random_bits(
   """16 random bits for each element of an array.
 
   Args:
-    key: uint32 scalar, see :func:`word`.
+    key: uint32 scalar, see :func:`leaf_key`.
     shape: Shape of the array.
     start: Index of its first element, where it is a part of a larger array.
 
@@ -85,15 +89,15 @@ def random_bits(
     along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     index = index + along * jnp.uint32(stride % 2**32)
     stride *= shape[axis]
-  return _mix(index ^ key, _mix(key + jnp.uint32(_GOLDEN))) >> 16
+  return _mix(index ^ key, key * jnp.uint32(_GOLDEN)) >> 16
 
 
 def _mix(x: jax.Array, key: Any = 0) -> jax.Array:
   """A hash of 32 bits to 32 bits, one to one for each key.
 
   Shifts and factors are those of https://github.com/skeeto/hash-prospector
-  (public domain). With a second key inside, the bits of one step are not those
-  of another in another sequence.
+  (public domain). The key is added inside, so that the bits of one step are not
+  those of another one in another sequence.
   """
   x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD) + key
   x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
@@ -116,7 +120,7 @@ def round_at_random(x: jax.Array, bits: jax.Array) -> jax.Array:
 
   Example:
     >>> x = jnp.full(4096, 1 + 2**-9)  # a quarter from 1 to the next number
-    >>> low = round_at_random(x, random_bits(word(0), x.shape))
+    >>> low = round_at_random(x, random_bits(step_key("", 0), x.shape))
     >>> sorted(set(low.tolist())), bool(abs(low.mean() - x[0]) < 3e-4)
     ([1.0, 1.0078125], True)
   """

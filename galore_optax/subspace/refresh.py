@@ -355,7 +355,7 @@ def _refresh_matrix(
       similarity,
       is_valid,
     )
-  key = bfloat16.word("rotated", run.seed, run.context.step, number.index)
+  key = bfloat16.step_key("rotated", run.seed, run.context.step, number.index)
   return _write_matrix(
     run, group, location, key, written, overlap, schedule, flat
   )
@@ -466,7 +466,7 @@ def _write_in_kind(
   moments = {}
   for name, moment in old.items():
     degree, ratio = run.degrees[name]
-    of_moment = bfloat16.word(key, name)
+    of_moment = bfloat16.leaf_key(key, name)
     if ratio is None:
       reset = (
         run.settings.moments == "reset" and not moments_lib.is_pending_sum(name)
