@@ -278,21 +278,20 @@ class _GaLore:
     )
     new |= lifted
     new |= {path: new[path] + term for path, term in param_terms.items()}
+    updates = paths.map_with_path(
+      lambda path, g: new[path].astype(jnp.result_type(g)), call.updates
+    )
     stored = storage.narrow(
       split.split_state(self.inner, new_inner_state, call.sites),
       state.inner_state,
+      paths.leaves_by_path(updates),
       bfloat16.step_key("moments", self.seed, state.step),
       call.context.layer,
     )
-    return (
-      paths.map_with_path(
-        lambda path, g: new[path].astype(jnp.result_type(g)), call.updates
-      ),
-      state._replace(
-        step=optax.safe_increment(state.step),
-        inner_state=stored,
-        recovery=norms,
-      ),
+    return updates, state._replace(
+      step=optax.safe_increment(state.step),
+      inner_state=stored,
+      recovery=norms,
     )
 
   def _lift(

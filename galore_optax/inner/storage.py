@@ -10,6 +10,7 @@ What is stored decides, not what is asked for: a state with float32 moments goes
 on with float32 moments.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import optax
 
 from galore_optax.inner import interpreter
 from galore_optax.quantization import bfloat16
+from galore_optax.subspace import sequential
 from galore_optax.tree import paths, split
 
 
@@ -74,13 +76,21 @@ def widen(
   return jax.tree.map(lambda x, like: _cast(x, like.dtype), state, wanted)
 
 
-def narrow(new: Any, old: Any, key: jax.Array, layer: Any = None) -> Any:
+def narrow(
+  new: Any,
+  old: Any,
+  updates: Mapping[str, jax.Array],
+  key: jax.Array,
+  layer: Any = None,
+) -> Any:
   """A new state in the dtypes in which the old one is stored.
 
   Args:
     new: The inner optimizer's new state, split, see
       :func:`galore_optax.tree.split.split_state`.
     old: The stored state that it replaces, split.
+    updates: Path to update. A CPU computes it before it writes moments: both
+      need the old moments, of which it would otherwise make a copy.
     key: uint32 scalar that differs from step to step.
     layer: Number of the layer if these are the moments of one layer of a stack.
       They are then rounded as those of the whole stack.
@@ -91,7 +101,7 @@ def narrow(new: Any, old: Any, key: jax.Array, layer: Any = None) -> Any:
   trees, treedef = jax.tree.flatten(new, is_leaf=split.is_split)
   stored = treedef.flatten_up_to(old)
   return treedef.unflatten(
-    round_tree(x, like, bfloat16.leaf_key(key, str(i)), layer)
+    round_tree(x, like, bfloat16.leaf_key(key, str(i)), layer, updates)
     if split.is_split(x)
     else _cast(x, jnp.result_type(like))
     for i, (x, like) in enumerate(zip(trees, stored, strict=True))
@@ -99,21 +109,31 @@ def narrow(new: Any, old: Any, key: jax.Array, layer: Any = None) -> Any:
 
 
 def round_tree(
-  new: split.Split, old: split.Split, key: jax.Array, layer: Any = None
+  new: split.Split,
+  old: split.Split,
+  key: jax.Array,
+  layer: Any = None,
+  updates: Mapping[str, jax.Array] | None = None,
 ) -> split.Split:
   """As :func:`narrow`, for one tree in the parameters' structure."""
+  updates = updates or {}
 
-  def start(x: jax.Array) -> Any:
-    return 0 if layer is None else layer.astype(jnp.uint32) * x.size
+  def round_leaf(name: str, x: jax.Array, dtype: Any) -> jax.Array:
+    if x.dtype == dtype:
+      return x
+    if name in updates:
+      waits = sequential.on_cpu((updates[name], x))
+      x = sequential.after(waits, updates[name], x)
+    start = 0 if layer is None else layer.astype(jnp.uint32) * x.size
+    return bfloat16.store(x, dtype, bfloat16.leaf_key(key, name), start)
 
   def round_leaves(new: Any, old: Any) -> Any:
     flat, treedef = jax.tree_util.tree_flatten_with_path(new)
     names = paths.paths([keys for keys, _ in flat])
+    stored = treedef.flatten_up_to(old)
     return treedef.unflatten(
-      bfloat16.store(x, like.dtype, bfloat16.leaf_key(key, name), start(x))
-      for name, (_, x), like in zip(
-        names, flat, treedef.flatten_up_to(old), strict=True
-      )
+      round_leaf(name, x, like.dtype)
+      for name, (_, x), like in zip(names, flat, stored, strict=True)
     )
 
   return split.Split(*map(round_leaves, new, old))
