@@ -19,6 +19,7 @@ BFLOAT16 = jnp.dtype(jnp.bfloat16)
 B1, B2 = 0.9, 0.999
 HOW = {"rank": 4, "update_proj_gap": 2, "refresh": "synchronous"}
 TX = galore_adamw(1e-3, **HOW)
+SUMS = galore(optax.scale_by_adam(), accumulation_steps=3, **HOW)
 # Elements of a leaf at full rank that all have the same gradient.
 COPIES = 4096
 MATRICES = 24  # equal ones
@@ -136,23 +137,30 @@ def test_hyperparameters_in_the_inner_state_keep_float32():
 def test_moments_carried_into_new_bases_are_rounded_at_random():
   """Equal matrices differ in rounding alone, and their mean is exact."""
   params, grads = problem()
-  _, state = run(TX, 2)
-  exact = jax.tree.map(
-    lambda x: x.astype(jnp.float32) if x.dtype == BFLOAT16 else x, state
-  )
+  _, state = run(SUMS, 6)
+
+  def equal(x, dtype=BFLOAT16):
+    is_moment = x.shape[:1] == (MATRICES,) and x.dtype == BFLOAT16
+    return jnp.broadcast_to(x[:1], x.shape).astype(dtype) if is_moment else x
+
+  state = jax.tree.map(equal, state)
+  exact = jax.tree.map(lambda x: equal(x, jnp.float32), state)
   turned = {**grads, "w": jnp.roll(grads["w"], 5, axis=1)}
+  # The first of three gradients: bases are refreshed, and no step is made.
   new, wanted = (
-    jax.jit(TX.update)(turned, s, params)[1] for s in (state, exact)
+    jax.jit(SUMS.update)(turned, s, params)[1] for s in (state, exact)
   )
   for name in ("mu", "nu"):
-    before = wide(optax.tree.get(state, name).low["w"])
-    found = wide(optax.tree.get(new, name).low["w"])
-    right = wide(optax.tree.get(wanted, name).low["w"])
-    assert np.abs(found - before).max() > 0.1 * np.abs(before).max()
-    ulp = np.abs(right).max() / 128
-    assert found.std(0).max() > 0.1 * ulp
-    error = (found - right).mean(0)
-    assert np.abs(error).max() < 5 * ulp / MATRICES**0.5
+    before, found, right = (
+      wide(optax.tree.get(s, name).low["w"]) for s in (state, new, wanted)
+    )
+    assert np.abs(right - before).max() > 0.1 * np.abs(before).max()
+    ulp = np.abs(right) / 2.0**7  # at most
+    assert (np.abs(found - right) <= ulp).all()
+    assert (found.std(0) > 0).mean() > 0.7
+    # Of a draw, the standard deviation is at most half of the last bit.
+    error = np.abs((found - right).mean(0)) / (ulp[0] / 2 / MATRICES**0.5)
+    assert error.max() < 5
 
 
 def test_a_state_with_float32_moments_goes_on_with_them():
@@ -166,15 +174,14 @@ def test_a_state_with_float32_moments_goes_on_with_them():
 
 
 def test_sums_of_microbatches():
-  tx = galore(optax.scale_by_adam(), rank=4, accumulation_steps=3, seed=1)
-  _, state = run(tx, 2)
+  _, state = run(SUMS, 2)
   assert state.accumulator.low["w"].dtype == BFLOAT16
-  _, whole = run(tx, 2, tx.init(problem(jnp.float32)[0]))
+  _, whole = run(SUMS, 2, SUMS.init(problem(jnp.float32)[0]))
   found = wide(state.accumulator.low["w"])
   right = wide(whole.accumulator.low["w"])
   assert found.std(0).max() > 0
   assert np.abs((found - right).mean(0)).max() < np.abs(right).max() / 256
-  _, state = run(tx, 1, state)
+  _, state = run(SUMS, 1, state)
   assert not any(x.any() for x in jax.tree.leaves(state.accumulator))
 
 
