@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from train import plot
-from train.common import links
+from train.common import commands, links
 from train.common.errors import Diverged, UserError
 from train.config import cli, field_help, schema
 from train.config.schema import HUB
@@ -42,7 +42,7 @@ from train.finetuning.task_model import TaskModel
 from train.finetuning.tasks import TASKS, Task
 from train.methods import registry
 from train.parallel import mesh as mesh_lib
-from train.parallel import multihost
+from train.parallel import multihost, peers
 from train.run import checkpoint, exit_status, loop, run_dir, signals, sinks
 from train.run.job import Job
 from train.step.train_step import AbstractState, TrainState
@@ -230,16 +230,25 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
     jax.set_mesh(mesh),
     exit_status.saying_what_is_saved(out),
   ):
-    multihost.run_on_first(lambda: write_folder(held))
-    job, state = job_lib.prepare(config, out, model, data, mesh, tx, abstract)
-    print_start(model, data, abstract, config)
-    print(f"folder     {out}")
-    try:
-      return train(config, model, abstract, job, state, mesh)
-    except Diverged:
-      if multihost.is_first():  # a result without scores: it diverged
-        report.write(out, config, {"scores": {}})
-      raise
+    with signals.stop_requests() as stopped:
+      multihost.run_on_first(lambda: write_folder(held))
+      job, state = job_lib.prepare(config, out, model, data, mesh, tx, abstract)
+      print_start(model, data, abstract, config)
+      print(f"folder     {out}")
+      start = int(state.step)
+      try:
+        outcome = loop.train(job, state, signals.agreed_stop(stopped, mesh))
+      except Diverged:
+        if multihost.is_first():  # a result without scores: it diverged
+          report.write(out, config, {"scores": {}})
+        raise
+      finally:
+        job.close()
+    status = exit_status.report_end(job, outcome, start)
+    if status is not None:
+      return status
+    finish(config, model, abstract, job, outcome.state)
+    return 0
 
 
 def _check_source(source: str, out: pathlib.Path) -> None:
@@ -250,28 +259,6 @@ def _check_source(source: str, out: pathlib.Path) -> None:
       f"--from {source} is in --out {out}, which the run would overwrite;"
       " name another --out"
     )
-
-
-def train(
-  config: Config,
-  model: TaskModel,
-  abstract: AbstractState,
-  job: Job,
-  state: TrainState,
-  mesh: jax.sharding.Mesh,
-) -> int:
-  """Trains from a state to the end of the run; returns the exit status."""
-  start = int(state.step)
-  with signals.stop_requests() as stopped:
-    try:
-      outcome = loop.train(job, state, signals.agreed_stop(stopped, mesh))
-    finally:
-      job.close()
-  status = exit_status.report_end(job, outcome, start)
-  if status is not None:
-    return status
-  finish(config, model, abstract, job, outcome.state)
-  return 0
 
 
 def print_start(
@@ -351,7 +338,7 @@ def finish(
 
 def main(argv: list[str] | None = None) -> int:
   """The command: 0 done, 1 diverged, 2 wrong input, 130 stopped."""
-  return exit_status.report_errors(lambda: command(argv))
+  return commands.run(lambda: command(argv))
 
 
 def command(argv: list[str] | None = None) -> int:
@@ -367,7 +354,10 @@ def command(argv: list[str] | None = None) -> int:
   default = f"{flags.task}-{config.optimizer.name}"
   out = flags.out or pathlib.Path("runs") / default
   multihost.connect(config.mesh)
-  with multihost.only_first_prints():
+  with (
+    peers.watched(out / run_dir.FOLDER, config.mesh.lost_after),
+    multihost.only_first_prints(),
+  ):
     return run(flags, config, out)
 
 

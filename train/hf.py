@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from train.common.errors import UserError
+from train.common import commands
 from train.pretrained import llama_checkpoint
 
 
@@ -62,17 +62,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command; the exit status is 0, or 2 for wrong input."""
+  """Runs the command: 0 done, 2 wrong input, 130 interrupted."""
   flags = parse_arguments(argv)
-  try:
-    weights = llama_checkpoint.load(flags.source, getattr(flags, "step", 0))
-    llama_checkpoint.save(weights, flags.out, flags.dtype)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  return commands.run(lambda: convert(flags))
+
+
+def convert(flags: argparse.Namespace) -> None:
+  """Reads weights, writes them in the other layout, and says so."""
+  weights = llama_checkpoint.load(flags.source, getattr(flags, "step", 0))
+  llama_checkpoint.save(weights, flags.out, flags.dtype)
   count = sum(int(np.prod(shape)) for shape in weights.shapes.values())
   print(f"{flags.out}: {count:,} parameters from {weights.source}")
-  return 0
 
 
 if __name__ == "__main__":

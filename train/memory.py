@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 import galore_optax
-from train.common import units
+from train.common import commands, units
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.estimate import aot_targets, collectives, dry_run
@@ -37,26 +37,27 @@ MAX_SIZE = 2**17  # where the search of `--fit` stops
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command; returns 0 if all fits, 1 if not, 2 for wrong input."""
+  """Runs the command: 0 all fits, 1 not, 2 wrong input, 130 interrupted."""
   flags = parse(argv)
   aot_targets.set_up()
-  try:
-    target = aot_targets.find(flags.target)
-    runs = [configure(flags, name) for name in flags.method.split(",")]
-    if flags.fit:
-      limit = fit_size(flags.fit)
-      found = [search(run, target, flags.vary, limit) for run in runs]
-    else:
-      found = [measure(run, target) for run in runs]
-    if flags.json:
-      print(json.dumps(found[0] if len(found) == 1 else found))
-    else:
-      print("\n\n".join(map(render, found)))
-    if flags.plot:
-      draw(found, flags.plot)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  return commands.run(lambda: estimate(flags))
+
+
+def estimate(flags: argparse.Namespace) -> int:
+  """Prints what the steps take; returns 0 if all fits, otherwise 1."""
+  target = aot_targets.find(flags.target)
+  runs = [configure(flags, name) for name in flags.method.split(",")]
+  if flags.fit:
+    limit = fit_size(flags.fit)
+    found = [search(run, target, flags.vary, limit) for run in runs]
+  else:
+    found = [measure(run, target) for run in runs]
+  if flags.json:
+    print(json.dumps(found[0] if len(found) == 1 else found))
+  else:
+    print("\n\n".join(map(render, found)))
+  if flags.plot:
+    draw(found, flags.plot)
   return 0 if all(x["fits"] is not False for x in found) else 1
 
 

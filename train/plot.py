@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib import colors, ticker
 from matplotlib import pyplot as plt
 
-from train.common.errors import UserError
+from train.common import commands
 from train.measure import figure as figure_lib
 from train.run import history
 from train.run.history import Run
@@ -342,7 +342,7 @@ def _matrix_legend(panel: plt.Axes, runs: list[Run]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command: 0 when done, 2 for wrong input."""
+  """Runs the command: 0 done, 2 wrong input, 130 interrupted."""
   parser = argparse.ArgumentParser(
     prog="python -m train.plot",
     description="Draws one or several runs into one figure. The legend labels"
@@ -369,20 +369,20 @@ def main(argv: list[str] | None = None) -> int:
     help="quantity on the horizontal axis (default: %(default)s)",
   )
   flags = parser.parse_args(argv)
-  try:
-    runs = [history.load(out) for out in flags.runs]
-    single = len(runs) == 1
-    path = pathlib.Path("runs.png")
-    if flags.out:
-      path = flags.out.resolve() if flags.out.is_symlink() else flags.out
-    elif single:
-      path = flags.runs[0] / FILE
-    title = history.labels(runs)[0] if single else ""
-    print(overlay(runs, path, flags.x, title))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+  return commands.run(lambda: draw_all(flags))
+
+
+def draw_all(flags: argparse.Namespace) -> None:
+  """Draws the runs of the command line, and prints the figure's path."""
+  runs = [history.load(out) for out in flags.runs]
+  single = len(runs) == 1
+  path = pathlib.Path("runs.png")
+  if flags.out:
+    path = flags.out.resolve() if flags.out.is_symlink() else flags.out
+  elif single:
+    path = flags.runs[0] / FILE
+  title = history.labels(runs)[0] if single else ""
+  print(overlay(runs, path, flags.x, title))
 
 
 if __name__ == "__main__":

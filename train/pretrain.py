@@ -16,14 +16,14 @@ import jax
 import galore_optax
 from train import plot
 from train import sample as sample_lib
-from train.common import atomic_files
+from train.common import atomic_files, commands
 from train.config import cli, presets, schema
 from train.data import corpus as corpus_lib
 from train.estimate import dry_run
 from train.methods import registry
 from train.methods.leaves import block_matrices
 from train.parallel import mesh as mesh_lib
-from train.parallel import multihost
+from train.parallel import multihost, peers
 from train.pretrained import llama_checkpoint
 from train.run import (
   checkpoint,
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
   """
   flags = cli.parse(argv)
   checkpoint.silence_orbax()
-  return exit_status.report_errors(lambda: _command(flags))
+  return commands.run(lambda: _command(flags))
 
 
 def _command(flags: argparse.Namespace) -> int:
@@ -238,7 +238,10 @@ def _command(flags: argparse.Namespace) -> int:
   if not flags.overwrite:
     config = run_dir.goes_on_as_begun(out, config, flags.settings)
   multihost.connect(config.mesh)
-  with multihost.only_first_prints():
+  with (
+    peers.watched(out / run_dir.FOLDER, config.mesh.lost_after),
+    multihost.only_first_prints(),
+  ):
     return run(config, out, flags.overwrite)
 
 

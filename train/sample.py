@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from train.common import inputs
+from train.common import commands, inputs
 from train.common.errors import UserError
 from train.config.schema import ModelConfig
 from train.data import tokenizer as tokenizer_lib
@@ -388,13 +388,8 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command: 0 when done, 2 for wrong input."""
-  try:
-    run(parse(argv))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+  """Runs the command: 0 done, 2 wrong input, 130 interrupted."""
+  return commands.run(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

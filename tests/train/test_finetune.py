@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -199,13 +200,32 @@ def stop_after_five_steps(given, monkeypatch):
     assert finetune.main(given) == 130
 
 
+def with_sigterm(module, name, given):
+  """The exit status of a command that is asked to stop at this function."""
+  plain = getattr(module, name)
+
+  def stopped(*args):
+    signal.raise_signal(signal.SIGTERM)
+    return plain(*args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(module, name, stopped)
+    return finetune.main(given)
+
+
 def test_a_stopped_run_continues_with_the_same_numbers(
-  mnli, bert, tmp_path, monkeypatch
+  mnli, bert, tmp_path, monkeypatch, capsys
 ):
   out, data, _ = mnli
   given = words("mnli", bert, data, tmp_path / "run", **MNLI)
   stop_after_five_steps(given, monkeypatch)
   assert [n for n, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
+  # Asked to stop while it prepares, it saves after a step.
+  assert with_sigterm(finetune.job_lib, "prepare", given) == 130
+  assert "stopped after step 6, which is saved" in capsys.readouterr().out
+  # Asked to stop while it reports, it says what is saved.
+  assert with_sigterm(finetune, "finish", given) == 130
+  assert "interrupted; step 24 is saved, and the" in capsys.readouterr().err
   assert finetune.main(given) == 0
   assert losses(tmp_path / "run") == losses(out)
   first, second = (

@@ -24,6 +24,7 @@ from typing import Any
 from train.bench import record as record_lib
 from train.bench import relaunch, report
 from train.bench.report import BENCHMARKS
+from train.common import commands
 from train.common.errors import UserError
 
 
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status.
 
   Returns:
-    0 when measured, 1 if a benchmark of `all` failed, 2 for wrong input.
+    0 when measured, 1 if a benchmark of `all` failed, 2 for wrong input, 130
+    if interrupted.
   """
   argv = sys.argv[1:] if argv is None else argv
   if argv[:1] == ["loop"]:
@@ -39,17 +41,17 @@ def main(argv: list[str] | None = None) -> int:
 
     return loop.main(argv[1:])
   flags = parse(argv)
-  try:
-    if flags.benchmark == "report":
-      report.write(flags.out, flags.page)
-      return 0
+
+  def action() -> int | None:
     if flags.benchmark == "all":
       return run_all(flags)
-    run(flags, argv)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+    if flags.benchmark == "report":
+      report.write(flags.out, flags.page)
+    else:
+      run(flags, argv)
+    return None
+
+  return commands.run(action)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from train.common.errors import UserError
+from train.common import commands
 from train.config import presets, schema
 from train.measure import tables, trial
 from train.run import checkpoint
@@ -150,7 +150,7 @@ def report(config: schema.Config, times: Times, length: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Parses the command line and prints the table; returns the exit status."""
+  """Runs the command: 0 done, 2 wrong input, 130 interrupted."""
   parser = argparse.ArgumentParser(
     prog="python -m train.bench loop",
     description=__doc__,
@@ -170,21 +170,21 @@ def main(argv: list[str] | None = None) -> int:
   add("--rounds", type=int, default=6, help="how often each way is timed")
   add("--steps", type=int, default=20, help="steps of a round")
   flags = parser.parse_args(argv)
+  return commands.run(lambda: compare(flags))
+
+
+def compare(flags: argparse.Namespace) -> None:
+  """Times the ways that the command line asks for, and prints the table."""
   count = flags.rounds * flags.steps
   no_pauses = [
     f"train.steps={count + 1}",
     f"run.eval_every={count + 1}",
     f"run.checkpoint_every={count + 1}",
   ]
-  try:
-    config = presets.make(flags.preset, flags.optimizer)
-    config = schema.override(config, [*flags.settings, *no_pauses])
-    times = measure(config, flags.rounds, flags.steps)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  config = presets.make(flags.preset, flags.optimizer)
+  config = schema.override(config, [*flags.settings, *no_pauses])
+  times = measure(config, flags.rounds, flags.steps)
   print(report(config, times, flags.steps))
-  return 0
 
 
 if __name__ == "__main__":

@@ -203,9 +203,13 @@ class MeshConfig:
   processes: int = 0  # number of processes; 0: from the cluster's environment
   # index of this process, from 0; -1: from the cluster's environment
   process: int = -1
+  # seconds without a sign of life after which a process counts as lost, and
+  # the others end
+  lost_after: int = 30
 
   def __post_init__(self):
     check_above("mesh", self, ("data", "processes"), low=-1)
+    check_above("mesh", self, ("lost_after",))
     check_above("mesh", self, ("process",), low=-2)
     check_above("mesh", self, ("fsdp", "tensor"))
     if self.coordinator not in ("", "auto") and ":" not in self.coordinator:
@@ -285,25 +289,7 @@ class SharedConfig:
 
   def __post_init__(self):
     method = registry.get(self.optimizer.name)
-    if self.optimizer.moments == "ldadam" and not method.around_adam:
-      raise UserError(
-        f"optimizer.moments=ldadam is for AdamW in a subspace, not for"
-        f" optimizer.name={self.optimizer.name}; use galore or fira, or"
-        " optimizer.moments=rotate"
-      )
-    residual = self.optimizer.residual
-    if residual != "none" and (method.by_optax or not method.projects):
-      raise UserError(
-        f"optimizer.residual={residual} is for GaLore's methods, not for"
-        f" optimizer.name={self.optimizer.name}; leave it at none, or choose"
-        f" the method with --optimizer {self.optimizer.name}"
-      )
-    burst = self.optimizer.burst
-    if burst and (method.by_optax or not method.projects):
-      raise UserError(
-        f"optimizer.burst={burst} is for GaLore's methods, not for"
-        f" optimizer.name={self.optimizer.name}; leave it at 0"
-      )
+    method.check(self.optimizer)
     if method.factors and self.model.weights != "full":
       raise UserError(
         f"model.weights={self.model.weights} is for weights that are trained,"

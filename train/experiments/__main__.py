@@ -23,6 +23,7 @@ import os
 import pathlib
 import sys
 
+from train.common import commands
 from train.common.errors import UserError
 from train.experiments import (
   mechanism,
@@ -33,7 +34,7 @@ from train.experiments import (
   tables,
   texts,
 )
-from train.run import checkpoint, exit_status
+from train.run import checkpoint
 
 WORK = pathlib.Path("runs/experiments")
 
@@ -213,7 +214,7 @@ def execute(flags: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
   """Runs the command: 0 when done, 2 for wrong input, 130 if stopped."""
   flags = parse(argv)
-  return exit_status.report_errors(lambda: execute(flags))
+  return commands.run(lambda: execute(flags))
 
 
 if __name__ == "__main__":

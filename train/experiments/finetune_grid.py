@@ -30,11 +30,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from train import finetune
+from train.common import commands
 from train.common.errors import Diverged, UserError
 from train.config.schema import HUB
 from train.experiments import results, sweep
 from train.finetuning import evaluation, report, tasks
-from train.run import exit_status, run_dir
+from train.run import run_dir
 
 Record = dict[str, Any]
 # Settings in which the runs of one method differ, and the held-out part.
@@ -411,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(results.read(flags.results)))
     return 0
 
-  return exit_status.report_errors(run)
+  return commands.run(run)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from typing import Any
 
-from train.common import atomic_files, units
+from train.common import atomic_files, commands, units
 from train.common.errors import UserError
 from train.measure import figure as figure_lib
 from train.measure import tables
@@ -35,21 +35,21 @@ COMPONENTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command: 0 when drawn, 2 for wrong input."""
+  """Runs the command: 0 drawn, 2 wrong input, 130 interrupted."""
   flags = parse(argv)
-  try:
-    content = read(flags.source)
-    if flags.measure:
-      measure(content, flags.measure, flags.python)
-      text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-      atomic_files.write_text(flags.source, text)
-    if flags.out:
-      draw(content, flags.out)
-    print(table(content))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+  return commands.run(lambda: measure_and_draw(flags))
+
+
+def measure_and_draw(flags: argparse.Namespace) -> None:
+  """Does what the command line asks for; prints the table."""
+  content = read(flags.source)
+  if flags.measure:
+    measure(content, flags.measure, flags.python)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    atomic_files.write_text(flags.source, text)
+  if flags.out:
+    draw(content, flags.out)
+  print(table(content))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ import optax
 from galore_optax import baselines
 from train.common.errors import UserError
 from train.methods import transforms
-from train.methods.options import OptimizerConfig
+from train.methods.options import OptimizerConfig, SharedOptimizerConfig
 from train.methods.rivals import alice, foam, quantized_muon, racs, scale
 
 # Options, learning-rate schedule and shardings to the transformation.
@@ -23,6 +23,12 @@ Make = Callable[
 # Options and the keyword arguments that all factors share to the factors.
 MakeFactors = Callable[..., baselines.LowRank]
 
+_NOT_GALORE = "which is none of GaLore's methods"
+# Of a method whose projections are random.
+_RANDOM_IGNORES = {
+  "residual": "which updates with whole gradients",
+  "burst": "whose bases are random",
+}
 GALORE_RATE = 0.01  # of the published LLaMA runs of GaLore and its peers
 
 
@@ -49,6 +55,8 @@ class Method:
     factors: makes the factors that are trained in place of the matrices.
     restarts: whether the factors are merged and restarted.
     one_layer: whether it can update one layer without the others; if not, why.
+    ignores: options that it would ignore, and why. They must keep their
+      defaults, or be called as the method is.
     small: options at the size of the preset `sotu_small`.
     frequent: whether it gains from more bases than ten in a short run.
     llama_rate: learning rate of the LLaMA presets.
@@ -73,6 +81,7 @@ class Method:
   factors: MakeFactors | None = None
   restarts: bool = False
   one_layer: str = ""
+  ignores: Mapping[str, str] = dataclasses.field(default_factory=dict)
   small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   frequent: bool = False
   llama_rate: float = 1e-3
@@ -84,6 +93,30 @@ class Method:
   def steps_together(self, refresh: str) -> bool:
     """Whether all matrices are refreshed at the same step."""
     return self.published or refresh == "synchronous"
+
+  def check(self, options: SharedOptimizerConfig) -> None:
+    """Raises a UserError for options that the method would ignore."""
+    reasons = dict(self.ignores)
+    if self.by_optax or not self.projects:
+      reasons |= dict.fromkeys(("residual", "burst"), _NOT_GALORE)
+    for field in dataclasses.fields(options):
+      value = getattr(options, field.name)
+      if field.name not in reasons or value in (field.default, self.name):
+        continue
+      text = (
+        f"optimizer.{field.name}={value} has no meaning for"
+        f" optimizer.name={self.name}, {reasons[field.name]}; leave it at"
+        f" {field.default}"
+      )
+      if field.name == "residual":  # a preset may have set it
+        text += f", or choose the method with --optimizer {self.name}"
+      raise UserError(text)
+    if options.moments == "ldadam" and not self.around_adam:
+      raise UserError(
+        "optimizer.moments=ldadam is for AdamW in a subspace, not for"
+        f" optimizer.name={self.name}; use galore or fira, or"
+        " optimizer.moments=rotate"
+      )
 
 
 def _lora(c: OptimizerConfig, **shared: Any) -> baselines.LowRank:
@@ -225,6 +258,7 @@ _RECORDS = (
     "GaLore exactly as published: by SVD, all matrices at once",
     transforms.galore_faithful,
     published=True,
+    ignores={"burst": "whose bases are exact"},
     small=_SMALL_GALORE,
   ),
   _galore(
@@ -250,6 +284,7 @@ _RECORDS = (
     "GaLore whose bases are random from half of the run on",
     transforms.golore,
     random_late=True,
+    ignores={"burst": "whose bases are random late in the run"},
     small=_SMALL_GALORE,
   ),
   Method(
@@ -271,6 +306,7 @@ _RECORDS = (
     transforms.q_galore,
     small=_SMALL_RESIDUAL,
     frequent=True,
+    ignores={"burst": "whose refreshes are adaptive; take galore_8bit"},
     # Its scripts have a shorter second moment; all others take 0.999.
     options={"b2": 0.95},
     weights="int8",
@@ -284,6 +320,7 @@ _RECORDS = (
     transforms.fira,
     projects=True,
     around_adam=True,
+    ignores={"residual": "which scales the residual in its own way"},
     small={"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
     llama_rate=GALORE_RATE,
     # Most of its update is the residual, which is not scaled by alpha.
@@ -295,6 +332,7 @@ _RECORDS = (
     transforms.apollo,
     projects=True,
     random_bases=True,
+    ignores=_RANDOM_IGNORES,
     unwatchable=_RANDOM,
     small={"learning_rate": 8e-3, "scale": 1.0, "matrix_lr": 0.25},
     llama_rate=GALORE_RATE,
@@ -306,6 +344,7 @@ _RECORDS = (
     transforms.apollo_mini,
     projects=True,
     random_bases=True,
+    ignores=_RANDOM_IGNORES,
     unwatchable=_RANDOM,
     # At rank 1 the scale makes up for a factor that is too small.
     small={"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
@@ -318,6 +357,7 @@ _RECORDS = (
     transforms.q_apollo_mini,
     projects=True,
     random_bases=True,
+    ignores=_RANDOM_IGNORES,
     unwatchable=_RANDOM,
     small={"learning_rate": 8e-3, "scale": 128.0, "matrix_lr": 0.125},
     llama_rate=GALORE_RATE,
@@ -339,6 +379,12 @@ _RECORDS = (
     transforms.gum,
     projects=True,
     one_layer="draws matrices among all layers; use sumo",
+    ignores={
+      "moments": "whose momentum begins with each draw",
+      "random_from": "which draws matrices, not bases",
+      "burst": "whose draws belong to a refresh of one step",
+      "residual": "whose drawn matrices follow the residual",
+    },
     small={"learning_rate": 8e-3, "scale": 0.2},
     llama_rate=GALORE_RATE,
     # As published: bases, draws and momentum start again together.
@@ -351,6 +397,12 @@ _RECORDS = (
     projects=True,
     around_adam=True,
     iterations=1,
+    ignores={
+      "random_from": "whose bases follow the momentum",
+      "burst": "whose bases change at every step",
+      "residual": "which returns the residual by feedback",
+      "moments": "which has a rule of its own",
+    },
     small=_SMALL_ADAMW,
     # As in its authors' code.
     options={

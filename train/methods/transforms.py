@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import optax
 
 import galore_optax
-from train.common.errors import UserError
 from train.methods.leaves import (
   block_matrices,
   decayed,
@@ -215,13 +214,11 @@ def galore(
 
 def galore_faithful(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GaLore exactly as in the paper."""
-  _refuse(c, "burst", (0,), "whose bases are exact")
   return galore(c, lr, shardings, faithful=True)
 
 
 def golore(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GaLore whose bases are random from `random_from` on."""
-  _refuse(c, "burst", (0,), "whose bases are random late in the run")
   return galore(c, lr, shardings)
 
 
@@ -268,7 +265,6 @@ def galore_8bit(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
 
 def q_galore(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """Q-GaLore: 8-bit GaLore with bases in four bits and adaptive refreshes."""
-  _refuse(c, "burst", (0,), "whose refreshes are adaptive; take galore_8bit")
   adaptive = dataclasses.replace(refresh_of(c), policy="adaptive")
   options: dict[str, Any] = {"basis_dtype": "int4", "refresh": adaptive}
   known = galore_options(c, shardings)
@@ -277,7 +273,6 @@ def q_galore(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
 
 def fira(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """Fira: GaLore plus a scaled residual."""
-  _refuse(c, "residual", ("none",), "which scales the residual in its own way")
   return galore(c, lr, shardings, residual="fira")
 
 
@@ -287,8 +282,6 @@ def _random_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
   A random projection is kept as a seed. Options on how bases are found,
   refreshed and stored, and on moments in a new basis, do not apply to it.
   """
-  _refuse(c, "residual", ("none",), "which updates with whole gradients")
-  _refuse(c, "burst", (0,), "whose bases are random")
   refresh = galore_optax.Refresh(
     policy="synchronous", finder="random", moments="keep"
   )
@@ -328,10 +321,6 @@ def sumo(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
 
 def gum(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   """GUM: SUMO in which some matrices follow their whole gradient."""
-  _refuse(c, "moments", ("rotate",), "whose momentum begins with each draw")
-  _refuse(c, "random_from", (0,), "which draws matrices, not bases")
-  _refuse(c, "burst", (0,), "whose draws belong to a refresh of one step")
-  _refuse(c, "residual", ("none",), "whose drawn matrices follow the residual")
   return galore_optax.gum(
     decay=SUMO_DECAY,
     sampled=c.sampled,
@@ -345,10 +334,6 @@ def ldadam(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
 
   The error has the moments' dtype.
   """
-  _refuse(c, "moments", ("rotate", "ldadam"), "which has a rule of its own")
-  _refuse(c, "random_from", (0,), "whose bases follow the momentum")
-  _refuse(c, "burst", (0,), "whose bases change at every step")
-  _refuse(c, "residual", ("none",), "which returns the residual by feedback")
   return galore_optax.ldadam(
     error_dtype=c.state_dtype or None,
     **_adam(c, lr),
@@ -360,12 +345,3 @@ def _shared_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
   """GaLore's options for methods that carry moments over in their own way."""
   refresh = galore_optax.Refresh(policy=c.refresh, finder=c.projector)
   return galore_options(c, shardings) | {"refresh": refresh}
-
-
-def _refuse(c: OptimizerConfig, name: str, allowed: tuple, why: str) -> None:
-  """Raises for an option that a method would ignore."""
-  if getattr(c, name) not in allowed:
-    raise UserError(
-      f"optimizer.{name}={getattr(c, name)} has no meaning for"
-      f" optimizer.name={c.name}, {why}; leave it at {allowed[0]}"
-    )

@@ -56,6 +56,8 @@ def connect(config: MeshConfig) -> None:
       coordinator_address=address or None,
       num_processes=config.processes or None,
       process_id=None if config.process < 0 else config.process,
+      # Later than `peers`, which says more.
+      heartbeat_timeout_seconds=max(100, 3 * config.lost_after),
     )
   except (RuntimeError, ValueError) as error:
     reason = str(error).splitlines()[0]

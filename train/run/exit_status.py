@@ -1,12 +1,10 @@
 """The exit status of a run, and the messages with which it ends."""
 
 import contextlib
-import errno
 import pathlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from train.common.errors import TrainingError, UserError
+from train.common.errors import TrainingError
 from train.run import checkpoint
 from train.run.job import Job
 from train.run.loop import Outcome
@@ -57,38 +55,10 @@ def saying_what_is_saved(out: pathlib.Path) -> Iterator[None]:
     yield
   except KeyboardInterrupt:
     steps = checkpoint.steps_in(out)
-    if not steps:
-      raise
-    raise KeyboardInterrupt(
-      f"interrupted; step {steps[-1]} is saved, and the same command continues"
-      " from there"
-    ) from None
-
-
-def report_errors(action: Callable[[], int]) -> int:
-  """Runs a command and prints its errors in one line.
-
-  Returns:
-    The exit status: 0 done, 1 diverged, 2 wrong input, 130 interrupted.
-  """
-  try:
-    return action()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except TrainingError as error:
-    print(f"stopped: {error}", file=sys.stderr)
-    return 1
-  except OSError as error:
-    if error.errno != errno.ENOSPC:
-      raise
-    print(
-      f"stopped: {error.filename or '--out'}: {error.strerror}; make room and"
-      " run the same command, which continues from the newest checkpoint",
-      file=sys.stderr,
-    )
-    return 1
-  except KeyboardInterrupt as interrupt:
-    nothing = "interrupted before there was anything to save"
-    print(str(interrupt) or nothing, file=sys.stderr)
-    return 130
+    text = "interrupted before there was anything to save"
+    if steps:
+      text = (
+        f"interrupted; step {steps[-1]} is saved, and the same command"
+        " continues from there"
+      )
+    raise KeyboardInterrupt(text) from None

@@ -52,10 +52,17 @@ def test_the_help_has_a_line_for_every_method():
     ("lora", ["train.layerwise=true"], "use a GaLore method"),
     ("lora", ["model.weights=int8"], "qlora"),
     ("galore_lion", ["optimizer.moments=ldadam"], "use galore or fira"),
-    ("muon", ["optimizer.residual=normalized"], "for GaLore's methods"),
-    ("contrib_galore", ["optimizer.residual=factored"], "not for .*=contrib"),
+    (
+      "muon",
+      ["optimizer.residual=normalized"],
+      "GaLore.*--optimizer muon",
+    ),
+    ("contrib_galore", ["optimizer.residual=factored"], "=contrib.*none of"),
     ("fira", ["optimizer.residual_factor=2"], r"residual_factor=2.0 has no"),
-    ("adamw", ["optimizer.burst=4"], "burst=4 is for GaLore's"),
+    ("adamw", ["optimizer.burst=4"], "burst=4 has no meaning .*none of GaLore"),
+    ("ldadam", ["optimizer.moments=keep"], "rule of its own; leave it at rot"),
+    ("ldadam", ["optimizer.random_from=9"], "follow the momentum"),
+    ("gum", ["optimizer.moments=reset"], "begins with each draw"),
     ("galore", ["optimizer.burst=-1"], "burst"),
     (
       "galore",
@@ -74,9 +81,15 @@ def test_what_a_method_cannot_do_is_refused(name, settings, words):
   "name", ["fira", "apollo", "apollo_mini", "q_apollo_mini", "gum", "ldadam"]
 )
 def test_methods_with_a_residual_of_their_own_refuse_the_option(name):
-  chosen = OptimizerConfig(name=name, residual="normalized")
   with pytest.raises(UserError, match=rf"residual=normalized .*name={name}"):
-    registry.get(name).make(chosen, optax.constant_schedule(1e-3), None)
+    schema.override(
+      presets.make("sotu_small", name), ["optimizer.residual=normalized"]
+    )
+
+
+def test_the_name_of_a_method_is_also_that_of_its_moments():
+  config = presets.make("sotu_small", "ldadam")
+  schema.override(config, ["optimizer.moments=ldadam"])
 
 
 @pytest.mark.parametrize(
@@ -91,10 +104,12 @@ def test_methods_with_a_residual_of_their_own_refuse_the_option(name):
   ],
 )
 def test_methods_that_have_no_bursts_refuse_the_option(name, why):
+  # Without the residual that the preset of some of them has.
+  plain = schema.override(
+    presets.make("sotu_small", name), ["optimizer.residual=none"]
+  )
   with pytest.raises(UserError, match=f"burst=4 .*name={name}, .*{why}"):
-    registry.get(name).make(
-      OptimizerConfig(name=name, burst=4), optax.constant_schedule(1e-3), None
-    )
+    schema.override(plain, ["optimizer.burst=4"])
 
 
 @pytest.mark.parametrize("name", ["galore", "galore_8bit", "q_galore", "sumo"])
