@@ -696,10 +696,13 @@ def galore(
     residual_decay: Decay β of the mean of its squares; None means 0.95.
     basis_dtype: Dtype of the bases: a float dtype, or `int4` or `int8` for
       block-wise codes, see :class:`galore_optax.QArray`.
-    state_dtype: Dtype in which `inner` sees gradients and parameters, and so
-      the dtype of its moments. None: that of the parameters but at least
-      float32, because a bfloat16 second moment does not decay at b2 = 0.999. In
-      float16 an ε of 1e-8 is 0, and Adam would divide 0 by 0. For moments in
+    state_dtype: Dtype in which moments are stored between steps. None: bfloat16
+      for bfloat16 parameters; for others theirs, but at least float32. `inner`
+      computes in float32 at least, and what is stored in bfloat16 is rounded at
+      random, without bias: rounded to the nearest, a second moment would not
+      decay at b2 = 0.999. Moments to which `inner` gives a dtype of its own
+      keep it. In float16 `inner` also computes, where an ε of 1e-8 is 0, so
+      that Adam would divide 0 by 0. For moments in
       8 bits take :func:`galore_optax.galore_adamw_8bit`, or
       :func:`galore_optax.scale_by_adam_8bit` as `inner`.
     accumulation_steps: Number k of calls of `update` that make one step; None
@@ -713,7 +716,7 @@ def galore(
       layer without gathering the others; layers whose projected side is divided
       are projected and lifted one by one, so that the devices exchange one
       layer at a time.
-    seed: Seed of the initial bases, and of random ones.
+    seed: Seed of the initial bases, of random ones, and of random rounding.
     faithful: Whether to follow the paper's algorithm exactly:
       `refresh=Refresh.paper()`, and every matrix is projected, even if that
       saves nothing.
