@@ -21,11 +21,17 @@ from galore_optax.subspace import (
   moments,
   projection,
   refresh_settings,
-  sequential,
 )
 from galore_optax.subspace import refresh as refresh_lib
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree import boxes, paths, sharding, slices, split
+from galore_optax.tree import (
+  boxes,
+  paths,
+  sequential,
+  sharding,
+  slices,
+  split,
+)
 from galore_optax.tree import plan as plan_lib
 
 PARAMS_MODES = ("split", "project")

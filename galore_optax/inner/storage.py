@@ -19,8 +19,7 @@ import optax
 
 from galore_optax.inner import interpreter
 from galore_optax.quantization import bfloat16
-from galore_optax.subspace import sequential
-from galore_optax.tree import paths, split
+from galore_optax.tree import paths, sequential, split
 
 
 def init(

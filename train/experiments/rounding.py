@@ -93,10 +93,10 @@ def follow(gradient: str, storage: str, steps: int, numbers: int) -> Row:
   scale = 1e-3 * jnp.exp(jax.random.normal(jax.random.key(0), (numbers,)))
 
   def body(carry: tuple, step: jax.Array) -> tuple:
-    mu, nu = (x.astype(jnp.float32) for x in carry[:2])
+    mu, nu, exact_mu, exact_nu = (x.astype(jnp.float32) for x in carry)
     g = GRADIENTS[gradient](scale, step)
     mu, nu, found = _adam(mu, nu * nu if is_root else nu, g, b2, step)
-    exact_mu, exact_nu, wanted = _adam(*carry[2:], g, b2, step)
+    exact_mu, exact_nu, wanted = _adam(exact_mu, exact_nu, g, b2, step)
     ratio, length = nu / exact_nu, jnp.sum(wanted**2)
     figures = (
       jnp.mean(ratio) - 1,
