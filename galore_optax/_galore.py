@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from galore_optax import _chain, checks, old_spellings
 from galore_optax import context as context_lib
 from galore_optax.inner import extra_args, separate, storage
+from galore_optax.projected import probe as probe_lib
 from galore_optax.quantization import bfloat16
 from galore_optax.residual import methods as residual_lib
 from galore_optax.subspace import (
@@ -85,7 +86,8 @@ class _Call:
 
   sites: Mapping[str, plan_lib.Site]
   updates: optax.Updates
-  grads: Mapping[str, jax.Array]  # those of projected leaves, (..., m, n)
+  grads: Mapping[str, jax.Array]  # of projected leaves, (..., m, n)
+  low: Mapping[str, jax.Array]  # of leaves that come projected, (..., r, n)
   params: optax.Params | None
   context: context_lib.UpdateContext
   extra_args: Mapping[str, Any]
@@ -172,7 +174,7 @@ class _GaLore:
   ) -> tuple[optax.Updates, GaLoreState]:
     """Refreshes the bases that are due, projects, updates and lifts."""
     call = self._call(updates, state, params, extra_args)
-    state = self._refresh(call, state)
+    state = self._refresh(call, state, call.grads)
     bases = {
       path: projection.read(state.projector[path]) for path in call.sites
     }
@@ -190,28 +192,106 @@ class _GaLore:
   ) -> _Call:
     """Checks the arguments of `update` and finds the projected leaves."""
     leaves = paths.leaves_by_path(updates)
-    _check_like(leaves, params)
+    paths.check_arrays(leaves, plan_lib.AT_ARRAYS)
     context, others = context_lib.split_off(extra_args)
     active = True if state.micro_step is None else state.micro_step == 0
     shapes = projection.basis_shapes(state.projector)
-    sites = self.plan.sites_from_bases(leaves, shapes)
+    # Gradients may come projected: only the parameters have the full shape.
+    full = leaves if params is None else paths.leaves_by_path(params)
+    sites = self.plan.sites_from_bases({**leaves, **full}, shapes)
+    low = {p: leaves[p] for p in sites if _is_low(sites[p], leaves.get(p))}
+    _check_like(leaves, params, low)
+    if low:
+      self._check_projected(next(iter(low)), context)
     return _Call(
       sites=sites,
       updates=updates,
-      grads={p: s.view.as_matrix(leaves[p]) for p, s in sites.items()},
+      grads={
+        p: s.view.as_matrix(leaves[p]) for p, s in sites.items() if p not in low
+      },
+      low=low,
       params=params,
       context=context._replace(step=state.step, active=active),
       extra_args=others,
     )
 
-  def _refresh(self, call: _Call, state: GaLoreState) -> GaLoreState:
-    """The state with the bases that are due found, and moments carried over."""
+  def _check_projected(
+    self, path: str, context: context_lib.UpdateContext
+  ) -> None:
+    """Raises where a projected gradient is not enough."""
+    reason = self._needs_all(context)
+    if reason is not None:
+      raise ValueError(
+        f"The gradient of the leaf {path!r} is projected, but {reason}, which "
+        "needs the whole gradient. Take it with jax.value_and_grad, or leave "
+        "that out."
+      )
+
+  def _needs_all(self, context: context_lib.UpdateContext) -> str | None:
+    """What of the settings needs whole gradients; None if nothing does."""
+    if self.residual:
+      return f"residual={self.residual.method!r} adds what the bases leave out"
+    if self.refresh.finder != "subspace":
+      return f"bases are found by finder={self.refresh.finder!r}"
+    if self.refresh.random_from is not None:
+      return "bases are drawn at random (`random_from`)"
+    if context.weights is not None or context.basis_grads is not None:
+      return "the optimizer around GaLore (`gum` or `ldadam`) uses more of it"
+    return None
+
+  def describe(
+    self,
+    updates: optax.Updates,
+    state: GaLoreState,
+    params: optax.Params | None,
+    extra_args: Mapping[str, Any],
+  ) -> probe_lib.Described:
+    """What a backward pass needs for projecting gradients, at this step."""
+    call = self._call(updates, state, params, extra_args)
+    if call.context.probe.active is not None:
+      active = call.context.active & call.context.probe.active
+      context = call.context._replace(active=active)
+      call = dataclasses.replace(call, context=context)
+    reason = self._needs_all(call.context)
+    if reason is not None:
+      raise ValueError(
+        f"Gradients of rank r are not enough here: {reason}, which needs the "
+        "whole gradient. Take it with jax.value_and_grad, or leave that out."
+      )
+
+    def refreshed(found: Mapping[str, Any]) -> GaLoreState:
+      bases = {
+        path: refresh_lib.Found(x.bases, x.valid) for path, x in found.items()
+      }
+      return self._refresh(call, state, bases)
+
+    return probe_lib.Described(
+      state.step,
+      call.sites,
+      state.projector,
+      refresh_lib.due_by_leaf(
+        self.refresh, call.sites, call.context, state.schedule or {}
+      ),
+      self.refresh.iterations,
+      refreshed,
+    )
+
+  def _refresh(
+    self, call: _Call, state: GaLoreState, grads: Mapping[str, Any]
+  ) -> GaLoreState:
+    """The state with the bases that are due found, and moments carried over.
+
+    Args:
+      call: The call.
+      state: The state.
+      grads: As for :func:`galore_optax.subspace.refresh.refresh`.
+    """
     bases, schedules, inner_state = refresh_lib.refresh(
       self.refresh,
       self.seed,
       call.sites,
       call.context,
-      {**call.grads, **(call.context.basis_grads or {})},
+      {**grads, **(call.context.basis_grads or {})},
       state.projector,
       state.schedule or {},
       state.inner_state,
@@ -241,8 +321,12 @@ class _GaLore:
     weights = call.context.weights or {}
 
     def project(path: str, basis: projection.Bases) -> jax.Array:
+      is_low = path in call.low
       low = _by_matrix(
-        call.sites[path], self._project_matrices, call.grads[path], basis
+        call.sites[path],
+        self._without_noise if is_low else self._project_matrices,
+        call.low[path] if is_low else call.grads[path],
+        basis,
       )
       return low * weights[path] if path in weights else low
 
@@ -255,11 +339,24 @@ class _GaLore:
   def _project_matrices(
     self, g: jax.Array, bases: projection.Bases
   ) -> jax.Array:
-    """R without directions of noise; 0 where the gradient is not finite."""
-    tolerance: Any = self.refresh.null_tolerance
+    """The projected gradient as the inner optimizer sees it."""
     low = projection.project(g, bases)
-    low = projection.drop_null(low, bases, tolerance)
-    return _finite(low.astype(self._dtype(g.dtype)))
+    return self._without_noise(low, bases, g.dtype)
+
+  def _without_noise(
+    self, low: jax.Array, bases: projection.Bases, dtype: Any = None
+  ) -> jax.Array:
+    """R without directions of noise; 0 where the gradient is not finite.
+
+    Args:
+      low: Projected gradients R.
+      bases: The bases they were made with.
+      dtype: Dtype of the gradient; None for that of R.
+    """
+    tolerance: Any = self.refresh.null_tolerance
+    wide = low.astype(jnp.promote_types(low.dtype, jnp.float32))
+    wide = projection.drop_null(wide, bases, tolerance)
+    return _finite(wide.astype(self._dtype(dtype or low.dtype)))
 
   def _step(
     self,
@@ -360,7 +457,7 @@ class _GaLore:
         bfloat16.step_key("sums", self.seed, state.step, state.micro_step),
         call.context.layer,
       )
-      return jax.tree.map(jnp.zeros_like, call.updates), state._replace(
+      return _zero_updates(call), state._replace(
         accumulator=stored, micro_step=state.micro_step + 1
       )
 
@@ -523,6 +620,25 @@ def _finite(x: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(x), x, 0)
 
 
+def _zero_updates(call: _Call) -> optax.Updates:
+  """Updates of zero, at full size."""
+  return paths.map_with_path(
+    lambda path, g: (
+      jnp.zeros(call.sites[path].view.shape, jnp.result_type(g))
+      if path in call.low
+      else jnp.zeros_like(g)
+    ),
+    call.updates,
+  )
+
+
+def _is_low(site: plan_lib.Site, leaf: Any) -> bool:
+  """Whether the gradient of a leaf is projected: its shape tells."""
+  if leaf is None:
+    return False
+  return jnp.shape(leaf) == site.low_shape != site.view.shape
+
+
 def _lift_leaves(
   call: _Call,
   bases: Mapping[str, projection.Bases],
@@ -555,15 +671,25 @@ def _by_matrix(site: plan_lib.Site, f: Callable, *stacks: Any) -> jax.Array:
   return slices.map_matrices(f, *stacks) if site.one_by_one else f(*stacks)
 
 
-def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:
-  """Raises where gradients and parameters differ in structure or shape."""
+def _check_like(
+  leaves: Mapping[str, Any],
+  params: optax.Params | None,
+  low: Mapping[str, Any],
+) -> None:
+  """Raises where gradients and parameters differ in structure or shape.
+
+  Args:
+    leaves: Path to gradient.
+    params: The parameters.
+    low: Path to gradient, for those that are projected.
+  """
   if params is None:
     return
   paths.check_arrays(paths.leaves_by_path(params), plan_lib.AT_ARRAYS)
   shapes = {p: jnp.shape(x) for p, x in paths.leaves_by_path(params).items()}
   given = {path: jnp.shape(x) for path, x in leaves.items()}
   for path in {**shapes, **given}:
-    if given.get(path) != shapes.get(path):
+    if path not in low and given.get(path) != shapes.get(path):
       say = lambda shape: "is missing" if shape is None else f"is {shape}"
       raise ValueError(
         f"The leaf {path!r} {say(shapes.get(path))} in `params` but "
@@ -809,10 +935,25 @@ def galore(
       residual=residual_settings,
     )
     return optax.GradientTransformationExtraArgs(
-      settings.init, sharding.with_auto_axes(settings.update)
+      settings.init, _or_describe(settings)
     )
 
   return _chain.marker(wrap) if inner is None else wrap(inner)
+
+
+def _or_describe(settings: _GaLore) -> Callable:
+  """The update function; called with a probe, it describes itself to that."""
+  update = sharding.with_auto_axes(settings.update)
+
+  def update_or_describe(updates, state, params=None, **extra_args):
+    context, _ = context_lib.split_off(extra_args)
+    if context.probe is None:
+      return update(updates, state, params, **extra_args)
+    described = settings.describe(updates, state, params, extra_args)
+    context.probe.described.append(described)
+    return updates, state
+
+  return update_or_describe
 
 
 def _check_accumulation(steps: Any) -> int:

@@ -6,7 +6,7 @@ The only loops and branches over matrices of a stack are in this module.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,20 @@ from galore_optax.tree import plan, sharding, slices, split
 
 # What a refresh changes, by the path of the leaf.
 _Slots = dict[str, refresh_groups.Slot]
+
+
+class Found(NamedTuple):
+  """Bases of one leaf that are known already.
+
+  Attributes:
+    bases: Side to basis (..., m, r) or (..., n, r).
+    valid: 1 where the gradient was finite and not zero, else 0; (..., 1, 1),
+      float32.
+  """
+
+  bases: Any
+  valid: Any
+
 
 # Makes the keys of random bases differ from other uses of the seed.
 _RANDOM_BASES = 0x676F6C6F
@@ -73,6 +87,43 @@ def check_gaps(settings: Refresh, sites: Mapping[str, plan.Site]) -> None:
       )
 
 
+def due_by_leaf(
+  settings: Refresh,
+  sites: Mapping[str, plan.Site],
+  context: UpdateContext,
+  schedules: Mapping[str, adaptive_lib.State],
+) -> dict[str, jax.Array]:
+  """Which matrices a refresh recomputes.
+
+  Args:
+    settings: As for :func:`refresh`.
+    sites: As for :func:`refresh`.
+    context: As for :func:`refresh`.
+    schedules: As for :func:`refresh`.
+
+  Returns:
+    Path to whether each matrix of the leaf is due, bool in the shape of its
+    stack.
+  """
+  run = _Pass(settings, None, context, _total(sites, context), {})
+  found, first = {}, 0
+  for path, site in sites.items():
+    if settings.policy == "adaptive":
+      is_due = schedules[path].flat().due(context.step)
+    else:
+      alone = refresh_groups.Group(((site,),), (first,))
+      is_due = _is_due(run, _numbers(run, alone), site.gap)
+    found[path] = (is_due & context.active).reshape(site.view.stack)
+    first += site.view.count
+  return found
+
+
+def _total(sites: Mapping[str, plan.Site], context: UpdateContext) -> Any:
+  """Number of all matrices, those of all layers included."""
+  matrices = sum(site.view.count for site in sites.values())
+  return matrices * (context.layers if context.is_one_layer else 1)
+
+
 def refresh(
   settings: Refresh,
   seed: Any,
@@ -92,7 +143,8 @@ def refresh(
     seed: Seed of random bases.
     sites: Path to site.
     context: The step, whether bases may be refreshed, and which layer this is.
-    grads: Path to gradients (..., m, n).
+    grads: Path to gradients (..., m, n), or to the :class:`Found` bases of the
+      gradient. The bases of a leaf that is missing stay as they are.
     bases: Path to side to basis, in the state's format.
     schedules: Path to schedule; empty unless the policy is `adaptive`.
     inner_state: The inner optimizer's state as GaLore's state stores it.
@@ -111,12 +163,11 @@ def refresh(
     if settings.moments != "keep" or moments_lib.is_pending_sum(name)
   }
   ratios = ratios or {}
-  matrices = sum(site.view.count for site in sites.values())
   run = _Pass(
     settings,
     seed,
     context,
-    matrices * (context.layers if context.is_one_layer else 1),
+    _total(sites, context),
     {name: (degree, ratios.get(name)) for name, (degree, _) in found.items()},
   )
   slots = {
@@ -137,8 +188,8 @@ def refresh(
     for name in found
   }
   return (
-    {path: dict(new[path][0]) for path in bases},
-    {path: new[path][2] for path in schedules},
+    {path: dict(new.get(path, slots[path])[0]) for path in bases},
+    {path: new.get(path, slots[path])[2] for path in schedules},
     moments_lib.replace_moments(inner_state, moments),
   )
 
@@ -248,7 +299,9 @@ def _refresh_group(
   """
   names = [site.path for site in group.members]
   # A basis is a constant of differentiation, as it is between refreshes.
-  flat_grads = {p: slices.flat(jax.lax.stop_gradient(grads[p])) for p in names}
+  flat_grads = {
+    p: jax.tree.map(slices.flat, jax.lax.stop_gradient(grads[p])) for p in names
+  }
   flat_grads, of_group = sharding.vary_together(
     (flat_grads, {p: slots[p] for p in names})
   )
@@ -431,7 +484,7 @@ def _find(
 
   def with_gradient(f: Callable, basis: jax.Array) -> Any:
     def in_kind(kind: tuple[plan.Site, ...], basis: jax.Array) -> Any:
-      g = slices.take_from(
+      g: Any = slices.take_from(
         [grads[site.path] for site in kind],
         [site.sharded for site in kind],
         location.within,
@@ -442,12 +495,22 @@ def _find(
     branches = [functools.partial(in_kind, kind) for kind in group.kinds]
     return jax.lax.switch(location.kind, branches, basis)
 
+  if isinstance(grads[group.members[0].path], Found):
+    return with_gradient(_take_found, old)
   if settings.finder == "svd":
     return with_gradient(find_lib.svd_basis, old)
   iterations: Any = settings.iterations
   return find_lib.iterate(
     lambda basis: with_gradient(find_lib.gram, basis), old, iterations
   )
+
+
+def _take_found(
+  found: Found, old: jax.Array, side: str
+) -> tuple[jax.Array, jax.Array]:
+  """The basis that a backward pass found, and whether it is valid."""
+  valid = found.valid[0, 0] > 0
+  return jnp.where(valid, found.bases[side].astype(old.dtype), old), valid
 
 
 def _write_in_kind(

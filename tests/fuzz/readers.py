@@ -39,8 +39,10 @@ from train.pretrained import (
 from train.run import checkpoint, history, metrics, run_dir
 
 MODEL = schema.ModelConfig(
-  vocab_size=300, d_model=16, d_ff=24, n_layers=2, n_heads=2
-)
+  vocab_size=300, d_model=16, d_ff=24, n_layers=2, n_heads=2, family="qwen3",
+  qk_norm=True, head_dim=12, sliding_window=5, window_layers="1",
+  rope_scaling="yarn", rope_factor=2.0, rope_original_length=8,
+)  # fmt: skip
 ENCODER = encoder.Config(60, 16, 24, 2, 2, max_length=32, labels=2)
 ROBERTA = encoder.Config(
   400, 16, 24, 1, 2, "roberta", max_length=32, position_offset=2, n_types=1,

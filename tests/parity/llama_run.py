@@ -1,10 +1,10 @@
-"""Runs the LLaMA of transformers on small random weights.
+"""Runs the LLaMA of transformers, and its relatives, on small random weights.
 
     python -m tests.parity.llama_run
 
-records configs, weights and logits in `llama.npz`; the tests compare with this
-record. Recording needs the extra `parity`; where it is installed, the tests
-also run transformers live.
+records configs, weights and logits in `llama.npz` and `families.npz`; the tests
+compare with these records. Recording needs the extra `parity`; where it is
+installed, the tests also run transformers live.
 """
 
 import json
@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-RECORD = pathlib.Path(__file__).with_name("llama.npz")
+FOLDER = pathlib.Path(__file__).parent
 SIZE = {
   "vocab_size": 61,
   "hidden_size": 16,
@@ -20,8 +20,9 @@ SIZE = {
   "num_hidden_layers": 2,
   "num_attention_heads": 4,
   "max_position_embeddings": 64,
+  "pad_token_id": None,  # SmolLM3's own is not in so small a vocabulary
 }
-CASES = {
+LLAMA = {
   "plain": {"num_key_value_heads": 4, "tie_word_embeddings": False},
   "grouped": {"num_key_value_heads": 2, "tie_word_embeddings": False},
   "tied": {
@@ -33,6 +34,120 @@ CASES = {
     "rms_norm_eps": 1e-5,
   },
 }
+# The rows have 40 tokens: more than these original lengths, and more than the
+# windows below.
+LLAMA3 = {
+  "rope_type": "llama3",
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 32,
+}
+YARN = {
+  "rope_type": "yarn",
+  "factor": 4.0,
+  "original_max_position_embeddings": 16,
+  "beta_fast": 2.0,
+}
+FAMILIES = {
+  "llama3": {
+    "model_type": "llama",
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "rope_theta": 500.0,
+    "rope_scaling": LLAMA3,
+  },
+  "mistral": {
+    "model_type": "mistral",
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "sliding_window": 7,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+  },
+  "qwen2": {
+    "model_type": "qwen2",
+    "num_key_value_heads": 2,
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "max_window_layers": 1,
+    "tie_word_embeddings": True,
+    "rope_theta": 100.0,
+    "rope_scaling": YARN,
+  },
+  "qwen3": {
+    "model_type": "qwen3",
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 1000.0,
+    "rope_parameters": YARN
+    | {"rope_theta": 1000.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+  },
+  "smollm3": {
+    "model_type": "smollm3",
+    "num_key_value_heads": 2,
+    "no_rope_layer_interval": 2,
+    "rope_scaling": YARN | {"attention_factor": 1.5},
+  },
+}
+# Run live only: their records would show nothing new.
+LIVE = {
+  "llama linear": {
+    "model_type": "llama",
+    "rope_parameters": {
+      "rope_type": "linear",
+      "factor": 3.0,
+      "rope_theta": 500.0,
+    },
+  },
+  "llama yarn": {
+    "model_type": "llama",
+    "rope_theta": 50.0,
+    "rope_scaling": YARN | {"beta_slow": 0.5},
+  },
+  "mistral without window": {
+    "model_type": "mistral",
+    "num_key_value_heads": 4,
+    "sliding_window": None,
+  },
+  "qwen2 without window": {
+    "model_type": "qwen2",
+    "num_key_value_heads": 4,
+    "sliding_window": 3,
+    "head_dim": 10,
+  },
+  "qwen3 with biases, windows in layers that it names": {
+    "model_type": "qwen3",
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "attention_bias": True,
+    "use_sliding_window": True,
+    "sliding_window": 9,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
+  },
+  "qwen3 with windows everywhere": {
+    "model_type": "qwen3",
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 0,
+  },
+  "smollm3 with windows and biases": {
+    "model_type": "smollm3",
+    "num_key_value_heads": 4,
+    "no_rope_layers": [0, 1],
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": False,
+  },
+}
+RECORDED = {**LLAMA, **FAMILIES}
+CASES = {**RECORDED, **LIVE}
 
 
 def config(case: str) -> dict:
@@ -51,14 +166,16 @@ def build(case: str):
   import transformers
 
   torch.manual_seed(0)
-  found = config(case)
-  found.pop("model_type")
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**found))
+  described = transformers.AutoConfig.for_model(**config(case))
+  model = transformers.AutoModelForCausalLM.from_config(described)
+  model = model.float().eval()
   with torch.no_grad():
     for name, weight in model.named_parameters():
       mean = 1.0 if "norm" in name else 0.0
       weight.copy_(torch.randn_like(weight) * 0.3 + mean)
-  return model.float().eval()
+      if case not in LLAMA:  # recorded in half precision
+        weight.copy_(weight.half())
+  return model
 
 
 def logits(model) -> np.ndarray:
@@ -76,12 +193,27 @@ def run(case: str) -> dict[str, np.ndarray]:
   return {**arrays, "logits": logits(model)}
 
 
+def record(path: pathlib.Path, cases: dict, dtype: type) -> None:
+  """Writes configs, weights and logits of some cases."""
+  arrays = {}
+  for case in cases:
+    arrays[f"{case}/config"] = np.array(json.dumps(config(case)))
+    for name, array in run(case).items():
+      kept = np.float32 if name == "logits" else dtype
+      arrays[f"{case}/{name}"] = array.astype(kept)
+  np.savez_compressed(path, **arrays)
+  print(f"wrote {path}")
+
+
+def recorded() -> dict[str, np.ndarray]:
+  """All records, by `case/name`."""
+  found = {}
+  for name in ("llama.npz", "families.npz"):
+    with np.load(FOLDER / name) as file:
+      found |= dict(file)
+  return found
+
+
 if __name__ == "__main__":
-  record = {
-    f"{case}/{name}": array
-    for case in CASES
-    for name, array in run(case).items()
-  }
-  text = {f"{case}/config": json.dumps(config(case)) for case in CASES}
-  np.savez_compressed(RECORD, **record, **text)
-  print(f"wrote {RECORD}")
+  record(FOLDER / "llama.npz", LLAMA, np.float32)
+  record(FOLDER / "families.npz", FAMILIES, np.float16)

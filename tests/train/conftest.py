@@ -17,6 +17,21 @@ from train.step import train_step as train_step_lib
 TINY = schema.ModelConfig(
   vocab_size=300, d_model=32, d_ff=48, n_layers=2, n_heads=4
 )
+# With all parts that LLaMA lacks: biases, norms of heads, a width of its own,
+# and a window in one layer.
+QWEN = dataclasses.replace(
+  TINY,
+  family="qwen3",
+  n_kv_heads=2,
+  head_dim=12,
+  attention_bias="all",
+  qk_norm=True,
+  sliding_window=5,
+  window_layers="1",
+  rope_scaling="yarn",
+  rope_factor=4.0,
+  rope_original_length=8,
+)
 WORDS = [
   "we",
   "the",

@@ -563,7 +563,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(
   (other / checkpoint_folder.CONFIG).write_text(json.dumps(config))
   out = tmp_path / "run"
   error = refused(capsys, words("stsb", other, data, out))
-  assert "'gpt2'; known ones are bert, roberta and llama" in error
+  assert "'gpt2'; known ones are bert, roberta, llama, mistral, " in error
   missing = tmp_path / "missing"
   error = refused(capsys, words("stsb", missing, data, out))
   assert str(missing) in error and "encoder" not in error

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from train.common.checks import check_above
 from train.common.errors import UserError
 from train.common.fields import Fields
+from train.config import families
+from train.config.families import BiasName, FamilyName, ScalingName
 from train.methods import registry
 from train.methods.options import OptimizerConfig, SharedOptimizerConfig
 
@@ -46,18 +48,46 @@ class SharedModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(SharedModelConfig):
-  """A LLaMA decoder."""
+  """A LLaMA decoder, or one of its relatives."""
 
+  # what Hugging Face calls the model: it decides which of the parts below the
+  # model may have, and how it is exported
+  family: FamilyName = "llama"
   # size of the vocabulary; the tokenizer may use fewer ids
   vocab_size: int = 4096
   d_model: int = 256  # width of the residual stream
   d_ff: int = 688  # width of the feed-forward layers (SwiGLU)
   n_layers: int = 4  # number of blocks
-  n_heads: int = 4  # number of query heads, each d_model / n_heads wide
+  n_heads: int = 4  # number of query heads
   # number of key and value heads (grouped-query attention); 0: as many as query
   # heads
   n_kv_heads: int = 0
+  head_dim: int = 0  # width of a head; 0: d_model / n_heads
+  # projections of the attention that have biases: those of queries, keys and
+  # values (qkv), or all four
+  attention_bias: BiasName = "none"
+  mlp_bias: bool = False  # whether the feed-forward layers have biases
+  qk_norm: bool = False  # normalize each head's queries and keys by RMSNorm
+  # positions that a position attends to, with itself; 0: all before it
+  sliding_window: int = 0
+  # numbers of the layers with the sliding window, such as 2,3; empty: all
+  window_layers: str = ""
   rope_theta: float = 10000.0  # base of the rotary position embeddings
+  # numbers of the layers without rotary embeddings, such as 3,7; empty: none
+  no_rope_layers: str = ""
+  # how rotary embeddings are slowed down for longer texts
+  rope_scaling: ScalingName = "none"
+  rope_factor: float = 1.0  # how many times slower they are
+  # length that the model was trained on before that; for llama3 and yarn
+  rope_original_length: int = 0
+  # llama3: rotations in that length up to which a frequency is divided by the
+  # factor
+  rope_low: float = 1.0
+  rope_high: float = 4.0  # llama3: rotations from which it is kept
+  rope_beta_fast: float = 32.0  # yarn: rotations from which it is kept
+  rope_beta_slow: float = 1.0  # yarn: rotations up to which it is divided
+  # yarn: factor on rotated queries and keys; 0: 0.1 ln(rope_factor) + 1
+  rope_attention_factor: float = 0.0
   norm_eps: float = 1e-6  # term added to the mean square in RMSNorm
   init_std: float = 0.02  # standard deviation of fresh weights
   tie_embeddings: bool = False  # use the transposed embedding as the head
@@ -70,13 +100,48 @@ class ModelConfig(SharedModelConfig):
   @property
   def head_width(self) -> int:
     """Features of one head."""
-    return self.d_model // self.n_heads
+    return self.head_dim or self.d_model // self.n_heads
+
+  @property
+  def layers_without_rope(self) -> tuple[int, ...]:
+    """Numbers of the layers without rotary embeddings."""
+    return families.layer_numbers(
+      "no_rope_layers", self.no_rope_layers, self.n_layers
+    )
+
+  @property
+  def layers_with_window(self) -> Sequence[int]:
+    """Numbers of the layers with a sliding window."""
+    if not self.sliding_window:
+      return ()
+    return families.layer_numbers(
+      "window_layers", self.window_layers, self.n_layers
+    ) or range(self.n_layers)
 
   def __post_init__(self):
     super().__post_init__()
     sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads")
     check_above("model", self, (*sizes, "rope_theta", "norm_eps", "init_std"))
-    if self.d_model % (2 * self.n_heads):
+    unset = ("head_dim", "sliding_window", "rope_original_length")
+    check_above("model", self, unset, low=-1)
+    check_above("model", self, ("rope_attention_factor",), low=-1e-9)
+    self._check_heads()
+    families.check(self)
+    families.check_rope(self)
+    if self.window_layers and not self.sliding_window:
+      raise UserError(
+        f"model.window_layers is {self.window_layers!r:.60}, but there is no"
+        " window; set model.sliding_window"
+      )
+    _ = self.layers_with_window, self.layers_without_rope  # checked there
+
+  def _check_heads(self) -> None:
+    """Raises unless the heads have an even width and share keys evenly."""
+    if self.head_dim % 2:
+      raise UserError(
+        f"model.head_dim is {self.head_dim}; heads have an even width"
+      )
+    if not self.head_dim and self.d_model % (2 * self.n_heads):
       raise UserError(
         f"model.d_model is {self.d_model}, which does not split into"
         f" model.n_heads={self.n_heads} heads of even width; use a multiple"
@@ -169,6 +234,8 @@ class SharedTrainConfig:
   accumulate: int = 1  # microbatches of a batch, whose gradients are added up
   # stop after this many steps in a row without a finite gradient
   max_skips: int = 10
+  # compute gradients of projected matrices at rank r, never whole
+  lean: bool = False
   # how 8-bit weights are rounded
   rounding: Literal["stochastic", "nearest"] = "stochastic"
 
@@ -290,11 +357,33 @@ class SharedConfig:
   def __post_init__(self):
     method = registry.get(self.optimizer.name)
     method.check(self.optimizer)
+    if self.train.lean:
+      self._check_lean(method)
     if method.factors and self.model.weights != "full":
       raise UserError(
         f"model.weights={self.model.weights} is for weights that are trained,"
         f" not for optimizer.name={self.optimizer.name}; leave it at full, and"
         " take optimizer.name=qlora for frozen weights of four bits"
+      )
+
+  def _check_lean(self, method: registry.Method) -> None:
+    """Raises where projected gradients are not enough."""
+    if not method.lean:
+      raise UserError(
+        "train.lean computes gradients at rank r, and"
+        f" optimizer.name={self.optimizer.name} needs more of them; use one of"
+        f" {', '.join(m.name for m in registry.METHODS.values() if m.lean)}"
+      )
+    if self.optimizer.residual != "none":
+      raise UserError(
+        f"optimizer.residual={self.optimizer.residual} needs whole gradients,"
+        " which train.lean never computes; set optimizer.residual=none, or in"
+        " pre-training give --lean instead of train.lean=true"
+      )
+    if self.optimizer.projector != "subspace":
+      raise UserError(
+        f"optimizer.projector={self.optimizer.projector} needs whole"
+        " gradients, which train.lean never computes; use subspace"
       )
 
 
@@ -326,6 +415,11 @@ class Config(SharedConfig):
       raise UserError(
         "train.accumulate and optimizer.accumulate both divide the batch into"
         " microbatches; use one of them"
+      )
+    if self.train.layerwise and self.train.lean:
+      raise UserError(
+        "train.layerwise and train.lean are two ways to save the memory of"
+        " gradients; leave one of them false"
       )
     name = self.optimizer.name
     method = registry.get(name)

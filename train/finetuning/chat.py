@@ -42,6 +42,12 @@ TEMPLATES: dict[TemplateName, Template] = {
     "\n",
     ("<|im_start|>", "<|im_end|>"),
   ),
+  "llama3": Template(
+    "<|start_header_id|>{role}<|end_header_id|>\n\n",
+    "<|eot_id|>",
+    "",
+    ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+  ),
   "plain": Template("### {role}:\n", "", "\n\n"),
 }
 
@@ -65,14 +71,25 @@ class Writer:
   end: str  # the token that ends a text
   begin: tuple[int, ...]  # ids at the start of every text
 
-  def row(self, messages: Sequence[Mapping[str, str]]) -> Row:
-    """The tokens of a whole conversation."""
+  @property
+  def closing(self) -> str:
+    """The token that ends a message of the assistant."""
+    return self.template.after or self.end
+
+  def jinja(self, system: str) -> str:
+    """The template in Jinja, with a system message for want of another."""
+    begin = "".join(self.markup.id_to_token(i) or "" for i in self.begin)
+    return jinja_template(self, begin, system)
+
+  def row(self, messages: Sequence[Mapping[str, str]], where: str = "") -> Row:
+    """The tokens of a whole conversation, at a location for errors."""
+    source = f"{where}: the tokenizer" if where else "the tokenizer"
     ids, mask = [*self.begin], [False] * len(self.begin)
     for message in messages:
       for text, is_content, in_loss in self._parts(message):
         markup = self.markup if len(ids) > len(self.begin) else self.start
         tokenizer = self.plain if is_content else markup
-        with inputs.refusing("the tokenizer cannot encode a message"):
+        with inputs.refusing(f"{source} cannot encode a message"):
           new = tokenizer.encode(text, add_special_tokens=False).ids
         ids += new
         mask += [in_loss] * len(new)

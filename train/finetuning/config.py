@@ -8,7 +8,7 @@ from train.common.checks import check_above
 from train.common.errors import UserError
 from train.config import schema
 
-TemplateName = Literal["chatml", "plain"]
+TemplateName = Literal["chatml", "llama3", "plain", "own"]
 USE_ACCUMULATE = "To use less memory in a step, set train.accumulate"
 
 
@@ -60,7 +60,9 @@ class TaskConfig:
   prompt: str = ""
   system: str = ""  # system message for conversations that have none
   export: bool = True  # write the trained model to the run's folder model/
-  template: TemplateName = "chatml"  # how the messages of a chat are written
+  # how the messages of a chat are written; own: as by the checkpoint's own
+  # chat_template
+  template: TemplateName = "chatml"
 
   def __post_init__(self):
     check_above("task", self, ("epochs", "stride"), low=-1e-9)

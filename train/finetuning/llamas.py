@@ -19,9 +19,10 @@ from flax import nnx
 from train.common import inputs
 from train.common.errors import UserError
 from train.common.fields import Fields
+from train.config.families import FAMILIES
 from train.config.schema import HUB, ModelConfig
 from train.data import tokenizer as tokenizer_lib
-from train.finetuning import chat
+from train.finetuning import chat, chat_template
 from train.finetuning.batches import Batch
 from train.finetuning.config import Config, TaskConfig
 from train.finetuning.examples import Split
@@ -63,7 +64,7 @@ class LlamaTaskModel:
   packed: bool
   model: ModelConfig
   source: llama_names.Weights
-  writer: chat.Writer
+  writer: chat.Writer | chat_template.Writer
   graphdef: nnx.GraphDef
   boxes: nnx.State
 
@@ -82,7 +83,7 @@ class LlamaTaskModel:
   def describe(self) -> str:
     """The model's kind and sizes, in half a line."""
     c = self.model
-    return f"llama, {c.n_layers} layers, d_model {c.d_model}, {c.dtype}"
+    return f"{c.family}, {c.n_layers} layers, d_model {c.d_model}, {c.dtype}"
 
   def tokenize(self, split: Split) -> TokenizedSplit:
     """Tokenizes a split."""
@@ -93,8 +94,13 @@ class LlamaTaskModel:
   def _conversations(self, split: Split) -> TokenizedSplit:
     replies = split.second or [None] * len(split)
     rows = [
-      self._row(chat.parse_conversation(value, reply, f"{split.name}, row {i}"))
-      for i, (value, reply) in enumerate(zip(split.first, replies, strict=True))
+      self._row(chat.parse_conversation(value, reply, where), where)
+      for value, reply, where in zip(
+        split.first,
+        replies,
+        (f"{split.name}, row {i}" for i in range(len(split))),
+        strict=True,
+      )
     ]
     rows, lost = chat.truncate(rows, self.length)
     if lost:
@@ -141,9 +147,9 @@ class LlamaTaskModel:
     row = self._answered("", "", name)
     return len(row.ids) - _prompt_length(row)
 
-  def _row(self, messages: list[dict[str, str]]) -> chat.Row:
+  def _row(self, messages: list[dict[str, str]], where: str = "") -> chat.Row:
     row = self.writer.row(
-      chat.with_system_message(messages, self.config.system)
+      chat.with_system_message(messages, self.config.system), where
     )
     _check_ids(row, self.model, self.writer.markup)
     return row
@@ -240,15 +246,13 @@ class LlamaTaskModel:
 
   def _with_template(self, extra: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's extra files, with the chat template and its end token."""
-    writer, markup = self.writer, self.writer.markup
-    end = writer.template.after or writer.end
-    end_id = {"eos_token_id": markup.token_to_id(end)}
-    begin = "".join(markup.id_to_token(i) or "" for i in writer.begin)
+    writer, end = self.writer, self.writer.closing
+    end_id = {"eos_token_id": writer.markup.token_to_id(end)}
     files = {
       name: dict(extra.get(name) or {}) for name in checkpoint_folder.SIDECARS
     }
     files[checkpoint_folder.TOKENIZER_CONFIG] |= {
-      "chat_template": chat.jinja_template(writer, begin, self.config.system),
+      "chat_template": writer.jinja(self.config.system),
       "eos_token": end,
     }
     files[checkpoint_folder.GENERATION] |= end_id
@@ -314,7 +318,7 @@ def _tokenized(
 
 
 def is_llama(source: str) -> bool:
-  """Whether a checkpoint is a LLaMA; else it is an encoder.
+  """Whether a checkpoint is a LLaMA or a relative; else it is an encoder.
 
   Raises:
     UserError: it is neither, or the folder of a fine-tuning run, which has its
@@ -338,13 +342,13 @@ def is_llama(source: str) -> bool:
       f" {path / 'model'}"
     )
   model_type = config.get("model_type")
-  if model_type == "llama" or "model.d_model" in config:
+  if model_type in FAMILIES or "model.d_model" in config:
     return True
   if model_type not in encoder_names.FAMILIES:
-    known = ", ".join(encoder_names.FAMILIES)
+    known = ", ".join([*encoder_names.FAMILIES, *FAMILIES])
     raise UserError(
       f"--from {source}: its model_type is {model_type!r}; known ones are"
-      f" {known} and llama"
+      f" {known}"
     )
   return False
 
@@ -385,13 +389,19 @@ def make(source: str, task: Task, config: Config) -> LlamaTaskModel:
   )
 
 
-def _make_writer(weights: llama_names.Weights, config: Config) -> chat.Writer:
+def _make_writer(
+  weights: llama_names.Weights, config: Config
+) -> chat.Writer | chat_template.Writer:
   """A writer with the checkpoint's begin and end tokens."""
   name = checkpoint_folder.TOKENIZER_CONFIG
   settings = Fields(f"{weights.source}: {name}", weights.extra.get(name, {}))
   tokenizer = tokenizer_lib.parse(
     weights.tokenizer, f"{weights.source}: its {checkpoint_folder.TOKENIZER}"
   )
+  if config.task.template == "own":
+    writer = chat_template.Writer(settings, tokenizer)
+    writer.jinja(config.task.system)  # refuses a system message
+    return writer
   ends = [t for t in tokenizer_lib.ENDS if tokenizer.token_to_id(t) is not None]
   end = settings.token("eos_token") or next(iter(ends), "")
   begin = tokenizer.token_to_id(settings.token("bos_token"))

@@ -26,7 +26,11 @@ def block_matrices(params: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-  """True for every leaf but the norms: by path, as stacked norms are 2-D."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: "norm" not in path_of(path), params
-  )
+  """True for every leaf but norms and biases: by path, as stacks are 2-D."""
+
+  def is_decayed(path: tuple, leaf: Any) -> bool:
+    del leaf
+    name = path_of(path)
+    return "norm" not in name and not name.endswith("/bias")
+
+  return jax.tree_util.tree_map_with_path(is_decayed, params)

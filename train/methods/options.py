@@ -32,7 +32,8 @@ class SharedOptimizerConfig:
   b1: float = 0.9  # decay of the first moment
   b2: float = 0.999  # decay of the second moment
   eps: float = 1e-8  # term added to the root of the second moment
-  weight_decay: float = 0.0  # decoupled weight decay; norms are not decayed
+  # decoupled weight decay; norms and biases are not decayed
+  weight_decay: float = 0.0
   rank: int = 64  # rank of GaLore's subspaces, or of LoRA's factors
   # steps between two refreshes of the basis of a matrix
   update_proj_gap: int = 50

@@ -34,6 +34,7 @@ def attend(
   k_BxTxKxH: jax.Array,
   v_BxTxKxH: jax.Array,
   segments_BxT: jax.Array | None = None,
+  window: int | jax.Array | None = None,
 ) -> jax.Array:
   """Causal attention: each position attends to itself and earlier ones.
 
@@ -44,6 +45,8 @@ def attend(
     v_BxTxKxH: values.
     segments_BxT: numbers of the texts that share a row and do not attend to
       each other; None: a row is one text. With segments, `xla` is used.
+    window: positions that a position attends to at most, with itself; None:
+      all. An array () decides while the program runs, which takes `xla`.
 
   Returns:
     (B, T, N, H), in the dtype of the queries.
@@ -51,23 +54,43 @@ def attend(
   Raises:
     UserError: the implementation cannot run on this device or these shapes.
   """
-  form = choose(form, q_BxTxNxH)
-  if segments_BxT is not None:
-    same_BxTxT = segments_BxT[:, :, None] == segments_BxT[:, None]
+  varies = isinstance(window, jax.Array)
+  form = choose(form, q_BxTxNxH, varies)
+  if segments_BxT is not None or varies:
+    mask = _mask(q_BxTxNxH.shape[1], segments_BxT, window)
     return jax.nn.dot_product_attention(
       q_BxTxNxH,
       k_BxTxKxH,
       v_BxTxKxH,
-      mask=same_BxTxT[:, None],
+      mask=mask[:, None],
       is_causal=True,
       implementation="xla",
     )
   if form == "splash":
-    return splash(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH)
-  library = "cudnn" if form == "cudnn" else "xla"
+    return splash(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, window)
   return jax.nn.dot_product_attention(
-    q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, is_causal=True, implementation=library
+    q_BxTxNxH,
+    k_BxTxKxH,
+    v_BxTxKxH,
+    is_causal=True,
+    local_window_size=None if window is None else (window - 1, 0),
+    implementation="cudnn" if form == "cudnn" else "xla",
   )
+
+
+def _mask(
+  length: int,
+  segments_BxT: jax.Array | None,
+  window: int | jax.Array | None,
+) -> jax.Array:
+  """(B or 1, T, T) bool: the keys of each query, were it not for causality."""
+  mask = jnp.ones((1, length, length), bool)
+  if segments_BxT is not None:
+    mask = segments_BxT[:, :, None] == segments_BxT[:, None]
+  if window is not None:
+    index_T = jnp.arange(length)
+    mask &= index_T[:, None] - index_T < window
+  return mask
 
 
 def target() -> tuple[str, str]:
@@ -102,12 +125,26 @@ def _is_too_old() -> bool:
   return major.isdigit() and int(major) < 8
 
 
-def choose(form: AttentionName, q_BxTxNxH: jax.Array) -> AttentionName:
+def choose(
+  form: AttentionName, q_BxTxNxH: jax.Array, varies: bool = False
+) -> AttentionName:
   """Resolves `auto` to an implementation; checks one that is named.
+
+  Args:
+    form: `model.attention`.
+    q_BxTxNxH: queries, or their shape and dtype.
+    varies: whether layers have different windows.
 
   Raises:
     UserError: the named implementation cannot run.
   """
+  if varies and form in ("splash", "cudnn"):
+    raise UserError(
+      f"model.attention={form} needs one window for all layers, and"
+      " model.window_layers names some; use auto or xla"
+    )
+  if varies:
+    return "xla"
   if form == "auto":
     return _best(q_BxTxNxH)
   _check(form, q_BxTxNxH)
@@ -160,6 +197,7 @@ def splash(
   q_BxTxNxH: jax.Array,
   k_BxTxKxH: jax.Array,
   v_BxTxKxH: jax.Array,
+  window: int | None = None,
   interpret: bool = False,
 ) -> jax.Array:
   """Splash attention; each device computes its own rows and heads.
@@ -171,6 +209,7 @@ def splash(
     q_BxTxNxH: queries.
     k_BxTxKxH: keys.
     v_BxTxKxH: values.
+    window: positions that a position attends to at most; None: all.
     interpret: runs the kernel in Pallas's interpreter, on any device: tests.
 
   Returns:
@@ -182,7 +221,7 @@ def splash(
     jnp.pad(x.swapaxes(1, 2), missing)
     for x in (q_BxTxNxH / math.sqrt(width), k_BxTxKxH, v_BxTxKxH)
   ]
-  run = functools.partial(_splash_local, interpret=interpret)
+  run = functools.partial(_splash_local, window=window, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size > 1 and mesh.are_all_axes_auto:
     # The compiler cannot partition a Pallas kernel, so shard_map does.
@@ -204,7 +243,7 @@ def _partition(
   )
 
 
-def _splash_local(q, k, v, interpret: bool) -> jax.Array:
+def _splash_local(q, k, v, window: int | None, interpret: bool) -> jax.Array:
   """Runs the kernel on (B, heads, T, H), where T is a multiple of LANES."""
   heads, length = q.shape[1:3]
   # The largest tile that divides the length: larger tiles are faster.
@@ -217,9 +256,11 @@ def _splash_local(q, k, v, interpret: bool) -> jax.Array:
     block_q_dq=tile,
     block_kv_dq=tile,
   )
-  causal = splash_attention.CausalMask((length, length))
+  mask: Any = splash_attention.CausalMask((length, length))
+  if window is not None:
+    mask = splash_attention.LocalMask((length, length), (window - 1, 0), 0)
   kernel: Any = splash_attention.make_splash_mha_single_device(
-    splash_attention.MultiHeadMask([causal] * heads),
+    splash_attention.MultiHeadMask([mask] * heads),
     block_sizes=sizes,
     interpret=interpret,
   )

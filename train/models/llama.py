@@ -1,4 +1,7 @@
-"""A LLaMA decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, no biases.
+"""A LLaMA decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU.
+
+By its config it is also a Mistral, Qwen or SmolLM3: with biases, normalized
+queries and keys, sliding windows, or layers without rotations.
 
     graphdef, boxes = llama.abstract(config)        # shapes, no memory
     params = llama.init(config, seed)               # nested dicts
@@ -15,6 +18,7 @@ runs two to three times faster than one that contracts two axes.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,61 +26,57 @@ import numpy as np
 from flax import nnx
 
 from train.config.schema import ModelConfig
-from train.models import attention, layers
+from train.models import attention, layers, rope
 from train.parallel.mesh import constrain_batch
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of earlier positions
 
 
-def _frequencies(width: int, theta: float) -> np.ndarray:
-  """Radians per position for each pair of features: (H / 2,)."""
-  return theta ** (-np.arange(0, width, 2, dtype=np.float32) / width)
+class LayerKind(NamedTuple):
+  """How a layer differs from others; for all layers (L,), for one ()."""
+
+  rotates: Any  # bool: whether queries and keys are rotated
+  windowed: Any  # bool: whether it has the sliding window
 
 
-@functools.cache
-def _rotary_table(
-  length: int, width: int, theta: float
-) -> tuple[np.ndarray, np.ndarray]:
-  """Cosines and sines of the angles of positions 0, 1, ...: (T, H / 2) each.
-
-  They are constants of the program. XLA would otherwise put the functions into
-  every loop that uses them, and compute each sine again for all rows and heads.
-  """
-  positions_T = np.arange(length, dtype=np.float32)
-  angles_TxH = np.outer(positions_T, _frequencies(width, theta))
-  return np.cos(angles_TxH), np.sin(angles_TxH)
+def kinds(config: ModelConfig) -> LayerKind | None:
+  """The kinds of all layers; None if they are all alike."""
+  windowed, still = config.layers_with_window, config.layers_without_rope
+  count = config.n_layers
+  if not still and len(windowed) in (0, count):
+    return None
+  numbers = np.arange(count)
+  return LayerKind(~np.isin(numbers, still), np.isin(numbers, windowed))
 
 
-def rotary(
-  x_BxTxNxH: jax.Array, theta: float, positions_BxT: jax.Array | None = None
-) -> jax.Array:
-  """Rotates each head by an angle that grows with its position (RoPE).
+def kind_of(config: ModelConfig, number: Any) -> LayerKind | None:
+  """The kind of one layer, whose number may be traced."""
+  found = kinds(config)
+  if found is None:
+    return None
+  return LayerKind(*(jnp.asarray(x)[number] for x in found))
 
-  Features i and i + H/2 are a pair, which is rotated by
-  position * theta^(-2i/H). The product of a query and a key therefore depends
-  on their positions only through the difference.
+
+def window(
+  config: ModelConfig, length: int, kind: LayerKind | None
+) -> int | jax.Array | None:
+  """Positions that a position attends to, with itself; None: all before it.
 
   Args:
-    x_BxTxNxH: queries or keys.
-    theta: base of the geometric series of wavelengths.
-    positions_BxT: their positions; None: 0, 1, ... Of shape (1, T) they apply
-      to all rows.
+    config: of the model.
+    length: of a row.
+    kind: of the layer, if layers differ.
 
   Returns:
-    The rotated array, in the dtype of the input.
+    An array where the layer decides.
   """
-  length, width = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
-  if positions_BxT is None:
-    cos, sin = _rotary_table(length, width, theta)
-  else:
-    # Angles stay in float32: bfloat16 cannot tell position 256 from 257.
-    positions_BxTx1 = positions_BxT[..., None].astype(jnp.float32)
-    angles_BxTxH = positions_BxTx1 * _frequencies(width, theta)
-    cos, sin = jnp.cos(angles_BxTxH), jnp.sin(angles_BxTxH)
-  cos, sin = cos[..., None, :], sin[..., None, :]  # all heads share the angles
-  left, right = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-  rotated = (left * cos - right * sin, right * cos + left * sin)
-  return jnp.concatenate(rotated, axis=-1).astype(x_BxTxNxH.dtype)
+  size = config.sliding_window
+  if not 0 < size < length:
+    return None
+  if len(config.layers_with_window) == config.n_layers:
+    return size
+  assert kind is not None
+  return jnp.where(kind.windowed, size, length)
 
 
 def _linear(
@@ -85,13 +85,14 @@ def _linear(
   fan_out: int,
   axes: tuple[str, str],
   rngs: nnx.Rngs,
+  use_bias: bool = False,
 ) -> nnx.Linear:
-  return layers.linear(config, fan_in, fan_out, axes, rngs, use_bias=False)
+  return layers.linear(config, fan_in, fan_out, axes, rngs, use_bias=use_bias)
 
 
-def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def _norm(config: ModelConfig, width: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
   return nnx.RMSNorm(
-    config.d_model,
+    width,
     epsilon=config.norm_eps,
     dtype=jnp.dtype(config.dtype),
     param_dtype=jnp.dtype(config.param_dtype),
@@ -107,25 +108,35 @@ class Attention(nnx.Module):
     self.config = config
     width = config.head_width
     queries, keys = config.n_heads * width, config.kv_heads * width
-    d = config.d_model
-    self.q = _linear(config, d, queries, ("embed", "heads"), rngs)
-    self.k = _linear(config, d, keys, ("embed", "heads"), rngs)
-    self.v = _linear(config, d, keys, ("embed", "heads"), rngs)
-    self.o = _linear(config, queries, d, ("heads", "embed"), rngs)
+    d, bias = config.d_model, config.attention_bias
+    inward, outward = ("embed", "heads"), ("heads", "embed")
+    self.q = _linear(config, d, queries, inward, rngs, bias != "none")
+    self.k = _linear(config, d, keys, inward, rngs, bias != "none")
+    self.v = _linear(config, d, keys, inward, rngs, bias != "none")
+    self.o = _linear(config, queries, d, outward, rngs, bias == "all")
+    if config.qk_norm:
+      self.q_norm = _norm(config, width, rngs)
+      self.k_norm = _norm(config, width, rngs)
 
   def __call__(
     self,
     x_MxD: jax.Array,
     length: int,
     segments_BxT: jax.Array | None = None,
+    kind: LayerKind | None = None,
   ) -> jax.Array:
     """Attends within rows of `length` and segments; (M, D) to (M, D)."""
-    heads = self._heads(x_MxD, length)
-    out = attention.attend(self.config.attention, *heads, segments_BxT)
+    heads = self._heads(x_MxD, length, kind)
+    size = window(self.config, length, kind)
+    out = attention.attend(self.config.attention, *heads, segments_BxT, size)
     return self.o(out.reshape(len(x_MxD), -1))
 
   def extend(
-    self, x_MxD: jax.Array, positions_BxT: jax.Array, cache: Cache
+    self,
+    x_MxD: jax.Array,
+    positions_BxT: jax.Array,
+    cache: Cache,
+    kind: LayerKind | None = None,
   ) -> tuple[jax.Array, Cache]:
     """Attends to the cached positions and to the new ones.
 
@@ -134,45 +145,60 @@ class Attention(nnx.Module):
       positions_BxT: their indices in the cache, ascending within a row.
       cache: keys and values (B, S, K, H). Entries after a position are not
         read, so they need not be cleared.
+      kind: of the layer, if layers differ.
 
     Returns:
       (M, D), and the cache with the keys and values of the new positions.
     """
-    q, *new = self._heads(x_MxD, positions_BxT.shape[1], positions_BxT)
+    q, *new = self._heads(x_MxD, positions_BxT.shape[1], kind, positions_BxT)
     row_Bx1 = jnp.arange(len(positions_BxT))[:, None]
     keys, values = (
       old.at[row_Bx1, positions_BxT].set(x)
       for old, x in zip(cache, new, strict=True)
     )
-    past_BxTxS = jnp.arange(keys.shape[1]) <= positions_BxT[..., None]
+    index_S, now_BxTx1 = jnp.arange(keys.shape[1]), positions_BxT[..., None]
+    seen_BxTxS = index_S <= now_BxTx1
+    size = window(self.config, keys.shape[1], kind)
+    if size is not None:
+      seen_BxTxS &= index_S > now_BxTx1 - size
     out = jax.nn.dot_product_attention(
-      q, keys, values, mask=past_BxTxS[:, None]
+      q, keys, values, mask=seen_BxTxS[:, None]
     )
     return self.o(out.reshape(len(x_MxD), -1)), (keys, values)
 
   def _heads(
-    self, x_MxD: jax.Array, length: int, positions_BxT: jax.Array | None = None
+    self,
+    x_MxD: jax.Array,
+    length: int,
+    kind: LayerKind | None,
+    positions_BxT: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries (B, T, N, H), keys and values (B, T, K, H)."""
     config, width = self.config, self.config.head_width
     heads = (-1, length, config.n_heads, width)
     kv_heads = (-1, length, config.kv_heads, width)
     q, k, v = self.q(x_MxD), self.k(x_MxD), self.v(x_MxD)
-    return (
-      rotary(q.reshape(heads), config.rope_theta, positions_BxT),
-      rotary(k.reshape(kv_heads), config.rope_theta, positions_BxT),
-      v.reshape(kv_heads),
+    q, k = q.reshape(heads), k.reshape(kv_heads)
+    if config.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    rotates = kind.rotates if kind and config.layers_without_rope else None
+    rotate = functools.partial(
+      rope.rotate,
+      rope=rope.of(config),
+      positions_BxT=positions_BxT,
+      rotates=rotates,
     )
+    return rotate(q), rotate(k), v.reshape(kv_heads)
 
 
 class Mlp(nnx.Module):
   """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    d, ff = config.d_model, config.d_ff
-    self.gate = _linear(config, d, ff, ("embed", "mlp"), rngs)
-    self.up = _linear(config, d, ff, ("embed", "mlp"), rngs)
-    self.down = _linear(config, ff, d, ("mlp", "embed"), rngs)
+    d, ff, bias = config.d_model, config.d_ff, config.mlp_bias
+    self.gate = _linear(config, d, ff, ("embed", "mlp"), rngs, bias)
+    self.up = _linear(config, d, ff, ("embed", "mlp"), rngs, bias)
+    self.down = _linear(config, ff, d, ("mlp", "embed"), rngs, bias)
 
   def __call__(self, x_MxD: jax.Array) -> jax.Array:
     """(M, D) to (M, D)."""
@@ -183,9 +209,9 @@ class Block(nnx.Module):
   """One decoder layer: attention and feed-forward, each pre-normalized."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.attn_norm = _norm(config, rngs)
+    self.attn_norm = _norm(config, config.d_model, rngs)
     self.attn = Attention(config, rngs=rngs)
-    self.mlp_norm = _norm(config, rngs)
+    self.mlp_norm = _norm(config, config.d_model, rngs)
     self.mlp = Mlp(config, rngs=rngs)
 
   def __call__(
@@ -193,17 +219,24 @@ class Block(nnx.Module):
     x_MxD: jax.Array,
     length: int,
     segments_BxT: jax.Array | None = None,
+    kind: LayerKind | None = None,
   ) -> jax.Array:
     """(M, D) to (M, D), where M = B * length."""
     x_MxD = constrain_batch(x_MxD, len(x_MxD) // length)
-    x_MxD = x_MxD + self.attn(self.attn_norm(x_MxD), length, segments_BxT)
+    normed_MxD = self.attn_norm(x_MxD)
+    x_MxD = x_MxD + self.attn(normed_MxD, length, segments_BxT, kind)
     return x_MxD + self.mlp(self.mlp_norm(x_MxD))
 
   def extend(
-    self, x_MxD: jax.Array, positions_BxT: jax.Array, cache: Cache
+    self,
+    x_MxD: jax.Array,
+    positions_BxT: jax.Array,
+    cache: Cache,
+    kind: LayerKind | None = None,
   ) -> tuple[jax.Array, Cache]:
     """The same layer on positions that follow those in the cache."""
-    mixed, cache = self.attn.extend(self.attn_norm(x_MxD), positions_BxT, cache)
+    normed_MxD = self.attn_norm(x_MxD)
+    mixed, cache = self.attn.extend(normed_MxD, positions_BxT, cache, kind)
     x_MxD = x_MxD + mixed
     return x_MxD + self.mlp(self.mlp_norm(x_MxD)), cache
 
@@ -217,7 +250,7 @@ class Llama(nnx.Module):
     self.layers = layers.stack(
       lambda rngs: Block(config, rngs=rngs), config.n_layers, rngs
     )
-    self.norm = _norm(config, rngs)
+    self.norm = _norm(config, config.d_model, rngs)
     if not config.tie_embeddings:
       axes = ("embed", "vocab")
       size = (config.d_model, config.vocab_size)
@@ -253,10 +286,12 @@ class Llama(nnx.Module):
     length: int,
     segments_BxT: jax.Array | None = None,
   ) -> jax.Array:
-    def body(x: jax.Array, layer: Block) -> jax.Array:
-      return layer(x, length, segments_BxT)
+    def body(x: jax.Array, layer: Block, *kind: LayerKind) -> jax.Array:
+      return layer(x, length, segments_BxT, *kind)
 
-    return layers.scan(self.config, body, x_MxD, self.layers)
+    found = kinds(self.config)
+    each = () if found is None else (jax.tree.map(jnp.asarray, found),)
+    return layers.scan(self.config, body, x_MxD, self.layers, *each)
 
 
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -291,7 +326,8 @@ def apply(
 
 # The model in three pieces, for callers that loop over the layers themselves:
 #   x = embed(config, params, tokens)
-#   for layer in the slices of params["layers"]: x = block(config, layer, x, T)
+#   for i, layer in the slices of params["layers"]:
+#     x = block(config, layer, x, T, i)
 #   logits = head(config, params, x, B)
 
 
@@ -307,7 +343,7 @@ def embed(config: ModelConfig, params: dict, tokens: jax.Array) -> jax.Array:
 
 
 def block(
-  config: ModelConfig, layer: dict, x: jax.Array, length: int
+  config: ModelConfig, layer: dict, x: jax.Array, length: int, number: Any
 ) -> jax.Array:
   """One layer: (B * T, D) to (B * T, D).
 
@@ -316,8 +352,11 @@ def block(
     layer: parameters of one layer, a slice of `params["layers"]`.
     x: activations of rows of `length` positions, one row after another.
     length: T.
+    number: the layer's, from 0; it may be traced. It is read only if the
+      layers differ.
   """
-  return nnx.merge(_structures(config)[1], layer)(x, length)
+  run = nnx.merge(_structures(config)[1], layer)
+  return run(x, length, kind=kind_of(config, number))
 
 
 def head(
@@ -363,11 +402,12 @@ def extend(
   structure = _structures(config)[1]
 
   def body(x: jax.Array, slices: tuple) -> tuple[jax.Array, Cache]:
-    layer, layer_cache = slices
-    return nnx.merge(structure, layer).extend(x, positions, layer_cache)
+    layer, layer_cache, layer_kind = slices
+    run = nnx.merge(structure, layer)
+    return run.extend(x, positions, layer_cache, layer_kind)
 
   x = embed(config, params, tokens)
-  return jax.lax.scan(body, x, (params["layers"], cache))
+  return jax.lax.scan(body, x, (params["layers"], cache, kinds(config)))
 
 
 def _outer(config: ModelConfig, params: dict) -> Llama:

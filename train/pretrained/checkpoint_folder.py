@@ -26,6 +26,8 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SIDECARS = (GENERATION, TOKENIZER_CONFIG)
+# The chat template, where it is not in TOKENIZER_CONFIG.
+CHAT_TEMPLATE = "chat_template.jinja"
 # The files of a repository that are downloaded: no weights in other formats.
 DOWNLOADED = (
   CONFIG,
@@ -33,6 +35,7 @@ DOWNLOADED = (
   INDEX,
   "model-*.safetensors",
   TOKENIZER,
+  CHAT_TEMPLATE,
   *SIDECARS,
   "vocab.txt",
   "vocab.json",
@@ -82,6 +85,8 @@ def read_sidecars(
 ) -> dict[str, dict[str, Any]]:
   """The contents of those JSON files that a folder has, by their names.
 
+  A chat template in a file of its own is put where other folders have it.
+
   Raises:
     UserError: one cannot be read, or a field that is used later has a wrong
       type.
@@ -93,6 +98,10 @@ def read_sidecars(
   }
   for name, content in found.items():
     _check_sidecar(Fields(str(path / name), content))
+  template = read_text(path / CHAT_TEMPLATE)
+  if template and TOKENIZER_CONFIG in names:
+    described = found.get(TOKENIZER_CONFIG, {})
+    found[TOKENIZER_CONFIG] = described | {"chat_template": template}
   return found
 
 

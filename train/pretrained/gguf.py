@@ -1,30 +1,27 @@
-"""Reads LLaMA weights from a GGUF file; needs the extra `gguf`.
+"""Reads the weights in a GGUF file; needs the extra `gguf`.
 
 Tensors are dequantized, their names are translated by the table of the `gguf`
-package, the rows of queries and keys are put back into Hugging Face's order,
-and the tokenizer becomes a tokenizer.json.
+package, the rows of LLaMA's queries and keys are put back into Hugging Face's
+order, and the tokenizer becomes a tokenizer.json.
 """
 
 import pathlib
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from train.common import inputs
 from train.common.errors import UserError
 from train.common.fields import Fields
-from train.pretrained import gguf_header, llama_names
+from train.config.schema import ModelConfig
+from train.pretrained import (
+  gguf_config,
+  gguf_header,
+  gguf_tokenizer,
+  llama_config,
+  llama_names,
+)
 from train.pretrained.llama_names import Weights
-
-CONTROL = 3  # the type of tokens such as <|endoftext|>
-MAY_BE_0 = ("attention.head_count_kv",)  # as many as query heads
-# The pre-tokenizers before the byte level, by `tokenizer.ggml.pre`.
-BEFORE_BYTES = {
-  "gpt-2": (),
-  "smollm": (pre_tokenizers.Digits(individual_digits=True),),
-}
 
 
 def load(path: pathlib.Path) -> Weights:
@@ -46,12 +43,13 @@ def load(path: pathlib.Path) -> Weights:
     contents = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
   fields = Fields(str(path), contents)
-  config = _config(fields, "output.weight" not in tensors)
-  model = llama_names.model_from_hf(config, str(path))
+  scales = tensors.pop(gguf_config.ROPE_SCALES, None)
+  factors = None if scales is None else _dequantize(gguf, scales, path)
+  config = gguf_config.to_hf(fields, tensors.keys(), factors)
+  model = llama_config.from_hf(config, str(path))
   llama_names.check_layers(model, len(tensors), str(path))
   names = {
-    _gguf_name(gguf, name, model.n_layers): name
-    for name in llama_names.tensors(model)
+    _gguf_name(gguf, name, model): name for name in llama_names.tensors(model)
   }
   # A tensor that LLaMA does not have keeps its name, for the error message.
   by_name = {names.get(name, name): x for name, x in tensors.items()}
@@ -59,7 +57,7 @@ def load(path: pathlib.Path) -> Weights:
   def read(name: str) -> np.ndarray:
     array = _dequantize(gguf, by_name[name], path)
     for part, heads in (("q", model.n_heads), ("k", model.kv_heads)):
-      if name.endswith(f"self_attn.{part}_proj.weight"):
+      if f"self_attn.{part}_proj." in name and model.family == "llama":
         return _unpermute(array, heads)
     return array
 
@@ -69,7 +67,7 @@ def load(path: pathlib.Path) -> Weights:
     # GGUF lists the innermost axis first.
     shapes={name: tuple(x.shape.tolist())[::-1] for name, x in by_name.items()},
     read=read,
-    tokenizer=_tokenizer(fields),
+    tokenizer=gguf_tokenizer.to_json(fields),
     extra=_extra(fields, config),
   )
 
@@ -88,113 +86,21 @@ def _dequantize(gguf: Any, tensor: Any, path: pathlib.Path) -> np.ndarray:
     return gguf.quants.dequantize(tensor.data, kind)
 
 
-def _gguf_name(gguf: Any, name: str, layers: int) -> str:
+def _gguf_name(gguf: Any, name: str, model: ModelConfig) -> str:
   """The name in a GGUF file of a tensor that Hugging Face calls `name`."""
-  table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
-  return table.get_name(name, try_suffixes=(".weight",))
+  kind = gguf.MODEL_ARCH[model.family.upper()]
+  table = gguf.get_tensor_name_map(kind, model.n_layers)
+  return table.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
   """Puts the rows of queries or keys back into Hugging Face's order.
 
-  The rotary embedding of GGUF rotates features 2i and 2i + 1 of a head
-  together; ours rotates features i and i + H/2.
+  The rotary embedding of GGUF's LLaMA rotates features 2i and 2i + 1 of a head
+  together; ours rotates features i and i + H/2. Biases have rows of one number.
   """
-  halves = rows.reshape(heads, -1, 2, rows.shape[1])
+  halves = rows.reshape(heads, -1, 2, *rows.shape[1:])
   return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _config(fields: Fields, tied: bool) -> dict[str, Any]:
-  """The fields of the file under the names of config.json."""
-  architecture = fields.values.get("general.architecture")
-  if architecture != "llama":
-    raise UserError(
-      f"{fields.source}: general.architecture is {architecture!r:.60}; only"
-      " 'llama' can be read"
-    )
-  config = {
-    theirs: fields.integer(f"llama.{ours}", low=0 if ours in MAY_BE_0 else 1)
-    for theirs, ours in (
-      ("hidden_size", "embedding_length"),
-      ("intermediate_size", "feed_forward_length"),
-      ("num_hidden_layers", "block_count"),
-      ("num_attention_heads", "attention.head_count"),
-      ("num_key_value_heads", "attention.head_count_kv"),
-      ("head_dim", "attention.key_length"),
-      ("max_position_embeddings", "context_length"),
-    )
-    if fields.has(f"llama.{ours}")
-  }
-  for theirs, ours in (
-    ("rope_theta", "rope.freq_base"),
-    ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
-  ):
-    value = fields.number(f"llama.{ours}", None)
-    if value is not None:  # stored as float32: 1e-5 reads as 9.99999974e-06
-      config[theirs] = float(f"{value:.7g}")
-  scaling = fields.text("llama.rope.scaling.type", "none")
-  _check_rope(fields, config, scaling)
-  return {
-    **config,
-    "model_type": "llama",
-    "vocab_size": len(fields.texts("tokenizer.ggml.tokens")),
-    "tie_word_embeddings": tied,
-    "rope_scaling": None if scaling == "none" else {"rope_type": scaling},
-  }
-
-
-def _check_rope(fields: Fields, config: dict[str, Any], scaling: str) -> None:
-  """Raises for rotary embeddings that `rope_scaling` does not describe."""
-  # A factor without a type scales linearly; older files have the first name.
-  for name in ("rope.scale_linear", "rope.scaling.factor"):
-    factor = fields.number(f"llama.{name}", 1.0)
-    if scaling == "none" and factor not in (0.0, 1.0):
-      raise UserError(
-        f"{fields.source}: llama.{name} is {factor:g}; scaled rotary embeddings"
-        " cannot be read"
-      )
-  width = config.get("head_dim")
-  if width is None and {"hidden_size", "num_attention_heads"} <= set(config):
-    width = config["hidden_size"] // config["num_attention_heads"]
-  rotated = fields.integer("llama.rope.dimension_count", width)
-  if width is not None and rotated != width:
-    raise UserError(
-      f"{fields.source}: llama.rope.dimension_count is {rotated}, of heads of"
-      f" width {width}; rotary embeddings of a part of a head cannot be read"
-    )
-
-
-def _tokenizer(fields: Fields) -> str:
-  """The text of a tokenizer.json, from the byte-level BPE in the file.
-
-  Returns:
-    "" for any other tokenizer, after a note is printed.
-  """
-  kind = fields.text("tokenizer.ggml.model", None)
-  pre = fields.text("tokenizer.ggml.pre", None)
-  if kind != "gpt2" or pre not in BEFORE_BYTES:
-    print(
-      f"note: {fields.source} has a tokenizer {kind}/{pre}, which cannot be"
-      f" converted (only gpt2/{', gpt2/'.join(BEFORE_BYTES)} can); put the"
-      " model's own tokenizer.json beside the weights"
-    )
-    return ""
-  tokens = fields.texts("tokenizer.ggml.tokens")
-  pairs = [m.split(" ", 1) for m in fields.texts("tokenizer.ggml.merges")]
-  if any(len(pair) != 2 for pair in pairs):
-    fields.refuse("tokenizer.ggml.merges", "pairs with a space between them")
-  vocabulary = {token: i for i, token in enumerate(tokens)}
-  with inputs.refusing(f"{fields.source}: its tokenizer cannot be used"):
-    merges = [(first, second) for first, second in pairs]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-  level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*BEFORE_BYTES[pre], level])
-  tokenizer.decoder = decoders.ByteLevel()
-  kinds = fields.integers("tokenizer.ggml.token_type", ())
-  tokenizer.add_special_tokens(
-    [token for token, k in zip(tokens, kinds, strict=False) if k == CONTROL]
-  )
-  return tokenizer.to_str()
 
 
 def _extra(fields: Fields, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -211,6 +117,8 @@ def _extra(fields: Fields, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
   length = config.get("max_position_embeddings")
   described = {"tokenizer_class": "PreTrainedTokenizerFast"}
   described |= {name[:-3]: tokens[i] for name, i in ids.items()}
+  template = fields.text("tokenizer.chat_template", "")
+  described |= {"chat_template": template} if template else {}
   limit = {} if length is None else {"max_position_embeddings": length}
   return {
     "config.json": limit | ids,

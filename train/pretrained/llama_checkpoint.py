@@ -16,6 +16,7 @@ from train.common.fields import Fields
 from train.config import schema
 from train.pretrained import (
   checkpoint_folder,
+  llama_config,
   llama_names,
   mapping,
   run_weights,
@@ -60,7 +61,7 @@ def load(path: pathlib.Path, step: int = 0) -> Weights:
 
 
 def _load_folder(path: pathlib.Path, config: dict[str, Any]) -> Weights:
-  model = llama_names.model_from_hf(config, str(path / CONFIG))
+  model = llama_config.from_hf(config, str(path / CONFIG))
   shapes, read = checkpoint_folder.open_tensors(path)
   llama_names.check_layers(model, len(shapes), str(path / CONFIG))
   return Weights(
@@ -176,5 +177,5 @@ def _files(weights: Weights, dtype: str) -> dict[str, dict[str, Any]]:
     if name.endswith("_token_id") or name == "max_position_embeddings"
   }
   files = {name: extra[name] for name in SIDECARS if extra.get(name)}
-  files[CONFIG] = llama_names.model_to_hf(weights.model, dtype, copied)
+  files[CONFIG] = llama_config.to_hf(weights.model, dtype, copied)
   return files

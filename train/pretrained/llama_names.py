@@ -1,4 +1,4 @@
-"""LLaMA's names, shapes and config, at Hugging Face and here.
+"""The names and shapes of LLaMA's tensors, at Hugging Face and here.
 
 `TABLE` pairs the names of the tensors. `Weights` is a model to be read: where
 it comes from (a checkpoint folder, a GGUF file, a run) is hidden behind its
@@ -25,17 +25,28 @@ TABLE = (
   Entry("model.norm.weight", "norm/scale"),
   Entry(HEAD, "lm_head/kernel", transpose=True),
   *(
-    Entry(f"model.layers.{LAYER}.{name}.weight", f"layers/{path}", transpose)
-    for name, path, transpose in (
-      ("input_layernorm", "attn_norm/scale", False),
-      ("post_attention_layernorm", "mlp_norm/scale", False),
-      ("self_attn.q_proj", "attn/q/kernel", True),
-      ("self_attn.k_proj", "attn/k/kernel", True),
-      ("self_attn.v_proj", "attn/v/kernel", True),
-      ("self_attn.o_proj", "attn/o/kernel", True),
-      ("mlp.gate_proj", "mlp/gate/kernel", True),
-      ("mlp.up_proj", "mlp/up/kernel", True),
-      ("mlp.down_proj", "mlp/down/kernel", True),
+    Entry(f"model.layers.{LAYER}.{name}.weight", f"layers/{path}/scale")
+    for name, path in (
+      ("input_layernorm", "attn_norm"),
+      ("post_attention_layernorm", "mlp_norm"),
+      ("self_attn.q_norm", "attn/q_norm"),
+      ("self_attn.k_norm", "attn/k_norm"),
+    )
+  ),
+  *(
+    Entry(f"model.layers.{LAYER}.{name}_proj.{end}", f"layers/{path}", turned)
+    for name, module in (
+      ("self_attn.q", "attn/q"),
+      ("self_attn.k", "attn/k"),
+      ("self_attn.v", "attn/v"),
+      ("self_attn.o", "attn/o"),
+      ("mlp.gate", "mlp/gate"),
+      ("mlp.up", "mlp/up"),
+      ("mlp.down", "mlp/down"),
+    )
+    for end, path, turned in (
+      ("weight", f"{module}/kernel", True),
+      ("bias", f"{module}/bias", False),
     )
   ),
 )
@@ -117,8 +128,9 @@ def check(weights: Weights) -> None:
     weights.source,
     wanted.keys() - given.keys(),
     given.keys() - wanted.keys(),
-    "LLaMA",
-    f"{model.n_layers} layers, tie_word_embeddings={model.tie_embeddings}",
+    f"{model.family} model",
+    f"{model.n_layers} layers, attention_bias={model.attention_bias},"
+    f" tie_word_embeddings={model.tie_embeddings}",
   )
   mapping.check_shapes(weights.source, given, wanted)
 
@@ -169,87 +181,3 @@ def from_params(
 
   shapes = {name: tensor.shape for name, tensor in ours.items()}
   return Weights(source, model, shapes, read, **more)
-
-
-def model_from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
-  """The model that a config.json of Hugging Face describes.
-
-  Args:
-    given: the content of config.json.
-    source: its path, as messages call it.
-
-  Raises:
-    UserError: another architecture, a field missing, or a variant of LLaMA
-      that `train/models/llama.py` does not implement.
-  """
-  kind = given.get("model_type")
-  if kind != "llama":
-    raise UserError(
-      f"{source}: model_type is {kind!r}; only 'llama' can be read"
-    )
-  fields = Fields(source, given)
-  sizes: dict[str, Any] = mapping.sizes_from_hf(fields)
-  _refuse_variants(fields)
-  heads = sizes["n_heads"]
-  kv_heads = fields.integer("num_key_value_heads", 0) or heads
-  newer = fields.group("rope_parameters").number("rope_theta", 0.0)
-  older = fields.number("rope_theta", 0.0)
-  with mapping.naming(source):
-    return ModelConfig(
-      **sizes,
-      n_kv_heads=0 if kv_heads == heads else kv_heads,
-      rope_theta=newer or older or 10000.0,
-      norm_eps=fields.number("rms_norm_eps", 1e-6),
-      init_std=fields.number("initializer_range", 0.02),
-      tie_embeddings=fields.flag("tie_word_embeddings", False),
-    )
-
-
-def _refuse_variants(fields: Fields) -> None:
-  width = fields.integer("hidden_size") // fields.integer("num_attention_heads")
-  # The second is the spelling of transformers 5, which always writes it.
-  ropes = [fields.group(name) for name in ("rope_scaling", "rope_parameters")]
-  kinds = [
-    rope.text("rope_type", "") or rope.text("type", "") for rope in ropes
-  ]
-  scaled = [kind for kind in kinds if kind not in ("", "default")]
-  mapping.refuse_variants(
-    fields.source,
-    {
-      "hidden_act": (fields.text("hidden_act", "silu"), ("silu",)),
-      "attention_bias": (fields.flag("attention_bias", False), (False,)),
-      "mlp_bias": (fields.flag("mlp_bias", False), (False,)),
-      "head_dim": (fields.integer("head_dim", 0) or width, (width,)),
-      "rope_type": (next(iter(scaled), "default"), ("default",)),
-    },
-  )
-
-
-def model_to_hf(
-  model: ModelConfig, dtype: str, extra: Mapping[str, Any]
-) -> dict[str, Any]:
-  """The config.json that `transformers` reads.
-
-  Args:
-    model: the model.
-    dtype: of the stored tensors.
-    extra: other fields: ids of special tokens, `max_position_embeddings`.
-  """
-  return {
-    **extra,
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    **mapping.sizes_to_hf(model),
-    "num_key_value_heads": model.kv_heads,
-    "head_dim": model.head_width,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rms_norm_eps": model.norm_eps,
-    "initializer_range": model.init_std,
-    "tie_word_embeddings": model.tie_embeddings,
-    # The spelling of transformers before version 5, and that of version 5.
-    "rope_theta": model.rope_theta,
-    "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-    "torch_dtype": dtype,
-  }

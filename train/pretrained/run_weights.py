@@ -130,8 +130,11 @@ def _extra(path: pathlib.Path, text: str, config: Fields) -> dict[str, dict]:
     if end and number is None:
       raise UserError(f"{file} does not have {end!r}, the run's end token")
     end_id = {} if number is None else {"eos_token_id": number}
+  # Tokens that the run does not know; else each family has its own default.
+  none = {"bos_token_id": None, "pad_token_id": None}
+  described = {"max_position_embeddings": length, **none, **end_id}
   return {
-    checkpoint_folder.CONFIG: {"max_position_embeddings": length, **end_id},
+    checkpoint_folder.CONFIG: described,
     checkpoint_folder.GENERATION: end_id,
     checkpoint_folder.TOKENIZER_CONFIG: describe_tokenizer(end, length),
   }

@@ -287,7 +287,7 @@ class Watcher:
       for m in self.matrices:
         here = jnp.where(i == m.layer, chosen[m.name], _leaf(layer, m.path[7:]))
         layer = _replace(layer, m.path[7:], here)
-      return llama.block(config, layer, x, length), None
+      return llama.block(config, layer, x, length, i), None
 
     x = llama.embed(config, params, tokens)
     x, _ = jax.lax.scan(jax.checkpoint(walk), x, jnp.arange(config.n_layers))

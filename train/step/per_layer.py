@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,19 @@ CHUNK = 2**22
 LOSS_CHUNK = 1024
 
 
+class Activations(NamedTuple):
+  """What one layer hands to the next.
+
+  Attributes:
+    x_BxTxD: The residual stream.
+    number: The next layer's, where layers differ, else None. It is a float,
+      because it has a gradient, 0, like the stream's.
+  """
+
+  x_BxTxD: jax.Array
+  number: jax.Array | None
+
+
 def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
   """The model as embedding, layers and head; a batch is rows (B, T + 1).
 
@@ -32,17 +46,24 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
   """
   tied = config.tie_embeddings
 
-  def first(lower: dict, rows: jax.Array) -> jax.Array:
+  def first(lower: dict, rows: jax.Array) -> Activations:
     table = lower["embed"]["embedding"].astype(config.dtype)
-    return _look_up(table, jnp.maximum(rows[:, :-1], 0))
+    x_BxTxD = _look_up(table, jnp.maximum(rows[:, :-1], 0))
+    alike = llama.kinds(config) is None
+    return Activations(x_BxTxD, None if alike else jnp.float32(0))
 
-  def layer(params: dict, x_BxTxD: jax.Array) -> jax.Array:
-    _, length, width = x_BxTxD.shape
-    x_MxD = x_BxTxD.reshape(-1, width)
-    return llama.block(config, params, x_MxD, length).reshape(x_BxTxD.shape)
+  def layer(params: dict, x: Activations) -> Activations:
+    _, length, width = x.x_BxTxD.shape
+    x_MxD = x.x_BxTxD.reshape(-1, width)
+    number = None if x.number is None else x.number.astype(jnp.int32)
+    x_MxD = llama.block(config, params, x_MxD, length, number)
+    return Activations(
+      x_MxD.reshape(x.x_BxTxD.shape),
+      None if x.number is None else x.number + 1,
+    )
 
-  def last(upper: dict, x_BxTxD: jax.Array, rows: jax.Array) -> tuple:
-    total, penalty, count = _all_sums(config, upper, x_BxTxD, rows)
+  def last(upper: dict, x: Activations, rows: jax.Array) -> tuple:
+    total, penalty, count = _all_sums(config, upper, x.x_BxTxD, rows)
     count = jnp.maximum(count, 1)
     return (total + train.z_loss * penalty) / count, total / count
 
@@ -65,7 +86,7 @@ def summed_loss(
   """
   model = layered(config, TrainConfig())
   model = model._replace(
-    last=lambda upper, x_BxTxD, rows: _all_sums(config, upper, x_BxTxD, rows),
+    last=lambda upper, x, rows: _all_sums(config, upper, x.x_BxTxD, rows),
     has_aux=False,
   )
   total, _, count = model.loss(params, rows, config.dtype)

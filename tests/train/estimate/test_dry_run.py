@@ -47,6 +47,37 @@ def test_bytes_of_a_device_are_its_shards(giant):
   assert device["activations"] == jaxpr_cost.peak_bytes(one)
 
 
+def test_relatives_of_llama_are_counted_with_all_their_leaves():
+  plain = estimate("sotu_small", "galore")
+  relative = estimate(
+    "sotu_small",
+    "galore",
+    "model.family=qwen3",
+    "model.attention_bias=all",
+    "model.qk_norm=true",
+    "model.head_dim=64",
+  )
+  (d, width, heads), layers = (192, 64, 4), 4
+  biases, norms = 3 * heads * width + d, 2 * width
+  wider = 4 * d * heads * (width - d // heads)
+  more = layers * (biases + norms + wider)
+  counts, before = relative["parameters"], plain["parameters"]
+  assert counts["attention"] - before["attention"] == more
+  assert counts["total"] - before["total"] == more
+  rank = {row["path"]: row["rank"] for row in relative["plan"]}
+  attn = "layers/attn"
+  assert rank[f"{attn}/q/kernel"] == 48
+  for name in ("q/bias", "o/bias", "q_norm/scale", "k_norm/scale"):
+    assert rank[f"{attn}/{name}"] is None
+  # Two moments a number at full rank, with the basis and moments of wider ones.
+  state = relative["bytes"]["whole"]["optimizer_state"]
+  rows = sum(row["state_bytes"] for row in relative["plan"])
+  assert 0 <= state - rows < 100
+  for name, size in (("q/bias", heads * width), ("k_norm/scale", width)):
+    (row,) = [r for r in relative["plan"] if r["path"] == f"{attn}/{name}"]
+    assert row["state_bytes"] == 2 * 4 * layers * size
+
+
 def test_state_bytes_are_those_of_describe(giant):
   state = giant["bytes"]["whole"]["optimizer_state"]
   rows = sum(row["state_bytes"] for row in giant["plan"])

@@ -51,7 +51,7 @@ def test_other_formats_of_conversations_are_read():
 
 def test_a_template_whose_tokens_are_unknown_is_refused():
   text = tokenizer.train(["we the people"], 260).to_str()
-  with pytest.raises(UserError, match="the templates are chatml, plain"):
+  with pytest.raises(UserError, match="the templates are chatml, llama3"):
     chat.make_writer("chatml", text, tokenizer.END)
   plain = chat.make_writer("plain", text, tokenizer.END)
   row = plain.row(MESSAGES[:2])
@@ -86,11 +86,14 @@ def test_no_space_is_added_before_the_parts_of_a_text(kind):
 
 @pytest.mark.parametrize(("name", "system"), [
   ("chatml", ""), ("chatml", 'be "brief"\n'), ("plain", ""), ("plain", "be"),
+  ("llama3", "be"),
 ])  # fmt: skip
 def test_the_exported_template_writes_the_training_text(writer, name, system):
   # As transformers reads it.
   engine = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-  vocabulary = writer.start.to_str()
+  known = tokenizers.Tokenizer.from_str(writer.start.to_str())
+  known.add_special_tokens(list(chat.TEMPLATES["llama3"].tokens))
+  vocabulary = known.to_str()
   begin = writer.markup.token_to_id(files.SPECIAL_TOKENS[0])
   found = chat.make_writer(name, vocabulary, files.SPECIAL_TOKENS[1], (begin,))
   text = chat.jinja_template(found, files.SPECIAL_TOKENS[0], system)
@@ -104,7 +107,7 @@ def test_the_exported_template_writes_the_training_text(writer, name, system):
     messages=messages[:-1], add_generation_prompt=True
   )
   assert written.startswith(prompt) and prompt.endswith("assistant" + {
-    "chatml": "\n", "plain": ":\n"
+    "chatml": "\n", "plain": ":\n", "llama3": "<|end_header_id|>\n\n"
   }[name])  # fmt: skip
 
 

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +41,29 @@ def compare(found, expected):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [100, 128])
-def test_splash_equals_xla_to_rounding(length):
+@pytest.mark.parametrize("length, window", [(100, None), (128, None), (100, 9)])
+def test_splash_equals_xla_to_rounding(length, window):
   given = arrays(length)
-  compare(value_and_grads(splash, *given), value_and_grads(plain, *given))
+  forms = (functools.partial(f, window=window) for f in (splash, plain))
+  compare(*(value_and_grads(form, *given) for form in forms))
+
+
+def test_a_window_is_of_so_many_positions_and_may_be_traced():
+  q, k, v, _ = arrays(12, heads=1)
+  scores = jnp.einsum("btnh,bsnh->ts", q, k) / math.sqrt(8)
+  distance = np.arange(12)[:, None] - np.arange(12)
+  seen = (distance >= 0) & (distance < 3)
+  weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+  expected = weights @ v[0, :, 0]
+  traced = jax.jit(lambda size: plain(q, k, v, window=size))(3)
+  for found in (plain(q, k, v, window=3), traced):
+    np.testing.assert_allclose(found[0, :, 0], expected, atol=1e-6)
+  # Segments cut what the window leaves.
+  apart = (np.arange(12) >= 6).astype(int)
+  both = seen & (apart[:, None] == apart)
+  weights = jax.nn.softmax(jnp.where(both, scores, -jnp.inf))
+  found = plain(q, k, v, segments_BxT=apart[None], window=3)
+  np.testing.assert_allclose(found[0, :, 0], weights @ v[0, :, 0], atol=1e-6)
 
 
 def test_splash_on_a_mesh_equals_xla():
@@ -92,6 +112,13 @@ def test_a_named_implementation_that_cannot_run_is_refused(
   monkeypatch.setattr(attention, "target", lambda: device)
   with pytest.raises(UserError, match=message):
     attention.choose(form, jnp.zeros((1, 256, 2, 64), dtype))
+
+
+def test_windows_that_vary_take_the_plain_form():
+  q = jnp.zeros((1, 256, 2, 64))
+  assert attention.choose("auto", q, varies=True) == "xla"
+  with pytest.raises(UserError, match="attention=splash needs one window"):
+    attention.choose("splash", q, varies=True)
 
 
 def test_the_target_is_the_device_of_the_mesh():

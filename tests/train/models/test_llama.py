@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.conftest import TINY
-from train.models import llama
+from tests.train.conftest import QWEN, TINY
+from train.models import llama, rope
 
 INIT = jax.jit(llama.init, static_argnums=(0, 1))
 APPLY = jax.jit(llama.apply, static_argnums=0)
@@ -53,7 +53,7 @@ def test_rotary_products_depend_on_the_distance_only():
 
   def at(vector, position):
     row = jnp.zeros((1, 12, 1, 8)).at[0, position, 0].set(vector)
-    return llama.rotary(row, 10000.0)[0, position, 0]
+    return rope.rotate(row, rope.Rope(8))[0, position, 0]
 
   near = [at(q, i + 3) @ at(k, i) for i in range(9)]
   np.testing.assert_allclose(near, near[0], rtol=1e-5)
@@ -65,7 +65,7 @@ def test_rotary_products_depend_on_the_distance_only():
 
 def test_rotary_keeps_the_dtype_and_the_precision_of_far_positions():
   x = jnp.ones((1, 600, 1, 8), jnp.bfloat16)
-  rotated = llama.rotary(x, 10000.0)
+  rotated = rope.rotate(x, rope.Rope(8))
   assert rotated.dtype == jnp.bfloat16
   assert (rotated[0, 512] != rotated[0, 513]).any()
 
@@ -84,10 +84,13 @@ def test_grouped_queries_equal_full_heads_with_repeated_keys():
   assert not np.allclose(logits(TOKENS, swapped), grouped, atol=1e-3)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_scan_equals_a_loop_over_the_layers(tied):
-  config = dataclasses.replace(TINY, tie_embeddings=tied)
-  params = fresh(tie_embeddings=tied)
+@pytest.mark.parametrize(
+  "config",
+  [TINY, dataclasses.replace(TINY, tie_embeddings=True), QWEN],
+  ids=["plain", "tied", "layers that differ"],
+)
+def test_the_scan_equals_a_loop_over_the_layers(config):
+  params = INIT(config, 0)
   rows, length = TOKENS.shape
 
   @jax.jit
@@ -96,10 +99,10 @@ def test_the_scan_equals_a_loop_over_the_layers(tied):
     x = llama.embed(config, outside, TOKENS)
     for i in range(TINY.n_layers):
       layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-      x = llama.block(config, layer, x, length)
+      x = llama.block(config, layer, x, length, i)
     return llama.head(config, outside, x, rows)
 
-  together = logits(TOKENS, params, tie_embeddings=tied)
+  together = APPLY(llama.abstract(config)[0], params, TOKENS)
   np.testing.assert_allclose(loop(params), together, atol=1e-6)
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import importlib.util
 import json
 import lzma
+import math
 import pathlib
 
 import jax
@@ -15,7 +16,7 @@ from train.common.errors import UserError
 from train.data import sources, tokenizer
 from train.models import llama
 from train.pretrained import gguf as gguf_lib
-from train.pretrained import llama_checkpoint, llama_names
+from train.pretrained import llama_checkpoint, llama_names, mapping
 
 gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
 
@@ -29,53 +30,68 @@ TRAINED = json.loads(
 
 def permute(rows, heads):
   """Orders the rows of queries and keys as in a GGUF file."""
-  halves = rows.reshape(heads, 2, -1, rows.shape[1])
+  halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
   return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def gguf_name(name):
-  table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, MODEL.n_layers)
-  return table.get_name(name, try_suffixes=(".weight",))
+def gguf_name(name, architecture):
+  kind = gguf.MODEL_ARCH[architecture.upper()]
+  table = gguf.get_tensor_name_map(kind, TINY.n_layers)
+  return table.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def write(
-  path, params, architecture="llama", pre="gpt-2", without="", rope=None
+  path,
+  params,
+  architecture="llama",
+  pre="gpt-2",
+  without="",
+  fields=None,
+  factors=None,
+  model=MODEL,
 ):
   """Writes a file as llama.cpp's converter does, some kernels in 8 bits."""
   writer = gguf.GGUFWriter(path, architecture)
-  writer.add_embedding_length(MODEL.d_model)
-  writer.add_feed_forward_length(MODEL.d_ff)
-  writer.add_block_count(MODEL.n_layers)
-  writer.add_head_count(MODEL.n_heads)
-  writer.add_head_count_kv(MODEL.kv_heads)
-  writer.add_rope_freq_base(MODEL.rope_theta)
-  writer.add_layer_norm_rms_eps(MODEL.norm_eps)
+  writer.add_embedding_length(model.d_model)
+  writer.add_feed_forward_length(model.d_ff)
+  writer.add_block_count(model.n_layers)
+  writer.add_head_count(model.n_heads)
+  writer.add_head_count_kv(model.kv_heads)
+  if model.head_dim:
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+  writer.add_rope_freq_base(model.rope_theta)
+  writer.add_layer_norm_rms_eps(model.norm_eps)
   writer.add_context_length(64)
-  for key, value in (
-    rope or {"dimension_count": MODEL.d_model // MODEL.n_heads}
-  ).items():
-    add = writer.add_uint32 if key.endswith("count") else writer.add_float32
-    add(f"llama.rope.{key}", value)
+  if fields is None:
+    fields = {"rope.dimension_count": model.head_width}
+  for key, value in fields.items():
+    add = {int: writer.add_uint32, str: writer.add_string}.get(
+      type(value), writer.add_float32
+    )
+    add(f"{architecture}.{key}", value)
+  if factors is not None:
+    writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
   vocabulary = sorted(TRAINED["model"]["vocab"].items(), key=lambda x: x[1])
   tokens = [token for token, _ in vocabulary]
-  tokens += [f"unused{i}" for i in range(MODEL.vocab_size - len(tokens))]
+  tokens += [f"unused{i}" for i in range(model.vocab_size - len(tokens))]
   writer.add_tokenizer_model("gpt2")
   writer.add_tokenizer_pre(pre)
   writer.add_token_list(tokens)
   writer.add_token_merges([" ".join(m) for m in TRAINED["model"]["merges"]])
   writer.add_token_types([3] + [1] * (len(tokens) - 1))
   writer.add_eos_token_id(0)
-  source = llama_names.from_params("test", MODEL, lambda: params)
+  source = llama_names.from_params("test", model, lambda: params)
   eight = gguf.GGMLQuantizationType.Q8_0
   for name in source.shapes:
     array, kind = source.read(name), None
-    for part, heads in (("q", MODEL.n_heads), ("k", MODEL.kv_heads)):
-      if f"{part}_proj" in name:
+    for part, heads in (("q", model.n_heads), ("k", model.kv_heads)):
+      if f"{part}_proj" in name and model.family == "llama":
         array = permute(array, heads)
     if name.endswith("gate_proj.weight"):  # rows of 32, one block
       array, kind = gguf.quants.quantize(array, eight), eight
     if name != without:
-      writer.add_tensor(gguf_name(name), array, raw_dtype=kind)
+      writer.add_tensor(gguf_name(name, architecture), array, raw_dtype=kind)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -94,14 +110,23 @@ def path(params, tmp_path_factory):
   return path
 
 
-def test_rows_of_queries_and_keys_are_put_back_in_order(path, params):
+def random_params(model):
+  random = np.random.default_rng(0)
+  shapes = mapping.param_shapes(llama.abstract(model)[1])
+  return mapping.nested(
+    {p: random.normal(size=s).astype(np.float32) for p, s in shapes.items()}
+  )
+
+
+def assert_read(path, model, params):
+  """The file has this model, up to the rounding of its gates."""
   found = llama_checkpoint.load(path)
-  assert found.model == MODEL
+  assert found.model == model
   read = jax.tree_util.tree_leaves_with_path(llama_names.to_params(found))
   for (keys, array), expected in zip(
     read, jax.tree.leaves(params), strict=True
   ):
-    if "gate" not in jax.tree_util.keystr(keys):
+    if "gate']['kernel" not in jax.tree_util.keystr(keys):
       np.testing.assert_array_equal(array, expected)
       continue
     # Eight bits: half a step, which is 1/127 of the largest value of a block.
@@ -109,15 +134,99 @@ def test_rows_of_queries_and_keys_are_put_back_in_order(path, params):
     assert 0 < error < 0.005 * np.abs(expected).max()
 
 
+def test_rows_of_queries_and_keys_are_put_back_in_order(path, params):
+  assert_read(path, MODEL, params)
+
+
+FAMILIES = {
+  "llama": dataclasses.replace(MODEL, attention_bias="all", mlp_bias=True),
+  "qwen2": dataclasses.replace(MODEL, family="qwen2", attention_bias="qkv"),
+  "qwen3": dataclasses.replace(
+    MODEL, family="qwen3", qk_norm=True, head_dim=12, tie_embeddings=False
+  ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_relatives_of_llama_are_read(family, tmp_path):
+  """Of them only LLaMA's rows are permuted, those of biases too."""
+  model, path = FAMILIES[family], tmp_path / "m.gguf"
+  params = random_params(model)
+  write(path, params, family, model=model)
+  assert_read(path, model, params)
+
+
+LLAMA3 = {"rope_factor": 8.0, "rope_original_length": 8192}
+# The factors of LLaMA 3.1 for a width of 8 and a base of 5e5. The third pair
+# makes 1.8 rotations in 8192 positions, between 1 and 4; the fourth makes .07.
+KEPT = (8192 * 5e5**-0.5 / (2 * math.pi) - 1) / (4 - 1)
+FACTORS = [1.0, 1.0, 1 / (KEPT + (1 - KEPT) / 8), 8.0]
+
+
 @pytest.mark.parametrize(
-  "rope",
-  [{"scale_linear": 4.0}, {"scaling.factor": 2.0}, {"dimension_count": 4}],
-  ids=lambda rope: next(iter(rope)),
+  ("fields", "factors", "expected"),
+  [
+    ({"rope.scale_linear": 4.0}, None, ("linear", {"rope_factor": 4.0})),
+    ({"rope.scaling.factor": 2.0}, None, ("linear", {"rope_factor": 2.0})),
+    ({"rope.scaling.type": "linear"}, None, ("none", {})),
+    (
+      {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 16,
+        "rope.scaling.yarn_beta_fast": 8.0,
+      },
+      None,
+      (
+        "yarn",
+        {
+          "rope_factor": 4.0,
+          "rope_original_length": 16,
+          "rope_beta_fast": 8.0,
+        },
+      ),
+    ),
+    ({}, FACTORS, ("llama3", LLAMA3)),
+    ({}, [1.0] * 4, ("none", {})),
+  ],
 )
-def test_rotary_embeddings_of_another_kind_are_refused(params, tmp_path, rope):
-  write(tmp_path / "m.gguf", params, rope=rope)
-  (name,) = rope
-  with pytest.raises(UserError, match=rf"llama\.rope\.{name} is .*cannot be"):
+def test_scaled_rotations_are_read(params, tmp_path, fields, factors, expected):
+  write(tmp_path / "m.gguf", params, fields=fields, factors=factors)
+  kind, numbers = expected
+  found = llama_checkpoint.load(tmp_path / "m.gguf").model
+  assert found == dataclasses.replace(MODEL, rope_scaling=kind, **numbers)
+
+
+@pytest.mark.parametrize(
+  ("fields", "factors", "message"),
+  [
+    ({"rope.dimension_count": 4}, None, "dimension_count is 4.*cannot be read"),
+    ({"rope.scaling.type": "longrope"}, None, 'type is "longrope"; .* yarn'),
+    (
+      {"rope.scaling.type": "none", "rope.scaling.factor": 2.0},
+      None,
+      "rope.scaling.factor is 2",
+    ),
+    (
+      {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0},
+      None,
+      "has no llama.rope.scaling.original_context_length",
+    ),
+    ({"rope.scaling.attn_factor": 2.0}, None, r"attn_factor is 2.0; .*be 1.0"),
+    ({}, [1.0, 1.0, 3.0, 8.0], "factors .* are not those of LLaMA 3"),
+    ({}, [1.0, 8.0], "factors .* are not those of LLaMA 3"),
+    ({"rope.scaling.factor": 2.0}, FACTORS, "by the tensor rope_freqs.weight"),
+    ({"attention.value_length": 4}, None, "values of another width than keys"),
+    ({"attention.sliding_window": 9}, None, "sliding_window is 9; .*be 0"),
+    ({"expert_count": 8}, None, "expert_count is 8; it must be 0, or absent"),
+    ({"logit_scale": 2.0}, None, "logit_scale is 2.0; .* not known"),
+  ],
+)
+def test_what_is_not_known_is_refused(
+  params, tmp_path, fields, factors, message
+):
+  write(tmp_path / "m.gguf", params, fields=fields, factors=factors)
+  with pytest.raises(UserError, match=message):
     llama_checkpoint.load(tmp_path / "m.gguf")
 
 
@@ -159,8 +268,8 @@ def test_wrong_files_are_refused(params, tmp_path, capsys):
     gguf_lib.load(path)
   with pytest.raises(UserError, match="cannot be read as GGUF"):
     gguf_lib.load(tmp_path / "none.gguf")
-  write(path, params, architecture="qwen2")
-  with pytest.raises(UserError, match=r"architecture is 'qwen2'"):
+  write(path, params, architecture="smollm3")
+  with pytest.raises(UserError, match=r"architecture is 'smollm3'; only"):
     gguf_lib.load(path)
   write(path, params, without="model.norm.weight")
   with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):

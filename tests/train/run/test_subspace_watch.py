@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import galore_optax
-from tests.train.conftest import TINY, make_trainer
+from tests.train.conftest import QWEN, TINY, make_trainer
 from train.common.errors import UserError
 from train.config import schema
 from train.models import llama
@@ -65,6 +65,21 @@ def test_the_gradients_are_those_of_the_step(measured):
       np.testing.assert_allclose(
         before.gradients[m.name], whole[m.layer], rtol=1e-4, atol=1e-5
       )
+
+
+def test_layers_that_differ_are_measured_as_they_are(whole, rows):
+  small = make_trainer("galore", devices=1, model=QWEN)
+  watcher = make_watcher(small, dataclasses.replace(whole, model=QWEN))
+  state, rows = small.init(), np.asarray(rows)
+  chosen = {
+    m.name: subspace_watch._leaf(state.params, m.path)[m.layer]
+    for m in watcher.matrices
+  }
+  found = jax.jit(watcher._loss)(chosen, state.params, rows)
+  losses = jax.jit(train_step.token_losses, static_argnums=0)(
+    small.abstract.graphdef, state.params, rows
+  )
+  assert float(found) == pytest.approx(float(losses.sum()), rel=1e-6)
 
 
 def test_measurements_are_due_at_refreshes(measured):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.conftest import TINY, weights
+from tests.train.conftest import QWEN, TINY, weights
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.models import llama
@@ -26,7 +26,7 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
   settings = {"weights": "full", "layerwise": False, "clip": 0.0}
   settings |= changes
   model = dataclasses.replace(
-    TINY,
+    settings.get("model", TINY),
     weights=settings["weights"],
     tie_embeddings=settings.get("tied", False),
   )
@@ -116,6 +116,31 @@ def test_tied_embeddings(batch):
   scales that rounding up to a few millionths of a weight."""
   wanted = _run(batch, tied=True)
   found = _run(batch, tied=True, layerwise=True)
+  _assert_same(found, wanted, 2e-6, of_weights=1e-5)
+
+
+def test_layers_that_differ_are_walked_as_they_are(batch):
+  """In the sequence of their numbers, also on the way back."""
+  params = weights(QWEN)
+  graphdef, _ = llama.abstract(QWEN)
+  walked = per_layer.layered(QWEN, schema.TrainConfig())
+  loss = lambda p: walked.loss(p, batch)[0]
+  usual = lambda p: train_step.token_losses(graphdef, p, batch).mean()
+
+  @jax.jit
+  def both(params):
+    return jax.value_and_grad(loss)(params), jax.value_and_grad(usual)(params)
+
+  found, wanted = both(params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, wanted
+  )
+
+
+@pytest.mark.slow
+def test_layers_that_differ(batch):
+  wanted = _run(batch, model=QWEN)
+  found = _run(batch, model=QWEN, layerwise=True)
   _assert_same(found, wanted, 2e-6, of_weights=1e-5)
 
 

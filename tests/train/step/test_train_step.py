@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import galore_optax
-from tests.train.conftest import TINY, make_trainer, weights
+from tests.train.conftest import QWEN, TINY, make_trainer, weights
 from train.config import schema
 from train.methods import leaves, registry, transforms
 from train.models import llama
@@ -256,7 +256,8 @@ def test_weights_and_moments_are_sharded_over_fsdp_and_tensor():
 
 @pytest.fixture(scope="module")
 def params():
-  return llama.init(TINY, 0)
+  """Weights with all kinds of leaves: also biases, and norms of heads."""
+  return weights(QWEN)
 
 
 # One method of each kind of state; the others with `-m slow`.
@@ -326,7 +327,12 @@ def test_the_factor_scales_the_matrices_and_nothing_else():
   )
 
 
-def test_norms_do_not_decay():
+def test_norms_and_biases_do_not_decay(params):
+  flags = leaves.decayed(params)
+  for name in ("q", "k", "v", "o"):
+    kind = flags["layers"]["attn"][name]
+    assert kind == {"kernel": True, "bias": False}
+  assert not flags["layers"]["attn"]["q_norm"]["scale"]
   params, plain = _update()
   _, decayed = _update(weight_decay=0.5)
   changed = jax.tree.map(lambda a, b: bool((a != b).any()), plain, decayed)

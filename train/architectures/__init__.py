@@ -1,0 +1,1 @@
+"""Small training runs of architectures beyond LLaMA, one file each."""

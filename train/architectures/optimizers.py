@@ -1,0 +1,156 @@
+"""AdamW, GaLore and Muon, with one schedule and one factor on the matrices.
+
+The matrices are the leaves that GaLore projects. Every method has two rates:
+one for them, `rate * multiplier`, and `rate` for all other leaves.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import galore_optax as go
+
+WARM_UP = 0.1  # share of the steps in which the rate rises
+FINAL = 0.1  # last rate, of the highest
+CLIP = 1.0  # global norm of the gradient
+
+
+Rules = tuple[tuple[str, go.Projection | None], ...]
+
+
+class Options(NamedTuple):
+  """What the methods share, beside the two rates.
+
+  Attributes:
+    steps: Steps of the run.
+    rank: Rank of the bases; a float is a share of a matrix's shorter side.
+    gap: Steps between two refreshes of a basis.
+    rules: Which leaves are projected, and how they are read as matrices.
+  """
+
+  steps: int
+  rank: float
+  gap: int
+  rules: Rules
+
+
+def make(
+  method: str, rate: float, multiplier: float, options: Options
+) -> optax.GradientTransformationExtraArgs:
+  """An optimizer whose rates are a part of its state.
+
+  So runs that differ in their rates alone have one compiled program.
+
+  Args:
+    method: One of `METHODS`.
+    rate: Highest learning rate of the leaves that are not projected.
+    multiplier: Factor on it for the matrices.
+    options: What the methods share.
+  """
+
+  @optax.inject_hyperparams
+  def build(rate: Any, multiplier: Any) -> optax.GradientTransformation:
+    shape = optax.warmup_cosine_decay_schedule(
+      0.0, 1.0, max(1, int(WARM_UP * options.steps)), options.steps, FINAL
+    )
+    return optax.chain(
+      optax.clip_by_global_norm(CLIP),
+      METHODS[method](lambda count: rate * shape(count), multiplier, options),
+    )
+
+  return build(rate=rate, multiplier=multiplier)
+
+
+def matrices(params: Any, options: Options) -> Any:
+  """True for the leaves that GaLore projects, in the parameters' structure."""
+  plan = go.describe(_galore(1.0, 1.0, options), params)
+  leaves = [row.rank is not None for row in plan.rows]
+  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _galore(
+  rate: Any, multiplier: Any, options: Options, residual: Any = "normalized"
+) -> optax.GradientTransformation:
+  return go.galore_adamw(
+    rate,
+    weight_decay=0.0,
+    rank=options.rank,
+    update_proj_gap=options.gap,
+    scale=multiplier,
+    residual=residual,
+    rules=options.rules,
+  )
+
+
+def _plain_galore(
+  rate: Any, multiplier: Any, options: Options
+) -> optax.GradientTransformation:
+  return _galore(rate, multiplier, options, residual=None)
+
+
+def _galore_without_rules(
+  rate: Any, multiplier: Any, options: Options
+) -> optax.GradientTransformation:
+  """GaLore with its own reading of the leaves' shapes and names."""
+  return _galore(rate, multiplier, options._replace(rules=()))
+
+
+def _adamw(
+  rate: Any, multiplier: Any, options: Options
+) -> optax.GradientTransformation:
+  mask = lambda params: matrices(params, options)
+  return optax.chain(
+    optax.scale_by_adam(),
+    optax.masked(optax.scale(multiplier), mask),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+def _muon(
+  rate: Any, multiplier: Any, options: Options
+) -> optax.GradientTransformation:
+  """Muon for the matrices, read as GaLore reads them, and Adam for the rest."""
+
+  def labels(params: Any) -> Any:
+    return jax.tree.map(
+      lambda projected: "muon" if projected else "adam",
+      matrices(params, options),
+    )
+
+  muon = optax.chain(
+    optax.contrib.scale_by_muon(
+      weight_dimension_numbers=lambda tree: _axes(tree, options)
+    ),
+    optax.scale(multiplier),
+  )
+  return optax.chain(
+    optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+def _axes(params: Any, options: Options) -> Any:
+  """Which axes of each leaf are rows and columns, for Muon."""
+  plan = go.describe(_galore(1.0, 1.0, options), params)
+  leaves = [_axes_of(row.path, options.rules) for row in plan.rows]
+  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _axes_of(path: str, rules: Rules) -> optax.contrib.MuonDimensionNumbers:
+  found = (view for regex, view in rules if re.search(regex, path))
+  view = next(found, None) or go.Projection()
+  rows = -2 if view.rows is None else view.rows
+  columns = -1 if view.cols is None else view.cols
+  return optax.contrib.MuonDimensionNumbers(rows, columns)
+
+
+METHODS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  "adamw": _adamw,
+  "galore": _galore,
+  "galore_plain": _plain_galore,
+  "galore_no_rules": _galore_without_rules,
+  "muon": _muon,
+}
