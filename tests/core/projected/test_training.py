@@ -154,7 +154,7 @@ def test_layer_by_layer(clip_norm):
     step, state, found = jax.jit(step), init(params), []
     trained = params
     for i in range(9):
-      trained, state, metrics = step(trained, state, _normal(i, 4, 8))
+      trained, state, metrics = step(trained, state, _normal(i, 16, 8))
       found.append(metrics)
     return trained, state, found
 
