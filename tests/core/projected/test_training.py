@@ -101,7 +101,7 @@ OPTIMIZERS = {
     lambda rate, update_proj_gap, scale: galore(
       optax.adam(rate), rank=3, update_proj_gap=update_proj_gap, scale=scale
     )
-  )(rate=0.01, update_proj_gap=4, scale=0.5),
+  )(rate=0.01, update_proj_gap=4, scale=0.25),
   "partition": lambda: optax.partition(
     {"low": _galore(_adamw()), "full": optax.adam(0.01)},
     lambda params: jax.tree.map(
