@@ -53,8 +53,9 @@ def make(
 
   @optax.inject_hyperparams
   def build(rate: Any, multiplier: Any) -> optax.GradientTransformation:
+    rising = max(1, int(WARM_UP * options.steps))
     shape = optax.warmup_cosine_decay_schedule(
-      0.0, 1.0, max(1, int(WARM_UP * options.steps)), options.steps, FINAL
+      0.0, 1.0, rising, max(options.steps, rising + 1), FINAL
     )
     return optax.chain(
       optax.clip_by_global_norm(CLIP),

@@ -149,6 +149,8 @@ def draw(plans: dict[Entry, Plan], path: pathlib.Path) -> None:
   }
   if not known:
     return
+  from matplotlib import ticker
+
   with figure.axes(path, count=len(known), width=4.2, height=2.6) as axes:
     for (entry, plan), axis in zip(known.items(), axes, strict=True):
       for i, variant in enumerate(plan.table.variants):
@@ -158,6 +160,7 @@ def draw(plans: dict[Entry, Plan], path: pathlib.Path) -> None:
           axis.plot(steps, losses, color=f"C{i}", lw=1.1, label=variant.label)
       axis.set_title(entry.title, fontsize="small")
       axis.set_yscale("log")
+      axis.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
       axis.yaxis.set_minor_formatter("{x:g}")
       axis.yaxis.set_major_formatter("{x:g}")
       axis.tick_params(which="both", labelsize="x-small")
