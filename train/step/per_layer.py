@@ -117,6 +117,7 @@ def fuse(
     chunks=chunks(weights),
     stochastic_rounding=train.rounding == "stochastic",
     seed=train.seed,
+    projected=train.lean,
   )
 
 
