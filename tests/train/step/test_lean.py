@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.conftest import TINY, make_trainer
+from tests.train.conftest import QWEN, TINY, make_trainer
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.step import train_step
@@ -13,10 +13,18 @@ from train.step import train_step
 _STEPS = 7  # the bases are refreshed at every third
 
 
-def _trained(rows, *, lean, accumulate=1, name="galore", devices=1, **fields):
+def _trained(
+  rows,
+  *,
+  lean,
+  accumulate=1,
+  name="galore",
+  devices=1,
+  model=TINY,
+  **fields,
+):
   """Losses of a few steps, and what made them."""
   train = schema.TrainConfig(lean=lean, accumulate=accumulate)
-  model = TINY
   if name == "q_galore":
     model = schema.ModelConfig(**vars(TINY) | {"weights": "int8"})
   # Clipping would see other norms.
@@ -37,6 +45,8 @@ def _trained(rows, *, lean, accumulate=1, name="galore", devices=1, **fields):
     pytest.param("galore_lion", 1, {}, marks=pytest.mark.slow),
     pytest.param("sumo", 1, {}, marks=pytest.mark.slow),
     pytest.param("q_galore", 1, {}, marks=pytest.mark.slow),
+    # With biases, norms of heads, and layers that differ.
+    pytest.param("galore", 1, {"model": QWEN}, marks=pytest.mark.slow),
   ],
 )
 def test_lean_steps_are_usual_steps(name, devices, fields, rows):
