@@ -12,8 +12,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import _chain, checks, old_spellings
 from galore_optax import context as context_lib
-from galore_optax.inner import extra_args, separate
+from galore_optax.inner import extra_args, separate, storage
 from galore_optax.projected import probe as probe_lib
+from galore_optax.quantization import bfloat16
 from galore_optax.residual import methods as residual_lib
 from galore_optax.subspace import (
   adaptive,
@@ -21,11 +22,17 @@ from galore_optax.subspace import (
   moments,
   projection,
   refresh_settings,
-  sequential,
 )
 from galore_optax.subspace import refresh as refresh_lib
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree import boxes, paths, sharding, slices, split
+from galore_optax.tree import (
+  boxes,
+  paths,
+  sequential,
+  sharding,
+  slices,
+  split,
+)
 from galore_optax.tree import plan as plan_lib
 
 PARAMS_MODES = ("split", "project")
@@ -116,15 +123,14 @@ class _GaLore:
       }
       for path, site in sites.items()
     }
-    low = paths.map_with_path(
-      lambda path, x: (
-        self._low_zeros(sites[path], x) if path in sites else self._cast(x)
-      ),
-      params,
+    low, narrow = (
+      self._low_params(params, sites, dtype)
+      for dtype in (self._dtype, self._stored_dtype)
     )
-    inner_state = self.inner.init(low)
+    inner_state = storage.init(self.inner, low, narrow)
     checks.check_not_nested(inner_state, GaLoreState)
     stored = split.split_state(self.inner, inner_state, sites)
+    inner_state = storage.widen(self.inner, inner_state, low)
     self._check_inner(params, low, inner_state, sites)
     norms = None
     if self.residual:
@@ -140,7 +146,7 @@ class _GaLore:
     )
     if self.accumulation_steps == 1:
       return state
-    empty = jax.tree.map(lambda x: _zeros_like(x), low)
+    empty = jax.tree.map(lambda x: _zeros_like(x), narrow)
     return state._replace(
       accumulator=split.split(empty, sites),
       micro_step=jnp.zeros([], jnp.int32),
@@ -361,6 +367,7 @@ class _GaLore:
   ) -> tuple[optax.Updates, GaLoreState]:
     """The inner optimizer's step on projected gradients, lifted."""
     inner_state = split.merge_state(self.inner, state.inner_state)
+    inner_state = storage.widen(self.inner, inner_state, low)
     param_terms = self._param_terms(
       call.sites, inner_state, call.params, call.extra_args
     )
@@ -374,15 +381,20 @@ class _GaLore:
     )
     new |= lifted
     new |= {path: new[path] + term for path, term in param_terms.items()}
-    return (
-      paths.map_with_path(
-        lambda path, g: new[path].astype(jnp.result_type(g)), call.updates
-      ),
-      state._replace(
-        step=optax.safe_increment(state.step),
-        inner_state=split.split_state(self.inner, new_inner_state, call.sites),
-        recovery=norms,
-      ),
+    updates = paths.map_with_path(
+      lambda path, g: new[path].astype(jnp.result_type(g)), call.updates
+    )
+    stored = storage.narrow(
+      split.split_state(self.inner, new_inner_state, call.sites),
+      state.inner_state,
+      paths.leaves_by_path(updates),
+      bfloat16.step_key("moments", self.seed, state.step),
+      call.context.layer,
+    )
+    return updates, state._replace(
+      step=optax.safe_increment(state.step),
+      inner_state=stored,
+      recovery=norms,
     )
 
   def _lift(
@@ -433,15 +445,20 @@ class _GaLore:
 
     def finish(mean: Any) -> tuple[optax.Updates, GaLoreState]:
       new, after = self._step(call, bases, mean, state)
-      empty = split.split(jax.tree.map(jnp.zeros_like, mean), call.sites)
+      empty = jax.tree.map(jnp.zeros_like, state.accumulator)
       return new, after._replace(
         accumulator=empty, micro_step=jnp.zeros_like(state.micro_step)
       )
 
     def wait(mean: Any) -> tuple[optax.Updates, GaLoreState]:
+      stored = storage.round_tree(
+        split.split(mean, call.sites),
+        state.accumulator,
+        bfloat16.step_key("sums", self.seed, state.step, state.micro_step),
+        call.context.layer,
+      )
       return _zero_updates(call), state._replace(
-        accumulator=split.split(mean, call.sites),
-        micro_step=state.micro_step + 1,
+        accumulator=stored, micro_step=state.micro_step + 1
       )
 
     return jax.lax.cond(is_last, finish, wait, mean)
@@ -535,28 +552,62 @@ class _GaLore:
       return None
     return {p: adaptive.start(x.view.stack, rule) for p, x in sites.items()}
 
-  def _low_zeros(self, site: plan_lib.Site, like: Any) -> jax.Array:
-    """Zeros in the shape of the projected gradient.
+  def _low_params(
+    self,
+    params: optax.Params,
+    sites: Mapping[str, plan_lib.Site],
+    dtype: Callable[[Any], Any],
+  ) -> Any:
+    """What the inner optimizer is initialized with, in the dtypes of `dtype`.
 
-    The axis of the rank is divided over the mesh axes of the side it stands
-    for, so that every device holds a part of the moments on either side.
+    Args:
+      params: The parameters.
+      sites: Path to site.
+      dtype: From the dtype of a parameter.
     """
-    zeros = jnp.zeros(site.low_shape, self._dtype(jnp.result_type(like)))
-    return sharding.shard_divisible_like(zeros, like, site.view.spec)
+    return paths.map_with_path(
+      lambda path, x: (
+        _low_zeros(sites[path], x, dtype(jnp.result_type(x)))
+        if path in sites
+        else _as_dtype(x, dtype(jnp.result_type(x)))
+      ),
+      params,
+    )
 
   def _dtype(self, dtype: Any) -> Any:
     """The dtype in which the inner optimizer sees a leaf."""
+    if self.state_dtype is None or self.state_dtype == jnp.bfloat16:
+      return jnp.promote_types(dtype, jnp.float32)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-      return jnp.promote_types(dtype, self.state_dtype or jnp.float32)
-    if self.state_dtype is not None:
-      return jnp.dtype(self.state_dtype)
-    return jnp.promote_types(dtype, jnp.float32)
+      return jnp.promote_types(dtype, self.state_dtype)
+    return jnp.dtype(self.state_dtype)
+
+  def _stored_dtype(self, dtype: Any) -> Any:
+    """The dtype in which the moments of a leaf are stored."""
+    asked = dtype if self.state_dtype is None else self.state_dtype
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    if asked == jnp.bfloat16 and not is_complex:
+      return jnp.dtype(jnp.bfloat16)
+    return self._dtype(dtype)
 
   def _cast(self, x: Any) -> Any:
-    dtype = self._dtype(jnp.result_type(x))
-    if isinstance(x, jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-    return jnp.asarray(x, dtype)
+    return _as_dtype(x, self._dtype(jnp.result_type(x)))
+
+
+def _as_dtype(x: Any, dtype: Any) -> Any:
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+  return jnp.asarray(x, dtype)
+
+
+def _low_zeros(site: plan_lib.Site, like: Any, dtype: Any) -> jax.Array:
+  """Zeros in the shape of the projected gradient.
+
+  The axis of the rank is divided over the mesh axes of the side it stands for,
+  so that every device holds a part of the moments on either side.
+  """
+  zeros = jnp.zeros(site.low_shape, dtype)
+  return sharding.shard_divisible_like(zeros, like, site.view.spec)
 
 
 def _zeros_like(x: Any) -> jax.Array:
@@ -777,10 +828,13 @@ def galore(
     residual_decay: Decay β of the mean of its squares; None means 0.95.
     basis_dtype: Dtype of the bases: a float dtype, or `int4` or `int8` for
       block-wise codes, see :class:`galore_optax.QArray`.
-    state_dtype: Dtype in which `inner` sees gradients and parameters, and so
-      the dtype of its moments. None: that of the parameters but at least
-      float32, because a bfloat16 second moment does not decay at b2 = 0.999. In
-      float16 an ε of 1e-8 is 0, and Adam would divide 0 by 0. For moments in
+    state_dtype: Dtype in which moments are stored between steps. None: bfloat16
+      for bfloat16 parameters; for others theirs, but at least float32. `inner`
+      computes in float32 at least, and what is stored in bfloat16 is rounded at
+      random, without bias: rounded to the nearest, a second moment would not
+      decay at b2 = 0.999. Moments to which `inner` gives a dtype of its own
+      keep it. In float16 `inner` also computes, where an ε of 1e-8 is 0, so
+      that Adam would divide 0 by 0. For moments in
       8 bits take :func:`galore_optax.galore_adamw_8bit`, or
       :func:`galore_optax.scale_by_adam_8bit` as `inner`.
     accumulation_steps: Number k of calls of `update` that make one step; None
@@ -794,7 +848,7 @@ def galore(
       layer without gathering the others; layers whose projected side is divided
       are projected and lifted one by one, so that the devices exchange one
       layer at a time.
-    seed: Seed of the initial bases, and of random ones.
+    seed: Seed of the initial bases, of random ones, and of random rounding.
     faithful: Whether to follow the paper's algorithm exactly:
       `refresh=Refresh.paper()`, and every matrix is projected, even if that
       saves nothing.

@@ -12,6 +12,7 @@ import jax
 import optax
 
 from galore_optax import context as context_lib
+from galore_optax.context import UpdateContext
 from galore_optax.projected.gradient import Found
 from galore_optax.tree import plan
 
@@ -56,7 +57,8 @@ def describe(
   updates: optax.Updates,
   state: optax.OptState,
   params: optax.Params,
-  active: Any = None,
+  context: UpdateContext,
+  active: Any,
 ) -> list[Described]:
   """Describes every GaLore in an optimizer.
 
@@ -65,12 +67,13 @@ def describe(
     updates: Arrays in the structure and shapes of gradients.
     state: Its state.
     params: The parameters.
+    context: The circumstances of the update that follows.
     active: Whether bases may be refreshed, bool scalar; None for True.
 
   Returns:
     The descriptions.
   """
   probe = Probe(active)
-  context = context_lib.UpdateContext(probe=probe)
+  context = context._replace(probe=probe)
   context_lib.update_with(tx, context, updates, state, params)
   return probe.described

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax.context import UpdateContext
-from galore_optax.quantization import qarray
+from galore_optax.quantization import bfloat16, qarray
 from galore_optax.subspace import adaptive as adaptive_lib
 from galore_optax.subspace import find as find_lib
 from galore_optax.subspace import moments as moments_lib
@@ -408,13 +408,17 @@ def _refresh_matrix(
       similarity,
       is_valid,
     )
-  return _write_matrix(run, group, location, written, overlap, schedule, flat)
+  key = bfloat16.step_key("rotated", run.seed, run.context.step, number.index)
+  return _write_matrix(
+    run, group, location, key, written, overlap, schedule, flat
+  )
 
 
 def _write_matrix(
   run: _Pass,
   group: refresh_groups.Group,
   location: refresh_groups.Location,
+  key: jax.Array,
   bases: Mapping[str, Any],
   overlap: projection.Bases,
   schedule: adaptive_lib.State | None,
@@ -429,6 +433,7 @@ def _write_matrix(
       run,
       kind,
       location,
+      key,
       {side_in_kind[side]: x for side, x in bases.items()},
       {side_in_kind[side]: x for side, x in overlap.items()},
       schedule,
@@ -512,6 +517,7 @@ def _write_in_kind(
   run: _Pass,
   kind: Sequence[plan.Site],
   location: refresh_groups.Location,
+  key: jax.Array,
   bases: Mapping[str, Any],
   overlap: projection.Bases,
   schedule: adaptive_lib.State | None,
@@ -523,14 +529,18 @@ def _write_in_kind(
   moments = {}
   for name, moment in old.items():
     degree, ratio = run.degrees[name]
+    of_moment = bfloat16.leaf_key(key, name)
     if ratio is None:
       reset = (
         run.settings.moments == "reset" and not moments_lib.is_pending_sum(name)
       )
-      moments[name] = _carry_over(reset, moment, overlap, degree, run.is_random)
+      moments[name] = _carry_over(
+        reset, moment, overlap, degree, run.is_random, of_moment
+      )
     else:
       mean = old[name.removesuffix("nu") + "mu"]
-      moments[name] = moments_lib.rotate_variance(moment, mean, overlap, ratio)
+      rotated = moments_lib.rotate_variance(moment, mean, overlap, ratio)
+      moments[name] = bfloat16.store(rotated, moment.dtype, of_moment)
   return slices.put_into(slots, *at, (bases, moments, schedule))
 
 
@@ -540,6 +550,7 @@ def _carry_over(
   overlap: projection.Bases,
   degree: int,
   is_random: jax.Array | None,
+  key: jax.Array,
 ) -> Any:
   """One moment of one matrix in its new bases."""
   if reset:
@@ -549,7 +560,9 @@ def _carry_over(
   rotated = moments_lib.rotate(old, overlap, degree)
   if is_random is not None and degree == 2:
     rotated = jnp.where(is_random, old, rotated)
-  return qarray.requantize(moment, rotated) if quantized else rotated
+  if quantized:
+    return qarray.requantize(moment, rotated)
+  return bfloat16.store(rotated, moment.dtype, key)
 
 
 def _flat_slot(slot: refresh_groups.Slot) -> refresh_groups.Slot:

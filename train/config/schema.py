@@ -416,11 +416,6 @@ class Config(SharedConfig):
         "train.accumulate and optimizer.accumulate both divide the batch into"
         " microbatches; use one of them"
       )
-    if self.train.layerwise and self.train.lean:
-      raise UserError(
-        "train.layerwise and train.lean are two ways to save the memory of"
-        " gradients; leave one of them false"
-      )
     name = self.optimizer.name
     method = registry.get(name)
     if self.train.layerwise and method.one_layer:

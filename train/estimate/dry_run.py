@@ -171,32 +171,22 @@ def gradients(config: schema.Config, setup: setup_lib.Setup) -> tuple[Any, Any]:
   """Shapes and shardings of the gradients that are alive at the same time.
 
   If updates are layer by layer, these are the gradients of one layer and of
-  the embedding or the head, whichever is larger. Lean gradients have the shape
-  of the moments.
+  the embedding or the head, whichever is larger.
   """
-  abstract = setup.abstract
-  if config.train.lean:
-    return _projected(setup)
-  if not config.train.layerwise:
-    return abstract.weights, abstract.weight_shardings
-  ends = {k: v for k, v in abstract.weights.items() if k != "layers"}
-  largest = max(ends, key=lambda k: galore_optax.state_bytes(ends[k]))
-  layer = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype),
-    abstract.weights["layers"],
-  )
-  shardings = abstract.weight_shardings
-  return (
-    {"layers": layer, largest: ends[largest]},
-    {"layers": shardings["layers"], largest: shardings[largest]},
-  )
-
-
-def _projected(setup: setup_lib.Setup) -> tuple[dict, dict]:
-  """Shapes and shardings of gradients at rank r, by the path of the leaf."""
   weights = paths.leaves_by_path(setup.abstract.weights)
   shardings = paths.leaves_by_path(setup.abstract.weight_shardings)
-  for row in setup.plan.rows:
+  if config.train.lean:
+    _project(setup.plan, weights, shardings)
+  if config.train.layerwise:
+    weights = _largest_parts(weights)
+  return weights, {path: shardings[path] for path in weights}
+
+
+def _project(
+  plan: galore_optax.diagnostics.Description, weights: dict, shardings: dict
+) -> None:
+  """Replaces shapes and shardings, by path, by those of gradients at rank r."""
+  for row in plan.rows:
     if row.rank is None:
       continue
     x, where = weights[row.path], shardings[row.path]
@@ -207,7 +197,18 @@ def _projected(setup: setup_lib.Setup) -> tuple[dict, dict]:
         shape[axis], spec[axis] = row.rank, None
     weights[row.path] = jax.ShapeDtypeStruct(tuple(shape), x.dtype)
     shardings[row.path] = jax.NamedSharding(where.mesh, jax.P(*spec))
-  return weights, shardings
+
+
+def _largest_parts(weights: dict) -> dict:
+  """Shapes by path of one layer, and of the embedding or the head."""
+  layer, ends = {}, collections.defaultdict(dict)
+  for path, x in weights.items():
+    name = path.split("/")[0]
+    if name == "layers":
+      layer[path] = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    else:
+      ends[name][path] = x
+  return layer | max(ends.values(), key=galore_optax.state_bytes)
 
 
 def shard_bytes(tree: Any, shardings: Any) -> int:

@@ -14,9 +14,11 @@ from galore_optax import (
   galore,
   galore_adamw_8bit,
   gum,
+  layerwise,
   projected_value_and_grad,
   state_shardings,
 )
+from tests.core.small import MODEL, RULES
 
 _LAYERS, _D, _F = 2, 12, 20
 
@@ -99,7 +101,7 @@ OPTIMIZERS = {
     lambda rate, update_proj_gap, scale: galore(
       optax.adam(rate), rank=3, update_proj_gap=update_proj_gap, scale=scale
     )
-  )(rate=0.01, update_proj_gap=4, scale=0.5),
+  )(rate=0.01, update_proj_gap=4, scale=0.25),
   "partition": lambda: optax.partition(
     {"low": _galore(_adamw()), "full": optax.adam(0.01)},
     lambda params: jax.tree.map(
@@ -135,6 +137,38 @@ def test_same_training_as_with_full_gradients(name):
     _same(lean, usual)
   assert losses[-1] < losses[0]
   assert jax.tree.structure(other) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_layer_by_layer(clip_norm):
+  """The layers' gradients are projected, those of the ends as usual."""
+  tx = _galore(_adamw(), rules=RULES)
+  params = {
+    "inner": _normal(0, 8, 16),
+    "layers": _normal(1, 3, 16, 16),
+    "outer": _normal(2, 16, 1),
+  }
+
+  def train(projected):
+    init, step = layerwise(tx, MODEL, clip_norm=clip_norm, projected=projected)
+    step, state, found = jax.jit(step), init(params), []
+    trained = params
+    for i in range(9):
+      trained, state, metrics = step(trained, state, _normal(i, 16, 8))
+      found.append(metrics)
+    return trained, state, found
+
+  lean, usual = train(projected=True), train(projected=False)
+  norms = [
+    np.array([x["grad_norm"] for x in found]) for *_, found in (lean, usual)
+  ]
+  if clip_norm is None:
+    _same(lean[:2], usual[:2])
+    assert (norms[0] < 1.0001 * norms[1]).all()
+    assert norms[0].sum() < norms[1].sum()
+  else:
+    assert (norms[0] > clip_norm).all()
+    assert lean[-1][-1]["loss"] < lean[-1][0]["loss"]
 
 
 def test_norms_are_those_of_projected_gradients():

@@ -96,7 +96,6 @@ def test_gradients_have_the_rank(rows):
     (["optimizer.name=fira"], "optimizer.name=fira needs more"),
     (["optimizer.projector=svd"], "optimizer.projector=svd needs whole"),
     (["optimizer.residual=factored"], "residual=factored needs whole"),
-    (["train.layerwise=true"], "leave one of them false"),
   ],
 )
 def test_refuses_what_needs_whole_gradients(settings, message):
