@@ -5,6 +5,7 @@ from typing import Any
 from galore_optax import baselines
 from galore_optax._chain import chain
 from galore_optax._galore import GaLoreState, galore
+from galore_optax._value_and_grad import projected_value_and_grad
 from galore_optax.diagnostics import (
   basis_overlap,
   captured_energy,
@@ -89,6 +90,7 @@ __all__ = [
   "layerwise",
   "ldadam",
   "polar_factor",
+  "projected_value_and_grad",
   "q_galore_adamw_8bit",
   "quantize",
   "quantize_params",

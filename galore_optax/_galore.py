@@ -12,7 +12,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import _chain, checks, old_spellings
 from galore_optax import context as context_lib
-from galore_optax.inner import extra_args, separate
+from galore_optax.inner import extra_args, separate, storage
+from galore_optax.projected import probe as probe_lib
+from galore_optax.quantization import bfloat16
 from galore_optax.residual import methods as residual_lib
 from galore_optax.subspace import (
   adaptive,
@@ -20,11 +22,17 @@ from galore_optax.subspace import (
   moments,
   projection,
   refresh_settings,
-  sequential,
 )
 from galore_optax.subspace import refresh as refresh_lib
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree import boxes, paths, sharding, slices, split
+from galore_optax.tree import (
+  boxes,
+  paths,
+  sequential,
+  sharding,
+  slices,
+  split,
+)
 from galore_optax.tree import plan as plan_lib
 
 PARAMS_MODES = ("split", "project")
@@ -78,7 +86,8 @@ class _Call:
 
   sites: Mapping[str, plan_lib.Site]
   updates: optax.Updates
-  grads: Mapping[str, jax.Array]  # those of projected leaves, (..., m, n)
+  grads: Mapping[str, jax.Array]  # of projected leaves, (..., m, n)
+  low: Mapping[str, jax.Array]  # of leaves that come projected, (..., r, n)
   params: optax.Params | None
   context: context_lib.UpdateContext
   extra_args: Mapping[str, Any]
@@ -114,15 +123,14 @@ class _GaLore:
       }
       for path, site in sites.items()
     }
-    low = paths.map_with_path(
-      lambda path, x: (
-        self._low_zeros(sites[path], x) if path in sites else self._cast(x)
-      ),
-      params,
+    low, narrow = (
+      self._low_params(params, sites, dtype)
+      for dtype in (self._dtype, self._stored_dtype)
     )
-    inner_state = self.inner.init(low)
+    inner_state = storage.init(self.inner, low, narrow)
     checks.check_not_nested(inner_state, GaLoreState)
     stored = split.split_state(self.inner, inner_state, sites)
+    inner_state = storage.widen(self.inner, inner_state, low)
     self._check_inner(params, low, inner_state, sites)
     norms = None
     if self.residual:
@@ -138,7 +146,7 @@ class _GaLore:
     )
     if self.accumulation_steps == 1:
       return state
-    empty = jax.tree.map(lambda x: _zeros_like(x), low)
+    empty = jax.tree.map(lambda x: _zeros_like(x), narrow)
     return state._replace(
       accumulator=split.split(empty, sites),
       micro_step=jnp.zeros([], jnp.int32),
@@ -166,7 +174,7 @@ class _GaLore:
   ) -> tuple[optax.Updates, GaLoreState]:
     """Refreshes the bases that are due, projects, updates and lifts."""
     call = self._call(updates, state, params, extra_args)
-    state = self._refresh(call, state)
+    state = self._refresh(call, state, call.grads)
     bases = {
       path: projection.read(state.projector[path]) for path in call.sites
     }
@@ -184,28 +192,106 @@ class _GaLore:
   ) -> _Call:
     """Checks the arguments of `update` and finds the projected leaves."""
     leaves = paths.leaves_by_path(updates)
-    _check_like(leaves, params)
+    paths.check_arrays(leaves, plan_lib.AT_ARRAYS)
     context, others = context_lib.split_off(extra_args)
     active = True if state.micro_step is None else state.micro_step == 0
     shapes = projection.basis_shapes(state.projector)
-    sites = self.plan.sites_from_bases(leaves, shapes)
+    # Gradients may come projected: only the parameters have the full shape.
+    full = leaves if params is None else paths.leaves_by_path(params)
+    sites = self.plan.sites_from_bases({**leaves, **full}, shapes)
+    low = {p: leaves[p] for p in sites if _is_low(sites[p], leaves.get(p))}
+    _check_like(leaves, params, low)
+    if low:
+      self._check_projected(next(iter(low)), context)
     return _Call(
       sites=sites,
       updates=updates,
-      grads={p: s.view.as_matrix(leaves[p]) for p, s in sites.items()},
+      grads={
+        p: s.view.as_matrix(leaves[p]) for p, s in sites.items() if p not in low
+      },
+      low=low,
       params=params,
       context=context._replace(step=state.step, active=active),
       extra_args=others,
     )
 
-  def _refresh(self, call: _Call, state: GaLoreState) -> GaLoreState:
-    """The state with the bases that are due found, and moments carried over."""
+  def _check_projected(
+    self, path: str, context: context_lib.UpdateContext
+  ) -> None:
+    """Raises where a projected gradient is not enough."""
+    reason = self._needs_all(context)
+    if reason is not None:
+      raise ValueError(
+        f"The gradient of the leaf {path!r} is projected, but {reason}, which "
+        "needs the whole gradient. Take it with jax.value_and_grad, or leave "
+        "that out."
+      )
+
+  def _needs_all(self, context: context_lib.UpdateContext) -> str | None:
+    """What of the settings needs whole gradients; None if nothing does."""
+    if self.residual:
+      return f"residual={self.residual.method!r} adds what the bases leave out"
+    if self.refresh.finder != "subspace":
+      return f"bases are found by finder={self.refresh.finder!r}"
+    if self.refresh.random_from is not None:
+      return "bases are drawn at random (`random_from`)"
+    if context.weights is not None or context.basis_grads is not None:
+      return "the optimizer around GaLore (`gum` or `ldadam`) uses more of it"
+    return None
+
+  def describe(
+    self,
+    updates: optax.Updates,
+    state: GaLoreState,
+    params: optax.Params | None,
+    extra_args: Mapping[str, Any],
+  ) -> probe_lib.Described:
+    """What a backward pass needs for projecting gradients, at this step."""
+    call = self._call(updates, state, params, extra_args)
+    if call.context.probe.active is not None:
+      active = call.context.active & call.context.probe.active
+      context = call.context._replace(active=active)
+      call = dataclasses.replace(call, context=context)
+    reason = self._needs_all(call.context)
+    if reason is not None:
+      raise ValueError(
+        f"Gradients of rank r are not enough here: {reason}, which needs the "
+        "whole gradient. Take it with jax.value_and_grad, or leave that out."
+      )
+
+    def refreshed(found: Mapping[str, Any]) -> GaLoreState:
+      bases = {
+        path: refresh_lib.Found(x.bases, x.valid) for path, x in found.items()
+      }
+      return self._refresh(call, state, bases)
+
+    return probe_lib.Described(
+      state.step,
+      call.sites,
+      state.projector,
+      refresh_lib.due_by_leaf(
+        self.refresh, call.sites, call.context, state.schedule or {}
+      ),
+      self.refresh.iterations,
+      refreshed,
+    )
+
+  def _refresh(
+    self, call: _Call, state: GaLoreState, grads: Mapping[str, Any]
+  ) -> GaLoreState:
+    """The state with the bases that are due found, and moments carried over.
+
+    Args:
+      call: The call.
+      state: The state.
+      grads: As for :func:`galore_optax.subspace.refresh.refresh`.
+    """
     bases, schedules, inner_state = refresh_lib.refresh(
       self.refresh,
       self.seed,
       call.sites,
       call.context,
-      {**call.grads, **(call.context.basis_grads or {})},
+      {**grads, **(call.context.basis_grads or {})},
       state.projector,
       state.schedule or {},
       state.inner_state,
@@ -235,8 +321,12 @@ class _GaLore:
     weights = call.context.weights or {}
 
     def project(path: str, basis: projection.Bases) -> jax.Array:
+      is_low = path in call.low
       low = _by_matrix(
-        call.sites[path], self._project_matrices, call.grads[path], basis
+        call.sites[path],
+        self._without_noise if is_low else self._project_matrices,
+        call.low[path] if is_low else call.grads[path],
+        basis,
       )
       return low * weights[path] if path in weights else low
 
@@ -249,11 +339,24 @@ class _GaLore:
   def _project_matrices(
     self, g: jax.Array, bases: projection.Bases
   ) -> jax.Array:
-    """R without directions of noise; 0 where the gradient is not finite."""
-    tolerance: Any = self.refresh.null_tolerance
+    """The projected gradient as the inner optimizer sees it."""
     low = projection.project(g, bases)
-    low = projection.drop_null(low, bases, tolerance)
-    return _finite(low.astype(self._dtype(g.dtype)))
+    return self._without_noise(low, bases, g.dtype)
+
+  def _without_noise(
+    self, low: jax.Array, bases: projection.Bases, dtype: Any = None
+  ) -> jax.Array:
+    """R without directions of noise; 0 where the gradient is not finite.
+
+    Args:
+      low: Projected gradients R.
+      bases: The bases they were made with.
+      dtype: Dtype of the gradient; None for that of R.
+    """
+    tolerance: Any = self.refresh.null_tolerance
+    wide = low.astype(jnp.promote_types(low.dtype, jnp.float32))
+    wide = projection.drop_null(wide, bases, tolerance)
+    return _finite(wide.astype(self._dtype(dtype or low.dtype)))
 
   def _step(
     self,
@@ -264,6 +367,7 @@ class _GaLore:
   ) -> tuple[optax.Updates, GaLoreState]:
     """The inner optimizer's step on projected gradients, lifted."""
     inner_state = split.merge_state(self.inner, state.inner_state)
+    inner_state = storage.widen(self.inner, inner_state, low)
     param_terms = self._param_terms(
       call.sites, inner_state, call.params, call.extra_args
     )
@@ -277,15 +381,20 @@ class _GaLore:
     )
     new |= lifted
     new |= {path: new[path] + term for path, term in param_terms.items()}
-    return (
-      paths.map_with_path(
-        lambda path, g: new[path].astype(jnp.result_type(g)), call.updates
-      ),
-      state._replace(
-        step=optax.safe_increment(state.step),
-        inner_state=split.split_state(self.inner, new_inner_state, call.sites),
-        recovery=norms,
-      ),
+    updates = paths.map_with_path(
+      lambda path, g: new[path].astype(jnp.result_type(g)), call.updates
+    )
+    stored = storage.narrow(
+      split.split_state(self.inner, new_inner_state, call.sites),
+      state.inner_state,
+      paths.leaves_by_path(updates),
+      bfloat16.step_key("moments", self.seed, state.step),
+      call.context.layer,
+    )
+    return updates, state._replace(
+      step=optax.safe_increment(state.step),
+      inner_state=stored,
+      recovery=norms,
     )
 
   def _lift(
@@ -336,15 +445,20 @@ class _GaLore:
 
     def finish(mean: Any) -> tuple[optax.Updates, GaLoreState]:
       new, after = self._step(call, bases, mean, state)
-      empty = split.split(jax.tree.map(jnp.zeros_like, mean), call.sites)
+      empty = jax.tree.map(jnp.zeros_like, state.accumulator)
       return new, after._replace(
         accumulator=empty, micro_step=jnp.zeros_like(state.micro_step)
       )
 
     def wait(mean: Any) -> tuple[optax.Updates, GaLoreState]:
-      return jax.tree.map(jnp.zeros_like, call.updates), state._replace(
-        accumulator=split.split(mean, call.sites),
-        micro_step=state.micro_step + 1,
+      stored = storage.round_tree(
+        split.split(mean, call.sites),
+        state.accumulator,
+        bfloat16.step_key("sums", self.seed, state.step, state.micro_step),
+        call.context.layer,
+      )
+      return _zero_updates(call), state._replace(
+        accumulator=stored, micro_step=state.micro_step + 1
       )
 
     return jax.lax.cond(is_last, finish, wait, mean)
@@ -438,28 +552,62 @@ class _GaLore:
       return None
     return {p: adaptive.start(x.view.stack, rule) for p, x in sites.items()}
 
-  def _low_zeros(self, site: plan_lib.Site, like: Any) -> jax.Array:
-    """Zeros in the shape of the projected gradient.
+  def _low_params(
+    self,
+    params: optax.Params,
+    sites: Mapping[str, plan_lib.Site],
+    dtype: Callable[[Any], Any],
+  ) -> Any:
+    """What the inner optimizer is initialized with, in the dtypes of `dtype`.
 
-    The axis of the rank is divided over the mesh axes of the side it stands
-    for, so that every device holds a part of the moments on either side.
+    Args:
+      params: The parameters.
+      sites: Path to site.
+      dtype: From the dtype of a parameter.
     """
-    zeros = jnp.zeros(site.low_shape, self._dtype(jnp.result_type(like)))
-    return sharding.shard_divisible_like(zeros, like, site.view.spec)
+    return paths.map_with_path(
+      lambda path, x: (
+        _low_zeros(sites[path], x, dtype(jnp.result_type(x)))
+        if path in sites
+        else _as_dtype(x, dtype(jnp.result_type(x)))
+      ),
+      params,
+    )
 
   def _dtype(self, dtype: Any) -> Any:
     """The dtype in which the inner optimizer sees a leaf."""
+    if self.state_dtype is None or self.state_dtype == jnp.bfloat16:
+      return jnp.promote_types(dtype, jnp.float32)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-      return jnp.promote_types(dtype, self.state_dtype or jnp.float32)
-    if self.state_dtype is not None:
-      return jnp.dtype(self.state_dtype)
-    return jnp.promote_types(dtype, jnp.float32)
+      return jnp.promote_types(dtype, self.state_dtype)
+    return jnp.dtype(self.state_dtype)
+
+  def _stored_dtype(self, dtype: Any) -> Any:
+    """The dtype in which the moments of a leaf are stored."""
+    asked = dtype if self.state_dtype is None else self.state_dtype
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    if asked == jnp.bfloat16 and not is_complex:
+      return jnp.dtype(jnp.bfloat16)
+    return self._dtype(dtype)
 
   def _cast(self, x: Any) -> Any:
-    dtype = self._dtype(jnp.result_type(x))
-    if isinstance(x, jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-    return jnp.asarray(x, dtype)
+    return _as_dtype(x, self._dtype(jnp.result_type(x)))
+
+
+def _as_dtype(x: Any, dtype: Any) -> Any:
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+  return jnp.asarray(x, dtype)
+
+
+def _low_zeros(site: plan_lib.Site, like: Any, dtype: Any) -> jax.Array:
+  """Zeros in the shape of the projected gradient.
+
+  The axis of the rank is divided over the mesh axes of the side it stands for,
+  so that every device holds a part of the moments on either side.
+  """
+  zeros = jnp.zeros(site.low_shape, dtype)
+  return sharding.shard_divisible_like(zeros, like, site.view.spec)
 
 
 def _zeros_like(x: Any) -> jax.Array:
@@ -470,6 +618,25 @@ def _zeros_like(x: Any) -> jax.Array:
 def _finite(x: jax.Array) -> jax.Array:
   """`x` with 0 for NaN and infinity, which would never leave a moment."""
   return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _zero_updates(call: _Call) -> optax.Updates:
+  """Updates of zero, at full size."""
+  return paths.map_with_path(
+    lambda path, g: (
+      jnp.zeros(call.sites[path].view.shape, jnp.result_type(g))
+      if path in call.low
+      else jnp.zeros_like(g)
+    ),
+    call.updates,
+  )
+
+
+def _is_low(site: plan_lib.Site, leaf: Any) -> bool:
+  """Whether the gradient of a leaf is projected: its shape tells."""
+  if leaf is None:
+    return False
+  return jnp.shape(leaf) == site.low_shape != site.view.shape
 
 
 def _lift_leaves(
@@ -504,15 +671,25 @@ def _by_matrix(site: plan_lib.Site, f: Callable, *stacks: Any) -> jax.Array:
   return slices.map_matrices(f, *stacks) if site.one_by_one else f(*stacks)
 
 
-def _check_like(leaves: Mapping[str, Any], params: optax.Params | None) -> None:
-  """Raises where gradients and parameters differ in structure or shape."""
+def _check_like(
+  leaves: Mapping[str, Any],
+  params: optax.Params | None,
+  low: Mapping[str, Any],
+) -> None:
+  """Raises where gradients and parameters differ in structure or shape.
+
+  Args:
+    leaves: Path to gradient.
+    params: The parameters.
+    low: Path to gradient, for those that are projected.
+  """
   if params is None:
     return
   paths.check_arrays(paths.leaves_by_path(params), plan_lib.AT_ARRAYS)
   shapes = {p: jnp.shape(x) for p, x in paths.leaves_by_path(params).items()}
   given = {path: jnp.shape(x) for path, x in leaves.items()}
   for path in {**shapes, **given}:
-    if given.get(path) != shapes.get(path):
+    if path not in low and given.get(path) != shapes.get(path):
       say = lambda shape: "is missing" if shape is None else f"is {shape}"
       raise ValueError(
         f"The leaf {path!r} {say(shapes.get(path))} in `params` but "
@@ -651,10 +828,13 @@ def galore(
     residual_decay: Decay β of the mean of its squares; None means 0.95.
     basis_dtype: Dtype of the bases: a float dtype, or `int4` or `int8` for
       block-wise codes, see :class:`galore_optax.QArray`.
-    state_dtype: Dtype in which `inner` sees gradients and parameters, and so
-      the dtype of its moments. None: that of the parameters but at least
-      float32, because a bfloat16 second moment does not decay at b2 = 0.999. In
-      float16 an ε of 1e-8 is 0, and Adam would divide 0 by 0. For moments in
+    state_dtype: Dtype in which moments are stored between steps. None: bfloat16
+      for bfloat16 parameters; for others theirs, but at least float32. `inner`
+      computes in float32 at least, and what is stored in bfloat16 is rounded at
+      random, without bias: rounded to the nearest, a second moment would not
+      decay at b2 = 0.999. Moments to which `inner` gives a dtype of its own
+      keep it. In float16 `inner` also computes, where an ε of 1e-8 is 0, so
+      that Adam would divide 0 by 0. For moments in
       8 bits take :func:`galore_optax.galore_adamw_8bit`, or
       :func:`galore_optax.scale_by_adam_8bit` as `inner`.
     accumulation_steps: Number k of calls of `update` that make one step; None
@@ -668,7 +848,7 @@ def galore(
       layer without gathering the others; layers whose projected side is divided
       are projected and lifted one by one, so that the devices exchange one
       layer at a time.
-    seed: Seed of the initial bases, and of random ones.
+    seed: Seed of the initial bases, of random ones, and of random rounding.
     faithful: Whether to follow the paper's algorithm exactly:
       `refresh=Refresh.paper()`, and every matrix is projected, even if that
       saves nothing.
@@ -755,10 +935,25 @@ def galore(
       residual=residual_settings,
     )
     return optax.GradientTransformationExtraArgs(
-      settings.init, sharding.with_auto_axes(settings.update)
+      settings.init, _or_describe(settings)
     )
 
   return _chain.marker(wrap) if inner is None else wrap(inner)
+
+
+def _or_describe(settings: _GaLore) -> Callable:
+  """The update function; called with a probe, it describes itself to that."""
+  update = sharding.with_auto_axes(settings.update)
+
+  def update_or_describe(updates, state, params=None, **extra_args):
+    context, _ = context_lib.split_off(extra_args)
+    if context.probe is None:
+      return update(updates, state, params, **extra_args)
+    described = settings.describe(updates, state, params, extra_args)
+    context.probe.described.append(described)
+    return updates, state
+
+  return update_or_describe
 
 
 def _check_accumulation(steps: Any) -> int:

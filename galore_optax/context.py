@@ -25,6 +25,8 @@ class UpdateContext(NamedTuple):
       its bases are found, where that is not the gradient (LDAdam).
     weights: Path of a projected leaf to a factor on its projected gradient
       (GUM).
+    probe: A :class:`galore_optax.projected.probe.Probe`, which every GaLore
+      describes itself to instead of updating; None for an update.
   """
 
   step: Any = None
@@ -33,6 +35,7 @@ class UpdateContext(NamedTuple):
   layers: Any = None
   basis_grads: Mapping[str, jax.Array] | None = None
   weights: Mapping[str, Any] | None = None
+  probe: Any = None
 
   @property
   def is_one_layer(self) -> bool:

@@ -217,8 +217,8 @@ class Row:
     side: `left`, `right`, `both`, or an empty string at full rank.
     rank: The rank, or None at full rank.
     state_bytes: Bytes of its bases and moments.
-    adam_bytes: Bytes of its moments under Adam in float32, or in complex64 if
-      the leaf is complex.
+    adam_bytes: Bytes of its moments under `optax.adam`, which have the leaf's
+      dtype.
     reason: Why GaLore leaves it at full rank: `its name` (an embedding, a head,
       a norm, a bias or a scale), `rule 'REGEX'`, `no matrix` (fewer than two
       axes), `thin` (one row or column), `no smaller at rank R`, `complex` or
@@ -427,7 +427,7 @@ class _Part(NamedTuple):
 def _row(path: str, leaf: Any, parts: Mapping[str, _Part], owned: int) -> Row:
   """The row of a parameter, which a wrapper may have divided into parts."""
   shape = tuple(jnp.shape(leaf))
-  adam = 2 * math.prod(shape) * (8 if jnp.iscomplexobj(leaf) else 4)
+  adam = 2 * math.prod(shape) * jnp.result_type(leaf).itemsize
   projected = [x for x in parts.values() if x.bases and x.decision.site]
   other = next((x.decision for x in parts.values() if not x.bases), None)
   reason = other or (projected[0].decision if projected else None)

@@ -206,6 +206,8 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
   model = load_model(examples, config)
   data = tokenize(model, examples, config)
   config = set_steps(config, data.batches.per_epoch, flags.settings)
+  if not flags.overwrite:
+    config = run_dir.goes_on_as_begun(out, config, flags.settings)
   mesh = mesh_lib.make_mesh(
     config.mesh, config.data.batch, accumulate=config.train.accumulate
   )

@@ -78,6 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help="optimizers, compared: " + ", ".join(registry.METHODS),
   )
   add("--layerwise", action="store_true", help="update layer by layer")
+  add("--lean", action="store_true", help="compute gradients at rank r")
   add("--seq", type=int, metavar="N", help="tokens a row; default: the preset")
   add("--batch", type=int, default=1, metavar="N", help="rows; default: 1")
   add("--target", required=True, metavar="KIND:NAME", help="see below")
@@ -109,6 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def configure(flags: argparse.Namespace, method: str) -> schema.Config:
   """The run that the flags describe."""
   config = presets.make(flags.preset, method)
+  config = presets.lean(config) if flags.lean else config
   settings = [f"data.batch={flags.batch}"]
   settings += [f"data.length={flags.seq}"] if flags.seq else []
   settings += ["train.layerwise=true"] if flags.layerwise else []
@@ -146,6 +148,7 @@ def measure(
     "preset": config.preset,
     "method": config.optimizer.name,
     "layerwise": config.train.layerwise,
+    "lean": config.train.lean,
     "seq": config.data.length,
     "batch": config.data.batch,
     "target": target.name,
@@ -155,7 +158,7 @@ def measure(
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
-    exact = argument_parts(config, setup.abstract)
+    exact = argument_parts(config, setup)
     try:
       sizes = _compile(config, setup, target)
     except jax.errors.JaxRuntimeError as error:
@@ -245,17 +248,17 @@ def _needed(error: Exception) -> int:
 
 
 def argument_parts(
-  config: schema.Config, abstract: train_step.AbstractState
+  config: schema.Config, setup: setup_lib.Setup
 ) -> dict[str, int]:
   """Bytes on one device that are known before compiling, by component."""
-  state, where = abstract.state, abstract.shardings
+  state, where = setup.abstract.state, setup.abstract.shardings
   whole = dry_run.shard_bytes(state.opt_state, where.opt_state)
   held = dry_run.shard_bytes(_bases(state.opt_state), _bases(where.opt_state))
   return {
     "weights": dry_run.shard_bytes(state.params, where.params),
     "moments": whole - held,
     "bases": held,
-    "gradients": dry_run.shard_bytes(*dry_run.gradients(config, abstract)),
+    "gradients": dry_run.shard_bytes(*dry_run.gradients(config, setup)),
   }
 
 
@@ -325,6 +328,7 @@ def search(
 def render(found: dict[str, Any]) -> str:
   """A measurement as a table."""
   form = "layer by layer" if found["layerwise"] else "usual step"
+  form += ", gradients at rank r" if found["lean"] else ""
   each = "" if found["devices"] == 1 else f", each of {found['devices']}"
   lines = [
     f"{found['preset']}, {found['method']}, {form}, {found['batch']} x"
@@ -364,7 +368,10 @@ def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
   figure, axis = plt.subplots(
     figsize=(7.5, 1.4 + 0.6 * len(found)), layout="constrained"
   )
-  names = [f"{x['method']}{', layerwise' * x['layerwise']}" for x in found]
+  names = [
+    f"{x['method']}{', layerwise' * x['layerwise']}{', lean' * x['lean']}"
+    for x in found
+  ]
   left = [0.0] * len(found)
   for part in PARTS:
     sizes = [(x["components"][part] or 0) / GIB for x in found]

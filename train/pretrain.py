@@ -227,6 +227,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(flags: argparse.Namespace) -> int:
   config = presets.make(flags.preset, flags.optimizer)
+  config = presets.lean(config) if flags.lean else config
   if flags.source:
     chosen = schema.setting(flags.settings, "data.tokenizer")
     config = llama_checkpoint.adopt(config, flags.source, chosen)

@@ -18,6 +18,7 @@ import optax
 from galore_optax import checks, quantized_params
 from galore_optax import context as context_lib
 from galore_optax.per_layer.model import Layered, check_layers
+from galore_optax.projected import projecting
 from galore_optax.quantization import qarray
 from galore_optax.tree import paths, slices
 
@@ -74,6 +75,7 @@ def layerwise(
   chunks: Mapping[str, int] | None = None,
   stochastic_rounding: bool = True,
   seed: int = 0,
+  projected: bool = False,
 ) -> Layerwise:
   r"""A training step that updates each layer inside the backward pass.
 
@@ -112,6 +114,10 @@ def layerwise(
       path, which gives the same result for elementwise ones such as Adam.
     stochastic_rounding: Whether quantized weights are rounded at random.
     seed: Seed of the rounding.
+    projected: Whether gradients of projected weights in the layers are computed
+      at rank r, without the full ones, see
+      :func:`galore_optax.projected_value_and_grad`. Norms are then those of
+      projected gradients.
 
   Returns:
     `init` and `step`, to be jitted; give `step` `donate_argnums=(0, 1)`. Its
@@ -156,6 +162,8 @@ def layerwise(
     clip_norm,
     dict(chunks or {}),
     seed if stochastic_rounding else None,
+    dtype,
+    projected,
   )
   return Layerwise(run.init, run.step)
 
@@ -169,6 +177,8 @@ class _Run(NamedTuple):
   clip_norm: float | None
   chunks: Mapping[str, int]
   seed: int | None
+  dtype: Any
+  projected: bool
 
   def init(self, params: Any) -> LayerwiseState:
     """The initial state. Jitted, it makes no full-size copies of weights."""
@@ -202,7 +212,7 @@ class _Run(NamedTuple):
     """One training step."""
     check_layers(self.model, params)
     forward = self._forward(params, batch)
-    scale = self._clip_scale(params, forward)
+    scale = self._clip_scale(params, state, forward)
     return self._backward(params, state, forward, scale)
 
   def _forward(self, params: Any, batch: Any) -> "_Forward":
@@ -226,14 +236,41 @@ class _Run(NamedTuple):
     return _Forward(loss, aux, inputs, first_vjp, last_vjp)
 
   def _layer_gradient(
-    self, layer: Any, x: Any, dx: Any
-  ) -> tuple[dict[str, jax.Array], Any]:
-    """The gradients of a layer's leaves, by path, and of its input."""
-    _, vjp = jax.vjp(self.model.layer, self.read(layer), x)
-    grads, dx = vjp(dx)
-    return self._layer_leaves(grads), dx
+    self, params: Any, opt: Any, layer: tuple[Any, Any], x: Any, dx: Any
+  ) -> tuple[dict[str, jax.Array], Any, Any]:
+    """The gradients of one layer.
 
-  def _clip_scale(self, params: Any, forward: "_Forward") -> Any:
+    Args:
+      params: All parameters, of the layers only this one.
+      opt: The layer's optimizer state.
+      layer: Number of the layer, and number of layers.
+      x: Its input.
+      dx: Gradient of its output.
+
+    Returns:
+      Path to gradient, for the layer's leaves; the gradient of its input; and
+      the optimizer state, with bases that fit the gradients.
+    """
+    key = self.model.key
+    if not self.projected:
+      _, vjp = jax.vjp(self.model.layer, self.read(params[key]), x)
+      grads, dx = vjp(dx)
+      return self._layer_leaves(grads), dx, opt
+    here = projecting.prepare(
+      self.tx,
+      _only(params, self._layer_leaves(params[key])),
+      opt,
+      context_lib.UpdateContext(layer=layer[0], layers=layer[1]),
+      dtype=self.dtype,
+    )
+    call, _ = here.trace(lambda part, x: self.model.layer(part[key], x), x)
+    _, vjp = jax.vjp(call, here.rest, here.slots, x)
+    rest, found, dx = vjp(dx)
+    return here.gradients(rest, found), dx, here.refreshed(found)
+
+  def _clip_scale(
+    self, params: Any, state: LayerwiseState, forward: "_Forward"
+  ) -> Any:
     """The factor by which global-norm clipping scales the gradients."""
     if self.clip_norm is None:
       return None
@@ -245,7 +282,10 @@ class _Run(NamedTuple):
       dx, total = carry
       i = count - 1 - j
       x = slices.take_layer(forward.inputs, i)
-      grads, dx = self._layer_gradient(slices.take_layer(layers, i), x, dx)
+      layer, opt = slices.take_layer((layers, state.layers), i)
+      grads, dx, _ = self._layer_gradient(
+        {**params, self.model.key: layer}, opt, _numbers(i, count), x, dx
+      )
       return dx, total + _squares(grads)
 
     dx, total = jax.lax.fori_loop(0, count, body, (dx, jnp.float32(0)))
@@ -273,11 +313,16 @@ class _Run(NamedTuple):
       dx, total, stack, states = carry
       i = count - 1 - j
       layer, opt = _read_barrier(slices.take_layer((stack, states), i))
-      grads, dx = self._layer_gradient(
-        layer, slices.take_layer(forward.inputs, i), dx
+      part = {**params, key: layer}
+      grads, dx, refreshed = self._layer_gradient(
+        part,
+        opt,
+        _numbers(i, count),
+        slices.take_layer(forward.inputs, i),
+        dx,
       )
       new, opt = self._update(
-        {**params, key: layer}, grads, opt, scale, keys[1], (i, count)
+        part, grads, opt, scale, keys[1], (i, count), refreshed
       )
       stack, states = slices.put_layer((stack, states), (new[key], opt), i)
       return dx, total + _squares(grads), stack, states
@@ -359,6 +404,7 @@ class _Run(NamedTuple):
     scale: Any,
     key: jax.Array | None,
     layer: tuple[Any, Any] = (0, 1),
+    refreshed: Any = None,
   ) -> tuple[Any, optax.OptState]:
     """Updates some leaves; returns all parameters and the leaves' state.
 
@@ -369,10 +415,12 @@ class _Run(NamedTuple):
       scale: Factor on the gradients, or None.
       key: Random key of the rounding, or None.
       layer: Number of the layer that is updated, and number of layers.
+      refreshed: The state with bases that fit projected gradients; None for
+        `state`.
     """
     if scale is not None:
       grads = {p: (g * scale).astype(g.dtype) for p, g in grads.items()}
-    layer = (jnp.int32(layer[0]), jnp.int32(layer[1]))
+    layer = _numbers(*layer)
     leaves = paths.leaves_by_path(params)
     part = {p: leaves[p] for p in grads}
     finite, old = jnp.isfinite(_squares(grads)), state
@@ -380,7 +428,7 @@ class _Run(NamedTuple):
       self.tx,
       context_lib.UpdateContext(layer=layer[0], layers=layer[1]),
       _only(params, grads),
-      old,
+      old if refreshed is None else refreshed,
       _only(params, self.read(part)),
     )
     by_path = paths.leaves_by_path(updates)
@@ -445,6 +493,11 @@ def _only(tree: Any, part: Mapping[str, Any]) -> Any:
   return paths.map_with_path(
     lambda path, _: part.get(path, optax.MaskedNode()), tree
   )
+
+
+def _numbers(layer: Any, layers: Any) -> tuple[jax.Array, jax.Array]:
+  """Number of a layer, and number of layers, as int32."""
+  return jnp.int32(layer), jnp.int32(layers)
 
 
 def _count(layers: Any) -> int:

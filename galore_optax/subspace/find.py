@@ -137,8 +137,7 @@ def gram(g: jax.Array, basis: jax.Array, side: str) -> jax.Array:
     The image, float32 of the shape of the basis.
   """
   low = projection.project(g, {side: basis})
-  # Scaling keeps the squares of tiny and huge gradients in range.
-  low = _scaled(low, jnp.sum(jnp.abs(low)))
+  low = scaled(low)
   spec = "mn,rn->mr" if side == "left" else "mn,mr->nr"
   return linalg.matmul(spec, g, low).astype(jnp.float32)
 
@@ -187,6 +186,11 @@ def iterate(
   else:
     new, valid = jax.lax.fori_loop(0, rounds, once, start)
   return _new_or_old(valid, new, old)
+
+
+def scaled(x: jax.Array) -> jax.Array:
+  """An array over its sum of absolute values: the squares are then in range."""
+  return _scaled(x, jnp.sum(jnp.abs(x)))
 
 
 def _scaled(x: jax.Array, size: jax.Array) -> jax.Array:

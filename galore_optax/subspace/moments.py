@@ -138,16 +138,15 @@ def rotate(
     degree: 1 or 2.
 
   Returns:
-    The moment in the new bases, of the same shape and dtype.
+    The moment in the new bases, of the same shape, float32 at least.
   """
-  dtype = moment.dtype
   if "left" in rotation:
     left = rotation["left"] ** degree
     moment = linalg.matmul("...rs,...sn->...rn", left, moment)
   if "right" in rotation:
     right = rotation["right"] ** degree
     moment = linalg.matmul("...ms,...rs->...mr", moment, right)
-  return moment.astype(dtype)
+  return moment
 
 
 def rotate_variance(
@@ -171,12 +170,12 @@ def rotate_variance(
     ratio: κ, a scalar, see :func:`bias_ratios`.
 
   Returns:
-    The second moment in the new bases, of the same shape and dtype.
+    The second moment in the new bases, of the same shape, float32 at least.
   """
   mu = mu.astype(jnp.promote_types(mu.dtype, jnp.float32))
   variance = rotate(nu - ratio * mu * mu, rotation, 2)
   mean = rotate(mu, rotation, 1)
-  return jnp.abs(variance + ratio * mean * mean).astype(nu.dtype)
+  return jnp.abs(variance + ratio * mean * mean)
 
 
 def check_adam(inner_state: Any) -> None:

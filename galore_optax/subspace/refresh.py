@@ -6,13 +6,13 @@ The only loops and branches over matrices of a stack are in this module.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from galore_optax.context import UpdateContext
-from galore_optax.quantization import qarray
+from galore_optax.quantization import bfloat16, qarray
 from galore_optax.subspace import adaptive as adaptive_lib
 from galore_optax.subspace import find as find_lib
 from galore_optax.subspace import moments as moments_lib
@@ -22,6 +22,20 @@ from galore_optax.tree import plan, sharding, slices, split
 
 # What a refresh changes, by the path of the leaf.
 _Slots = dict[str, refresh_groups.Slot]
+
+
+class Found(NamedTuple):
+  """Bases of one leaf that are known already.
+
+  Attributes:
+    bases: Side to basis (..., m, r) or (..., n, r).
+    valid: 1 where the gradient was finite and not zero, else 0; (..., 1, 1),
+      float32.
+  """
+
+  bases: Any
+  valid: Any
+
 
 # Makes the keys of random bases differ from other uses of the seed.
 _RANDOM_BASES = 0x676F6C6F
@@ -73,6 +87,43 @@ def check_gaps(settings: Refresh, sites: Mapping[str, plan.Site]) -> None:
       )
 
 
+def due_by_leaf(
+  settings: Refresh,
+  sites: Mapping[str, plan.Site],
+  context: UpdateContext,
+  schedules: Mapping[str, adaptive_lib.State],
+) -> dict[str, jax.Array]:
+  """Which matrices a refresh recomputes.
+
+  Args:
+    settings: As for :func:`refresh`.
+    sites: As for :func:`refresh`.
+    context: As for :func:`refresh`.
+    schedules: As for :func:`refresh`.
+
+  Returns:
+    Path to whether each matrix of the leaf is due, bool in the shape of its
+    stack.
+  """
+  run = _Pass(settings, None, context, _total(sites, context), {})
+  found, first = {}, 0
+  for path, site in sites.items():
+    if settings.policy == "adaptive":
+      is_due = schedules[path].flat().due(context.step)
+    else:
+      alone = refresh_groups.Group(((site,),), (first,))
+      is_due = _is_due(run, _numbers(run, alone), site.gap)
+    found[path] = (is_due & context.active).reshape(site.view.stack)
+    first += site.view.count
+  return found
+
+
+def _total(sites: Mapping[str, plan.Site], context: UpdateContext) -> Any:
+  """Number of all matrices, those of all layers included."""
+  matrices = sum(site.view.count for site in sites.values())
+  return matrices * (context.layers if context.is_one_layer else 1)
+
+
 def refresh(
   settings: Refresh,
   seed: Any,
@@ -92,7 +143,8 @@ def refresh(
     seed: Seed of random bases.
     sites: Path to site.
     context: The step, whether bases may be refreshed, and which layer this is.
-    grads: Path to gradients (..., m, n).
+    grads: Path to gradients (..., m, n), or to the :class:`Found` bases of the
+      gradient. The bases of a leaf that is missing stay as they are.
     bases: Path to side to basis, in the state's format.
     schedules: Path to schedule; empty unless the policy is `adaptive`.
     inner_state: The inner optimizer's state as GaLore's state stores it.
@@ -111,12 +163,11 @@ def refresh(
     if settings.moments != "keep" or moments_lib.is_pending_sum(name)
   }
   ratios = ratios or {}
-  matrices = sum(site.view.count for site in sites.values())
   run = _Pass(
     settings,
     seed,
     context,
-    matrices * (context.layers if context.is_one_layer else 1),
+    _total(sites, context),
     {name: (degree, ratios.get(name)) for name, (degree, _) in found.items()},
   )
   slots = {
@@ -137,8 +188,8 @@ def refresh(
     for name in found
   }
   return (
-    {path: dict(new[path][0]) for path in bases},
-    {path: new[path][2] for path in schedules},
+    {path: dict(new.get(path, slots[path])[0]) for path in bases},
+    {path: new.get(path, slots[path])[2] for path in schedules},
     moments_lib.replace_moments(inner_state, moments),
   )
 
@@ -248,7 +299,9 @@ def _refresh_group(
   """
   names = [site.path for site in group.members]
   # A basis is a constant of differentiation, as it is between refreshes.
-  flat_grads = {p: slices.flat(jax.lax.stop_gradient(grads[p])) for p in names}
+  flat_grads = {
+    p: jax.tree.map(slices.flat, jax.lax.stop_gradient(grads[p])) for p in names
+  }
   flat_grads, of_group = sharding.vary_together(
     (flat_grads, {p: slots[p] for p in names})
   )
@@ -355,13 +408,17 @@ def _refresh_matrix(
       similarity,
       is_valid,
     )
-  return _write_matrix(run, group, location, written, overlap, schedule, flat)
+  key = bfloat16.step_key("rotated", run.seed, run.context.step, number.index)
+  return _write_matrix(
+    run, group, location, key, written, overlap, schedule, flat
+  )
 
 
 def _write_matrix(
   run: _Pass,
   group: refresh_groups.Group,
   location: refresh_groups.Location,
+  key: jax.Array,
   bases: Mapping[str, Any],
   overlap: projection.Bases,
   schedule: adaptive_lib.State | None,
@@ -376,6 +433,7 @@ def _write_matrix(
       run,
       kind,
       location,
+      key,
       {side_in_kind[side]: x for side, x in bases.items()},
       {side_in_kind[side]: x for side, x in overlap.items()},
       schedule,
@@ -426,7 +484,7 @@ def _find(
 
   def with_gradient(f: Callable, basis: jax.Array) -> Any:
     def in_kind(kind: tuple[plan.Site, ...], basis: jax.Array) -> Any:
-      g = slices.take_from(
+      g: Any = slices.take_from(
         [grads[site.path] for site in kind],
         [site.sharded for site in kind],
         location.within,
@@ -437,6 +495,8 @@ def _find(
     branches = [functools.partial(in_kind, kind) for kind in group.kinds]
     return jax.lax.switch(location.kind, branches, basis)
 
+  if isinstance(grads[group.members[0].path], Found):
+    return with_gradient(_take_found, old)
   if settings.finder == "svd":
     return with_gradient(find_lib.svd_basis, old)
   iterations: Any = settings.iterations
@@ -445,10 +505,19 @@ def _find(
   )
 
 
+def _take_found(
+  found: Found, old: jax.Array, side: str
+) -> tuple[jax.Array, jax.Array]:
+  """The basis that a backward pass found, and whether it is valid."""
+  valid = found.valid[0, 0] > 0
+  return jnp.where(valid, found.bases[side].astype(old.dtype), old), valid
+
+
 def _write_in_kind(
   run: _Pass,
   kind: Sequence[plan.Site],
   location: refresh_groups.Location,
+  key: jax.Array,
   bases: Mapping[str, Any],
   overlap: projection.Bases,
   schedule: adaptive_lib.State | None,
@@ -460,14 +529,18 @@ def _write_in_kind(
   moments = {}
   for name, moment in old.items():
     degree, ratio = run.degrees[name]
+    of_moment = bfloat16.leaf_key(key, name)
     if ratio is None:
       reset = (
         run.settings.moments == "reset" and not moments_lib.is_pending_sum(name)
       )
-      moments[name] = _carry_over(reset, moment, overlap, degree, run.is_random)
+      moments[name] = _carry_over(
+        reset, moment, overlap, degree, run.is_random, of_moment
+      )
     else:
       mean = old[name.removesuffix("nu") + "mu"]
-      moments[name] = moments_lib.rotate_variance(moment, mean, overlap, ratio)
+      rotated = moments_lib.rotate_variance(moment, mean, overlap, ratio)
+      moments[name] = bfloat16.store(rotated, moment.dtype, of_moment)
   return slices.put_into(slots, *at, (bases, moments, schedule))
 
 
@@ -477,6 +550,7 @@ def _carry_over(
   overlap: projection.Bases,
   degree: int,
   is_random: jax.Array | None,
+  key: jax.Array,
 ) -> Any:
   """One moment of one matrix in its new bases."""
   if reset:
@@ -486,7 +560,9 @@ def _carry_over(
   rotated = moments_lib.rotate(old, overlap, degree)
   if is_random is not None and degree == 2:
     rotated = jnp.where(is_random, old, rotated)
-  return qarray.requantize(moment, rotated) if quantized else rotated
+  if quantized:
+    return qarray.requantize(moment, rotated)
+  return bfloat16.store(rotated, moment.dtype, key)
 
 
 def _flat_slot(slot: refresh_groups.Slot) -> refresh_groups.Slot:

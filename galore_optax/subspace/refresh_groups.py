@@ -127,20 +127,25 @@ def group(
   Args:
     sites: Path to site.
     slots: Path to what a refresh changes.
-    grads: Path to gradients (..., m, n).
+    grads: Path to gradients (..., m, n), or to trees of them. A leaf without
+      one is in no group.
     share: Whether leaves share a computation at all.
     by_gradient: Whether the gradient itself is factorized, not products with
       it: the leaves of a group then have gradients of the same shape too.
 
   Returns:
-    The groups; each leaf is in one of them.
+    The groups; each leaf with a gradient is in one of them.
   """
   found: dict[Any, dict[Any, list[tuple[plan.Site, int]]]] = {}
   first = 0
   for path, site in sites.items():
+    if path not in grads:
+      first += site.view.count
+      continue
     bases, moments, _ = slots[path]
     gap = site.gap if isinstance(site.gap, int | float) else id(site.gap)
-    name = re.sub(r"\d+", "#", path) if sharding.on_mesh(grads[path]) else None
+    on_mesh = any(map(sharding.on_mesh, jax.tree.leaves(grads[path])))
+    name = re.sub(r"\d+", "#", path) if on_mesh else None
     forms = _forms(site, (grads[path], moments))
     kind = (site.sides, site.sharded, forms, *moments)
     alike = kind if by_gradient else len(site.sides)

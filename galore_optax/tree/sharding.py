@@ -104,8 +104,8 @@ def with_auto_axes(update: Callable) -> Callable:
   """Makes an update function work on a mesh with Explicit axes.
 
   Inside, the compiler partitions the operations, as on a mesh with Auto axes.
-  Outside, each update is sharded like its gradient, and the new state like the
-  old one.
+  Outside, each update is sharded like its gradient, or like its parameter if
+  the gradient is projected, and the new state like the old one.
 
   Args:
     update: The update function of a gradient transformation.
@@ -122,12 +122,21 @@ def with_auto_axes(update: Callable) -> Callable:
     run: Callable = jax.sharding.auto_axes(
       lambda g, s, p, kwargs: update(g, s, p, **kwargs, **others),
       out_sharding=jax.tree.map(
-        lambda x: jax.typeof(x).sharding, (updates, state)
+        lambda x: jax.typeof(x).sharding, (_full(updates, params), state)
       ),
     )
     return run(updates, state, params, arrays)
 
   return wrapped
+
+
+def _full(updates: Any, params: Any) -> Any:
+  """The gradients, with the parameter in place of a projected gradient."""
+  if params is None:
+    return updates
+  return jax.tree.map(
+    lambda g, x: g if g.shape == x.shape else x, updates, params
+  )
 
 
 def vary_together(tree: Any) -> Any:

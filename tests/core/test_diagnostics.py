@@ -216,6 +216,16 @@ def test_complex_leaves_are_described_in_full():
   assert rows["fft"].state_bytes == rows["fft"].adam_bytes == 2 * 8 * 64 * 96
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bytes_under_adam_are_those_of_optax(dtype):
+  params = {"bias": jnp.zeros(96, dtype), "w": jnp.zeros((64, 96), dtype)}
+  for row in describe(optax.adam(1e-3), params).rows:
+    assert row.state_bytes == row.adam_bytes, row.path
+  (_, row) = describe(galore(optax.adam(1e-3), rank=4), params).rows
+  moments = 2 * 4 * 96 * jnp.dtype(dtype).itemsize
+  assert row.state_bytes == moments + 4 * 64 * 4
+
+
 def _nested(inner):
   """A wrapper whose optimizer knows parameters under another path."""
   return optax.GradientTransformation(

@@ -14,9 +14,9 @@ ROWS = (
   {"quantization"},
   {"tree"},
   {"inner", "quantized_params", "subspace"},
-  {"_chain", "residual"},
+  {"_chain", "projected", "residual"},
   {"_galore"},
-  {"baselines", "diagnostics", "optimizers", "per_layer"},
+  {"_value_and_grad", "baselines", "diagnostics", "optimizers", "per_layer"},
 )
 ROW = {name: i for i, names in enumerate(ROWS) for name in names}
 FILES = [x for x in sorted(ROOT.rglob("*.py")) if x != ROOT / "__init__.py"]

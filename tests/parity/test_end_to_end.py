@@ -29,6 +29,7 @@ SETTINGS = {
 WAYS = {
   "galore": ["--optimizer", "galore", "--set", "train.layerwise=true"],
   "q_galore": ["--optimizer", "q_galore"],
+  "lean": ["--optimizer", "galore", "--lean"],
 }
 
 

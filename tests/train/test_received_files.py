@@ -95,6 +95,7 @@ def sampled(path, capsys):
     ("eos_token_id", "0", "whole numbers"),
     ("head_dim", "8", "a whole number"),
     ("hidden_act", ["silu"], "a text"),
+    ("model_type", ["llama"], "only 'llama', 'mistral'"),
   ],
 )
 def test_a_field_of_a_wrong_type(copied, name, value, expected, capsys):

@@ -122,10 +122,13 @@ def score(model: UNet, batch: Batch) -> dict[str, jax.Array]:
 @nnx.jit
 def denoise(model: UNet, x: jax.Array, label: jax.Array) -> jax.Array:
   """Follows the velocities from noise to images, in Euler steps."""
-  for i in range(SAMPLING_STEPS, 0, -1):
-    time = jnp.full(len(x), i / SAMPLING_STEPS)
-    x = x - model(x, time, label) / SAMPLING_STEPS
-  return x
+
+  def one(x: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
+    velocity = model(x, jnp.full(len(x), time), label)
+    return x - velocity / SAMPLING_STEPS, None
+
+  times = jnp.arange(SAMPLING_STEPS, 0, -1) / SAMPLING_STEPS
+  return jax.lax.scan(one, x, times)[0]
 
 
 def sample(model: UNet, seed: int) -> np.ndarray:

@@ -4,11 +4,13 @@ The matrices are the leaves that GaLore projects. Every method has two rates:
 one for them, `rate * multiplier`, and `rate` for all other leaves.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import galore_optax as go
@@ -51,10 +53,11 @@ def make(
     options: What the methods share.
   """
 
-  @optax.inject_hyperparams
+  @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
   def build(rate: Any, multiplier: Any) -> optax.GradientTransformation:
+    rising = max(1, int(WARM_UP * options.steps))
     shape = optax.warmup_cosine_decay_schedule(
-      0.0, 1.0, max(1, int(WARM_UP * options.steps)), options.steps, FINAL
+      0.0, 1.0, rising, max(options.steps, rising + 1), FINAL
     )
     return optax.chain(
       optax.clip_by_global_norm(CLIP),

@@ -87,21 +87,21 @@ def _cells(
   if not records:
     return ["not measured yet", *[""] * (len(HEAD) - 3)]
   base = _done(plan, tables.ADAMW)
+  compared = _losses(base) if plan.complete(tables.ADAMW) else []
   value, digits, name = METRICS[entry.metric]
   point = plan.chosen(variant) or (math.nan, math.nan)
   searched = str(len(plan.tried(variant)))
-  if not plan.complete(variant):
-    searched += ", search not done"
   size = records[0]["bytes"]["optimizer"]
   of_base = f"{size / base[0]['bytes']['optimizer']:.0%}" if base else ""
+  sizes = [f"{size / units.KIB:.0f}", of_base, f"{ratio:.2f}" if ratio else ""]
+  if not plan.complete(variant):
+    return ["search not done", *[""] * 4, *sizes, "", "", f"{searched} so far"]
   return [
     f"{_with_error([value(x) for x in records], digits)} {name}",
     _with_error(_losses(records), 4),
-    *_difference(_losses(records), _losses(base), variant),
+    *_difference(_losses(records), compared, variant),
     str(len(records)),
-    f"{size / units.KIB:.0f}",
-    of_base,
-    f"{ratio:.2f}" if ratio else "",
+    *sizes,
     f"{point[0]:.2g}",
     f"{point[0] * point[1]:.2g}",
     searched,
@@ -149,6 +149,8 @@ def draw(plans: dict[Entry, Plan], path: pathlib.Path) -> None:
   }
   if not known:
     return
+  from matplotlib import ticker
+
   with figure.axes(path, count=len(known), width=4.2, height=2.6) as axes:
     for (entry, plan), axis in zip(known.items(), axes, strict=True):
       for i, variant in enumerate(plan.table.variants):
@@ -158,6 +160,7 @@ def draw(plans: dict[Entry, Plan], path: pathlib.Path) -> None:
           axis.plot(steps, losses, color=f"C{i}", lw=1.1, label=variant.label)
       axis.set_title(entry.title, fontsize="small")
       axis.set_yscale("log")
+      axis.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
       axis.yaxis.set_minor_formatter("{x:g}")
       axis.yaxis.set_major_formatter("{x:g}")
       axis.tick_params(which="both", labelsize="x-small")

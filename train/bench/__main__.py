@@ -1,6 +1,7 @@
 """Benchmarks, each measured together with its peers in one process.
 
     python -m train.bench step      the optimizer's step on LLaMA-shaped trees
+    python -m train.bench lean      training with gradients at rank r
     python -m train.bench refresh   bases: cost and captured energy
     python -m train.bench compile   tracing and compiling
     python -m train.bench shard     bytes and collectives on eight devices

@@ -13,7 +13,7 @@ from train.bench import record as record_lib
 from train.measure import page as page_lib
 
 PAGE = pathlib.Path("docs/results/benchmarks.md")
-BENCHMARKS = ("step", "refresh", "compile", "shard", "cost", "chips")
+BENCHMARKS = ("step", "lean", "refresh", "compile", "shard", "cost", "chips")
 
 
 def module(benchmark: str) -> ModuleType:

@@ -73,6 +73,12 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     help="update each layer inside the backward pass (train.layerwise=true)",
   )
   add(
+    "--lean",
+    action="store_true",
+    help="compute gradients at rank r and never whole: faster, less memory, no"
+    " residual (train.lean=true)",
+  )
+  add(
     "--set",
     action="append",
     default=[],

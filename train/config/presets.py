@@ -259,6 +259,25 @@ def make(preset: str, optimizer: str) -> Config:
   return _change(config, "optimizer", **method.options)
 
 
+def lean(config: Config) -> Config:
+  """The same run with gradients at rank r.
+
+  They have no residual. GaLore's methods then take the papers' alpha, because
+  less of the gradient moves the weights.
+
+  Raises:
+    UserError: the optimizer needs whole gradients.
+  """
+  changes: dict[str, Any] = {"residual": "none"}
+  if config.optimizer.residual != "none":
+    changes["scale"] = OptimizerConfig.scale
+  return dataclasses.replace(
+    config,
+    optimizer=dataclasses.replace(config.optimizer, **changes),
+    train=dataclasses.replace(config.train, lean=True),
+  )
+
+
 def summary() -> str:
   """One line for each preset, from its docstring."""
   return "\n".join(

@@ -234,6 +234,8 @@ class SharedTrainConfig:
   accumulate: int = 1  # microbatches of a batch, whose gradients are added up
   # stop after this many steps in a row without a finite gradient
   max_skips: int = 10
+  # compute gradients of projected matrices at rank r, never whole
+  lean: bool = False
   # how 8-bit weights are rounded
   rounding: Literal["stochastic", "nearest"] = "stochastic"
 
@@ -355,11 +357,33 @@ class SharedConfig:
   def __post_init__(self):
     method = registry.get(self.optimizer.name)
     method.check(self.optimizer)
+    if self.train.lean:
+      self._check_lean(method)
     if method.factors and self.model.weights != "full":
       raise UserError(
         f"model.weights={self.model.weights} is for weights that are trained,"
         f" not for optimizer.name={self.optimizer.name}; leave it at full, and"
         " take optimizer.name=qlora for frozen weights of four bits"
+      )
+
+  def _check_lean(self, method: registry.Method) -> None:
+    """Raises where projected gradients are not enough."""
+    if not method.lean:
+      raise UserError(
+        "train.lean computes gradients at rank r, and"
+        f" optimizer.name={self.optimizer.name} needs more of them; use one of"
+        f" {', '.join(m.name for m in registry.METHODS.values() if m.lean)}"
+      )
+    if self.optimizer.residual != "none":
+      raise UserError(
+        f"optimizer.residual={self.optimizer.residual} needs whole gradients,"
+        " which train.lean never computes; set optimizer.residual=none, or in"
+        " pre-training give --lean instead of train.lean=true"
+      )
+    if self.optimizer.projector != "subspace":
+      raise UserError(
+        f"optimizer.projector={self.optimizer.projector} needs whole"
+        " gradients, which train.lean never computes; use subspace"
       )
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import galore_optax
+from galore_optax.tree import paths
 from train.common.errors import UserError
 from train.common.units import format_bytes, format_duration, format_si
 from train.config import schema
@@ -69,7 +70,7 @@ def estimate(config: schema.Config) -> dict[str, Any]:
     "mesh": dict(mesh.shape),
     "parameters": parameters(abstract.weights),
     "plan": plan_rows(setup.plan, config.optimizer),
-    "bytes": memory(config, abstract, mesh),
+    "bytes": memory(config, setup, mesh),
     "optimizer_state": optimizer.accounting(
       config.optimizer, abstract.weights, own
     ),
@@ -121,7 +122,7 @@ def _plan_row(row: Any, config: schema.OptimizerConfig) -> dict[str, Any]:
 
 def memory(
   config: schema.Config,
-  abstract: train_step.AbstractState,
+  setup: setup_lib.Setup,
   mesh: jax.sharding.AbstractMesh,
 ) -> dict[str, dict[str, int]]:
   """Bytes in device memory: on all devices (`whole`), and on one (`device`).
@@ -130,9 +131,10 @@ def memory(
   once if the tensor axis has size 1; for a larger one they are an upper bound.
   Gradient accumulation keeps a float32 sum besides the gradient.
   """
+  abstract = setup.abstract
   state, where = abstract.state, abstract.shardings
   groups = weights(abstract) | {
-    "gradients": gradients(config, abstract),
+    "gradients": gradients(config, setup),
     "optimizer_state": (state.opt_state, where.opt_state),
   }
   if config.train.accumulate > 1:
@@ -165,27 +167,48 @@ def weights(abstract: train_step.AbstractState) -> dict[str, tuple[Any, Any]]:
   }
 
 
-def gradients(
-  config: schema.Config, abstract: train_step.AbstractState
-) -> tuple[Any, Any]:
+def gradients(config: schema.Config, setup: setup_lib.Setup) -> tuple[Any, Any]:
   """Shapes and shardings of the gradients that are alive at the same time.
 
   If updates are layer by layer, these are the gradients of one layer and of
   the embedding or the head, whichever is larger.
   """
-  if not config.train.layerwise:
-    return abstract.weights, abstract.weight_shardings
-  ends = {k: v for k, v in abstract.weights.items() if k != "layers"}
-  largest = max(ends, key=lambda k: galore_optax.state_bytes(ends[k]))
-  layer = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype),
-    abstract.weights["layers"],
-  )
-  shardings = abstract.weight_shardings
-  return (
-    {"layers": layer, largest: ends[largest]},
-    {"layers": shardings["layers"], largest: shardings[largest]},
-  )
+  weights = paths.leaves_by_path(setup.abstract.weights)
+  shardings = paths.leaves_by_path(setup.abstract.weight_shardings)
+  if config.train.lean:
+    _project(setup.plan, weights, shardings)
+  if config.train.layerwise:
+    weights = _largest_parts(weights)
+  return weights, {path: shardings[path] for path in weights}
+
+
+def _project(
+  plan: galore_optax.diagnostics.Description, weights: dict, shardings: dict
+) -> None:
+  """Replaces shapes and shardings, by path, by those of gradients at rank r."""
+  for row in plan.rows:
+    if row.rank is None:
+      continue
+    x, where = weights[row.path], shardings[row.path]
+    shape, spec = list(x.shape), list(where.spec)
+    spec += [None] * (len(shape) - len(spec))
+    for side, axis in (("left", -2), ("right", -1)):
+      if row.side in (side, "both"):
+        shape[axis], spec[axis] = row.rank, None
+    weights[row.path] = jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+    shardings[row.path] = jax.NamedSharding(where.mesh, jax.P(*spec))
+
+
+def _largest_parts(weights: dict) -> dict:
+  """Shapes by path of one layer, and of the embedding or the head."""
+  layer, ends = {}, collections.defaultdict(dict)
+  for path, x in weights.items():
+    name = path.split("/")[0]
+    if name == "layers":
+      layer[path] = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    else:
+      ends[name][path] = x
+  return layer | max(ends.values(), key=galore_optax.state_bytes)
 
 
 def shard_bytes(tree: Any, shardings: Any) -> int:

@@ -24,16 +24,17 @@ from train.step import adapters, optimizer
 PRESETS = ("llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
 
 # Name of a row to the optimizer and its options.
-BF16 = {"state_dtype": "bfloat16", "basis_dtype": "bfloat16"}
+BF16 = {"basis_dtype": "bfloat16"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
   "adamw": ("adamw", {}),
   "adamw_8bit": ("adamw_8bit", {}),
   "adafactor, momentum": ("adafactor", {}),
   "optax.contrib.galore": ("contrib_galore", {}),
   "galore": ("galore", {}),
+  "galore, float32 moments": ("galore", {"state_dtype": "float32"}),
   "galore, all bfloat16": ("galore", BF16),
   "galore, auto, bfloat16": ("galore", BF16 | {"proj_type": "auto"}),
-  "galore, bfloat16 bases": ("galore", {"basis_dtype": "bfloat16"}),
+  "galore, residual": ("galore", {"residual": "normalized"}),
   "galore_8bit": ("galore_8bit", {"basis_dtype": "bfloat16"}),
   "galore_8bit, auto, int8": (
     "galore_8bit",

@@ -90,6 +90,40 @@ def forward_flops(model: TaskModel, data: TaskData, weights: Any) -> float:
   return jaxpr_cost.count_flops(traced.jaxpr) / tokens
 
 
+def lean_loss(
+  model: TaskModel, config: schema.SharedTrainConfig
+) -> train_step.Loss:
+  """The mean loss of a batch, of which gradients at rank r are taken."""
+
+  def share(
+    weights: dict, batch: Any, items: jax.Array, step: Any, index: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    key = _dropout_key(model, config, step)
+    if key is not None and config.accumulate > 1:
+      key = jax.random.fold_in(key, index)
+    loss = model.loss(weights, batch, key) / items
+    return loss, loss
+
+  def count(batch: Any) -> tuple[jax.Array, jax.Array]:
+    return model.count_items(batch), model.count_tokens(batch)
+
+  def divide(batch: Any, parts: int) -> Any:
+    return {k: mesh_lib.microbatches(v, parts) for k, v in batch.items()}
+
+  return train_step.Loss(share, count, divide)
+
+
+def _dropout_key(
+  model: TaskModel, config: schema.SharedTrainConfig, step: Any
+) -> jax.Array | None:
+  """The random key of a step's dropout; None if the model has none."""
+  if not model.has_dropout:
+    return None
+  # Not the key with which weights are rounded.
+  key = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
+  return jax.random.fold_in(key, step)
+
+
 def make_gradient(
   model: TaskModel,
   abstract: train_step.AbstractState,
@@ -101,11 +135,7 @@ def make_gradient(
   )
 
   def gradient(weights: dict, batch: Any, step: jax.Array):
-    key = None
-    if model.has_dropout:
-      # Not the key with which weights are rounded.
-      key = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
-      key = jax.random.fold_in(key, step)
+    key = _dropout_key(model, config, step)
     count = jnp.maximum(model.count_items(batch), 1).astype(jnp.float32)
     tokens = model.count_tokens(batch)
     if config.accumulate == 1:
@@ -155,6 +185,11 @@ def make_adapters(model: TaskModel, config: Config) -> adapters.Adapters | None:
   Raises:
     UserError: both the method and `task.freeze` freeze weights.
   """
+  if config.task.freeze and config.train.lean:
+    raise UserError(
+      f"task.freeze={config.task.freeze} trains some of the weights, and"
+      " train.lean takes gradients of all; leave one of them out"
+    )
   found = adapters.make(as_pretraining(config).optimizer, model.trained_in_full)
   if not config.task.freeze:
     return found
@@ -221,7 +256,11 @@ def prepare(
     run=config.run,
     rates=job_lib.learning_rates(shared.optimizer, train.steps),
     train_step=train_step.make_train_step(
-      tx, abstract, shared.train, gradient=make_gradient(model, abstract, train)
+      tx,
+      abstract,
+      shared.train,
+      gradient=make_gradient(model, abstract, train),
+      loss=lean_loss(model, train),
     ),
     eval_step=eval_step,
     put=put,

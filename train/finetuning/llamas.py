@@ -342,7 +342,7 @@ def is_llama(source: str) -> bool:
       f" {path / 'model'}"
     )
   model_type = config.get("model_type")
-  if model_type in FAMILIES or "model.d_model" in config:
+  if model_type in tuple(FAMILIES) or "model.d_model" in config:
     return True
   if model_type not in encoder_names.FAMILIES:
     known = ", ".join([*encoder_names.FAMILIES, *FAMILIES])

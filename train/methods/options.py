@@ -67,9 +67,15 @@ class SharedOptimizerConfig:
   residual_decay: float = 0.95  # decay of the mean square that it is divided by
   # dtype of GaLore's bases; integers have a scale per block
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
-  # dtype of GaLore's moments; empty: the weights', at least float32
-  state_dtype: Literal["", "float32", "bfloat16"] = ""
+  # dtype of GaLore's moments between steps; auto: that of the weights; empty:
+  # float32, as runs that older versions began have it
+  state_dtype: Literal["auto", "float32", "bfloat16", ""] = "auto"
   lora_alpha: float = 32.0  # LoRA's product is multiplied by this over the rank
+
+  @property
+  def moments_dtype(self) -> str | None:
+    """The dtype of moments in the library's terms."""
+    return {"auto": None, "": "float32"}.get(self.state_dtype, self.state_dtype)
 
   def __post_init__(self):
     positive = ("learning_rate", "matrix_lr", "eps", "scale")

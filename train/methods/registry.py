@@ -45,6 +45,7 @@ class Method:
     by_optax: whether Optax projects: what `galore_optax.describe` cannot see.
     accumulates: whether `optimizer.accumulate` applies: gradients are added up
       after the projection.
+    lean: whether gradients at rank r are all that it needs.
     random_bases: whether projections are random, so that no basis is found.
     unwatchable: why its subspaces cannot be measured; "" if they can.
     random_late: whether bases are random from half of the run on.
@@ -72,6 +73,7 @@ class Method:
   projects: bool = False
   by_optax: bool = False
   accumulates: bool = False
+  lean: bool = False
   random_bases: bool = False
   unwatchable: str = ""
   random_late: bool = False
@@ -135,7 +137,9 @@ def _low_rank(c: OptimizerConfig, **shared: Any) -> baselines.LowRank:
   return baselines.low_rank(c.rank, **shared)
 
 
-def _galore(name: str, about: str, make: Make, **facts: Any) -> Method:
+def _galore(
+  name: str, about: str, make: Make, *, lean: bool = True, **facts: Any
+) -> Method:
   """A record of GaLore around another optimizer."""
   return Method(
     name,
@@ -143,6 +147,7 @@ def _galore(name: str, about: str, make: Make, **facts: Any) -> Method:
     make,
     projects=True,
     accumulates=True,
+    lean=lean,
     llama_rate=GALORE_RATE,
     **facts,
   )
@@ -258,6 +263,7 @@ _RECORDS = (
     "GaLore exactly as published: by SVD, all matrices at once",
     transforms.galore_faithful,
     published=True,
+    lean=False,
     ignores={"burst": "whose bases are exact"},
     small=_SMALL_GALORE,
   ),
@@ -284,6 +290,7 @@ _RECORDS = (
     "GaLore whose bases are random from half of the run on",
     transforms.golore,
     random_late=True,
+    lean=False,
     ignores={"burst": "whose bases are random late in the run"},
     small=_SMALL_GALORE,
   ),
@@ -370,6 +377,7 @@ _RECORDS = (
     "SUMO: orthogonalized momentum in a subspace",
     transforms.sumo,
     projects=True,
+    lean=True,
     small={"learning_rate": 8e-3, "scale": 0.2},
     llama_rate=GALORE_RATE,
   ),

@@ -184,7 +184,7 @@ def galore_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
     "proj_type": c.proj_type,
     "refresh": refresh_of(c),
     "basis_dtype": c.basis_dtype,
-    "state_dtype": c.state_dtype or None,
+    "state_dtype": c.moments_dtype,
     "accumulation_steps": c.accumulate,
     # If it knew the shardings, `auto` would choose sides whose bases every
     # device keeps whole; here it is to choose the smallest state.
@@ -335,7 +335,7 @@ def ldadam(c: OptimizerConfig, lr: optax.Schedule, shardings: Any):
   The error has the moments' dtype.
   """
   return galore_optax.ldadam(
-    error_dtype=c.state_dtype or None,
+    error_dtype=c.moments_dtype,
     **_adam(c, lr),
     **_shared_options(c, shardings),
   )

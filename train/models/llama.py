@@ -18,65 +18,18 @@ runs two to three times faster than one that contracts two axes.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from train.config.schema import ModelConfig
-from train.models import attention, layers, rope
+from train.models import attention, layer_kinds, layers, rope
+from train.models.layer_kinds import LayerKind
 from train.parallel.mesh import constrain_batch
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of earlier positions
-
-
-class LayerKind(NamedTuple):
-  """How a layer differs from others; for all layers (L,), for one ()."""
-
-  rotates: Any  # bool: whether queries and keys are rotated
-  windowed: Any  # bool: whether it has the sliding window
-
-
-def kinds(config: ModelConfig) -> LayerKind | None:
-  """The kinds of all layers; None if they are all alike."""
-  windowed, still = config.layers_with_window, config.layers_without_rope
-  count = config.n_layers
-  if not still and len(windowed) in (0, count):
-    return None
-  numbers = np.arange(count)
-  return LayerKind(~np.isin(numbers, still), np.isin(numbers, windowed))
-
-
-def kind_of(config: ModelConfig, number: Any) -> LayerKind | None:
-  """The kind of one layer, whose number may be traced."""
-  found = kinds(config)
-  if found is None:
-    return None
-  return LayerKind(*(jnp.asarray(x)[number] for x in found))
-
-
-def window(
-  config: ModelConfig, length: int, kind: LayerKind | None
-) -> int | jax.Array | None:
-  """Positions that a position attends to, with itself; None: all before it.
-
-  Args:
-    config: of the model.
-    length: of a row.
-    kind: of the layer, if layers differ.
-
-  Returns:
-    An array where the layer decides.
-  """
-  size = config.sliding_window
-  if not 0 < size < length:
-    return None
-  if len(config.layers_with_window) == config.n_layers:
-    return size
-  assert kind is not None
-  return jnp.where(kind.windowed, size, length)
 
 
 def _linear(
@@ -127,7 +80,7 @@ class Attention(nnx.Module):
   ) -> jax.Array:
     """Attends within rows of `length` and segments; (M, D) to (M, D)."""
     heads = self._heads(x_MxD, length, kind)
-    size = window(self.config, length, kind)
+    size = layer_kinds.window(self.config, length, kind)
     out = attention.attend(self.config.attention, *heads, segments_BxT, size)
     return self.o(out.reshape(len(x_MxD), -1))
 
@@ -158,7 +111,7 @@ class Attention(nnx.Module):
     )
     index_S, now_BxTx1 = jnp.arange(keys.shape[1]), positions_BxT[..., None]
     seen_BxTxS = index_S <= now_BxTx1
-    size = window(self.config, keys.shape[1], kind)
+    size = layer_kinds.window(self.config, keys.shape[1], kind)
     if size is not None:
       seen_BxTxS &= index_S > now_BxTx1 - size
     out = jax.nn.dot_product_attention(
@@ -289,7 +242,7 @@ class Llama(nnx.Module):
     def body(x: jax.Array, layer: Block, *kind: LayerKind) -> jax.Array:
       return layer(x, length, segments_BxT, *kind)
 
-    found = kinds(self.config)
+    found = layer_kinds.stacked(self.config)
     each = () if found is None else (jax.tree.map(jnp.asarray, found),)
     return layers.scan(self.config, body, x_MxD, self.layers, *each)
 
@@ -356,7 +309,7 @@ def block(
       layers differ.
   """
   run = nnx.merge(_structures(config)[1], layer)
-  return run(x, length, kind=kind_of(config, number))
+  return run(x, length, kind=layer_kinds.one(config, number))
 
 
 def head(
@@ -407,7 +360,8 @@ def extend(
     return run.extend(x, positions, layer_cache, layer_kind)
 
   x = embed(config, params, tokens)
-  return jax.lax.scan(body, x, (params["layers"], cache, kinds(config)))
+  kinds = layer_kinds.stacked(config)
+  return jax.lax.scan(body, x, (params["layers"], cache, kinds))
 
 
 def _outer(config: ModelConfig, params: dict) -> Llama:

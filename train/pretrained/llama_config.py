@@ -27,7 +27,7 @@ def from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
       `train/models/llama.py` does not implement.
   """
   kind: Any = given.get("model_type")
-  if kind not in FAMILIES:
+  if kind not in tuple(FAMILIES):  # it may be of any type
     known = ", ".join(map(repr, FAMILIES))
     raise UserError(
       f"{source}: model_type is {kind!r:.60}; only {known} can be read"

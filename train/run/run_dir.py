@@ -52,12 +52,14 @@ def check_folder(
 
 # Options whose defaults in a preset differ from those of version 0.1.
 CHANGED = ("optimizer.residual", "optimizer.scale")
+# It was empty by default before bfloat16 weights had bfloat16 moments.
+STATE_DTYPE = "optimizer.state_dtype"
 
 
 def goes_on_as_begun(
   out: pathlib.Path, config: schema.AnyConfig, settings: Sequence[str]
 ) -> schema.AnyConfig:
-  """The config with the defaults of version 0.1, if it began the run.
+  """The config with the defaults of the version that began the run.
 
   Args:
     out: the run's folder.
@@ -65,22 +67,27 @@ def goes_on_as_begun(
     settings: the `--set` flags, which stay as they are.
   """
   saved = out / CONFIG
-  if not saved.exists() or CHANGED[0] in (begun := _read(saved)):
+  if not saved.exists():
     return config
+  begun = _read(saved)
   given = {setting.partition("=")[0] for setting in settings}
-  old = schema.flatten(type(config)(preset="")) | begun
+  old = _defaults(config) | begun
   now = schema.flatten(config)
+  names = () if CHANGED[0] in begun else CHANGED
   changes = [
     f"{name}={old[name]}"
-    for name in CHANGED
+    for name in names
     if name not in given and old[name] != now.get(name)
   ]
-  if not changes:
-    return config
-  print(
-    f"note: {out} was begun by version 0.1, and goes on with its"
-    f" {', '.join(changes)}"
-  )
+  if changes:
+    print(
+      f"note: {out} was begun by version 0.1, and goes on with its"
+      f" {', '.join(changes)}"
+    )
+  if STATE_DTYPE not in given and not old[STATE_DTYPE]:
+    changes.append(f"{STATE_DTYPE}=")
+    if now["model.param_dtype"] != "float32":
+      print(f"note: {out} was begun with float32 moments, and goes on so")
   return schema.override(config, changes)
 
 
@@ -228,11 +235,15 @@ def _without_foreign(
   }
 
 
+def _defaults(config: schema.AnyConfig) -> dict[str, Any]:
+  """What runs that are older than a field had in its place."""
+  return schema.flatten(type(config)(preset="")) | {STATE_DTYPE: ""}
+
+
 def _compare(
   out: pathlib.Path, saved: dict[str, Any], config: schema.SharedConfig
 ) -> None:
-  # A run that is older than a field had what is now the field's default.
-  defaults = schema.flatten(type(config)(preset=""))
+  defaults = _defaults(config)
   new = schema.fixed_fields(schema.flatten(config))
   old = schema.fixed_fields(defaults | _without_foreign(saved, new))
   names = [n for n in {**old, **new} if old.get(n) != new.get(n)]

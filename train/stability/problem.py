@@ -4,10 +4,12 @@ So gradients never stop, and neither do their subspaces: a basis of the first
 steps is of no use later.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 INPUTS, HIDDEN, OUTPUTS = 32, 64, 16
 BATCH = 64
@@ -40,10 +42,17 @@ def _weights(key: jax.Array) -> Params:
 def teacher(step: jax.Array) -> Params:
   """The weights to follow at a step."""
   angle = 2 * jnp.pi * step / PERIOD
-  a, b = _weights(jax.random.key(1000)), _weights(jax.random.key(1001))
   return jax.tree.map(
-    lambda x, y: jnp.cos(angle) * x + jnp.sin(angle) * y, a, b
+    lambda x, y: jnp.cos(angle) * x + jnp.sin(angle) * y, *_teachers()
   )
+
+
+@functools.cache
+def _teachers() -> tuple[Params, Params]:
+  """Two sets of weights, computed now: XLA is slow at folding them."""
+  with jax.ensure_compile_time_eval():
+    weights = _weights(jax.random.key(1000)), _weights(jax.random.key(1001))
+    return jax.device_get(weights)
 
 
 def forward(params: Params, x: jax.Array) -> jax.Array:
@@ -75,6 +84,13 @@ def held_out_loss(params: Params, step: jax.Array, seed: int) -> jax.Array:
   Each seed has inputs of its own, so that rates that are chosen by one seed are
   not chosen by what another reports.
   """
-  x = jax.random.normal(jax.random.key(2000 + seed), (512, INPUTS))
+  x = jnp.asarray(_held_out(seed))
   params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
   return loss(params, x, forward(teacher(step), x))
+
+
+@functools.cache
+def _held_out(seed: int) -> np.ndarray:
+  with jax.ensure_compile_time_eval():
+    x = jax.random.normal(jax.random.key(2000 + seed), (512, INPUTS))
+    return jax.device_get(x)

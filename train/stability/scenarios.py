@@ -1,5 +1,6 @@
 """What a long run has to bear, and the methods that have to bear it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,7 +88,8 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """A method whose learning rate is a part of its state."""
 
-  @optax.inject_hyperparams
+  # By default a rate has the weights' dtype, in which 0.01 is not 0.01.
+  @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
   def build(learning_rate: Any) -> optax.GradientTransformation:
     tx = optax.chain(
       optax.clip_by_global_norm(CLIP), METHODS[method][1](learning_rate)

@@ -158,8 +158,9 @@ def accounting_note(params: Any) -> str:
   dtype = low_precision_dtype(params)
   if dtype:
     note += (
-      f" The moments of adamw and optax.contrib.galore are in {dtype}, like the"
-      " weights, in which a b2 of 0.999 does not decay. GaLore's are in float32"
-      " or 8 bits, unless optimizer.state_dtype and basis_dtype say otherwise."
+      f" The moments of adamw, optax.contrib.galore and GaLore are in {dtype},"
+      " like the weights, or in 8 bits, unless optimizer.state_dtype says"
+      " otherwise. GaLore's are rounded at random, because a b2 of 0.999 does"
+      " not decay if they are rounded to the nearest."
     )
   return note

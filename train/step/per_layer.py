@@ -11,7 +11,7 @@ from flax import nnx
 
 import galore_optax
 from train.config.schema import ModelConfig, TrainConfig
-from train.models import llama
+from train.models import layer_kinds, llama
 from train.parallel import mesh as mesh_lib
 
 # Approximate size of the chunks in which leaves outside of the layers are
@@ -49,7 +49,7 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
   def first(lower: dict, rows: jax.Array) -> Activations:
     table = lower["embed"]["embedding"].astype(config.dtype)
     x_BxTxD = _look_up(table, jnp.maximum(rows[:, :-1], 0))
-    alike = llama.kinds(config) is None
+    alike = layer_kinds.stacked(config) is None
     return Activations(x_BxTxD, None if alike else jnp.float32(0))
 
   def layer(params: dict, x: Activations) -> Activations:
@@ -117,6 +117,7 @@ def fuse(
     chunks=chunks(weights),
     stochastic_rounding=train.rounding == "stochastic",
     seed=train.seed,
+    projected=train.lean,
   )
 
 

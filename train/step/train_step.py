@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 import galore_optax
+from galore_optax._value_and_grad import deferred
 from train.config.schema import ModelConfig, TrainConfig
 from train.models import llama
 from train.parallel import mesh as mesh_lib
@@ -120,6 +121,36 @@ Updater = optax.GradientTransformation | galore_optax.Layerwise
 Gradient = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
 
 
+class Loss(NamedTuple):
+  """A batch's mean loss, as a sum over parts of the batch.
+
+  Attributes:
+    share: from weights, a part, the number of items in the batch, the step's
+      number and the part's to the part's share of the loss, with penalties and
+      without.
+    count: from a batch to the numbers of items in it and of tokens.
+    divide: from a batch to its parts, stacked.
+  """
+
+  share: Callable[..., tuple[jax.Array, jax.Array]]
+  count: Callable[[Any], tuple[jax.Array, jax.Array]]
+  divide: Callable[[Any, int], Any] = mesh_lib.microbatches
+
+  def of(self, batch: Any, step: Any) -> tuple:
+    """The arguments of `share` after the weights, for a whole batch."""
+    items = jnp.maximum(self.count(batch)[0], 1).astype(jnp.float32)
+    return batch, items, step, 0
+
+
+class Backward(NamedTuple):
+  """What the backward pass of a step finds."""
+
+  grads: Any  # of what is trained; those of projected weights may have rank r
+  loss: jax.Array  # (), float32
+  tokens: jax.Array  # (), int32
+  opt_state: Callable[[], Any]  # the state with bases that fit the gradients
+
+
 def abstract_state(
   config: ModelConfig,
   graphdef: nnx.GraphDef,
@@ -220,6 +251,7 @@ def make_train_step(
   config: TrainConfig,
   low_rank_parts: int = 1,
   gradient: Gradient | None = None,
+  loss: Loss | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
   """The jitted training step; it consumes the state that it is given.
 
@@ -234,6 +266,8 @@ def make_train_step(
     low_rank_parts: microbatches whose gradients `tx` adds up at low rank.
     gradient: function of the weights, a batch and the number of the step that
       returns gradient, loss and token count; None for the next-token loss.
+    loss: the loss of which gradients at rank r are taken if `config.lean`; None
+      for the next-token loss.
 
   Returns:
     A function of a state and rows (B, T + 1) int32 that returns the next state
@@ -246,7 +280,7 @@ def make_train_step(
   elif low_rank_parts > 1:
     step = _in_parts(_part_of_step(tx, abstract, config), low_rank_parts)
   else:
-    step = whole_step(tx, abstract, config, gradient)
+    step = whole_step(tx, abstract, config, gradient, loss)
   return jax.jit(
     step,
     donate_argnums=0,
@@ -302,19 +336,104 @@ def _part_of_step(
   tx: optax.GradientTransformation, abstract: AbstractState, config: TrainConfig
 ) -> Callable:
   """A microbatch through the model and an optimizer that accumulates."""
-  gradient = make_gradient(abstract, config)
+  backward = _backward(tx, abstract, config, None, None)
 
   def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
+    count = _count_of(opt_state)
+    found = backward(params, opt_state, rows, count)
     weights = abstract.read(params)
-    grads, loss, _ = gradient(weights, rows)
     # GaLore replaces gradients that are not finite by zero.
-    updates, opt_state = tx.update(grads, opt_state, weights)
+    updates, opt_state = tx.update(found.grads, found.opt_state(), weights)
     key = _rounding_key(config, _count_of(opt_state))
     params = galore_optax.apply_updates(params, updates, key)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    return params, opt_state, metrics
+    norm = optax.tree.norm(found.grads)
+    return params, opt_state, {"loss": found.loss, "grad_norm": norm}
 
   return run
+
+
+def _backward(
+  tx: optax.GradientTransformation,
+  abstract: AbstractState,
+  config: TrainConfig,
+  gradient: Gradient | None,
+  loss: Loss | None,
+) -> Callable[[dict, Any, Any, jax.Array], Backward]:
+  """A function of parameters, optimizer state, batch and step's number."""
+  if config.lean:
+    return _lean(
+      tx, abstract, config, loss or next_token_loss(abstract, config)
+    )
+  if gradient is None:
+    of_tokens = make_gradient(abstract, config)
+    gradient = lambda weights, rows, step: of_tokens(weights, rows)
+
+  def usual(params: dict, opt_state: Any, batch: Any, step: jax.Array):
+    weights, _, back = abstract.differentiable(params)
+    grads, loss, tokens = gradient(weights, batch, step)
+    return Backward(back(grads), loss, tokens, lambda: opt_state)
+
+  return usual
+
+
+def _lean(
+  tx: optax.GradientTransformation,
+  abstract: AbstractState,
+  config: TrainConfig,
+  loss: Loss,
+) -> Callable[[dict, Any, Any, jax.Array], Backward]:
+  """The same with gradients at rank r.
+
+  Of a batch in parts, the first part's gradient refreshes the bases. The parts'
+  projected gradients are added up in float32.
+  """
+  differentiate = deferred(
+    loss.share, tx, has_aux=True, dtype=abstract.config.dtype
+  )
+
+  def whole(params: dict, opt_state: Any, batch: Any, step: jax.Array):
+    value, grads, refreshed = differentiate(
+      params, opt_state, None, *loss.of(batch, step)
+    )
+    return Backward(grads, value[1], loss.count(batch)[1], refreshed)
+
+  def in_parts(params: dict, opt_state: Any, batch: Any, step: jax.Array):
+    _, items, _, _ = loss.of(batch, step)
+
+    def one(opt_state: Any, part: Any, index: jax.Array) -> tuple:
+      (_, alone), grads, refreshed = differentiate(
+        params, opt_state, index == 0, part, items, step, index
+      )
+      return refreshed(), (grads, alone)
+
+    def add(carry: tuple, part: tuple) -> tuple[tuple, None]:
+      opt_state, found = one(carry[0], *part)
+      total = jax.tree.map(lambda a, b: a + b, carry[1], found)
+      return (opt_state, total), None
+
+    parts = (
+      loss.divide(batch, config.accumulate),
+      jnp.arange(config.accumulate),
+    )
+    first = jax.tree.map(lambda x: x[0], parts)
+    _, like = jax.eval_shape(one, opt_state, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+    (new, (grads, alone)), _ = jax.lax.scan(add, (opt_state, zeros), parts)
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, like[0])
+    return Backward(grads, alone, loss.count(batch)[1], lambda: new)
+
+  return whole if config.accumulate == 1 else in_parts
+
+
+def next_token_loss(abstract: AbstractState, config: TrainConfig) -> Loss:
+  """The mean loss of the predicted tokens of a batch."""
+  share = _share_of_loss(abstract, config)
+
+  def count(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    tokens = is_predicted(rows).sum()
+    return tokens, tokens
+
+  return Loss(lambda w, rows, items, *_: share(w, rows, items), count)
 
 
 def _count_of(opt_state: Any) -> jax.Array:
@@ -353,27 +472,25 @@ def whole_step(
   abstract: AbstractState,
   config: TrainConfig,
   gradient: Gradient | None = None,
+  loss: Loss | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
   """The step that computes the whole gradient before it updates weights.
 
   It is not jitted; see `make_train_step`.
   """
-  if gradient is None:
-    of_tokens = make_gradient(abstract, config)
-    gradient = lambda weights, rows, step: of_tokens(weights, rows)
+  backward = _backward(tx, abstract, config, gradient, loss)
 
   def train_step(
     state: TrainState, rows: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    weights, trained, back = abstract.differentiable(state.params)
-    grads, loss, tokens = gradient(weights, rows, state.step)
-    grads = back(grads)
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    found = backward(state.params, state.opt_state, rows, state.step)
+    _, trained, _ = abstract.differentiable(state.params)
+    norm = optax.tree.norm(found.grads)
+    finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
     key = _rounding_key(config, state.step)
 
     def update() -> tuple[Any, Any]:
-      updates, opt_state = tx.update(grads, state.opt_state, trained)
+      updates, opt_state = tx.update(found.grads, found.opt_state(), trained)
       params = abstract.add(state.params, updates, key)
       if abstract.adapters is None:
         return params, opt_state
@@ -385,18 +502,20 @@ def whole_step(
     params, opt_state = jax.lax.cond(
       finite, update, lambda: (state.params, state.opt_state)
     )
-    return finish(state, finite, params, opt_state, loss, norm, tokens)
+    return finish(
+      state, finite, params, opt_state, found.loss, norm, found.tokens
+    )
 
   return train_step
 
 
-def make_gradient(
+def _share_of_loss(
   abstract: AbstractState, config: TrainConfig
-) -> Callable[[dict, jax.Array], tuple[dict, jax.Array, jax.Array]]:
-  """A function from parameters and rows to gradient, loss and token count.
+) -> Callable[[dict, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+  """A microbatch's share of the loss, with penalties and without.
 
-  The loss is the mean over all predicted tokens of the batch. The share of a
-  microbatch is its summed loss, divided by the token count of the whole batch.
+  It is a function of parameters, rows and the number of predicted tokens of the
+  whole batch.
   """
 
   def share(
@@ -407,7 +526,20 @@ def make_gradient(
     penalty = config.z_loss * jnp.square(log_z).sum() / tokens
     return (loss + penalty if config.z_loss else loss), loss
 
-  differentiate = jax.value_and_grad(share, has_aux=True)
+  return share
+
+
+def make_gradient(
+  abstract: AbstractState, config: TrainConfig
+) -> Callable[[dict, jax.Array], tuple[dict, jax.Array, jax.Array]]:
+  """A function from parameters and rows to gradient, loss and token count.
+
+  The loss is the mean over all predicted tokens of the batch. The share of a
+  microbatch is its summed loss, divided by the token count of the whole batch.
+  """
+  differentiate = jax.value_and_grad(
+    _share_of_loss(abstract, config), has_aux=True
+  )
 
   def gradient(params: dict, rows: jax.Array):
     count = is_predicted(rows).sum()

@@ -58,8 +58,8 @@ TINY = {
   "heads": 2,
   "patch": 14,
   "length": 8,
-  "batch": 4,
-  "steps": 6,
+  "batch": 16,
+  "steps": 12,
   "gap": 2,
 }
 
@@ -92,23 +92,24 @@ def test_rules_project_the_matrices(name):
 
 
 @pytest.mark.parametrize(
-  "name",
+  ("name", "method"),
   [
-    name if name == "cnn" else pytest.param(name, marks=pytest.mark.slow)
+    pytest.param(name, method, marks=pytest.mark.slow)
+    if (name, method) != ("cnn", "galore")
+    else (name, method)
     for name in catalog.ENTRIES
+    for method in ("galore", "adamw")
   ],
 )
-def test_an_architecture_trains(name):
+def test_an_architecture_trains(name, method):
   entry, config = tiny(name)
-  for method in ("galore", "adamw"):
-    made = loop.run(entry, config, loop.Rates(method, 3e-2, 1.0), 0)
-    assert made.record["status"] == "done"
-    first, *_, last = (loss for _, loss in made.record["curve"])
-    assert last < first
-    assert made.record["test_loss"] < 1.1 * first
-    assert bool(go.find_bases(made.trainer.opt_state(made.state))) == (
-      method == "galore"
-    )
+  made = loop.run(entry, config, loop.Rates(method, 1e-2, 1.0), 0)
+  assert made.record["status"] == "done"
+  start, test = made.trainer.start(0), entry.prepare(config).test
+  before = loop.mean_scores(made.trainer, start, test)["loss"]
+  assert made.record["test_loss"] < before - 0.02
+  bases = go.find_bases(made.trainer.opt_state(made.state))
+  assert bool(bases) == (method == "galore")
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ def write(
   writer.add_token_merges([" ".join(m) for m in TRAINED["model"]["merges"]])
   writer.add_token_types([3] + [1] * (len(tokens) - 1))
   writer.add_eos_token_id(0)
+  writer.add_chat_template("{{ messages }}")
   source = llama_names.from_params("test", model, lambda: params)
   eight = gguf.GGMLQuantizationType.Q8_0
   for name in source.shapes:
@@ -254,6 +255,8 @@ def test_a_file_is_imported_and_sampled_from(path, tmp_path, capsys):
   assert hf.main(["import", str(path), "--out", str(out)]) == 0
   read = llama_checkpoint.load(out)
   assert read.model == MODEL and read.end_ids == (0,)
+  described = read.extra["tokenizer_config.json"]
+  assert described["chat_template"] == "{{ messages }}"
   flags = ["--prompt", "we", "--tokens", "3", "--temperature", "0"]
   assert sample.main([str(out), *flags]) == 0
   first = capsys.readouterr().out.splitlines()[-1]

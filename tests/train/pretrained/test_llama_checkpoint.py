@@ -432,6 +432,16 @@ def test_numbers_beyond_the_dtype_are_named(written, tmp_path, value):
     llama_names.to_params(weights)
 
 
+def test_a_chat_template_of_its_own_file_is_kept(written, tmp_path):
+  save(copy(written, tmp_path), tmp_path / checkpoint_folder.WEIGHTS)
+  (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+  argv = ["import", str(tmp_path), "--out", str(tmp_path / "out")]
+  assert hf.main(argv) == 0
+  name = checkpoint_folder.TOKENIZER_CONFIG
+  found = json.loads((tmp_path / "out" / name).read_text())
+  assert found["chat_template"] == "{{ messages }}"
+
+
 def test_an_empty_tokenizer_is_not_taken_for_none(written, tmp_path):
   save(copy(written, tmp_path), tmp_path / checkpoint_folder.WEIGHTS)
   (tmp_path / checkpoint_folder.TOKENIZER).write_text("\n")

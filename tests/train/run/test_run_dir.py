@@ -140,6 +140,28 @@ def test_a_folder_that_cannot_be_filled_is_as_before(tmp_path, existed):
   assert out.exists() == existed and not list(tmp_path.rglob("half"))
 
 
+@pytest.mark.parametrize("saved", ["", None, "auto", "bfloat16"])
+def test_a_run_keeps_the_dtype_of_its_moments(tmp_path, saved, capsys):
+  """Older versions wrote "", or no such field, and had float32 moments."""
+  now = presets.make("llama_60m", "galore")
+  name = run_dir.STATE_DTYPE
+  flat = {k: v for k, v in schema.flatten(now).items() if k != name}
+  flat |= {} if saved is None else {name: saved}
+  (tmp_path / run_dir.CONFIG).write_text(json.dumps(flat))
+  config = run_dir.goes_on_as_begun(tmp_path, now, [])
+  was_float32 = not saved
+  assert config.optimizer.state_dtype == ("" if was_float32 else "auto")
+  wanted = "float32" if was_float32 else None
+  assert config.optimizer.moments_dtype == wanted
+  assert ("float32 moments" in capsys.readouterr().out) == was_float32
+  if saved != "bfloat16":
+    run_dir.check_folder(tmp_path, config, overwrite=False)
+  # What the command says stays.
+  asked = schema.override(now, [f"{name}=bfloat16"])
+  found = run_dir.goes_on_as_begun(tmp_path, asked, [f"{name}=bfloat16"])
+  assert found == asked
+
+
 @pytest.mark.parametrize(
   ("field", "value", "refused"),
   [

@@ -30,25 +30,43 @@ def one_after_another(
     Path to what `f` returned.
   """
   results: dict[str, jax.Array] = {}
-  waits = None
-  if not any(map(sharding.on_mesh, jax.tree.leaves(inputs))):
-    # A constant, False on other platforms: the compiler then drops all of this.
-    waits = jax.lax.platform_dependent(
-      cpu=lambda: jnp.bool_(True), default=lambda: jnp.bool_(False)
-    )
-  last = None
+  waits, last = on_cpu(inputs), None
   for path, x in inputs.items():
-    if waits is not None and last is not None:
-      x = jax.tree.map(functools.partial(_after, waits, last), x)
+    if last is not None:
+      x = jax.tree.map(functools.partial(after, waits, last), x)
     results[path] = last = f(path, x)
   return results
 
 
-def _after(waits: jax.Array, first: jax.Array, x: jax.Array) -> jax.Array:
-  """`x` unchanged, but computed from `first`.
+def on_cpu(arrays: Any) -> jax.Array | None:
+  """Whether operations are to wait, for :func:`after`; None on a mesh.
+
+  Args:
+    arrays: A tree of the arrays that they are about.
+  """
+  if any(map(sharding.on_mesh, jax.tree.leaves(arrays))):
+    return None
+  # A constant, False on other platforms: the compiler then drops all of this.
+  return jax.lax.platform_dependent(
+    cpu=lambda: jnp.bool_(True), default=lambda: jnp.bool_(False)
+  )
+
+
+def after(waits: jax.Array | None, first: jax.Array, x: jax.Array) -> jax.Array:
+  """`x` unchanged, but computed from `first`, and so after it.
 
   An optimization barrier would not do: XLA removes it before it schedules.
+
+  Args:
+    waits: What :func:`on_cpu` returned.
+    first: Another array.
+    x: An array.
+
+  Returns:
+    `x`.
   """
+  if waits is None or not first.size:
+    return x
   corner = jax.lax.slice(first, (0,) * first.ndim, (1,) * first.ndim)
   corner = jax.lax.reshape(corner, ())
   never = waits & jax.lax.lt(corner, jax.lax.full_like(corner, -jnp.inf))

@@ -1,0 +1,1 @@
+"""Gradients of rank r that are computed without the full gradient."""

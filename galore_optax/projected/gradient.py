@@ -1,0 +1,154 @@
+r"""A matrix's gradient as it is used: formed, or as its two factors.
+
+The gradient of a weight that multiplies T vectors is a product over them,
+:math:`G = A^\top B`, with A of shape (T, m) and B of shape (T, n). All that
+GaLore does with G is to multiply it by thin matrices,
+
+.. math::
+
+  P^\top G = (A P)^\top B, \quad G Q = A^\top (B Q), \quad
+  G R^\top = A^\top (B R^\top),
+
+which takes :math:`2 T r (m + n)` operations instead of the :math:`2 T m n` that
+form it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax import linalg
+from galore_optax.subspace import find, projection
+
+
+class Gradient(Protocol):
+  """The gradient of one matrix, (m, n)."""
+
+  def project(self, bases: projection.Bases) -> jax.Array:
+    """The projected gradient, float32."""
+    ...
+
+  def image(self, basis: jax.Array, side: str) -> jax.Array:
+    """The image of a basis under the Gram operator; see `find.gram`."""
+    ...
+
+
+class Formed(NamedTuple):
+  """A gradient as one array.
+
+  Attributes:
+    array: (m, n).
+  """
+
+  array: jax.Array
+
+  def project(self, bases: projection.Bases) -> jax.Array:
+    """The projected gradient, float32."""
+    return projection.project(self.array, bases)
+
+  def image(self, basis: jax.Array, side: str) -> jax.Array:
+    """The image of a basis under the Gram operator; see `find.gram`."""
+    return find.gram(self.array, basis, side)
+
+
+class Factored(NamedTuple):
+  """A gradient as a product over tokens that is never computed.
+
+  Sums over tokens are in float32. The thin products are rounded to the dtype of
+  the factors, as activations are.
+
+  Attributes:
+    rows: A, (T, m).
+    cols: B, (T, n).
+    axes: Mesh axes of `jax.shard_map` that divide the tokens.
+  """
+
+  rows: jax.Array
+  cols: jax.Array
+  axes: tuple[str, ...]
+
+  def project(self, bases: projection.Bases) -> jax.Array:
+    """The projected gradient, float32."""
+    rows = _thin(self.rows, bases.get("left"))
+    cols = _thin(self.cols, bases.get("right"))
+    return self._sum(rows, cols)
+
+  def image(self, basis: jax.Array, side: str) -> jax.Array:
+    """The image of a basis under the Gram operator; see `find.gram`."""
+    low = find.scaled(self.project({side: basis}))
+    if side == "left":
+      return self._sum(self.rows, _thin(self.cols, low.T))
+    return self._sum(self.cols, _thin(self.rows, low))
+
+  def _sum(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The sum over all tokens of the outer products of rows of a and b."""
+    # On CPU the product is faster if the wider operand is the left one.
+    if a.shape[1] < b.shape[1]:
+      total = linalg.matmul("tj,ti->ji", b, a).T
+    else:
+      total = linalg.matmul("ti,tj->ij", a, b)
+    return jax.lax.psum(total, self.axes) if self.axes else total
+
+
+def _thin(x: jax.Array, basis: jax.Array | None) -> jax.Array:
+  """The product x P in the dtype of x; x itself if there is no basis."""
+  if basis is None:
+    return x
+  return linalg.matmul("ti,ir->tr", x, basis.astype(x.dtype)).astype(x.dtype)
+
+
+class Found(NamedTuple):
+  """What a backward pass finds for one leaf.
+
+  Attributes:
+    low: Projected gradients (..., r, n), (..., m, r) or (..., r, r).
+    bases: Side to the bases of this step, (..., m, r) or (..., n, r).
+    valid: 1 where a basis was due, and its gradient finite and not zero;
+      (..., 1, 1), float32.
+  """
+
+  low: Any
+  bases: Any
+  valid: Any
+
+  def astype(self, gradient_dtype: Any, basis_dtype: Any) -> "Found":
+    """The same, rounded to the dtypes in which it is handed out."""
+    bases = {side: x.astype(basis_dtype) for side, x in self.bases.items()}
+    return Found(self.low.astype(gradient_dtype), bases, self.valid)
+
+
+def find_and_project(
+  gradient: Gradient,
+  old: Mapping[str, jax.Array],
+  due: jax.Array,
+  iterations: Any,
+) -> Found:
+  """Refreshes the bases of one matrix if they are due, and projects.
+
+  Args:
+    gradient: The gradient.
+    old: Side to basis (m, r) or (n, r).
+    due: Whether the bases are due, bool scalar.
+    iterations: Subspace iterations of a refresh.
+
+  Returns:
+    The projected gradient and the bases it was projected on.
+  """
+
+  def refresh(old: dict) -> tuple[dict, jax.Array]:
+    new, valid = {}, jnp.bool_(True)
+    for side, basis in old.items():
+      image = lambda basis, side=side: gradient.image(basis, side)
+      new[side], ok = find.iterate(image, basis, iterations)
+      valid &= ok
+    return new, valid
+
+  def keep(old: dict) -> tuple[dict, jax.Array]:
+    return old, jnp.zeros_like(due)
+
+  old = {side: basis.astype(jnp.float32) for side, basis in old.items()}
+  bases, valid = jax.lax.cond(due, refresh, keep, old)
+  valid = valid.astype(jnp.float32)[None, None]
+  return Found(gradient.project(bases), bases, valid)

@@ -1,0 +1,253 @@
+"""An optimizer's GaLores at one step, and the weights that they project.
+
+It runs a function of parameters with projected weights in place of arrays.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax.context import UpdateContext
+from galore_optax.projected import probe, rewrite
+from galore_optax.projected.gradient import Found
+from galore_optax.projected.weight import Form, Weight
+from galore_optax.quantization import qarray
+from galore_optax.quantized_params import dequantize_params
+from galore_optax.tree import paths, plan, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Projecting:
+  """How the gradients of parameters are projected at one step.
+
+  Attributes:
+    params: The parameters, read as arrays.
+    state: The optimizer's state.
+    galores: The GaLores in the optimizer.
+    weights: Path to weight, for the leaves whose gradient is projected.
+  """
+
+  params: Any
+  state: Any
+  galores: Sequence[probe.Described]
+  weights: Mapping[str, Weight]
+
+  @property
+  def rest(self) -> dict[str, jax.Array]:
+    """Path to array, for all other leaves."""
+    leaves = paths.leaves_by_path(self.params)
+    return {p: x for p, x in leaves.items() if p not in self.weights}
+
+  @property
+  def slots(self) -> dict[str, Found]:
+    """Path to slot, for the projected leaves."""
+    return {path: x.slot for path, x in self.weights.items()}  # type: ignore
+
+  def trace(self, f: Callable, *args: Any) -> tuple[Callable, Any]:
+    """A function of parameters, as one of arrays and slots.
+
+    Args:
+      f: From parameters and further arguments to a tree of arrays.
+      *args: The further arguments, of which only the types are used.
+
+    Returns:
+      A function of path to array, path to slot, and the further arguments, that
+      returns what `f` does; and the shapes of that.
+
+    Raises:
+      ValueError: If devices would refresh the bases each from their own
+        gradient.
+    """
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(self.params, *args)
+    types = [*jax.tree.leaves((self.params, args)), *closed.consts]
+    _check_devices(types, closed.out_avals)
+    names = list(paths.leaves_by_path(self.params))
+
+    def call(rest: Mapping, slots: Mapping, *args: Any) -> Any:
+      values: dict[str, Any] = dict(rest)
+      for path, weight in self.weights.items():
+        values[path] = dataclasses.replace(weight, slot=slots[path])
+      inputs = [*(values[name] for name in names), *jax.tree.leaves(args)]
+      results = rewrite.run(closed, inputs)
+      return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return call, shapes
+
+  def gradients(
+    self, rest: Mapping[str, jax.Array], found: Mapping[str, Found]
+  ) -> dict[str, jax.Array]:
+    """Path to gradient: projected, or as `rest` has it."""
+    return {**rest, **{path: x.low for path, x in found.items()}}
+
+  def refreshed(self, found: Mapping[str, Found]) -> Any:
+    """The optimizer's state with the bases that a backward pass found."""
+    new: dict[int | None, Any] = {
+      id(galore.step): galore.refreshed(
+        {path: found[path] for path in galore.sites if path in found}
+      )
+      for galore in self.galores
+    }
+    return jax.tree.map(
+      lambda x: new.get(_identity(x), x),
+      self.state,
+      is_leaf=lambda x: _identity(x) in new,
+    )
+
+
+def prepare(
+  tx: optax.GradientTransformationExtraArgs,
+  params: Any,
+  state: Any,
+  context: UpdateContext = UpdateContext(),  # noqa: B008
+  active: Any = None,
+  dtype: Any = None,
+) -> Projecting:
+  """Finds what of a step's gradients is projected, and how.
+
+  Args:
+    tx: The optimizer.
+    params: The parameters; some may be quantized.
+    state: The optimizer's state.
+    context: The circumstances of the update that follows.
+    active: Whether bases may be refreshed, bool scalar; None for True.
+    dtype: Dtype in which quantized weights are read; None for float32.
+
+  Raises:
+    ValueError: If there is no GaLore, or one that needs whole gradients, or an
+      optimizer around it conceals its state.
+  """
+  arrays = dequantize_params(params, dtype)
+  # Nothing is computed from the zeros, and a compiler removes them.
+  zeros = jax.tree.map(jnp.zeros_like, arrays)
+  galores = probe.describe(tx, zeros, state, arrays, context, active)
+  _check_found(galores, state)
+  leaves = paths.leaves_by_path(params)
+  weights: dict[str, Weight] = {}
+  for galore in galores:
+    weights |= _weights(galore, leaves, dtype)
+  return Projecting(arrays, state, galores, weights)
+
+
+def _identity(x: Any) -> int | None:
+  """Identifies a GaLore's state by the array that counts its steps."""
+  is_state = hasattr(x, "step") and hasattr(x, "projector")
+  return id(x.step) if is_state else None
+
+
+def _check_found(galores: list[probe.Described], state: Any) -> None:
+  """Raises if there is no GaLore, or if its state is not to be found."""
+  if not galores:
+    raise ValueError(
+      "`tx` has no `galore(...)` that gradients of rank r could be given to: "
+      "either there is none, or an optimizer around it does not hand extra "
+      "arguments on, such as `optax.MultiSteps`. (To accumulate gradients give "
+      "`galore` its `accumulation_steps`.) Use jax.value_and_grad instead."
+    )
+  is_state = lambda x: _identity(x) is not None
+  nodes = jax.tree.leaves(state, is_leaf=is_state)
+  states = [_identity(x) for x in nodes]
+  if any(id(galore.step) not in states for galore in galores):
+    raise ValueError(
+      "An optimizer around `galore(...)` runs it within a condition, as "
+      "`optax.MultiSteps` does, where its bases cannot be refreshed. To "
+      "accumulate gradients give `galore` its `accumulation_steps`."
+    )
+
+
+def _weights(
+  galore: probe.Described, leaves: Mapping[str, Any], dtype: Any
+) -> dict[str, Weight]:
+  """Path to weight, for the leaves whose gradient is projected."""
+  return {
+    path: _weight(galore, site, leaves[path], dtype)
+    for path, site in galore.sites.items()
+    # Otherwise the shape would not tell whether a gradient is projected.
+    if site.low_shape != site.view.shape
+  }
+
+
+def _weight(
+  galore: probe.Described, site: plan.Site, leaf: Any, dtype: Any
+) -> Weight:
+  """One leaf with all that its gradient is projected with."""
+  view, bases = site.view, galore.bases[site.path]
+  if qarray.is_quantized(leaf):
+    gradient_dtype = jnp.dtype(dtype or jnp.float32)
+  else:
+    gradient_dtype = leaf.dtype
+  basis_dtype = jnp.promote_types(gradient_dtype, _stored_dtype(bases))
+  form = Form(
+    batch=view.batch,
+    rows=view.rows,
+    cols=view.cols,
+    axes=tuple(range(len(view.shape))),
+    dtype=gradient_dtype,
+    gradient_dtype=gradient_dtype,
+    basis_dtype=basis_dtype,
+    iterations=None if _is_traced(galore.iterations) else galore.iterations,
+  )
+  weight = Weight(
+    leaf,
+    bases,
+    galore.due[site.path],
+    galore.iterations if form.iterations is None else None,
+    _slot(site, leaf, form),
+    form,
+  )
+  return sharding.vary_together(weight)
+
+
+def _stored_dtype(bases: Mapping[str, Any]) -> Any:
+  """The dtype of bases; bfloat16 for codes, which hold no more digits."""
+  dtypes = {
+    jnp.bfloat16 if qarray.is_quantized(x) else x.dtype for x in bases.values()
+  }
+  return jnp.result_type(*dtypes)
+
+
+def _slot(site: plan.Site, leaf: Any, form: Form) -> Found:
+  """Zeros for what a backward pass finds, sharded as the state is."""
+  like = leaf.codes if qarray.is_quantized(leaf) else leaf
+  zeros = lambda shape, dtype, spec: sharding.shard_divisible_like(
+    jnp.zeros(shape, dtype), like, spec
+  )
+
+  def of_side(side: str) -> jax.Array:
+    keep = -2 if side == "left" else -1
+
+    def spec(parts: tuple) -> tuple:
+      parts = site.view.spec(parts)
+      return (*parts[:-2], parts[keep], None)
+
+    return zeros(site.basis_shape(side), form.basis_dtype, spec)
+
+  return Found(
+    zeros(site.low_shape, form.gradient_dtype, site.view.spec),
+    {side: of_side(side) for side in site.sides},
+    zeros(
+      (*site.view.stack, 1, 1),
+      jnp.float32,
+      lambda parts: (*site.view.spec(parts)[:-2], None, None),
+    ),
+  )
+
+
+def _is_traced(x: Any) -> bool:
+  return isinstance(x, jax.core.Tracer)
+
+
+def _check_devices(arrays: Sequence[Any], results: Sequence[Any]) -> None:
+  """Raises where nothing says over which devices the gradient is summed."""
+  axes = jax.sharding.get_abstract_mesh().manual_axes
+  types = [*map(jax.typeof, arrays), *results]
+  if axes and not any(x.manual_axis_type.varying for x in types):
+    raise ValueError(
+      f"Within the mesh axes {axes}, each device would refresh the bases from "
+      "its own gradient, and they would differ. `jax.shard_map` with "
+      "check_vma=True knows what the devices share, and sums over them; "
+      "`jax.pmap` and check_vma=False do not. Use jax.value_and_grad there."
+    )
