@@ -429,7 +429,7 @@ def test_options_that_exclude_one_another_are_refused():
 def test_what_a_method_has_no_use_for_is_refused(name, fields):
   chosen = schema.OptimizerConfig(name=name, **fields)
   with pytest.raises(schema.UserError, match=next(iter(fields))):
-    optimizer.make_optimizer(chosen, 10)
+    optimizer.make_optimizer(schema.Config("", optimizer=chosen).optimizer, 10)
 
 
 def test_gum_does_not_go_layer_by_layer():
