@@ -15,6 +15,7 @@ import dataclasses
 import pathlib
 import sys
 import textwrap
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -239,18 +240,27 @@ def run(flags: argparse.Namespace, config: Config, out: pathlib.Path) -> int:
       print(f"folder     {out}")
       start = int(state.step)
       try:
-        outcome = loop.train(job, state, signals.agreed_stop(stopped, mesh))
-      except Diverged:
-        if multihost.is_first():  # a result without scores: it diverged
-          report.write(out, config, {"scores": {}})
-        raise
+        with _recording_divergence(config, out):
+          outcome = loop.train(job, state, signals.agreed_stop(stopped, mesh))
       finally:
         job.close()
     status = exit_status.report_end(job, outcome, start)
     if status is not None:
       return status
-    finish(config, model, abstract, job, outcome.state)
+    with _recording_divergence(config, out):
+      finish(config, model, abstract, job, outcome.state)
     return 0
+
+
+@contextlib.contextmanager
+def _recording_divergence(config: Config, out: pathlib.Path) -> Generator[None]:
+  """Writes a result without scores if the loss is not finite at the end."""
+  try:
+    yield
+  except Diverged:
+    if multihost.is_first():
+      report.write(out, config, {"scores": {}})
+    raise
 
 
 def _check_source(source: str, out: pathlib.Path) -> None:

@@ -152,14 +152,14 @@ def test_help_lists_presets_and_fields(capsys):
   fields = text.partition("fields for --set")[2]
   assert max(map(len, fields.splitlines())) <= 80
   # Each group by its name, each field with what it takes.
-  for line in ("model: A LLaMA decoder.", "mesh: Devices along each axis"):
+  for line in ("model: A LLaMA decoder", "mesh: Devices along each axis"):
     assert f"\n{line}" in fields
   one_line = " ".join(fields.split())
   for fragment in (
     "model.n_layers=4 number of blocks (int)",
     "0: as many as query heads (int)",
     "model.tie_embeddings=false use the transposed embedding as the head",
-    'at least float32 ("", float32, bfloat16)',
+    'older versions began have it (auto, float32, bfloat16, "")',
     "run.prompt=The people of the United States start of the text sampled at",
   ):
     assert fragment in one_line
