@@ -108,13 +108,20 @@ def _bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
 def _inline(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
   """A call: its operations."""
   inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-  return _run(inner.jaxpr, inner.consts, values)
+  return _run(*_opened(inner), values)
+
+
+def _opened(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+  """A jaxpr and its constants; which of the two kinds a call holds varies."""
+  if isinstance(jaxpr, core.ClosedJaxpr):
+    return jaxpr.jaxpr, jaxpr.consts
+  return jaxpr, ()
 
 
 def _checkpoint(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
   """A checkpoint: the same around its operations."""
   checkpointed: Callable = jax.checkpoint(
-    lambda values: _run(eqn.params["jaxpr"], (), values),
+    lambda values: _run(*_opened(eqn.params["jaxpr"]), values),
     prevent_cse=eqn.params["prevent_cse"],
     policy=eqn.params["policy"],
   )
@@ -124,9 +131,9 @@ def _checkpoint(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
 def _scan(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
   """A loop: the same loop, which slices projected weights too."""
   params = eqn.params
-  inner = params["jaxpr"]
-  consts = params["num_consts"]
-  first = consts + params["num_carry"]
+  inner, constants = _opened(params["jaxpr"])
+  consts, carries = _scan_counts(params)
+  first = consts + carries
   # What all steps of the loop share collects its gradient over all of them.
   shared = [*map(_as_array, values[:first])]
   slices, makes = [], []
@@ -142,7 +149,7 @@ def _scan(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
 
   def body(carry: list, elements: list) -> tuple[list, list]:
     sliced = [make(x) for make, x in zip(makes, elements, strict=True)]
-    out = _run(inner.jaxpr, inner.consts, [*shared[:consts], *carry, *sliced])
+    out = _run(inner, constants, [*shared[:consts], *carry, *sliced])
     return out[: len(carry)], out[len(carry) :]
 
   carry, stacked = jax.lax.scan(
@@ -154,6 +161,14 @@ def _scan(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
     unroll=params["unroll"],
   )
   return [*carry, *stacked]
+
+
+def _scan_counts(params: Any) -> tuple[int, int]:
+  """Numbers of a loop's operands that all steps share, and that it carries."""
+  if "num_consts" in params:
+    return params["num_consts"], params["num_carry"]
+  shared, carried, _ = params["ft_in"].unpack()  # from JAX 0.12 on
+  return len(shared), len(carried)
 
 
 def _dot_general(eqn: core.JaxprEqn, values: list[Any]) -> list[Any] | None:
