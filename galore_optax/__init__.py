@@ -35,6 +35,7 @@ from galore_optax.optimizers.recipes import (
   galore_sgd,
   q_galore_adamw_8bit,
 )
+from galore_optax.per_layer.host import host_shardings
 from galore_optax.per_layer.model import Layered, stack, unstack
 from galore_optax.per_layer.step import (
   EndState,
@@ -87,6 +88,7 @@ __all__ = [
   "galore_lion",
   "galore_sgd",
   "gum",
+  "host_shardings",
   "layerwise",
   "ldadam",
   "polar_factor",

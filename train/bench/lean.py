@@ -90,7 +90,7 @@ class _Run:
     config = _config(flags, method, lean)
     mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
     with jax.set_mesh(mesh):
-      setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+      setup = setup_lib.make(config, mesh)
       self._state = train_step.init_state(setup.tx, setup.abstract, 0)
       ids = np.random.default_rng(0).integers(
         0, flags.vocab, (flags.rows, flags.length + 1)
@@ -172,7 +172,7 @@ def _flops(size: str) -> dict[str, float]:
     config = schema.override(config, [*fields, "model.remat=none"])
     mesh: Any = mesh_lib.make_mesh(config.mesh, ROWS)
     with jax.set_mesh(mesh):
-      setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+      setup = setup_lib.make(config, mesh)
       step = train_step.whole_step(setup.tx, setup.abstract, config.train)
       shape = (ROWS, config.data.length + 1)
       rows = jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -191,6 +191,15 @@ def abstract_state(
   )
 
 
+def offload(abstract: AbstractState) -> AbstractState:
+  """The same, with the state of a layer-by-layer optimizer in host memory."""
+  where = galore_optax.host_shardings(
+    abstract.state.opt_state, abstract.shardings.opt_state
+  )
+  shardings = abstract.shardings._replace(opt_state=where)
+  return abstract._replace(shardings=shardings)
+
+
 def _abstract_params(
   config: ModelConfig, adapters: Adapters | None, weights: dict, shardings: dict
 ) -> tuple[dict, dict]:
