@@ -21,11 +21,10 @@ import ray
 from ray.util import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-# What is the same after a restart: wrong settings, and a request to stop.
+# After which nothing is started again: done, wrong settings, asked to stop.
 FINAL = (0, 2, 130)
 
 
-@ray.remote(max_concurrency=2)
 class Host:
   """The process of one node."""
 
@@ -60,8 +59,10 @@ def attempt(nodes: int, resources: dict[str, float], flags: list[str]) -> int:
   """Starts a process on each node; returns the largest exit status."""
   group = placement_group([resources] * nodes, strategy="SPREAD")
   ray.get(group.ready())
+  # So that `stop` is heard while `run` waits.
+  host_actor = ray.remote(max_concurrency=2)(Host)
   hosts = [
-    Host.options(
+    host_actor.options(
       num_cpus=resources["CPU"],
       num_gpus=resources.get("GPU", 0),
       scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
@@ -104,10 +105,11 @@ def main() -> int:
   resources = {"CPU": options.cpus}
   resources |= {"GPU": options.gpus} if options.gpus else {}
   ray.init()
-  for _ in range(1 + options.restarts):
-    status = attempt(options.nodes, resources, options.flags)
+  status = attempt(options.nodes, resources, options.flags)
+  for _ in range(options.restarts):
     if status in FINAL:
       break
+    status = attempt(options.nodes, resources, options.flags)
   return status
 
 
