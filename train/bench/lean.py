@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax._value_and_grad import deferred
+import galore_optax
 from train.config import presets, schema
 from train.estimate import jaxpr_cost
 from train.measure import tables as tables_lib
@@ -144,7 +144,9 @@ def _gradient_pass(
   """A compiled gradient pass at a step without a refresh."""
   loss = train_step.next_token_loss(setup.abstract, config.train)
   if config.train.lean:
-    run = deferred(loss.share, setup.tx, has_aux=True)
+    run = galore_optax.deferred_value_and_grad(
+      loss.share, setup.tx, has_aux=True
+    )
 
     def differentiate(params: Any, opt_state: Any, rows: jax.Array) -> Any:
       return run(params, opt_state, False, *loss.of(rows, 1))[:2]

@@ -9,7 +9,6 @@ import optax
 from flax import nnx
 
 import galore_optax
-from galore_optax._value_and_grad import deferred
 from train.config.schema import ModelConfig, TrainConfig
 from train.models import llama
 from train.parallel import mesh as mesh_lib
@@ -396,7 +395,7 @@ def _lean(
   Of a batch in parts, the first part's gradient refreshes the bases. The parts'
   projected gradients are added up in float32.
   """
-  differentiate = deferred(
+  differentiate = galore_optax.deferred_value_and_grad(
     loss.share, tx, has_aux=True, dtype=abstract.config.dtype
   )
 
