@@ -179,21 +179,9 @@ def _flops(size: str) -> dict[str, float]:
       shape = (ROWS, config.data.length + 1)
       rows = jax.ShapeDtypeStruct(shape, jnp.int32)
       program = jax.make_jaxpr(step)(setup.abstract.state, rows)
-    # The cheaper branch is a step without a refresh, but also a skipped one.
-    found[name] = _count(program.jaxpr)
+    # The cheaper branch is a step without a refresh.
+    found[name] = jaxpr_cost.count_flops(program.jaxpr, min)
   return {name: flops / found["AdamW"] for name, flops in found.items()}
-
-
-def _count(jaxpr: Any) -> int:
-  """FLOPs of a step that is not skipped, and refreshes nothing."""
-  total = jaxpr_cost.count_flops(jaxpr, min)
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "cond":  # whether the gradient is finite
-      total += max(
-        jaxpr_cost.count_flops(branch.jaxpr, min)
-        for branch in eqn.params["branches"]
-      )
-  return total
 
 
 HEAD = ["", "gradient pass / AdamW's", "s", "training step / AdamW's", "s"]

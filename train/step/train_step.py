@@ -507,8 +507,12 @@ def whole_step(
         params, opt_state, count, config.seed
       )
 
-    params, opt_state = jax.lax.cond(
-      finite, update, lambda: (state.params, state.opt_state)
+    # A selection is made in place. A conditional would have the old state and
+    # the new one in memory at once, and a GPU would wait for its predicate.
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      update(),
+      (state.params, state.opt_state),
     )
     return finish(
       state, finite, params, opt_state, found.loss, norm, found.tokens
