@@ -5,7 +5,10 @@ from typing import Any
 from galore_optax import baselines
 from galore_optax._chain import chain
 from galore_optax._galore import GaLoreState, galore
-from galore_optax._value_and_grad import projected_value_and_grad
+from galore_optax._value_and_grad import (
+  deferred_value_and_grad,
+  projected_value_and_grad,
+)
 from galore_optax.diagnostics import (
   basis_overlap,
   captured_energy,
@@ -77,6 +80,7 @@ __all__ = [
   "basis_overlap",
   "captured_energy",
   "chain",
+  "deferred_value_and_grad",
   "dequantize",
   "dequantize_params",
   "describe",
