@@ -123,7 +123,7 @@ def connect(config: MeshConfig) -> None:
     arguments["process_id"] = config.process
   try:
     jax.distributed.initialize(**arguments)
-  except (RuntimeError, ValueError) as error:
+  except (RuntimeError, ValueError, OSError) as error:
     reason = str(error).splitlines()[0]
     raise UserError(
       f"the processes of the run could not be joined ({reason}). Set"

@@ -81,6 +81,11 @@ def gke(index, port):
     "TPU_WORKER_HOSTNAMES": "localhost,localhost",
     "TPU_WORKER_ID": str(index),
     "JAX_COORDINATOR_PORT": str(port),
+    # So that JAX does not ask the metadata server, which is not here.
+    "TPU_SKIP_MDS_QUERY": "true",
+    "MEGASCALE_COORDINATOR_ADDRESS": "",
+    "MEGASCALE_NUM_SLICES": "",
+    "MEGASCALE_SLICE_ID": "",
   }
 
 
@@ -141,6 +146,17 @@ def test_what_jax_does_not_find_is_read_from_the_environment(
 def test_a_variable_that_is_missing_is_named(change, message):
   with pytest.raises(UserError, match=message):
     multihost.place(ray(0, 9) | change)
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
+
+  def fail(**arguments):
+    raise ConnectionError("metadata.google.internal: Name not known")
+
+  monkeypatch.setattr(jax.distributed, "initialize", fail)
+  monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+  with pytest.raises(UserError, match=r"joined \(metadata.*JAX_PROCESS_ID"):
+    multihost.connect(schema.MeshConfig(coordinator="auto"))
 
 
 @pytest.mark.parametrize(
