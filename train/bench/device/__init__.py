@@ -24,9 +24,11 @@ import tempfile
 import time
 from typing import Any
 
-from train.bench.device import facts, table
+from train.bench import options
+from train.bench.device import facts, pools, steps, table
 from train.bench.device.rows import LeftOut, Settings, read
 from train.common import units
+from train.config import presets
 
 BY_DEVICE = True  # a record for each kind of device
 QUICK = {"seconds": 600.0}
@@ -45,12 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default=270.0,
     help="what would take longer is left out (default: %(default)s)",
   )
+  parser.add_argument(
+    "--sizes",
+    default=",".join(steps.SIZES),
+    metavar="PRESET,PRESET",
+    help="what is trained in the second part (default: %(default)s)",
+  )
 
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Runs all parts; returns what is known of the device, and their rows."""
   with tempfile.TemporaryDirectory() as folder:
-    bench = _Bench(flags.quick, flags.seconds, pathlib.Path(folder) / "rows")
+    bench = _Bench(flags, pathlib.Path(folder) / "rows")
     bench.run()
     rows = bench.rows()
   results = {"device": bench.device, "quick": flags.quick, "rows": rows}
@@ -77,8 +85,9 @@ class _Bench:
   This process leaves the device alone, because the others need its memory.
   """
 
-  def __init__(self, quick: bool, seconds: float, path: pathlib.Path):
-    self._quick, self._seconds, self._path = quick, seconds, path
+  def __init__(self, flags: argparse.Namespace, path: pathlib.Path):
+    self._quick, self._seconds, self._path = flags.quick, flags.seconds, path
+    self._sizes = options.choose("--sizes", flags.sizes, presets.PRESETS)
     self._begin = time.time()
     self._own: list[dict[str, Any]] = []  # rows of this process
     self.device: dict[str, Any] = {}
@@ -100,8 +109,6 @@ class _Bench:
 
   def _pools(self) -> None:
     """Runs the cases of the last part."""
-    from train.bench.device import pools
-
     try:
       cases = pools.cases(self.device, self._quick)
     except LeftOut as reason:
@@ -140,6 +147,7 @@ class _Bench:
     """Runs a part in a process; what goes wrong with it becomes a row."""
     print(f"{title or name} ...", flush=True)
     until = self._begin + share * self._seconds
+    more["sizes"] = tuple(self._sizes)
     settings = Settings(self._quick, until, self.device, **more)
     patience = max(until - time.time(), 0) + PATIENCE * self._seconds
     module = f"{__name__}.child"

@@ -71,7 +71,7 @@ def run(part: Part, settings: Settings) -> None:
   quick = settings.quick
   name = name_of(settings.case, settings.pool_gb, quick)
   found: dict[str, Any] = {"way": settings.case}
-  with part.guarded(name, **found):
+  with part.guarded(name, found):
     trainer = steps.Trainer(config_of(settings))
     found["forecast"] = trainer.forecast
     pool = int(settings.pool_gb * units.GB)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from train.common.errors import UserError, first_line
+from train.common.errors import first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Settings:
   Attributes:
     quick: Whether to take tiny shapes.
     until: When the part should be done, in seconds of `time.time`.
-    device: What is known of the device, from `describe` in machine.py.
+    device: What is known of the device, from `describe` in facts.py.
+    sizes: Presets to train in the second part.
     pool_gb: Size of the memory pool of the process, in GB; 0 for all memory.
     case: Name of the only case to run, or "" for all.
   """
@@ -33,6 +34,7 @@ class Settings:
   device: dict[str, Any] = dataclasses.field(default_factory=dict)
   pool_gb: float = 0.0
   case: str = ""
+  sizes: tuple[str, ...] = ()
 
   def left(self) -> float:
     """Seconds that are left."""
@@ -45,7 +47,8 @@ class Settings:
   @classmethod
   def from_json(cls, text: str) -> "Settings":
     """Settings that `as_json` wrote."""
-    return cls(**json.loads(text))
+    found = json.loads(text)
+    return cls(**found | {"sizes": tuple(found["sizes"])})
 
 
 class Part:
@@ -66,17 +69,22 @@ class Part:
       file.write(json.dumps(row, allow_nan=False) + "\n")
 
   @contextlib.contextmanager
-  def guarded(self, name: str, **row: Any) -> Iterator[None]:
-    """Makes an error a row, so that the next case can run."""
+  def guarded(
+    self, name: str, row: dict[str, Any] | None = None
+  ) -> Iterator[None]:
+    """Makes an error a row, so that the next case can run.
+
+    Args:
+      name: Of the case.
+      row: What else its row says; it may grow until the error.
+    """
     try:
       yield
     except LeftOut as reason:
-      self.add(name=name, **row, left_out=str(reason))
-    except UserError:
-      raise
+      self.add(name=name, **(row or {}), left_out=str(reason))
     except Exception as error:
       found = f"{type(error).__name__}: {first_line(error)}"
-      self.add(name=name, **row, failed=found)
+      self.add(name=name, **(row or {}), failed=found)
 
 
 class LeftOut(Exception):
@@ -84,13 +92,17 @@ class LeftOut(Exception):
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows that parts have appended to a file; a cut last line is left."""
-  rows = []
+  """The rows that parts have appended to a file; a cut last line is left.
+
+  Rows of the same part and name are one: later ones add to the first.
+  """
+  found: dict[tuple, dict[str, Any]] = {}
   text = path.read_text(encoding="utf-8") if path.exists() else ""
   for line in text.splitlines():
     with contextlib.suppress(ValueError):
-      rows.append(json.loads(line))
-  return rows
+      row = json.loads(line)
+      found.setdefault((row["part"], row.get("name")), {}).update(row)
+  return list(found.values())
 
 
 def _plain(value: Any) -> Any:

@@ -32,7 +32,7 @@ WAYS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
   "8-bit GaLore": ("galore_8bit", False, ()),
   "GaLore, lean": ("galore", True, ()),
 }
-TARGETS = ("llama_350m", "llama_1b")
+SIZES = ("llama_350m", "llama_1b")
 QUICK_WAYS = ("AdamW", "GaLore, lean")
 # What a slow device takes instead, the first that fits the time.
 SMALLER = ("llama_130m", "llama_60m", "llama_9m")
@@ -72,7 +72,7 @@ def run(part: Part, settings: Settings) -> None:
   slow = settings.device["platform"] == "cpu"
   batch = Batch(2, 256) if slow else Batch(16, 256)
   done = False
-  for size in TARGETS:
+  for size in settings.sizes:
     with part.guarded(size):
       check_time(settings, size, batch)
       measure(part, settings, size, batch)
@@ -232,27 +232,22 @@ def measure(part: Part, settings: Settings, size: str, batch: Batch) -> None:
   room = settings.device["memory"]
   trainers: dict[str, Trainer] = {}
   for way in QUICK_WAYS if settings.quick else WAYS:
-    with part.guarded(f"{size}, {way}"):
+    name = f"{size}, {way}"
+    with part.guarded(name):
       method, lean, own = WAYS[way]
       trainer = Trainer(config_of(size, method, batch, dtype, own, lean=lean))
+      part.add(name=name, forecast=trainer.forecast, dtype=dtype)
       check_room(trainer.forecast, room)
       trainers[way] = trainer
-  alone = {}
   for way in sorted(trainers, key=lambda x: trainers[x].forecast):
-    with part.guarded(f"{size}, {way}"):
-      alone[way] = peak_alone(trainers[way])
-  trainers = {way: x for way, x in trainers.items() if way in alone}
-  times = in_alternation(part, trainers, size, room)
-  for way in trainers:
-    part.add(
-      name=f"{size}, {way}",
-      tokens=batch.tokens,
-      dtype=dtype,
-      forecast=trainers[way].forecast,
-      peak=alone[way][0],
-      loss=alone[way][1],
-      **times.get(way, {}),
-    )
+    name = f"{size}, {way}"
+    with part.guarded(name):
+      highest, loss = peak_alone(trainers[way])
+      part.add(name=name, peak=highest, loss=loss, tokens=batch.tokens)
+      continue
+    del trainers[way]  # it failed
+  for way, found in in_alternation(part, trainers, size, room).items():
+    part.add(name=f"{size}, {way}", **found)
 
 
 def check_room(needed: int, room: int | None) -> None:

@@ -69,8 +69,10 @@ def _result(row: dict[str, Any]) -> str:
     return "FAILED"
   if "left_out" in row:
     return "left out"
-  if "passed" not in row:
+  if "tokens" in row:
     return f"ran, {row['tokens']:,} tokens"
+  if "passed" not in row:
+    return "compiled"
   return "-" if row["passed"] is None else "passed"
 
 
