@@ -15,7 +15,7 @@ from train.parallel import mesh as mesh_lib
 from train.run import job as job_lib
 from train.run import loop, run_dir, subspace_watch
 from train.step import setup as setup_lib
-from train.step.train_step import TrainState
+from train.step.state import TrainState
 
 
 class Trial(NamedTuple):
@@ -55,7 +55,7 @@ def start(config: schema.Config, *, watch: bool = False) -> Iterator[Trial]:
     out = pathlib.Path(folder)
     run_dir.write_config(out, config, overwrite=False)
     with contextlib.redirect_stdout(io.StringIO()):
-      setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+      setup = setup_lib.make(config, mesh)
       watcher = None
       if watch:
         watcher = subspace_watch.Watcher(

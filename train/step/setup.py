@@ -7,10 +7,11 @@ import optax
 from flax import nnx
 
 import galore_optax
-from train.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from train.config.schema import Config
 from train.models import llama
 from train.parallel import mesh as mesh_lib
-from train.step import adapters, optimizer, per_layer, train_step
+from train.step import adapters, optimizer, per_layer
+from train.step import state as state_lib
 
 
 class Setup(NamedTuple):
@@ -26,34 +27,36 @@ class Setup(NamedTuple):
 
   mesh: jax.sharding.Mesh
   tx: optax.GradientTransformationExtraArgs
-  updater: train_step.Updater
-  abstract: train_step.AbstractState
+  updater: state_lib.Updater
+  abstract: state_lib.AbstractState
   plan: galore_optax.diagnostics.Description
 
 
-def make(
-  model: ModelConfig,
-  optimizer_config: OptimizerConfig,
-  train: TrainConfig,
-  mesh: jax.sharding.Mesh,
-) -> Setup:
+def make(config: Config, mesh: jax.sharding.Mesh) -> Setup:
   """Sets up the pre-training of a LLaMA.
+
+  Args:
+    config: the run.
+    mesh: its devices, which may be abstract.
 
   Raises:
     UserError: options of the optimizer exclude one another.
   """
+  model, train = config.model, config.train
   graphdef, boxes = llama.abstract(model)
   shardings = None
   if mesh.size > 1 and not train.layerwise:
     shardings = mesh_lib.param_shardings(boxes, mesh)
-  tx = optimizer.make_optimizer(optimizer_config, train.steps, shardings)
+  tx = optimizer.make_optimizer(config.optimizer, train.steps, shardings)
   updater = tx
   if train.layerwise:
     updater = per_layer.fuse(tx, model, train, nnx.to_pure_dict(boxes))
-  changed = adapters.make(optimizer_config)
-  abstract = train_step.abstract_state(
+  changed = adapters.make(config.optimizer)
+  abstract = state_lib.abstract_state(
     model, graphdef, boxes, updater, mesh, changed
   )
+  if config.mesh.offload == "optimizer":
+    abstract = state_lib.offload(abstract)
   of_weights = tx if changed is None else changed.over_weights(tx)
   plan = galore_optax.describe(of_weights, abstract.weights)
   return Setup(mesh, tx, updater, abstract, plan)
