@@ -22,6 +22,7 @@ from train.config import presets, schema
 from train.measure import timing
 from train.parallel import mesh as mesh_lib
 from train.step import setup as setup_lib
+from train.step import state as state_lib
 from train.step import train_step
 
 RESIDUAL = ("optimizer.residual=normalized", "optimizer.scale=1.0")
@@ -140,9 +141,7 @@ class Trainer:
       config.mesh, config.data.batch, devices=devices
     )
     with jax.set_mesh(self._mesh):
-      self._setup = setup_lib.make(
-        config.model, config.optimizer, config.train, self._mesh
-      )
+      self._setup = setup_lib.make(config, self._mesh)
       step, compiled = self._compile()
     sizes = compiled.memory_analysis()
     self.arguments = sizes.argument_size_in_bytes
@@ -182,7 +181,7 @@ class Trainer:
     """Makes weights, state and a batch."""
     config = self._config
     with jax.set_mesh(self._mesh):
-      self._state = train_step.init_state(
+      self._state = state_lib.init_state(
         self._setup.updater, self._setup.abstract, 0
       )
     ids = np.random.default_rng(0).integers(
