@@ -69,7 +69,7 @@ def start(method: str, site: plan.Site, like: Any) -> State:
   """
 
   def zeros(*axes: int) -> jax.Array:
-    shape = (*site.view.stack, *(site.view.matrix_shape[k] for k in axes))
+    shape = (*site.view.stack, *(site.view.dims[k] for k in axes))
 
     def spec(parts: tuple) -> tuple:
       parts = site.view.spec(parts)
@@ -258,7 +258,7 @@ class _Matrices:
 
   def _freedom(self, axis: int) -> float:
     """Dimensions that a column of the residual has, on average."""
-    m, n = self.site.view.matrix_shape[-2:]
+    m, n = self.site.view.dims
     rows, cols = self.site.low_shape[-2:]
     return (m * n - rows * cols) / (n if axis == -2 else m)
 
