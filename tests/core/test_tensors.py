@@ -219,6 +219,17 @@ def test_a_state_is_restored_with_its_factors(trained):
     make(rules=rules).update(grads, restored, params)
 
 
+def test_factors_are_not_taken_for_the_sides_of_a_matrix():
+  """Two of the same shapes: bases of a matrix, and factors of its axes."""
+  params = {"w": jnp.ones((8, 12))}
+  two_sided = galore(optax.adam(1.0), rank=4, proj_type="full")
+  rules = [("w", Projection(tensor=(0, 1), rank=4))]
+  factors = galore(optax.adam(1.0), rules=rules)
+  for one, other in ((two_sided, factors), (factors, two_sided)):
+    with pytest.raises(ValueError, match="'w'.*does not fit the state's basis"):
+      one.update(params, other.init(params), params)
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
