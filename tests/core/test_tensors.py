@@ -226,7 +226,9 @@ def test_factors_are_not_taken_for_the_sides_of_a_matrix():
   rules = [("w", Projection(tensor=(0, 1), rank=4))]
   factors = galore(optax.adam(1.0), rules=rules)
   for one, other in ((two_sided, factors), (factors, two_sided)):
-    with pytest.raises(ValueError, match="'w'.*does not fit the state's basis"):
+    with pytest.raises(
+      ValueError, match=r"'w'.*does not fit the state's basis"
+    ):
       one.update(params, other.init(params), params)
 
 
