@@ -5,7 +5,10 @@ from typing import Any
 from galore_optax import baselines
 from galore_optax._chain import chain
 from galore_optax._galore import GaLoreState, galore
-from galore_optax._value_and_grad import projected_value_and_grad
+from galore_optax._value_and_grad import (
+  deferred_value_and_grad,
+  projected_value_and_grad,
+)
 from galore_optax.diagnostics import (
   basis_overlap,
   captured_energy,
@@ -35,6 +38,7 @@ from galore_optax.optimizers.recipes import (
   galore_sgd,
   q_galore_adamw_8bit,
 )
+from galore_optax.per_layer.host import host_shardings
 from galore_optax.per_layer.model import Layered, stack, unstack
 from galore_optax.per_layer.step import (
   EndState,
@@ -76,6 +80,7 @@ __all__ = [
   "basis_overlap",
   "captured_energy",
   "chain",
+  "deferred_value_and_grad",
   "dequantize",
   "dequantize_params",
   "describe",
@@ -87,6 +92,7 @@ __all__ = [
   "galore_lion",
   "galore_sgd",
   "gum",
+  "host_shardings",
   "layerwise",
   "ldadam",
   "polar_factor",

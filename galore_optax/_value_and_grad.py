@@ -81,7 +81,7 @@ def projected_value_and_grad(
     >>> updates["w"].shape
     (64, 256)
   """
-  run = deferred(loss_fn, tx, has_aux=has_aux, dtype=dtype)
+  run = deferred_value_and_grad(loss_fn, tx, has_aux=has_aux, dtype=dtype)
 
   def value_and_grad(
     params: optax.Params, state: optax.OptState, *args: Any, **kwargs: Any
@@ -92,18 +92,20 @@ def projected_value_and_grad(
   return value_and_grad
 
 
-def deferred(
+def deferred_value_and_grad(
   loss_fn: Callable,
   tx: optax.GradientTransformation,
   *,
   has_aux: bool = False,
   dtype: Any = None,
 ) -> Callable:
-  """As :func:`projected_value_and_grad`, but the state is refreshed later.
+  """As :func:`projected_value_and_grad`, for steps that may be skipped.
 
-  A step that may be skipped refreshes the state within its condition, so that
-  there are no two states at once. A step in several parts refreshes bases in
-  its first part.
+  In place of the refreshed state it returns a function that makes it. A step
+  that is skipped unless its gradient is finite calls that function within its
+  condition: a NaN then reaches no basis, and there are never two states at
+  once. A step on several parts of a batch lets the first part alone refresh
+  bases, so that the projected gradients of all parts can be added up.
 
   Args:
     loss_fn: As for :func:`projected_value_and_grad`.
@@ -112,9 +114,34 @@ def deferred(
     dtype: As for :func:`projected_value_and_grad`.
 
   Returns:
-    A function of `(params, state, active, *args, **kwargs)`, where `active`
-    says whether bases may be refreshed (None for yes). In place of the state it
-    returns a function without arguments that gives it.
+    A function of `(params, state, active, *args, **kwargs)`, where `active` is
+    a bool scalar that says whether bases may be refreshed, or None for yes. It
+    returns the value, the gradients and a function without arguments that
+    returns the state.
+
+  Raises:
+    ValueError: As :func:`projected_value_and_grad`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from galore_optax import deferred_value_and_grad, galore
+    >>> params = {"w": jnp.ones((64, 256))}
+    >>> tx = galore(optax.adam(1e-2), rank=8)
+    >>> loss_fn = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    >>> value_and_grad = deferred_value_and_grad(loss_fn, tx)
+    >>> @jax.jit
+    ... def step(params, state, x):
+    ...   loss, grads, refreshed = value_and_grad(params, state, None, x)
+    ...   def update():
+    ...     updates, new = tx.update(grads, refreshed(), params)
+    ...     return optax.apply_updates(params, updates), new
+    ...   skip = lambda: (params, state)
+    ...   return jax.lax.cond(jnp.isfinite(loss), update, skip)
+    >>> state = tx.init(params)
+    >>> _, skipped = step(params, state, jnp.full((4, 64), jnp.nan))
+    >>> _, taken = step(params, state, jnp.ones((4, 64)))
+    >>> int(skipped.step), int(taken.step)
+    (0, 1)
   """
   if not isinstance(tx, optax.GradientTransformation):
     raise TypeError(f"`tx` must be a gradient transformation, got {tx!r}.")

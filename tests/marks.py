@@ -1,4 +1,4 @@
-"""Values of parametrized tests that run with `-m slow` only.
+"""Marks of tests: values that run with `-m slow` only, and what JAX must do.
 
 Values that take other ones' way through the code are slow, so that the default
 run is short.
@@ -7,7 +7,13 @@ run is short.
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import pytest
+
+moves_arrays = pytest.mark.skipif(
+  jax.__version_info__ < (0, 10, 2),
+  reason="before JAX 0.10.2, a program on a CPU cannot move arrays in memory",
+)
 
 
 def slow(*values: Any) -> Any:

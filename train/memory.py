@@ -143,6 +143,7 @@ def measure(
     None. `collectives` are those of one step, from `collectives.totals`, with
     the bytes of whole arrays on one device.
   """
+  _check_host_memory(config, target)
   mesh = _mesh(config, target)
   found: dict[str, Any] = {
     "preset": config.preset,
@@ -157,13 +158,15 @@ def measure(
   }
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
-    setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+    setup = setup_lib.make(config, mesh)
     exact = argument_parts(config, setup)
     try:
       sizes = _compile(config, setup, target)
     except jax.errors.JaxRuntimeError as error:
       sizes = {"peak_bytes": _needed(error)}
-  unknown = {"argument_bytes": None, "temp_bytes": None, "collectives": None}
+  unknown = dict.fromkeys(
+    ("argument_bytes", "temp_bytes", "host_bytes", "collectives")
+  )
   found |= unknown | sizes
   found["compile_seconds"] = round(time.perf_counter() - begin, 1)
   found["components"] = components(exact, sizes)
@@ -171,6 +174,18 @@ def measure(
   found["room_bytes"] = room
   found["fits"] = None if room is None else found["peak_bytes"] <= room
   return found
+
+
+def _check_host_memory(
+  config: schema.Config, target: aot_targets.Target
+) -> None:
+  """Raises where state shall be in host memory, and the target has none."""
+  kinds = {m.kind for m in target.devices[0].addressable_memories()}
+  if config.mesh.offload != "none" and mesh_lib.HOST not in kinds:
+    raise UserError(
+      f"mesh.offload={config.mesh.offload}: the compiler's description of"
+      f" {target.name} has no host memory; compile for a TPU target"
+    )
 
 
 def _mesh(
@@ -221,12 +236,19 @@ def _compile(
   temporaries = figures.temp_size_in_bytes
   new = figures.output_size_in_bytes - figures.alias_size_in_bytes
   code = figures.generated_code_size_in_bytes
+  in_host = (
+    figures.host_argument_size_in_bytes
+    + figures.host_output_size_in_bytes
+    - figures.host_alias_size_in_bytes
+    + figures.host_temp_size_in_bytes
+  )
   return {
     "argument_bytes": arguments,
     "temp_bytes": temporaries,
     "unaliased_output_bytes": new,
     "code_bytes": code,
     "peak_bytes": arguments + new + temporaries + code,
+    "host_bytes": in_host,
     "collectives": _collectives(compiled, config) if mesh.size > 1 else {},
   }
 
@@ -348,6 +370,8 @@ def render(found: dict[str, Any]) -> str:
   line("arguments", found["argument_bytes"])
   line("temporaries", found["temp_bytes"])
   line("peak", found["peak_bytes"])
+  if found["host_bytes"]:
+    line("in host memory", found["host_bytes"])
   if found["room_bytes"] is not None:
     line("room", found["room_bytes"])
     lines.append("fits" if found["fits"] else "DOES NOT FIT")

@@ -53,7 +53,7 @@ def run(config: schema.Config, out: pathlib.Path, overwrite: bool) -> int:
     accumulate=config.parts,
   )
   with jax.set_mesh(mesh):
-    setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+    setup = setup_lib.make(config, mesh)
     watcher = subspace_watch.Watcher(
       config.run, config.optimizer, setup, config.parts
     )

@@ -22,6 +22,8 @@ from jax.experimental import layout
 
 from galore_optax.tree import sharding
 
+Space = jax.memory.Space
+
 
 def flat(stack: jax.Array, ndim: int) -> jax.Array:
   """A stack with all its stack axes joined to one.
@@ -229,13 +231,15 @@ def take_layer(tree: Any, index: Any) -> Any:
   """One layer of a tree whose leaves stack layers along their first axis.
 
   Args:
-    tree: Tree of arrays (layers, ...).
+    tree: Tree of arrays (layers, ...). They may be in host memory.
     index: Number of the layer.
 
   Returns:
-    Tree of arrays (...).
+    Tree of arrays (...) in device memory.
   """
-  return jax.tree.map(lambda x: take(_pin_layout(x), index), tree)
+  return jax.tree.map(
+    lambda x: _move(take(_pin_layout(x), index), Space.Device), tree
+  )
 
 
 def put_layer(tree: Any, new: Any, index: jax.Array) -> Any:
@@ -243,15 +247,27 @@ def put_layer(tree: Any, new: Any, index: jax.Array) -> Any:
 
   Args:
     tree: As for :func:`take_layer`.
-    new: Tree of arrays (...).
+    new: Tree of arrays (...) in device memory.
     index: As for :func:`take_layer`.
 
   Returns:
-    Tree of arrays (layers, ...).
+    Tree of arrays (layers, ...), each in the memory where it was.
   """
-  return jax.tree.map(
-    lambda x, y: _pin_layout(put(_pin_layout(x), y, index)), tree, new
-  )
+
+  def replace(stack: jax.Array, new: jax.Array) -> jax.Array:
+    new = _move(new, _space(stack))
+    return _pin_layout(put(_pin_layout(stack), new, index))
+
+  return jax.tree.map(replace, tree, new)
+
+
+def _move(x: jax.Array, space: Space) -> jax.Array:
+  """An array in a memory space; itself if it is there."""
+  return x if _space(x) == space else jax.device_put(x, space)
+
+
+def _space(x: jax.Array) -> Space:
+  return jax.typeof(x).memory_space
 
 
 def _pin_layout(stack: jax.Array) -> jax.Array:
@@ -260,7 +276,7 @@ def _pin_layout(stack: jax.Array) -> jax.Array:
   Operations on one layer may prefer another layout. Compilers then choose that
   for the whole loop, and copy all layers on the way in and out. On a mesh the
   layout is left to them: the partitioner gathers an array that has such a
-  constraint.
+  constraint. Arrays in host memory are not touched.
   """
   if sharding.on_mesh(stack) or is_key(stack):
     return stack

@@ -200,7 +200,7 @@ def test_a_run_says_what_its_method_does(name, fragments, capsys, tmp_path):
     config = schema.override(config, ["model.weights=int8"])
   config = schema.override(config, ["optimizer.rank=4"])
   grid = mesh.make_mesh(config.mesh, 8, jax.devices()[:1])
-  built = setup.make(config.model, config.optimizer, config.train, grid)
+  built = setup.make(config, grid)
   watcher = subspace_watch.Watcher(config.run, config.optimizer, built)
   text: Any = types.SimpleNamespace(describe=lambda: "text")
   pretrain.introduce(config, text, built, watcher, tmp_path)

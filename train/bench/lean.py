@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax._value_and_grad import deferred
+import galore_optax
 from train.config import presets, schema
 from train.estimate import jaxpr_cost
 from train.measure import tables as tables_lib
@@ -90,7 +90,7 @@ class _Run:
     config = _config(flags, method, lean)
     mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
     with jax.set_mesh(mesh):
-      setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+      setup = setup_lib.make(config, mesh)
       self._state = train_step.init_state(setup.tx, setup.abstract, 0)
       ids = np.random.default_rng(0).integers(
         0, flags.vocab, (flags.rows, flags.length + 1)
@@ -144,7 +144,9 @@ def _gradient_pass(
   """A compiled gradient pass at a step without a refresh."""
   loss = train_step.next_token_loss(setup.abstract, config.train)
   if config.train.lean:
-    run = deferred(loss.share, setup.tx, has_aux=True)
+    run = galore_optax.deferred_value_and_grad(
+      loss.share, setup.tx, has_aux=True
+    )
 
     def differentiate(params: Any, opt_state: Any, rows: jax.Array) -> Any:
       return run(params, opt_state, False, *loss.of(rows, 1))[:2]
@@ -172,7 +174,7 @@ def _flops(size: str) -> dict[str, float]:
     config = schema.override(config, [*fields, "model.remat=none"])
     mesh: Any = mesh_lib.make_mesh(config.mesh, ROWS)
     with jax.set_mesh(mesh):
-      setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+      setup = setup_lib.make(config, mesh)
       step = train_step.whole_step(setup.tx, setup.abstract, config.train)
       shape = (ROWS, config.data.length + 1)
       rows = jax.ShapeDtypeStruct(shape, jnp.int32)

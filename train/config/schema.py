@@ -273,6 +273,8 @@ class MeshConfig:
   # seconds without a sign of life after which a process counts as lost, and
   # the others end
   lost_after: int = 30
+  # keep the optimizer's state in host memory; needs train.layerwise
+  offload: Literal["none", "optimizer"] = "none"
 
   def __post_init__(self):
     check_above("mesh", self, ("data", "processes"), low=-1)
@@ -359,6 +361,13 @@ class SharedConfig:
     method.check(self.optimizer)
     if self.train.lean:
       self._check_lean(method)
+    layerwise = isinstance(self.train, TrainConfig) and self.train.layerwise
+    if self.mesh.offload != "none" and not layerwise:
+      raise UserError(
+        f"mesh.offload={self.mesh.offload} brings the state of one layer at a"
+        " time to the device, for updates that are layer by layer; pre-train"
+        " with --layerwise, or leave mesh.offload at none"
+      )
     if method.factors and self.model.weights != "full":
       raise UserError(
         f"model.weights={self.model.weights} is for weights that are trained,"

@@ -61,7 +61,7 @@ def estimate(config: schema.Config) -> dict[str, Any]:
       not divide the batch.
   """
   mesh: Any = abstract_mesh(config.mesh)  # shardings take it as a mesh
-  setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+  setup = setup_lib.make(config, mesh)
   abstract = setup.abstract
   own = galore_optax.state_bytes(abstract.state.opt_state)
   return {
@@ -125,11 +125,12 @@ def memory(
   setup: setup_lib.Setup,
   mesh: jax.sharding.AbstractMesh,
 ) -> dict[str, dict[str, int]]:
-  """Bytes in device memory: on all devices (`whole`), and on one (`device`).
+  """Bytes of all devices (`whole`), and in the memory of one (`device`).
 
   Activations are the most that the loss and gradient of a microbatch keep at
   once if the tensor axis has size 1; for a larger one they are an upper bound.
-  Gradient accumulation keeps a float32 sum besides the gradient.
+  Gradient accumulation keeps a float32 sum besides the gradient. If the
+  optimizer's state is in host memory, `host` is one device's part of it.
   """
   abstract = setup.abstract
   state, where = abstract.state, abstract.shardings
@@ -148,7 +149,11 @@ def memory(
   whole["activations"] = shards * device["activations"]
   for part in (whole, device):
     part["together"] = sum(part.values())
-  return {"whole": whole, "device": device}
+  found = {"whole": whole, "device": device}
+  if config.mesh.offload != "none":
+    moved = shard_bytes(*groups["optimizer_state"], in_host=True)
+    found["host"] = {"optimizer_state": moved}
+  return found
 
 
 def weights(abstract: train_step.AbstractState) -> dict[str, tuple[Any, Any]]:
@@ -211,8 +216,8 @@ def _largest_parts(weights: dict) -> dict:
   return layer | max(ends.values(), key=galore_optax.state_bytes)
 
 
-def shard_bytes(tree: Any, shardings: Any) -> int:
-  """Bytes of a tree on one device."""
+def shard_bytes(tree: Any, shardings: Any, in_host: bool = False) -> int:
+  """Bytes of one device's part of a tree, in the device's or host's memory."""
   return sum(
     galore_optax.state_bytes(
       jax.ShapeDtypeStruct(where.shard_shape(x.shape), x.dtype)
@@ -220,6 +225,7 @@ def shard_bytes(tree: Any, shardings: Any) -> int:
     for x, where in zip(
       jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True
     )
+    if in_host == (where.memory_kind == mesh_lib.HOST)
   )
 
 
@@ -318,6 +324,9 @@ def _memory(parts: dict[str, dict], mesh: dict[str, int]) -> list[str]:
   for name, n in parts["whole"].items():
     label, here = name.replace("_", " "), format_bytes(parts["device"][name])
     lines.append(f"  {label:<18}{format_bytes(n):>12}{here:>14}")
+  for name, n in parts.get("host", {}).items():
+    label = name.replace("_", " ")
+    lines.append(f"  {label}, in host memory, a device{format_bytes(n):>12}")
   return lines
 
 

@@ -97,7 +97,7 @@ def make(config: schema.Config, lanes: int, mesh: jax.sharding.Mesh) -> Program:
     lanes: number of runs side by side.
     mesh: one device.
   """
-  made = setup.make(config.model, config.optimizer, config.train, mesh)
+  made = setup.make(config, mesh)
   start, step, evaluate = _of_one_lane(config, made)
   state = _state_of(lanes, made.abstract)
   if lanes > 1:

@@ -55,7 +55,7 @@ def start(config: schema.Config, *, watch: bool = False) -> Iterator[Trial]:
     out = pathlib.Path(folder)
     run_dir.write_config(out, config, overwrite=False)
     with contextlib.redirect_stdout(io.StringIO()):
-      setup = setup_lib.make(config.model, config.optimizer, config.train, mesh)
+      setup = setup_lib.make(config, mesh)
       watcher = None
       if watch:
         watcher = subspace_watch.Watcher(

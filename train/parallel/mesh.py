@@ -19,6 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from train.common.errors import UserError
 from train.config.schema import MeshConfig
 
+HOST = "pinned_host"  # JAX's name of host memory that devices can reach
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -134,6 +136,17 @@ def put_batch(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
   # JAX counts this as an implicit transfer if there are several processes.
   with jax.transfer_guard("allow"):
     return jax.make_array_from_process_local_data(sharding, rows)
+
+
+def on_device(tree: Any) -> Any:
+  """Copies what is in host memory to the device, inside a jit."""
+  space = jax.memory.Space.Device
+  return jax.tree.map(
+    lambda x: (
+      x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+    ),
+    tree,
+  )
 
 
 def microbatches(rows: jax.Array, count: int) -> jax.Array:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from train.parallel import mesh as mesh_lib
+
 
 def check_sums(state: Any, mesh: jax.sharding.Mesh) -> list[int]:
   """A number for each array of `state`, from its bits and their positions.
@@ -26,7 +28,8 @@ def check_sums(state: Any, mesh: jax.sharding.Mesh) -> list[int]:
 @functools.cache
 def _jitted(sharding: NamedSharding) -> Callable:
   def sums(state: Any) -> jax.Array:
-    return jnp.stack([_sum(x) for x in jax.tree.leaves(state)])
+    arrays = jax.tree.leaves(mesh_lib.on_device(state))
+    return jnp.stack([_sum(x) for x in arrays])
 
   return jax.jit(sums, out_shardings=sharding)
 

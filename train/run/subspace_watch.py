@@ -299,7 +299,7 @@ class Watcher:
 
   def _bases(self, opt_state: Any) -> dict[str, dict[str, jax.Array]]:
     """The bases of the watched matrices."""
-    found = galore_optax.find_bases(opt_state)
+    found = galore_optax.find_bases(mesh.on_device(opt_state))
     return {
       m.name: {side: x[m.layer] for side, x in found[m.path].items()}
       for m in self.matrices

@@ -7,7 +7,7 @@ import optax
 from flax import nnx
 
 import galore_optax
-from train.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from train.config.schema import Config
 from train.models import llama
 from train.parallel import mesh as mesh_lib
 from train.step import adapters, optimizer, per_layer, train_step
@@ -31,29 +31,31 @@ class Setup(NamedTuple):
   plan: galore_optax.diagnostics.Description
 
 
-def make(
-  model: ModelConfig,
-  optimizer_config: OptimizerConfig,
-  train: TrainConfig,
-  mesh: jax.sharding.Mesh,
-) -> Setup:
+def make(config: Config, mesh: jax.sharding.Mesh) -> Setup:
   """Sets up the pre-training of a LLaMA.
+
+  Args:
+    config: the run.
+    mesh: its devices, which may be abstract.
 
   Raises:
     UserError: options of the optimizer exclude one another.
   """
+  model, train = config.model, config.train
   graphdef, boxes = llama.abstract(model)
   shardings = None
   if mesh.size > 1 and not train.layerwise:
     shardings = mesh_lib.param_shardings(boxes, mesh)
-  tx = optimizer.make_optimizer(optimizer_config, train.steps, shardings)
+  tx = optimizer.make_optimizer(config.optimizer, train.steps, shardings)
   updater = tx
   if train.layerwise:
     updater = per_layer.fuse(tx, model, train, nnx.to_pure_dict(boxes))
-  changed = adapters.make(optimizer_config)
+  changed = adapters.make(config.optimizer)
   abstract = train_step.abstract_state(
     model, graphdef, boxes, updater, mesh, changed
   )
+  if config.mesh.offload == "optimizer":
+    abstract = train_step.offload(abstract)
   of_weights = tx if changed is None else changed.over_weights(tx)
   plan = galore_optax.describe(of_weights, abstract.weights)
   return Setup(mesh, tx, updater, abstract, plan)

@@ -9,7 +9,6 @@ import optax
 from flax import nnx
 
 import galore_optax
-from galore_optax._value_and_grad import deferred
 from train.config.schema import ModelConfig, TrainConfig
 from train.models import llama
 from train.parallel import mesh as mesh_lib
@@ -189,6 +188,15 @@ def abstract_state(
     shardings,
     adapters,
   )
+
+
+def offload(abstract: AbstractState) -> AbstractState:
+  """The same, with the state of a layer-by-layer optimizer in host memory."""
+  where = galore_optax.host_shardings(
+    abstract.state.opt_state, abstract.shardings.opt_state
+  )
+  shardings = abstract.shardings._replace(opt_state=where)
+  return abstract._replace(shardings=shardings)
 
 
 def _abstract_params(
@@ -387,7 +395,7 @@ def _lean(
   Of a batch in parts, the first part's gradient refreshes the bases. The parts'
   projected gradients are added up in float32.
   """
-  differentiate = deferred(
+  differentiate = galore_optax.deferred_value_and_grad(
     loss.share, tx, has_aux=True, dtype=abstract.config.dtype
   )
 

@@ -54,6 +54,48 @@ def test_a_signal_saves_and_the_same_command_goes_on(
   assert_same_run(out, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "options",
+  [
+    ["--lean"],
+    ["--lean", "--layerwise", "--optimizer", "q_galore"],
+    # At rank 8 the matrices are large enough for the host's memory.
+    [
+      "--layerwise",
+      "--set=mesh.offload=optimizer",
+      "--set=optimizer.rank=8",
+    ],
+  ],
+  ids=["lean", "lean_layerwise", "offloaded"],
+)
+def test_every_kind_of_step_goes_on_to_the_bit(
+  options, flags, tmp_path, monkeypatch
+):
+  flags = [*flags, *options]
+  whole, out = tmp_path / "whole", tmp_path / "run"
+  assert pretrain.main(["--out", str(whole), *flags]) == 0
+  record = loop.Reporter.record
+
+  def interrupt(self, index, values):
+    if index == 5:
+      signal.raise_signal(signal.SIGTERM)
+    return record(self, index, values)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Reporter, "record", interrupt)
+    assert pretrain.main(["--out", str(out), *flags]) == 130
+  assert pretrain.main(["--out", str(out), *flags]) == 0
+  assert losses(out) == losses(whole)
+  assert sums(out) == sums(whole)
+
+
+def sums(out):
+  """The checksum of every array of the last state."""
+  saved = out / FOLDER / "12" / "progress" / "data.json"
+  return json.loads(saved.read_text())["check_sums"]
+
+
 def test_a_second_signal_says_what_is_saved(
   flags, tmp_path, monkeypatch, capsys
 ):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.marks import moves_arrays
 from tests.train.conftest import QWEN, TINY, weights
 from train.common.errors import UserError
 from train.config import presets, schema
@@ -58,6 +59,8 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
     abstract = train_step.abstract_state(
       model, *llama.abstract(model), tx, where
     )
+    if settings.get("offload"):
+      abstract = train_step.offload(abstract)
     state = train_step.init_state(tx, abstract, 0, weights(model))
     train = train_step.make_train_step(tx, abstract, config.train, parts)
     losses = []
@@ -101,6 +104,18 @@ def test_layer_by_layer_is_the_usual_step(batch, usual, devices):
   found = _run(batch, layerwise=True, devices=devices)
   _assert_same(found, usual, 2e-6 if devices == 1 else 1e-5)
   assert found[2] == pytest.approx(usual[2], rel=1e-5)
+
+
+@moves_arrays
+def test_on_a_mesh_the_state_may_be_in_host_memory(batch, usual):
+  found = _run(batch, layerwise=True, devices=4, offload=True)
+  _assert_same(found, usual, 1e-5)
+
+
+def test_only_updates_layer_by_layer_have_their_state_in_host_memory():
+  config = presets.make("sotu_small", "galore")
+  with pytest.raises(UserError, match=r"mesh\.offload.*--layerwise"):
+    schema.override(config, ["mesh.offload=optimizer"])
 
 
 @pytest.mark.slow
