@@ -92,8 +92,11 @@ def check_rules(
   """
   if refresh.finder == "random":
     plan.refuse_tensors(rules, 'finder="random" is for matrices')
-  if method is not None:
-    plan.refuse_tensors(rules, f"residual={method!r} is for matrices")
+  if method in scaled.METHODS:
+    plan.refuse_tensors(
+      rules,
+      f"residual={method!r} is for matrices ('normalized' takes tensors too)",
+    )
 
 
 def check_basis(refresh: Refresh, basis_dtype: str) -> None:

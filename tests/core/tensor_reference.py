@@ -26,11 +26,15 @@ def orthonormal(y):
 class TuckerAdamW:
   """One tensor under GaLore-AdamW; `factors` is axis to first factor."""
 
-  def __init__(self, factors, alpha, rate, decay, iterations=2):
+  def __init__(
+    self, factors, alpha, rate, decay, iterations=2, residual=None, column=-1
+  ):
     self.factors = {k: np.asarray(p, np.float64) for k, p in factors.items()}
     self.alpha, self.rate, self.decay = alpha, rate, decay
     self.iterations, self.steps = iterations, 0
     self.mu = self.nu = 0.0
+    self.residual, self.column = residual, column
+    self.columns = self.rows = self.weight = 0.0
 
   def update(self, weight, grad, is_due):
     """The change of the weight."""
@@ -44,6 +48,8 @@ class TuckerAdamW:
     mean = self.mu / (1 - 0.9**self.steps)
     square = self.nu / (1 - 0.999**self.steps)
     lifted = self._through(mean / (np.sqrt(square) + 1e-8), lambda p: p)
+    if self.residual:
+      lifted += self._normalized(grad - self._through(low, lambda p: p), low)
     return -self.rate * (self.alpha * lifted + self.decay * weight)
 
   def _refresh(self, grad):
@@ -62,3 +68,18 @@ class TuckerAdamW:
     for axis, factor in self.factors.items():
       x = times(x, matrix_of(factor), axis)
     return x
+
+  def _normalized(self, rest, low):
+    """The residual over the root of a running mean of its squares."""
+    moved = np.moveaxis(rest, self.column, -1)
+    matrix = moved.reshape(-1, moved.shape[-1])
+    self.columns = 0.95 * self.columns + 0.05 * np.sum(matrix**2, 0)
+    self.rows = 0.95 * self.rows + 0.05 * np.sum(matrix**2, 1)
+    self.weight = 0.95 * self.weight + 0.05
+    columns, rows = self.columns / self.weight, self.rows[:, None] / self.weight
+    if self.residual == "normalized":
+      free = (rest.size - low.size) / moved.shape[-1]
+      matrix = matrix * np.sqrt(free / columns)
+    else:
+      matrix = matrix * np.sqrt(np.sum(rows) / (columns * rows))
+    return np.moveaxis(matrix.reshape(moved.shape), -1, self.column)

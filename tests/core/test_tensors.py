@@ -272,7 +272,7 @@ def test_a_rule_that_does_not_fit_its_leaf_is_refused(how, message):
 @pytest.mark.parametrize(
   ("build", "message"),
   [
-    (lambda: make(residual="fira"), "residual='fira'"),
+    (lambda: make(residual="fira"), "residual='fira'.*'normalized'"),
     (lambda: go.apollo_adamw(1e-3, rules=RULES), "apollo|random"),
     (lambda: go.sumo(1e-3, rules=RULES), "`sumo`"),
     (lambda: go.gum(1e-3, rules=RULES), "`gum`"),
@@ -385,6 +385,26 @@ def test_a_burst_is_one_iteration_at_each_of_its_steps():
   for step, (new, _, grads) in enumerate(train(tx, 6, params)):
     grad = np.asarray(grads["experts"])[:, :, 1]
     weight += tensor.update(weight, grad, step % GAP < 2)
+    np.testing.assert_allclose(new["experts"][:, :, 1], weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["normalized", "factored"])
+def test_the_residual_is_normalized_along_the_last_axis_named(method):
+  """Here the first axis of the tensor."""
+  rules = [("experts", Projection(tensor=(3, 0), stack=2, rank=(4, 2)))]
+  tx = make(rules=rules, refresh="synchronous", residual=method)
+  params = normal(0, STACKED)
+  state = tx.init(params)
+  assert state.recovery["experts"].columns.shape == (2, 6)
+  bases = state.projector["experts"]
+  weight = np.asarray(params["experts"][:, :, 1], np.float64)
+  tensor = tensor_reference.TuckerAdamW(
+    {int(side[-1]): x[1] for side, x in bases.items()},
+    *(ALPHA, RATE, DECAY, 2, method, 0),
+  )
+  for step, (new, _, grads) in enumerate(train(tx, 6, params)):
+    grad = np.asarray(grads["experts"])[:, :, 1]
+    weight += tensor.update(weight, grad, step % GAP == 0)
     np.testing.assert_allclose(new["experts"][:, :, 1], weight, atol=1e-5)
 
 
