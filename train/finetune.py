@@ -46,7 +46,7 @@ from train.parallel import mesh as mesh_lib
 from train.parallel import multihost, peers
 from train.run import checkpoint, exit_status, loop, run_dir, signals, sinks
 from train.run.job import Job
-from train.step.train_step import AbstractState, TrainState
+from train.step.state import AbstractState, TrainState
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

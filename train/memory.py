@@ -249,15 +249,13 @@ def _compile(
     "code_bytes": code,
     "peak_bytes": arguments + new + temporaries + code,
     "host_bytes": in_host,
-    "collectives": _collectives(compiled, config) if mesh.size > 1 else {},
+    "collectives": _collectives(compiled) if mesh.size > 1 else {},
   }
 
 
-def _collectives(compiled: Any, config: schema.Config) -> dict[str, Any]:
-  """Collectives of a step; those of a skipped step do not count."""
-  usual = not config.train.layerwise and config.optimizer.accumulate == 1
+def _collectives(compiled: Any) -> dict[str, Any]:
   module = collectives.Module(compiled.as_text())
-  return collectives.totals(module.collectives(taken=1 if usual else 0))
+  return collectives.totals(module.collectives())
 
 
 def _needed(error: Exception) -> int:

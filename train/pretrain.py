@@ -37,8 +37,9 @@ from train.run import (
 )
 from train.run import job as job_lib
 from train.run.job import Job
-from train.step import adapters, optimizer, train_step
+from train.step import adapters, optimizer
 from train.step import setup as setup_lib
+from train.step import state as state_lib
 from train.step.setup import Setup
 
 
@@ -140,9 +141,9 @@ def _method(config: schema.Config) -> str:
 def report(
   config: schema.Config,
   corpus: corpus_lib.Corpus,
-  abstract: train_step.AbstractState,
+  abstract: state_lib.AbstractState,
   job: Job,
-  state: train_step.TrainState,
+  state: state_lib.TrainState,
 ) -> None:
   """Reports a finished run: memory table, picture, sample."""
   params = abstract.weights
@@ -187,9 +188,9 @@ def report(
 def sample(
   config: schema.Config,
   corpus: corpus_lib.Corpus,
-  abstract: train_step.AbstractState,
+  abstract: state_lib.AbstractState,
   out: pathlib.Path,
-  state: train_step.TrainState,
+  state: state_lib.TrainState,
 ) -> str:
   """A text sampled from the trained model, also written to sample.txt."""
   run = config.run

@@ -13,7 +13,9 @@ from train import plot
 from train.config import schema
 from train.models import llama
 from train.parallel import mesh as mesh_lib
+from train.step import losses as losses_lib
 from train.step import optimizer
+from train.step import state as state_lib
 from train.step import train_step as train_step_lib
 
 TINY = schema.ModelConfig(
@@ -109,23 +111,21 @@ class Trainer:
   """A tiny model on a mesh, with its compiled steps."""
 
   mesh: jax.sharding.Mesh
-  abstract: train_step_lib.AbstractState
+  abstract: state_lib.AbstractState
   tx: Any
   train_step: Any
   eval_step: Any
   model: schema.ModelConfig = TINY
 
   @functools.cached_property
-  def fresh(self) -> train_step_lib.TrainState:
+  def fresh(self) -> state_lib.TrainState:
     """The initial state, on the host."""
     with jax.set_mesh(self.mesh):
       return jax.device_get(
-        train_step_lib.init_state(
-          self.tx, self.abstract, 0, weights(self.model)
-        )
+        state_lib.init_state(self.tx, self.abstract, 0, weights(self.model))
       )
 
-  def init(self) -> train_step_lib.TrainState:
+  def init(self) -> state_lib.TrainState:
     return jax.device_put(self.fresh, self.abstract.shardings)
 
   def put(self, array) -> jax.Array:
@@ -158,15 +158,13 @@ def make_trainer(
   chosen = schema.OptimizerConfig(name=name, **(settings | fields))
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    abstract = train_step_lib.abstract_state(
-      model, *llama.abstract(model), tx, grid
-    )
+    abstract = state_lib.abstract_state(model, *llama.abstract(model), tx, grid)
   return Trainer(
     grid,
     abstract,
     tx,
     train_step_lib.make_train_step(tx, abstract, train or schema.TrainConfig()),
-    train_step_lib.make_eval_step(abstract),
+    losses_lib.make_eval_step(abstract),
     model,
   )
 

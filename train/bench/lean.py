@@ -22,7 +22,9 @@ from train.measure import tables as tables_lib
 from train.measure import timing
 from train.measure.tables import short
 from train.parallel import mesh as mesh_lib
+from train.step import losses as losses_lib
 from train.step import setup as setup_lib
+from train.step import state as state_lib
 from train.step import train_step
 
 # Name to method, and whether gradients are at rank r.
@@ -91,7 +93,7 @@ class _Run:
     mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
     with jax.set_mesh(mesh):
       setup = setup_lib.make(config, mesh)
-      self._state = train_step.init_state(setup.tx, setup.abstract, 0)
+      self._state = state_lib.init_state(setup.tx, setup.abstract, 0)
       ids = np.random.default_rng(0).integers(
         0, flags.vocab, (flags.rows, flags.length + 1)
       )
@@ -101,7 +103,7 @@ class _Run:
       )
       self._step = step.lower(self._state, self._rows).compile()
       # Refreshes are measured as a part of steps.
-      state = train_step.init_state(setup.tx, setup.abstract, 0)
+      state = state_lib.init_state(setup.tx, setup.abstract, 0)
       self._pass = _gradient_pass(config, setup, state, self._rows)
     self.temporaries = self._step.memory_analysis().temp_size_in_bytes
 
@@ -138,11 +140,11 @@ def _config(
 def _gradient_pass(
   config: schema.Config,
   setup: setup_lib.Setup,
-  state: train_step.TrainState,
+  state: state_lib.TrainState,
   rows: jax.Array,
 ) -> Callable[[], Any]:
   """A compiled gradient pass at a step without a refresh."""
-  loss = train_step.next_token_loss(setup.abstract, config.train)
+  loss = losses_lib.next_token_loss(setup.abstract, config.train)
   if config.train.lean:
     run = galore_optax.deferred_value_and_grad(
       loss.share, setup.tx, has_aux=True
@@ -179,21 +181,9 @@ def _flops(size: str) -> dict[str, float]:
       shape = (ROWS, config.data.length + 1)
       rows = jax.ShapeDtypeStruct(shape, jnp.int32)
       program = jax.make_jaxpr(step)(setup.abstract.state, rows)
-    # The cheaper branch is a step without a refresh, but also a skipped one.
-    found[name] = _count(program.jaxpr)
+    # The cheaper branch is a step without a refresh.
+    found[name] = jaxpr_cost.count_flops(program.jaxpr, min)
   return {name: flops / found["AdamW"] for name, flops in found.items()}
-
-
-def _count(jaxpr: Any) -> int:
-  """FLOPs of a step that is not skipped, and refreshes nothing."""
-  total = jaxpr_cost.count_flops(jaxpr, min)
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "cond":  # whether the gradient is finite
-      total += max(
-        jaxpr_cost.count_flops(branch.jaxpr, min)
-        for branch in eqn.params["branches"]
-      )
-  return total
 
 
 HEAD = ["", "gradient pass / AdamW's", "s", "training step / AdamW's", "s"]

@@ -28,7 +28,7 @@ from train.measure import tables, trial
 from train.run import checkpoint
 from train.run import job as job_lib
 from train.run import loop as loop_lib
-from train.step import train_step
+from train.step import state as state_lib
 
 
 @dataclasses.dataclass
@@ -83,8 +83,8 @@ def measure(config: schema.Config, rounds: int, length: int) -> Times:
 
 
 def _bare(
-  compiled: Callable, state: train_step.TrainState, batch: jax.Array, count: int
-) -> train_step.TrainState:
+  compiled: Callable, state: state_lib.TrainState, batch: jax.Array, count: int
+) -> state_lib.TrainState:
   """Repeats the compiled step and does nothing else."""
   for _ in range(count):
     state, _ = compiled(state, batch)
@@ -93,11 +93,11 @@ def _bare(
 
 def _looped(
   job: job_lib.Job,
-  state: train_step.TrainState,
+  state: state_lib.TrainState,
   compiled: Callable,
   reporter: loop_lib.Reporter,
   steps: range,
-) -> train_step.TrainState:
+) -> state_lib.TrainState:
   """Runs the training script's loop, without its printed output."""
   with contextlib.redirect_stdout(io.StringIO()):
     outcome = loop_lib.advance(
@@ -107,7 +107,7 @@ def _looped(
   return outcome.state
 
 
-def _save(job: job_lib.Job, state: train_step.TrainState) -> float:
+def _save(job: job_lib.Job, state: state_lib.TrainState) -> float:
   """Seconds for which a save holds up the loop; it writes in the background."""
   progress = checkpoint.Progress(0.0, job.feed.state())
   job.checkpoints.save(state, progress)  # the first one compiles its checksums

@@ -95,45 +95,35 @@ class Module:
       elif named := _NAMED.match(line):
         current.append(_instruction(named[1], named[2]))
 
-  def collectives(self, taken: int = 0) -> list[Collective]:
-    """The collectives of the module, each once.
+  def collectives(self) -> list[Collective]:
+    """The collectives of the module, each once, in the sequence of the text.
 
-    Args:
-      taken: number of nested branches that every step takes. A training step
-        takes one if its gradient is finite.
-
-    Returns:
-      The collectives in the sequence of the text, without those of a single
-      device.
+    Those of a single device are left out.
     """
     found: dict[Any, Collective] = {}
-    for computation, x, times, depth, dynamic in self._walk(
-      self.entry, 1, 0, False
-    ):
+    for computation, x, times, always in self._walk(self.entry, 1, True):
       kind = x.opcode.removesuffix("-start")
       if kind not in KINDS or _is_single_device(x.rest):
         continue
       # An asynchronous collective has several instructions on one channel.
       channel = re.search(r"channel_id=(\d+)", x.rest)
       key = channel[1] if channel else (computation, x.name)
-      always = depth <= taken and not dynamic
       if key not in found:
         found[key] = self._collective(computation, x, kind, times, always)
     return list(found.values())
 
   def _walk(
-    self, name: str, times: int, depth: int, dynamic: bool
-  ) -> Iterator[tuple[str, _Instruction, int, int, bool]]:
-    """All instructions, with their repetitions and depth of branches."""
+    self, name: str, times: int, always: bool
+  ) -> Iterator[tuple[str, _Instruction, int, bool]]:
+    """All instructions, with repetitions, and whether every step runs them."""
     for x in self.computations.get(name, ()):
-      yield name, x, times, depth, dynamic
+      yield name, x, times, always
+      inner = times, always
       if x.opcode == "while":
         count = self._trip_count(x)
-        inner = (times * (count or 1), depth, dynamic or count is None)
+        inner = times * (count or 1), always and count is not None
       elif x.opcode == "conditional":
-        inner = (times, depth + 1, dynamic)
-      else:
-        inner = (times, depth, dynamic)
+        inner = times, False
       for callee in x.called():
         yield from self._walk(callee, *inner)
 

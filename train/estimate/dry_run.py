@@ -22,8 +22,9 @@ from train.config import schema
 from train.estimate import flops, jaxpr_cost
 from train.methods import leaves, registry
 from train.parallel import mesh as mesh_lib
-from train.step import optimizer, train_step
+from train.step import optimizer
 from train.step import setup as setup_lib
+from train.step import state as state_lib
 
 # Group of a parameter, by the first part of its path that is a key here.
 GROUPS = {
@@ -156,7 +157,7 @@ def memory(
   return found
 
 
-def weights(abstract: train_step.AbstractState) -> dict[str, tuple[Any, Any]]:
+def weights(abstract: state_lib.AbstractState) -> dict[str, tuple[Any, Any]]:
   """Shapes and shardings of the weights, by group.
 
   Methods with factors have frozen and trained weights, and those that a step
@@ -230,7 +231,7 @@ def shard_bytes(tree: Any, shardings: Any, in_host: bool = False) -> int:
 
 
 def activation_bytes(
-  config: schema.Config, abstract: train_step.AbstractState, shards: int
+  config: schema.Config, abstract: state_lib.AbstractState, shards: int
 ) -> int:
   """Maximum bytes that the loss and gradient of a microbatch keep."""
   parts = shards * config.parts

@@ -20,7 +20,7 @@ from jax.extend import core
 from train.estimate import jaxpr_cost
 from train.methods import registry
 from train.methods.options import OptimizerConfig
-from train.step import train_step
+from train.step import losses as losses_lib
 from train.step.adapters import Adapters
 
 # Dense bfloat16 FLOPs a second of one JAX device, at its `device_kind`, with
@@ -77,7 +77,7 @@ def trace_loss(
   """
 
   def loss(params: Any, rows: jax.Array) -> jax.Array:
-    return train_step.token_losses(graphdef, params, rows).mean()
+    return losses_lib.token_losses(graphdef, params, rows).mean()
 
   batch = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
   run = jax.grad(loss) if gradient else loss

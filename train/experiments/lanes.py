@@ -19,7 +19,9 @@ import numpy as np
 
 from train.config import schema
 from train.parallel import mesh as mesh_lib
+from train.step import losses as losses_lib
 from train.step import optimizer, setup, train_step
+from train.step import state as state_lib
 
 # Options of the optimizer that are arrays, and what stands for them in the
 # config that is common to the lanes.
@@ -52,10 +54,10 @@ class Program(NamedTuple):
   """
 
   setup: setup.Setup
-  state: train_step.AbstractState
+  state: state_lib.AbstractState
   chunk: int
-  start: Callable[[Numbers], train_step.TrainState]
-  advance: Callable[..., tuple[train_step.TrainState, dict]]
+  start: Callable[[Numbers], state_lib.TrainState]
+  advance: Callable[..., tuple[state_lib.TrainState, dict]]
   evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 
 
@@ -102,12 +104,12 @@ def make(config: schema.Config, lanes: int, mesh: jax.sharding.Mesh) -> Program:
   state = _state_of(lanes, made.abstract)
   if lanes > 1:
     # All lanes are at the same step.
-    axes = train_step.TrainState(None, 0, 0, 0, 0)
+    axes = state_lib.TrainState(None, 0, 0, 0, 0)
     start = jax.vmap(start, out_axes=axes)
     step = jax.vmap(step, in_axes=(axes, 0, 0), out_axes=(axes, 0))
     evaluate = jax.vmap(evaluate, in_axes=(0, None), out_axes=(0, 0))
 
-  def advance(state: train_step.TrainState, values: Numbers, rows: jax.Array):
+  def advance(state: state_lib.TrainState, values: Numbers, rows: jax.Array):
     if len(rows) > 1:
       one = lambda state, rows: step(state, values, rows)
       return jax.lax.scan(one, state, rows)
@@ -135,17 +137,17 @@ def _of_one_lane(
       _with_arrays(config.optimizer, **chosen), config.train.steps
     )
 
-  def start(values: Numbers) -> train_step.TrainState:
+  def start(values: Numbers) -> state_lib.TrainState:
     tx = optimizer_of(values)
-    return train_step.new_state(tx, made.abstract, values["seed"])
+    return state_lib.new_state(tx, made.abstract, values["seed"])
 
-  def step(state: train_step.TrainState, values: Numbers, rows: jax.Array):
+  def step(state: state_lib.TrainState, values: Numbers, rows: jax.Array):
     train = _with_arrays(config.train, seed=values["seed"])
     tx = optimizer_of(values)
     return train_step.whole_step(tx, made.abstract, train)(state, rows)
 
   def evaluate(params: dict, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return train_step.evaluate(made.abstract, params, rows)
+    return losses_lib.evaluate(made.abstract, params, rows)
 
   return start, step, evaluate
 
@@ -163,12 +165,12 @@ def _with_arrays(config: Config, **arrays: Any) -> Config:
 
 
 def _state_of(
-  lanes: int, abstract: train_step.AbstractState
-) -> train_step.AbstractState:
+  lanes: int, abstract: state_lib.AbstractState
+) -> state_lib.AbstractState:
   """The state of all lanes: of several, every array but `step` has an axis."""
   if lanes == 1:
     return abstract
-  whole = mesh_lib.replicated(abstract.shardings.step.mesh)
+  whole = mesh_lib.replicated(abstract.mesh)
   add_axis = lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype)
   state = jax.tree.map(add_axis, abstract.state)
   return abstract._replace(

@@ -20,7 +20,7 @@ from train.data import corpus as corpus_lib
 from train.experiments import lanes as lanes_lib
 from train.experiments.lanes import Program
 from train.run import checkpoint
-from train.step.train_step import TrainState
+from train.step.state import TrainState
 
 
 @dataclasses.dataclass

@@ -24,6 +24,8 @@ from train.parallel import mesh as mesh_lib
 from train.run import checkpoint, metrics
 from train.run import job as job_lib
 from train.step import adapters, optimizer, train_step
+from train.step import losses as losses_lib
+from train.step import state as state_lib
 
 DROPOUT = 2**31 - 1  # folded into the run's key for the keys of dropout
 
@@ -60,7 +62,7 @@ class Evaluator:
   put: Callable[[Batch], Any]
   log: metrics.Log
 
-  def __call__(self, state: train_step.TrainState, say: job_lib.Say) -> float:
+  def __call__(self, state: state_lib.TrainState, say: job_lib.Say) -> float:
     """Reports and logs the scores; returns one of which lower is better."""
     index, parts = self.part
     size = self.rows // parts
@@ -92,7 +94,7 @@ def forward_flops(model: TaskModel, data: TaskData, weights: Any) -> float:
 
 def lean_loss(
   model: TaskModel, config: schema.SharedTrainConfig
-) -> train_step.Loss:
+) -> losses_lib.Loss:
   """The mean loss of a batch, of which gradients at rank r are taken."""
 
   def share(
@@ -110,7 +112,7 @@ def lean_loss(
   def divide(batch: Any, parts: int) -> Any:
     return {k: mesh_lib.microbatches(v, parts) for k, v in batch.items()}
 
-  return train_step.Loss(share, count, divide)
+  return losses_lib.Loss(share, count, divide)
 
 
 def _dropout_key(
@@ -126,9 +128,9 @@ def _dropout_key(
 
 def make_gradient(
   model: TaskModel,
-  abstract: train_step.AbstractState,
+  abstract: state_lib.AbstractState,
   config: schema.SharedTrainConfig,
-) -> train_step.Gradient:
+) -> losses_lib.Gradient:
   """The gradient of the mean loss of a batch, over `accumulate` parts of it."""
   differentiate = jax.value_and_grad(
     lambda w, batch, count, key: model.loss(w, batch, key) / count
@@ -204,7 +206,7 @@ def make_adapters(model: TaskModel, config: Config) -> adapters.Adapters | None:
 
 def setup(
   model: TaskModel, config: Config, mesh: jax.sharding.Mesh
-) -> tuple[Any, train_step.AbstractState]:
+) -> tuple[Any, state_lib.AbstractState]:
   """The optimizer, and the shapes and shardings of the training state.
 
   Nothing is allocated yet.
@@ -217,7 +219,7 @@ def setup(
   )
   shared = as_pretraining(config)
   tx = optimizer.make_optimizer(shared.optimizer, config.train.steps, shardings)
-  return tx, train_step.abstract_state(
+  return tx, state_lib.abstract_state(
     shared.model,
     model.graphdef,
     model.boxes,
@@ -234,8 +236,8 @@ def prepare(
   data: TaskData,
   mesh: jax.sharding.Mesh,
   tx: Any,
-  abstract: train_step.AbstractState,
-) -> tuple[job_lib.Job, train_step.TrainState]:
+  abstract: state_lib.AbstractState,
+) -> tuple[job_lib.Job, state_lib.TrainState]:
   """Builds a fine-tuning job, with a new or a restored training state."""
   shared, train = as_pretraining(config), config.train
   state, progress = job_lib.restore_or_init(
@@ -283,7 +285,7 @@ def prepare(
 
 
 def make_eval_step(
-  model: TaskModel, abstract: train_step.AbstractState
+  model: TaskModel, abstract: state_lib.AbstractState
 ) -> Callable:
   """The evaluation step, jitted.
 
@@ -292,9 +294,7 @@ def make_eval_step(
     loss and the number of items, replicated on all devices.
   """
 
-  @functools.partial(
-    jax.jit, out_shardings=mesh_lib.replicated(abstract.shardings.step.mesh)
-  )
+  @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(abstract.mesh))
   def eval_step(params: dict, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
     weights = abstract.read(params)
     loss = model.loss(weights, batch, None)

@@ -10,13 +10,13 @@ import galore_optax
 from train.common import atomic_files
 from train.finetuning.config import Config
 from train.methods import leaves, registry
-from train.step import train_step
+from train.step import state as state_lib
 
 FILE = "result.json"
 
 
 def component_bytes(
-  abstract: train_step.AbstractState, config: Config, opt_state: Any
+  abstract: state_lib.AbstractState, config: Config, opt_state: Any
 ) -> dict[str, int]:
   """Bytes of weights, adapters, gradients and optimizer state.
 

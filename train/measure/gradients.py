@@ -11,7 +11,7 @@ import numpy as np
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.measure import trial
-from train.step import train_step
+from train.step import losses as losses_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def record(
 
 def _loss(graphdef: Any):
   def loss(params: dict, rows: jax.Array) -> jax.Array:
-    return train_step.token_losses(graphdef, params, rows).mean()
+    return losses_lib.token_losses(graphdef, params, rows).mean()
 
   return loss
 

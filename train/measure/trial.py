@@ -15,7 +15,7 @@ from train.parallel import mesh as mesh_lib
 from train.run import job as job_lib
 from train.run import loop, run_dir, subspace_watch
 from train.step import setup as setup_lib
-from train.step.train_step import TrainState
+from train.step.state import TrainState
 
 
 class Trial(NamedTuple):

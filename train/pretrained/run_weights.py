@@ -21,7 +21,8 @@ from train.pretrained import checkpoint_folder, llama_names
 from train.pretrained.llama_names import Weights
 from train.run import checkpoint as checkpoint_lib
 from train.run import checksums, run_dir
-from train.step import adapters, train_step
+from train.step import adapters
+from train.step import state as state_lib
 
 
 def is_run(config: dict[str, Any]) -> bool:
@@ -74,7 +75,7 @@ def _restore(
   """Restores the parameters without the optimizer's state, on the host."""
   # In the host's memory: an accelerator may have no room for a second copy.
   host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  store = parts.init if parts else functools.partial(train_step.store, model)
+  store = parts.init if parts else functools.partial(state_lib.store, model)
   stored = jax.eval_shape(store, nnx.to_pure_dict(llama.abstract(model)[1]))
   abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
   params = jax.tree.map(abstract, stored)
@@ -109,7 +110,7 @@ def _check(params: Any, sums: list[int], checkpoint: pathlib.Path) -> None:
   """
   host = np.array(jax.local_devices(backend="cpu")[:1])
   found = checksums.check_sums(params, jax.sharding.Mesh(host, ("host",)))
-  first = train_step.TrainState._fields.index("params")
+  first = state_lib.TrainState._fields.index("params")
   if found != sums[first : first + len(found)]:
     raise UserError(
       f"{checkpoint} is damaged (its arrays differ from those that were saved);"

@@ -29,7 +29,7 @@ from train.parallel import multihost
 from train.run.checksums import check_sums
 from train.run.kept_folder import KeptFolder
 from train.run.run_dir import FOLDER
-from train.step.train_step import AbstractState, TrainState
+from train.step.state import AbstractState, TrainState
 
 PROGRESS = "progress"  # name of the JSON that is saved with the state
 LOSS = "held_out_loss"
@@ -154,7 +154,7 @@ def _load(
       str(path.resolve()), {"state": target, PROGRESS: None}
     )
   state, saved = loaded["state"], Progress.check(loaded[PROGRESS])
-  if check_sums(state, abstract.shardings.step.mesh) != saved["check_sums"]:
+  if check_sums(state, abstract.mesh) != saved["check_sums"]:
     raise Damaged("its arrays differ from those that were saved")
   check_step(int(jax.device_get(state.step)), path)
   return state, Progress(saved["seconds"], _own(saved["data"]))

@@ -15,12 +15,14 @@ from train.estimate import flops
 from train.parallel import mesh as mesh_lib
 from train.parallel import multihost
 from train.run import checkpoint, metrics, perplexity, sinks, subspace_watch
+from train.step import losses as losses_lib
 from train.step import optimizer
+from train.step import state as state_lib
 from train.step import train_step as train_step_lib
 from train.step.setup import Setup
 
 Say = Callable[[str], None]  # prints a line, without breaking a progress bar
-Evaluate = Callable[[train_step_lib.TrainState, Say], float]
+Evaluate = Callable[[state_lib.TrainState, Say], float]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ def prepare(
   setup: Setup,
   watcher: subspace_watch.Watcher | None = None,
   initial_params: Callable[[], dict | None] = lambda: None,
-) -> tuple[Job, train_step_lib.TrainState]:
+) -> tuple[Job, state_lib.TrainState]:
   """Builds a pre-training job, with a new or a restored training state.
 
   Args:
@@ -92,7 +94,7 @@ def prepare(
   part = mesh_lib.batch_part(mesh)
   sharding = mesh_lib.batch_sharding(mesh)
   put = lambda rows: mesh_lib.put_batch(rows, sharding)
-  eval_step = train_step_lib.make_eval_step(abstract, config.parts)
+  eval_step = losses_lib.make_eval_step(abstract, config.parts)
   log = open_log(config, out, int(state.step))
   evaluator = perplexity.Evaluator(
     corpus, config.data.batch, part, eval_step, put, log
@@ -127,11 +129,11 @@ def prepare(
 
 def restore_or_init(
   out: pathlib.Path,
-  updater: train_step_lib.Updater,
-  abstract: train_step_lib.AbstractState,
+  updater: state_lib.Updater,
+  abstract: state_lib.AbstractState,
   seed: int,
   initial_params: Callable[[], dict | None] = lambda: None,
-) -> tuple[train_step_lib.TrainState, checkpoint.Progress]:
+) -> tuple[state_lib.TrainState, checkpoint.Progress]:
   """The state of the newest checkpoint, or a new one where there is none.
 
   Args:
@@ -148,7 +150,7 @@ def restore_or_init(
   restored = checkpoint.restore(out, abstract)
   if restored is None:
     params = initial_params()
-    state = train_step_lib.init_state(updater, abstract, seed, params)
+    state = state_lib.init_state(updater, abstract, seed, params)
     return state, checkpoint.Progress(0.0, None)
   print(f"continuing from the checkpoint of step {int(restored[0].step)}")
   return restored

@@ -14,13 +14,14 @@ from train.estimate import flops
 from train.run import checkpoint, metrics
 from train.run import progress as progress_lib
 from train.run.job import Job
+from train.step import state as state_lib
 from train.step import train_step
 
 
 class Outcome(NamedTuple):
   """How the loop ended."""
 
-  state: train_step.TrainState
+  state: state_lib.TrainState
   stopped: bool  # by a signal, before the last step
 
 
@@ -40,8 +41,8 @@ class Reporter:
     self.resume()
 
   def step(
-    self, compiled: Callable, step: int, state: train_step.TrainState
-  ) -> tuple[train_step.TrainState, dict[str, jax.Array]]:
+    self, compiled: Callable, step: int, state: state_lib.TrainState
+  ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
     """Runs a step, and measures the subspaces where that is due."""
     rows, watcher = self._job.put(next(self._job.feed)), self._job.watcher
     begin, programs = time.perf_counter(), self._programs(compiled)
@@ -138,7 +139,7 @@ class Reporter:
 
 
 def train(
-  job: Job, state: train_step.TrainState, stopped: Callable[[], bool]
+  job: Job, state: state_lib.TrainState, stopped: Callable[[], bool]
 ) -> Outcome:
   """Trains from the state's step to the last step, or until a stop.
 
@@ -170,7 +171,7 @@ def train(
 
 def advance(
   job: Job,
-  state: train_step.TrainState,
+  state: state_lib.TrainState,
   compiled: Callable,
   reporter: Reporter,
   numbers: range,
@@ -205,7 +206,7 @@ def advance(
 
 
 def evaluate_and_save(
-  job: Job, state: train_step.TrainState, reporter: Reporter, due: set[str]
+  job: Job, state: state_lib.TrainState, reporter: Reporter, due: set[str]
 ) -> None:
   """Evaluates and saves the state, as far as that is due."""
   loss = None
@@ -213,7 +214,7 @@ def evaluate_and_save(
     loss = job.evaluate(state, reporter.say)
     if job.run.keep_best and loss < job.checkpoints.best():
       due.add("save")
-  if "save" in due and not train_step.all_finite(state.params):
+  if "save" in due and not state_lib.all_finite(state.params):
     job.checkpoints.failure = "its weights are not finite"
     reporter.say(f"not saved: {job.checkpoints.failure}")
   elif "save" in due:
@@ -244,7 +245,7 @@ def _divergence(job: Job, step: int) -> str:
   )
 
 
-def compile_step(job: Job, state: train_step.TrainState) -> Callable:
+def compile_step(job: Job, state: state_lib.TrainState) -> Callable:
   """Compiles the training step for exactly these shapes and shardings."""
   begin = time.perf_counter()
   rows = job.batch_shape

@@ -9,7 +9,7 @@ import numpy as np
 
 from train.data import corpus as corpus_lib
 from train.run import metrics
-from train.step import train_step
+from train.step import state as state_lib
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class Evaluator:
     self._unigram: float | None = None
 
   def __call__(
-    self, state: train_step.TrainState, say: Callable[[str], None]
+    self, state: state_lib.TrainState, say: Callable[[str], None]
   ) -> float:
     """Reports and logs the perplexity on held-out text.
 

@@ -29,6 +29,8 @@ from train.config import schema
 from train.methods import registry
 from train.models import llama
 from train.parallel import mesh
+from train.step import losses as losses_lib
+from train.step import state as state_lib
 from train.step import train_step
 from train.step.setup import Setup
 
@@ -203,7 +205,7 @@ class Watcher:
     method = registry.get(self._config.name)
     return method.steps_together(self._config.refresh)
 
-  def compile(self, state: train_step.TrainState, rows: Any) -> None:
+  def compile(self, state: state_lib.TrainState, rows: Any) -> None:
     """Compiles ahead, so that the first measurement does not delay a step.
 
     Args:
@@ -226,12 +228,12 @@ class Watcher:
     functions = (self._jit_before, self._jit_after)
     return sum(map(train_step.count_programs, functions))
 
-  def before(self, state: train_step.TrainState, rows: jax.Array) -> Before:
+  def before(self, state: state_lib.TrainState, rows: jax.Array) -> Before:
     """Gradients and bases of a state, before the step consumes it."""
     return self._jit_before(state.params, state.opt_state, rows)
 
   def after(
-    self, before: Before, state: train_step.TrainState
+    self, before: Before, state: state_lib.TrainState
   ) -> dict[str, jax.Array]:
     """The numbers, from the bases that the step has used."""
     return self._jit_after(before, state.opt_state)
@@ -295,7 +297,7 @@ class Watcher:
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, jnp.maximum(rows[:, 1:], 0)
     )
-    return jnp.where(train_step.is_predicted(rows), losses, 0).sum()
+    return jnp.where(losses_lib.is_predicted(rows), losses, 0).sum()
 
   def _bases(self, opt_state: Any) -> dict[str, dict[str, jax.Array]]:
     """The bases of the watched matrices."""
@@ -306,7 +308,7 @@ class Watcher:
     }
 
 
-def _visible(known: list[Matrix], state: train_step.TrainState) -> list[Matrix]:
+def _visible(known: list[Matrix], state: state_lib.TrainState) -> list[Matrix]:
   """The matrices whose bases are kept layer by layer in the state."""
   bases = jax.eval_shape(galore_optax.find_bases, state.opt_state)
   return [

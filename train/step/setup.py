@@ -10,7 +10,8 @@ import galore_optax
 from train.config.schema import Config
 from train.models import llama
 from train.parallel import mesh as mesh_lib
-from train.step import adapters, optimizer, per_layer, train_step
+from train.step import adapters, optimizer, per_layer
+from train.step import state as state_lib
 
 
 class Setup(NamedTuple):
@@ -26,8 +27,8 @@ class Setup(NamedTuple):
 
   mesh: jax.sharding.Mesh
   tx: optax.GradientTransformationExtraArgs
-  updater: train_step.Updater
-  abstract: train_step.AbstractState
+  updater: state_lib.Updater
+  abstract: state_lib.AbstractState
   plan: galore_optax.diagnostics.Description
 
 
@@ -51,11 +52,11 @@ def make(config: Config, mesh: jax.sharding.Mesh) -> Setup:
   if train.layerwise:
     updater = per_layer.fuse(tx, model, train, nnx.to_pure_dict(boxes))
   changed = adapters.make(config.optimizer)
-  abstract = train_step.abstract_state(
+  abstract = state_lib.abstract_state(
     model, graphdef, boxes, updater, mesh, changed
   )
   if config.mesh.offload == "optimizer":
-    abstract = train_step.offload(abstract)
+    abstract = state_lib.offload(abstract)
   of_weights = tx if changed is None else changed.over_weights(tx)
   plan = galore_optax.describe(of_weights, abstract.weights)
   return Setup(mesh, tx, updater, abstract, plan)

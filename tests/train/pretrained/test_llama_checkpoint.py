@@ -21,7 +21,7 @@ from train.pretrained import (
   llama_names,
 )
 from train.run import checkpoint, run_dir
-from train.step import train_step
+from train.step import state as state_lib
 
 SHAPES = {
   "plain": TINY,
@@ -343,7 +343,7 @@ def test_a_run_starts_from_a_folder_or_a_run(written, run, trainer):
   assert config.model == dataclasses.replace(TINY, unroll=4)
   abstract, params = trainer.abstract, llama_checkpoint.initial_params(config)
   with jax.set_mesh(trainer.mesh):
-    state = train_step.init_state(trainer.tx, abstract, 0, params)
+    state = state_lib.init_state(trainer.tx, abstract, 0, params)
   same(jax.device_get(state.params), run.params)
   assert int(state.step) == 0
   # A change of the sizes after `adopt` does not fit the weights.

@@ -17,7 +17,8 @@ from train.models import llama
 from train.parallel import mesh as mesh_lib
 from train.run import checkpoint, metrics
 from train.run.run_dir import FOLDER
-from train.step import optimizer, train_step
+from train.step import optimizer
+from train.step import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[3]
 SETTINGS = {
@@ -60,7 +61,7 @@ def final(out):
   tx = optimizer.make_optimizer(config.optimizer, 12)
   mesh = mesh_lib.make_mesh(schema.MeshConfig(), 8)
   state, progress = checkpoint.restore(
-    out, train_step.abstract_state(model, *llama.abstract(model), tx, mesh)
+    out, state_lib.abstract_state(model, *llama.abstract(model), tx, mesh)
   )
   assert int(state.step) == 12
   return state, progress

@@ -25,7 +25,7 @@ from train.data import corpus
 from train.models import llama
 from train.run import loop, metrics
 from train.run.run_dir import FOLDER
-from train.step import train_step
+from train.step import state as state_lib
 
 pytestmark = pytest.mark.usefixtures("one_device", "undrawn")
 
@@ -280,7 +280,7 @@ def test_bad_steps_are_skipped_and_too_many_in_a_row_end_the_run(
   assert records[9]["skipped"] == 5
   state, _ = final(out)
   assert (int(state.skipped), int(state.skips_in_row)) == (5, 0)
-  assert train_step.all_finite(state.params) and train_step.all_finite(
+  assert state_lib.all_finite(state.params) and state_lib.all_finite(
     state.opt_state
   )
 

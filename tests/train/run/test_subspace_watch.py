@@ -12,7 +12,8 @@ from train.common.errors import UserError
 from train.config import schema
 from train.models import llama
 from train.run import subspace_watch
-from train.step import optimizer, setup, train_step
+from train.step import losses as losses_lib
+from train.step import optimizer, setup
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def measured(trainer, whole, rows):
   state, found = trainer.init(), []
   with jax.set_mesh(trainer.mesh):
     batch = trainer.put(rows)
-    loss = lambda p: train_step.token_losses(
+    loss = lambda p: losses_lib.token_losses(
       trainer.abstract.graphdef, p, batch
     ).sum()
     gradient = jax.jit(jax.grad(loss))
@@ -76,7 +77,7 @@ def test_layers_that_differ_are_measured_as_they_are(whole, rows):
     for m in watcher.matrices
   }
   found = jax.jit(watcher._loss)(chosen, state.params, rows)
-  losses = jax.jit(train_step.token_losses, static_argnums=0)(
+  losses = jax.jit(losses_lib.token_losses, static_argnums=0)(
     small.abstract.graphdef, state.params, rows
   )
   assert float(found) == pytest.approx(float(losses.sum()), rel=1e-6)
@@ -127,7 +128,7 @@ def test_quantized_weights_are_measured_as_the_model_reads_them(whole, rows):
   with jax.set_mesh(trainer.mesh):
     batch = trainer.put(rows)
     exact = jax.grad(
-      lambda p: train_step.token_losses(
+      lambda p: losses_lib.token_losses(
         trainer.abstract.graphdef, p, batch
       ).sum()
     )(trainer.abstract.read(state.params))

@@ -23,6 +23,8 @@ from train.parallel import mesh as mesh_lib
 from train.pretrained import llama_checkpoint, llama_names
 from train.run import checkpoint, job, metrics, run_dir
 from train.step import adapters, optimizer
+from train.step import losses as losses_lib
+from train.step import state as state_lib
 from train.step import train_step as train_step_lib
 
 NAMES = ("lora", "qlora", "relora", "low_rank")
@@ -42,7 +44,7 @@ class Trainer:
   """A tiny model with factors, and its compiled steps."""
 
   mesh: jax.sharding.Mesh
-  abstract: train_step_lib.AbstractState
+  abstract: state_lib.AbstractState
   tx: optax.GradientTransformation
   train_step: object
   eval_step: object
@@ -50,9 +52,7 @@ class Trainer:
   @functools.cached_property
   def fresh(self):
     with jax.set_mesh(self.mesh):
-      state = train_step_lib.init_state(
-        self.tx, self.abstract, 0, weights(TINY)
-      )
+      state = state_lib.init_state(self.tx, self.abstract, 0, weights(TINY))
       where = jax.tree.map(lambda x: x.sharding, state)
       return jax.device_get(state), where
 
@@ -81,7 +81,7 @@ def trainer(name, devices=1, fsdp=1, tensor=1, accumulate=1):
   chosen = schema.OptimizerConfig(name=name, **FIELDS)
   tx = optimizer.make_optimizer(chosen, steps=20)
   with jax.set_mesh(grid):
-    abstract = train_step_lib.abstract_state(
+    abstract = state_lib.abstract_state(
       TINY, *llama.abstract(TINY), tx, grid, adapters.make(chosen)
     )
   train = schema.TrainConfig(accumulate=accumulate)
@@ -90,7 +90,7 @@ def trainer(name, devices=1, fsdp=1, tensor=1, accumulate=1):
     abstract,
     tx,
     train_step_lib.make_train_step(tx, abstract, train),
-    train_step_lib.make_eval_step(abstract),
+    losses_lib.make_eval_step(abstract),
   )
 
 
@@ -124,7 +124,7 @@ def test_training_learns_in_one_program(name, rows):
   with jax.set_mesh(here.mesh):
     total, count = here.eval_step(state.params, here.put(rows))
   read = here.abstract.read(state.params)
-  expected = train_step_lib.token_losses(here.abstract.graphdef, read, rows)
+  expected = losses_lib.token_losses(here.abstract.graphdef, read, rows)
   assert count == expected.size
   np.testing.assert_allclose(total, expected.sum(), rtol=1e-4)
 
@@ -136,9 +136,7 @@ def test_the_step_is_the_gradient_of_the_adapters(rows):
 
   def loss(trained):
     params = here.abstract.adapters.method.apply(frozen, trained)
-    return train_step_lib.token_losses(
-      here.abstract.graphdef, params, rows
-    ).mean()
+    return losses_lib.token_losses(here.abstract.graphdef, params, rows).mean()
 
   grads = jax.jit(jax.grad(loss))(trained)
   # The first learning rate is zero; with no warm-up left it is not.
@@ -269,7 +267,7 @@ def losses_in(out):
 def arrays_in(out, chosen):
   tx = optimizer.make_optimizer(chosen.optimizer, 12)
   parts = adapters.make(chosen.optimizer)
-  abstract = train_step_lib.abstract_state(
+  abstract = state_lib.abstract_state(
     chosen.model,
     *llama.abstract(chosen.model),
     tx,

@@ -8,6 +8,7 @@ import pytest
 from tests.train.conftest import QWEN, TINY, make_trainer
 from train.common.errors import UserError
 from train.config import presets, schema
+from train.step import losses as losses_lib
 from train.step import train_step
 
 _STEPS = 7  # the bases are refreshed at every third
@@ -89,7 +90,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rows):
 
 def test_gradients_have_the_rank(rows):
   trainer = make_trainer("galore", 1, train=schema.TrainConfig(lean=True))
-  loss = train_step.next_token_loss(trainer.abstract, schema.TrainConfig())
+  loss = losses_lib.next_token_loss(trainer.abstract, schema.TrainConfig())
   backward = train_step._backward(
     trainer.tx, trainer.abstract, schema.TrainConfig(lean=True), None, loss
   )

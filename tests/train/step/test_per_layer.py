@@ -13,7 +13,9 @@ from train.common.errors import UserError
 from train.config import presets, schema
 from train.models import llama
 from train.parallel import mesh as mesh_lib
+from train.step import losses as losses_lib
 from train.step import optimizer, per_layer, train_step
+from train.step import state as state_lib
 
 STEPS = 6
 
@@ -56,12 +58,12 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
     shapes = jax.eval_shape(lambda: llama.init(model, 0))
     tx = per_layer.fuse(tx, model, config.train, shapes)
   with jax.set_mesh(where):
-    abstract = train_step.abstract_state(
+    abstract = state_lib.abstract_state(
       model, *llama.abstract(model), tx, where
     )
     if settings.get("offload"):
-      abstract = train_step.offload(abstract)
-    state = train_step.init_state(tx, abstract, 0, weights(model))
+      abstract = state_lib.offload(abstract)
+    state = state_lib.init_state(tx, abstract, 0, weights(model))
     train = train_step.make_train_step(tx, abstract, config.train, parts)
     losses = []
     for _ in range(STEPS):
@@ -69,7 +71,7 @@ def _run(rows, name="galore", devices=1, parts=1, **changes):
         state, mesh_lib.put_batch(rows, mesh_lib.batch_sharding(where))
       )
       losses.append(float(values["loss"]))
-    evaluate = train_step.make_eval_step(abstract)
+    evaluate = losses_lib.make_eval_step(abstract)
     total, count = evaluate(state.params, rows)
   final = jax.device_get(abstract.read(state.params))
   return np.array(losses), final, float(total) / int(count)
@@ -140,7 +142,7 @@ def test_layers_that_differ_are_walked_as_they_are(batch):
   graphdef, _ = llama.abstract(QWEN)
   walked = per_layer.layered(QWEN, schema.TrainConfig())
   loss = lambda p: walked.loss(p, batch)[0]
-  usual = lambda p: train_step.token_losses(graphdef, p, batch).mean()
+  usual = lambda p: losses_lib.token_losses(graphdef, p, batch).mean()
 
   @jax.jit
   def both(params):
@@ -185,7 +187,7 @@ def test_on_a_mesh_every_device_has_its_part_of_a_chunk():
 @pytest.mark.slow
 def test_padding_does_not_count(batch):
   padded = batch.copy()
-  padded[1:4, 9:] = train_step.PADDING
+  padded[1:4, 9:] = losses_lib.PADDING
   _assert_same(_run(padded, layerwise=True), _run(padded), 2e-6)
 
 
@@ -241,7 +243,7 @@ def test_codes_are_what_is_kept(batch):
   where = mesh_lib.make_mesh(
     schema.MeshConfig(data=1), 8, devices=jax.devices()[:1]
   )
-  abstract = train_step.abstract_state(model, *llama.abstract(model), tx, where)
+  abstract = state_lib.abstract_state(model, *llama.abstract(model), tx, where)
   kernel = abstract.state.params["layers"]["attn"]["q"]["kernel"]
   assert kernel.codes.dtype == jnp.int8
   assert abstract.state.params["embed"]["embedding"].dtype == jnp.float32

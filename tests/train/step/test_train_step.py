@@ -16,13 +16,15 @@ from train.config import schema
 from train.methods import leaves, registry, transforms
 from train.models import llama
 from train.parallel import mesh
-from train.step import optimizer, train_step
+from train.step import losses as losses_lib
+from train.step import optimizer
+from train.step import state as state_lib
 
 
 def test_the_loss_is_the_cross_entropy_of_the_next_token(trainer, rows):
   params = trainer.init().params
   graphdef = trainer.abstract.graphdef
-  losses = train_step.token_losses(graphdef, params, rows)
+  losses = losses_lib.token_losses(graphdef, params, rows)
   assert losses.shape == (8, 16)
   logits = llama.apply(graphdef, params, rows)
   expected = -jax.nn.log_softmax(logits[2, 5])[rows[2, 6]]
@@ -45,7 +47,7 @@ def test_training_learns_consumes_its_state_and_compiles_once(trainer, rows):
 
 def test_a_seed_makes_the_same_weights_and_another_makes_others(trainer):
   one, other = (
-    train_step.init_state(trainer.tx, trainer.abstract, seed).params
+    state_lib.init_state(trainer.tx, trainer.abstract, seed).params
     for seed in (0, 1)
   )
   same = weights(TINY)
@@ -59,15 +61,15 @@ def padded(rows):
   """The rows, ends of very different lengths taken off some of them."""
   rows = np.array(rows)
   for row, length in ((1, 3), (4, 9), (5, 1), (6, 0)):
-    rows[row, length:] = train_step.PADDING
+    rows[row, length:] = losses_lib.PADDING
   return rows
 
 
 def test_padding_is_never_predicted(trainer, rows):
   params, graphdef = trainer.init().params, trainer.abstract.graphdef
-  whole = np.array(train_step.token_losses(graphdef, params, rows))
-  cut = np.array(train_step.token_losses(graphdef, params, padded(rows)))
-  valid = np.array(train_step.is_predicted(padded(rows)))
+  whole = np.array(losses_lib.token_losses(graphdef, params, rows))
+  cut = np.array(losses_lib.token_losses(graphdef, params, padded(rows)))
+  valid = np.array(losses_lib.is_predicted(padded(rows)))
   assert valid.sum() == 4 * 16 + 2 + 8
   np.testing.assert_allclose(cut[valid], whole[valid], rtol=1e-6)
   assert (cut[~valid] == 0).all()
@@ -76,10 +78,10 @@ def test_padding_is_never_predicted(trainer, rows):
 def test_evaluation_leaves_out_the_padding(trainer, rows):
   params = trainer.init().params
   filled = np.array(rows)
-  filled[3:] = train_step.PADDING
+  filled[3:] = losses_lib.PADDING
   with jax.set_mesh(trainer.mesh):
     total, count = trainer.eval_step(params, trainer.put(filled))
-  expected = train_step.token_losses(trainer.abstract.graphdef, params, rows)[
+  expected = losses_lib.token_losses(trainer.abstract.graphdef, params, rows)[
     :3
   ]
   assert count == 3 * 16
@@ -91,7 +93,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(trainer, rows):
 
   def gradient(**fields):
     chosen = schema.TrainConfig(**fields)
-    return jax.jit(train_step.make_gradient(trainer.abstract, chosen))(
+    return jax.jit(losses_lib.make_gradient(trainer.abstract, chosen))(
       params, rows
     )
 
@@ -114,7 +116,7 @@ def test_an_evaluation_in_parts_adds_up_to_the_whole(trainer, rows):
   params, rows = trainer.init().params, padded(rows)
   with jax.set_mesh(trainer.mesh):
     whole, count = trainer.eval_step(params, trainer.put(rows))
-    cut = train_step.make_eval_step(trainer.abstract, parts=4)
+    cut = losses_lib.make_eval_step(trainer.abstract, parts=4)
     parts, again = cut(params, trainer.put(rows))
     compiled = [
       run.lower(params, trainer.put(rows)).compile().memory_analysis()
@@ -128,7 +130,7 @@ def test_an_evaluation_in_parts_adds_up_to_the_whole(trainer, rows):
 
 def test_the_z_loss_is_the_mean_square_of_the_normalizer(trainer, rows):
   params, rows = trainer.init().params, padded(rows)
-  graphdef, valid = trainer.abstract.graphdef, train_step.is_predicted(rows)
+  graphdef, valid = trainer.abstract.graphdef, losses_lib.is_predicted(rows)
 
   def expected(params):
     logits = llama.apply(graphdef, params, jnp.maximum(rows[:, :-1], 0))
@@ -140,10 +142,10 @@ def test_the_z_loss_is_the_mean_square_of_the_normalizer(trainer, rows):
 
   chosen = schema.TrainConfig(z_loss=0.3)
   with jax.set_mesh(trainer.mesh):
-    gradient = jax.jit(train_step.make_gradient(trainer.abstract, chosen))
+    gradient = jax.jit(losses_lib.make_gradient(trainer.abstract, chosen))
     found, loss, _ = gradient(params, rows)
     wanted = jax.jit(jax.grad(expected))(params)
-    plain = train_step.token_losses(graphdef, params, rows).sum() / 74
+    plain = losses_lib.token_losses(graphdef, params, rows).sum() / 74
   np.testing.assert_allclose(loss, plain, rtol=1e-6)  # without the penalty
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
