@@ -18,12 +18,30 @@ from train.common.errors import UserError
 from train.config.schema import MeshConfig
 
 # Variables that launchers set if they start more than one process.
-COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+COUNTS = (
+  "SLURM_STEP_NUM_TASKS",
+  "OMPI_COMM_WORLD_SIZE",
+  "JAX_NUM_PROCESSES",
+  "MEGASCALE_NUM_SLICES",
+)
 LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
+# Number of processes, index of this one, and its index among those of its host.
+# JAX reads the address of process 0 by itself, but these only where it knows
+# the launcher: not from Kubeflow's trainer, nor from Open MPI 5. One pair has
+# the names of the trainer, which the files of `train/launch` use too.
+PLACES = (
+  ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", ""),
+  (
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+  ),
+)
 
-def several(environment: dict[str, str]) -> bool:
+
+def several(environment: Mapping[str, str]) -> bool:
   """Whether the environment says that this is one process of several."""
   counts = (environment.get(name, "") for name in COUNTS)
   lists = (environment.get(name, "") for name in LISTS)
@@ -34,6 +52,47 @@ def several(environment: dict[str, str]) -> bool:
   )
 
 
+def place(environment: Mapping[str, str]) -> dict[str, Any]:
+  """Arguments of `jax.distributed.initialize` that JAX does not find itself.
+
+  Args:
+    environment: the variables of this process.
+
+  Returns:
+    The number of processes and the index of this one, if the environment gives
+    the address of process 0 and a launcher's pair of them; otherwise nothing.
+
+  Raises:
+    UserError: a variable is missing or not a number.
+  """
+  if COORDINATOR not in environment:
+    return {}
+  for count, index, local in PLACES:
+    if count in environment or index in environment:
+      found: dict[str, Any] = {
+        "num_processes": _number(environment, count),
+        "process_id": _number(environment, index),
+      }
+      if local in environment and "JAX_LOCAL_DEVICE_IDS" not in environment:
+        # One process a device, as JAX has it with the launchers it knows.
+        found["local_device_ids"] = [_number(environment, local)]
+      if "KUBERNETES_SERVICE_HOST" in environment:
+        # JAX would ask the cluster, which takes a package and permissions.
+        found["cluster_detection_method"] = "deactivate"
+      return found
+  return {}
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+  value = environment.get(name, "")
+  if not value.isdigit():
+    raise UserError(
+      f"{COORDINATOR} is set, but {name} is {value!r}; give the number of"
+      " processes and, from 0 on, the index of this one, or unset all three"
+    )
+  return int(value)
+
+
 def connect(config: MeshConfig) -> None:
   """Joins the processes of the run; does nothing if there is only one.
 
@@ -42,7 +101,7 @@ def connect(config: MeshConfig) -> None:
   Raises:
     UserError: the processes cannot be joined.
   """
-  if not config.coordinator and not several(dict(os.environ)):
+  if not config.coordinator and not several(os.environ):
     _check_alone()
     return
   if config.processes == 1:
@@ -50,22 +109,28 @@ def connect(config: MeshConfig) -> None:
   settings: Any = jax.config  # which makes its attributes as it goes
   if (settings.jax_platforms or "").startswith("cpu"):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  address = config.coordinator if config.coordinator != "auto" else ""
+  arguments: dict[str, Any] = {
+    # Later than `peers`, which says more.
+    "heartbeat_timeout_seconds": max(100, 3 * config.lost_after)
+  }
+  if config.coordinator in ("", "auto"):
+    arguments |= place(os.environ)
+  else:
+    arguments["coordinator_address"] = config.coordinator
+  if config.processes:
+    arguments["num_processes"] = config.processes
+  if config.process >= 0:
+    arguments["process_id"] = config.process
   try:
-    jax.distributed.initialize(
-      coordinator_address=address or None,
-      num_processes=config.processes or None,
-      process_id=None if config.process < 0 else config.process,
-      # Later than `peers`, which says more.
-      heartbeat_timeout_seconds=max(100, 3 * config.lost_after),
-    )
+    jax.distributed.initialize(**arguments)
   except (RuntimeError, ValueError) as error:
     reason = str(error).splitlines()[0]
     raise UserError(
       f"the processes of the run could not be joined ({reason}). Set"
       " mesh.coordinator=host:port of process 0, mesh.processes, and"
-      " mesh.process from 0 on each; or mesh.coordinator=auto under SLURM,"
-      " MPI or on a TPU pod"
+      " mesh.process from 0 on each; or the variables"
+      " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; or"
+      " mesh.coordinator=auto under SLURM, Open MPI or on a TPU pod"
     ) from error
 
 

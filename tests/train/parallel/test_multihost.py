@@ -30,14 +30,19 @@ def start(index, address, out, flags):
     "mesh.coordinator": address, "mesh.processes": 2, "mesh.process": index
   }  # fmt: skip
   extra = [x for k, v in joined.items() for x in ("--set", f"{k}={v}")]
+  return launch(["-m", "train.pretrain", "--out", str(out), *flags, *extra], {})
+
+
+def launch(arguments, variables):
+  """Starts Python on two devices, with some more environment variables."""
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2",
   }
   return subprocess.Popen(
-    [sys.executable, "-m", "train.pretrain", "--out", str(out), *flags, *extra],
-    cwd=ROOT, env=environment, text=True,
+    [sys.executable, *arguments],
+    cwd=ROOT, env=environment | variables, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip
 
