@@ -47,9 +47,10 @@ class GaLoreState(NamedTuple):
 
   Attributes:
     step: Updates so far.
-    projector: Path of a projected leaf to side (`left`, `right`) to basis; a
-      leaf at full rank has no entry. A basis in 4 or 8 bits is a
-      :class:`galore_optax.QArray` of its transpose, a random one its seed.
+    projector: Path of a projected leaf to side (`left`, `right`; of a tensor
+      `axis0`, `axis1`, ...) to basis; a leaf at full rank has no entry. A
+      basis in 4 or 8 bits is a :class:`galore_optax.QArray` of its transpose, a
+      random one its seed.
     inner_state: The inner optimizer's state. Each tree in it that has the
       parameters' structure, such as Adam's `mu`, is stored as a
       :class:`galore_optax.tree.split.Split`.
@@ -207,7 +208,7 @@ class _GaLore:
       sites=sites,
       updates=updates,
       grads={
-        p: s.view.as_matrix(leaves[p]) for p, s in sites.items() if p not in low
+        p: s.view.as_stack(leaves[p]) for p, s in sites.items() if p not in low
       },
       low=low,
       params=params,
@@ -476,7 +477,7 @@ class _GaLore:
     # Reshaped as the inner optimizer sees them: it may tell axes apart.
     inner_params = paths.map_with_path(
       lambda path, x: (
-        sites[path].view.as_matrix(self._cast(x))
+        sites[path].view.as_stack(self._cast(x))
         if path in sites
         else self._cast(x)
       ),
@@ -488,7 +489,7 @@ class _GaLore:
       )
     except separate.CoupledError as error:
       raise ValueError(_COUPLED.format(error)) from error
-    return {path: sites[path].view.from_matrix(x) for path, x in terms.items()}
+    return {path: sites[path].view.from_stack(x) for path, x in terms.items()}
 
   def _inner_params(
     self, call: _Call, bases: Mapping[str, projection.Bases]
@@ -507,7 +508,7 @@ class _GaLore:
       site = call.sites[path]
       if self.params_mode == "split":
         return jnp.zeros(site.low_shape, self._dtype(x.dtype))
-      low = projection.project(site.view.as_matrix(x), bases[path])
+      low = projection.project(site.view.as_stack(x), bases[path])
       return low.astype(self._dtype(x.dtype))
 
     return paths.map_with_path(convert, call.params)
@@ -663,12 +664,14 @@ def _lift_leaf(
     # The update is rounded to bfloat16 anyway. Products of bfloat16 numbers
     # take one pass of a matrix unit, and a mesh gathers half as many bytes.
     low, bases = jax.tree.map(lambda x: x.astype(dtype), (low, bases))
-  return site.view.from_matrix(_by_matrix(site, projection.lift, low, bases))
+  return site.view.from_stack(_by_matrix(site, projection.lift, low, bases))
 
 
 def _by_matrix(site: plan_lib.Site, f: Callable, *stacks: Any) -> jax.Array:
   """A function of a leaf's matrices, called on all at once or one by one."""
-  return slices.map_matrices(f, *stacks) if site.one_by_one else f(*stacks)
+  if not site.one_by_one:
+    return f(*stacks)
+  return slices.map_stack(f, len(site.view.stack), *stacks)
 
 
 def _check_like(
@@ -912,6 +915,8 @@ def galore(
   residual_settings = residual_lib.settings(
     residual, residual_factor, residual_decay, basis_dtype
   )
+  rules = plan_lib.check_rules(rules)
+  residual_lib.check_rules(residual, refresh, rules)
 
   def wrap(
     inner: optax.GradientTransformation,
@@ -920,7 +925,7 @@ def galore(
     settings = _GaLore(
       inner=optax.with_extra_args_support(inner),
       plan=plan_lib.Plan(
-        plan_lib.check_rules(rules),
+        rules,
         defaults,
         always=faithful,
         seeded=refresh.finder == "random",

@@ -13,7 +13,7 @@ from galore_optax import linalg
 from galore_optax._galore import GaLoreState
 from galore_optax.quantization import qarray
 from galore_optax.subspace import projection
-from galore_optax.tree import paths, plan
+from galore_optax.tree import paths, plan, sides
 
 
 def state_bytes(state: Any) -> int:
@@ -51,10 +51,11 @@ def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
     state: State of any optimizer, with or without GaLore anywhere in it.
 
   Returns:
-    Path of a projected leaf to side (`left`, `right`) to its basis, (..., m, r)
-    or (..., n, r), dequantized if it is stored quantized. A random projection
-    of which only the seed is stored is drawn. It is not orthonormal, so that
-    its captured energy and overlap mean nothing.
+    Path of a projected leaf to side (`left`, `right`; of a tensor `axis0`,
+    `axis1`, ...) to its basis, (..., m, r) or (..., n, r), dequantized if it is
+    stored quantized. A random projection of which only the seed is stored is
+    drawn. It is not orthonormal, so that its captured energy and overlap mean
+    nothing.
 
   Example:
     >>> import optax
@@ -137,10 +138,10 @@ def captured_energy(g: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
   r"""Share of a gradient's energy that is in the span of its bases.
 
   It is :math:`\|P^\top G\|_F^2 / \|G\|_F^2`, or with :math:`P^\top G Q` instead
-  for a two-sided projection.
+  for a two-sided projection, and with the core for a tensor.
 
   Args:
-    g: Gradients (..., m, n).
+    g: Gradients (..., m, n); of tensors, with the axes that count them first.
     bases: `left` (..., m, r), `right` (..., n, r), or both, as a
       :class:`galore_optax.GaLoreState` holds them for a path.
 
@@ -152,10 +153,14 @@ def captured_energy(g: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
     >>> print(captured_energy(jnp.diag(jnp.array([2.0, 1.0, 1.0])), bases))
     0.6666667
   """
-  g = _normalized(g)
-  low = projection.project(g, projection.read(bases))
+  arrays = projection.read(bases)
+  ndim = 2
+  if any(map(sides.is_tensor_side, arrays)):
+    ndim = projection.tensor_ndim(g, next(iter(arrays.values())))
+  g = _normalized(g, ndim)
+  low = projection.project(g, arrays)
   # The columns of quantized bases do not have length one exactly.
-  return jnp.minimum(_ratio(_energy(low), _energy(g)), 1)
+  return jnp.minimum(_ratio(_energy(low, ndim), _energy(g, ndim)), 1)
 
 
 def basis_overlap(
@@ -191,15 +196,20 @@ def basis_overlap(
 _POWER_ITERATIONS = 64
 
 
-def _normalized(g: jax.Array) -> jax.Array:
-  """Matrices in float32 with entries up to 1, whose squares stay in range."""
+def _normalized(g: jax.Array, ndim: int = 2) -> jax.Array:
+  """Matrices in float32 with entries up to 1, whose squares stay in range.
+
+  Args:
+    g: Matrices, or tensors.
+    ndim: Number of axes of one.
+  """
   g = g.astype(jnp.float32)
-  largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
+  largest = jnp.max(jnp.abs(g), axis=range(-ndim, 0), keepdims=True)
   return g / jnp.where(largest == 0, 1, largest)
 
 
-def _energy(x: jax.Array) -> jax.Array:
-  return jnp.sum(x * x, axis=(-2, -1))
+def _energy(x: jax.Array, ndim: int = 2) -> jax.Array:
+  return jnp.sum(x * x, axis=tuple(range(-ndim, 0)))
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -213,9 +223,12 @@ class Row:
   Attributes:
     path: The leaf's path.
     shape: Its shape.
-    matrix: Its matrix view, such as `8 x (512, 1376)`, or an empty string.
-    side: `left`, `right`, `both`, or an empty string at full rank.
-    rank: The rank, or None at full rank.
+    matrix: Its matrix view, such as `8 x (512, 1376)`, or an empty string. If a
+      rule gives its axes factors, the shapes of a tensor and of its core, such
+      as `8 x (3, 3, 64, 128), core (3, 3, 16, 32)`.
+    side: `left`, `right`, `both`, or an empty string at full rank. Of a tensor
+      the shape of each factor, such as `axis2 (64, 16), axis3 (128, 32)`.
+    rank: The rank, or None at full rank. Of a tensor, one for each factor.
     state_bytes: Bytes of its bases and moments.
     adam_bytes: Bytes of its moments under `optax.adam`, which have the leaf's
       dtype.
@@ -233,7 +246,7 @@ class Row:
   shape: tuple[int, ...]
   matrix: str
   side: str
-  rank: int | None
+  rank: int | tuple[int, ...] | None
   state_bytes: int
   adam_bytes: int
   reason: str = ""
@@ -263,7 +276,7 @@ class Description:
         str(row.shape),
         row.matrix or "-",
         row.side or "full rank",
-        str(row.rank or "-"),
+        _listed(row.rank),
         f"{row.state_bytes:,}",
         f"{row.adam_bytes:,}",
         *((_because(row),) if has_reasons else ()),
@@ -295,6 +308,12 @@ class Description:
     return "\n".join(text)
 
   __repr__ = __str__
+
+
+def _listed(rank: int | tuple[int, ...] | None) -> str:
+  if isinstance(rank, tuple):
+    return ", ".join(map(str, rank))
+  return str(rank or "-")
 
 
 def _because(row: Row) -> str:
@@ -435,23 +454,31 @@ def _row(path: str, leaf: Any, parts: Mapping[str, _Part], owned: int) -> Row:
   if not projected:
     return Row(path, shape, "", "", None, owned, adam, *why)
   stored = projected[0].bases
-  side = "both" if len(stored) == 2 else next(iter(stored))
-  rank = projection.basis_shape(next(iter(stored.values())))[-1]
+  rank: int | tuple[int, ...]
+  if any(map(sides.is_tensor_side, stored)):
+    shapes = {k: projection.basis_shape(x)[-2:] for k, x in stored.items()}
+    side = ", ".join(f"{name} {x}" for name, x in shapes.items())
+    rank = tuple(x[-1] for x in shapes.values())
+  else:
+    side = "both" if len(stored) == 2 else next(iter(stored))
+    rank = projection.basis_shape(next(iter(stored.values())))[-1]
   matrix = _matrices(projected)
   return Row(path, shape, matrix, side, rank, owned, adam, *why)
 
 
 def _matrices(parts: Sequence[_Part]) -> str:
   """The matrices of a parameter's parts, equal ones counted together."""
-  counts: dict[tuple[int, int], int] = {}
+  counts: dict[str, int] = {}
   is_one = len(parts) == 1
   for part in parts:
     # The bases count them: layer by layer, GaLore has seen one layer's leaf.
     stack = projection.basis_shape(next(iter(part.bases.values())))[:-2]
-    view: Any = part.decision.site and part.decision.site.view
-    counts[view.m, view.n] = counts.get((view.m, view.n), 0) + math.prod(stack)
+    site: Any = part.decision.site
+    text = str(site.view.dims)
+    if site.is_tensor:
+      text += f", core {site.low_shape[len(site.view.stack) :]}"
+    counts[text] = counts.get(text, 0) + math.prod(stack)
     is_one &= not stack
   return ", ".join(
-    str(shape) if is_one else f"{count} x {shape}"
-    for shape, count in counts.items()
+    text if is_one else f"{count} x {text}" for text, count in counts.items()
   )

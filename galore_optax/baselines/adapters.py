@@ -54,7 +54,7 @@ class Adapter:
   def change(self) -> jax.Array:
     """The product s · a b in the shape of the weight, at least float32."""
     product = linalg.matmul("...mr,...rn->...mn", self.a, self.b)
-    return self.view.from_matrix(self.scale * product)
+    return self.view.from_stack(self.scale * product)
 
 
 def is_adapter(x: Any) -> bool:
@@ -246,7 +246,7 @@ class LowRank:
       return any(re.search(pattern, path) for pattern, _ in self.plan.rules)
 
     def saves_memory(site: plan_lib.Site) -> bool:
-      m, n = site.view.m, site.view.n
+      m, n = site.matrix.dims
       return site.rank * (m + n) < m * n
 
     sites = {
@@ -288,14 +288,14 @@ class LowRank:
   def _adapter(self, key: jax.Array, leaf: Any, site: plan_lib.Site) -> Adapter:
     """The initial factors of a leaf."""
     dtype = self.dtype or jnp.result_type(leaf)
-    view, rank = site.view, site.rank
+    view, rank = site.matrix, site.rank
     scale = 1.0 if self.alpha is None else float(self.alpha) / rank
 
     def make(key: jax.Array, leaf: jax.Array) -> factors.Pair:
       if self.frozen != "none":
         a, b = factors.zero_product(key, view, rank)
       else:
-        matrices = view.as_matrix(leaf)
+        matrices = view.as_stack(leaf)
         a, b = factors.approximation(key, matrices, rank, self.start)
       return a.astype(dtype), b.astype(dtype)
 

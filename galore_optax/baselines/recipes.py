@@ -24,6 +24,7 @@ def _make(
   checks.check_float_dtype("dtype", dtype)
   checks.check_positive("alpha", fields.get("alpha"))
   checked = plan.check_rules(rules)
+  plan.refuse_tensors(checked, "adapters are products of two matrices")
   for pattern, how in checked:
     for name in ("update_proj_gap", "scale", "proj_type"):
       if how is not None and getattr(how, name) is not None:

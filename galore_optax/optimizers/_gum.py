@@ -136,6 +136,7 @@ def gum(
     Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025.
   """
   rules = plan.check_rules(options.pop("rules", ()))
+  plan.refuse_tensors(rules, "`gum` orthogonalizes matrices")
   _check(sampled, options.get("refresh"), rules)
   checks.check_eps(eps, options.get("state_dtype"))
   kinds: dict[Hashable, Any] = {

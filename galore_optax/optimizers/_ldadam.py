@@ -110,7 +110,7 @@ class _LDAdam:
       context._replace(basis_grads=basis_grads),
       paths.map_with_path(
         lambda path, g: (
-          sites[path].view.from_matrix(grads[path]) if path in sites else g
+          sites[path].view.from_stack(grads[path]) if path in sites else g
         ),
         updates,
       ),
@@ -158,7 +158,7 @@ class _LDAdam:
       ],
     )
     lost = jnp.where(refreshed, momentum - rotated, 0)
-    return site.view.from_matrix(residual + self.b1 / (1 - self.b1) * lost)
+    return site.view.from_stack(residual + self.b1 / (1 - self.b1) * lost)
 
   def _zeros(self, like: Any) -> jax.Array:
     dtype = self.error_dtype or jnp.promote_types(
@@ -170,13 +170,13 @@ class _LDAdam:
 
 def _with_error(site: plan_lib.Site, grad: jax.Array, error: Any) -> jax.Array:
   """Gradient plus error as matrices; a gradient that is not finite counts 0."""
-  grad = site.view.as_matrix(grad)
+  grad = site.view.as_stack(grad)
   grad = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
   finite = jnp.isfinite(grad).all((-2, -1), keepdims=True)
   grad = jnp.where(finite, grad, 0)
   if error is None:
     return grad
-  return grad + site.view.as_matrix(error).astype(grad.dtype)
+  return grad + site.view.as_stack(error).astype(grad.dtype)
 
 
 @recipe(
@@ -274,6 +274,7 @@ def ldadam(
     Statistics <https://arxiv.org/abs/2410.16103>`_, 2024, Algorithm 1.
   """
   rules = plan_lib.check_rules(options.pop("rules", ()))
+  plan_lib.refuse_tensors(rules, "`ldadam` keeps the errors of matrices")
   refresh: Any = options.pop("refresh", None)
   _check_refresh(refresh)
   checks.check_float_dtype("error_dtype", error_dtype)

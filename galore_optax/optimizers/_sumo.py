@@ -150,6 +150,7 @@ def sumo(
   options_lib.check_finder("sumo", options.get("refresh"))
   checks.check_eps(eps, options.get("state_dtype"))
   rules = options["rules"] = plan.check_rules(options.get("rules", ()))
+  plan.refuse_tensors(rules, "`sumo` orthogonalizes matrices")
   kinds: dict[Hashable, Any] = {
     "matrix": scale_by_orthogonal_momentum(decay, nesterov),
     "other": optax.scale_by_adam(b1, b2, eps),

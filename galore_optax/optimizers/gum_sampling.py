@@ -70,7 +70,8 @@ class _Family:
   def name(self) -> str:
     """A name that does not depend on how the matrices are stacked."""
     view = self.sites[0].view
-    return f"{view.m}x{view.n}/{self.sites[0].rank}/{self.sites[0].sides}"
+    m, n = view.dims
+    return f"{m}x{n}/{self.sites[0].rank}/{self.sites[0].sides}"
 
   @property
   def first(self) -> list[int]:
@@ -86,7 +87,7 @@ class _Family:
 def _families(sites: Mapping[str, plan_lib.Site]) -> list[_Family]:
   found: dict[Hashable, list[plan_lib.Site]] = {}
   for site in sites.values():
-    key = (site.view.m, site.view.n, site.sides, site.rank)
+    key = (*site.view.dims, site.sides, site.rank)
     found.setdefault(key, []).append(site)
   return [_Family(tuple(members)) for members in found.values()]
 
@@ -206,7 +207,7 @@ class Sampled:
     site = family.sites[0]
     like = [jnp.result_type(leaves[site.path]) for site in family.sites]
     dtype = self.state_dtype or jnp.result_type(jnp.float32, *like)
-    zeros = jnp.zeros((size, site.view.m, site.view.n), dtype)
+    zeros = jnp.zeros((size, *site.view.dims), dtype)
     return sharding.shard_divisible_like(
       zeros,
       leaves[site.path],
@@ -296,9 +297,9 @@ def _read(
 
   def take(site: plan_lib.Site, i: jax.Array) -> Any:
     bases = projection.read(stored[site.path])
-    grad = site.view.as_matrix(leaves[site.path])
+    grad = site.view.as_stack(leaves[site.path])
     wide = jnp.promote_types(grad.dtype, jnp.float32)
-    at = lambda x: slices.take(slices.flat(x), i)
+    at = lambda x: slices.take(slices.flat(x, x.ndim - 2), i)
     return at(grad).astype(wide), jax.tree.map(at, bases)
 
   first = np.asarray(family.first[:-1], np.int32)
@@ -341,10 +342,10 @@ def _with_held(
   """The updates of a family's leaves, with those of drawn matrices put in."""
   new_updates = {}
   for site, first in zip(family.sites, family.first, strict=False):
-    old = site.view.as_matrix(updates[site.path])
+    old = site.view.as_stack(updates[site.path])
     drawn = (site.scale * directions).astype(old.dtype)
-    new = slices.put_many(slices.flat(old), drawn, held - first)
-    new_updates[site.path] = site.view.from_matrix(new.reshape(old.shape))
+    new = slices.put_many(slices.flat(old, old.ndim - 2), drawn, held - first)
+    new_updates[site.path] = site.view.from_stack(new.reshape(old.shape))
   return new_updates
 
 

@@ -183,7 +183,7 @@ def _read_backward(kept: tuple[Found, Weight], g: jax.Array) -> tuple:
     g = jax.lax.psum(g, weight.form.varying)
 
   def find(weight: Weight, g: jax.Array) -> Found:
-    g = weight.view().as_matrix(g)
+    g = weight.view().as_stack(g)
     return _find_and_project(weight, (g,), lambda g: gradient_lib.Formed(*g))
 
   return sharding.run_auto(find, slot, weight, g), None

@@ -4,6 +4,7 @@ It runs a function of parameters with projected weights in place of arrays.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -167,6 +168,8 @@ def _weights(
     for path, site in galore.sites.items()
     # Otherwise the shape would not tell whether a gradient is projected.
     if site.low_shape != site.view.shape
+    # Gradients of tensors are formed: they are no products of two matrices.
+    and not site.is_tensor
   }
 
 
@@ -174,7 +177,7 @@ def _weight(
   galore: probe.Described, site: plan.Site, leaf: Any, dtype: Any
 ) -> Weight:
   """One leaf with all that its gradient is projected with."""
-  view, bases = site.view, galore.bases[site.path]
+  view, bases = site.matrix, galore.bases[site.path]
   if qarray.is_quantized(leaf):
     gradient_dtype = jnp.dtype(dtype or jnp.float32)
   else:
@@ -217,12 +220,7 @@ def _slot(site: plan.Site, leaf: Any, form: Form) -> Found:
   )
 
   def of_side(side: str) -> jax.Array:
-    keep = -2 if side == "left" else -1
-
-    def spec(parts: tuple) -> tuple:
-      parts = site.view.spec(parts)
-      return (*parts[:-2], parts[keep], None)
-
+    spec = functools.partial(site.basis_spec, side)
     return zeros(site.basis_shape(side), form.basis_dtype, spec)
 
   return Found(

@@ -80,6 +80,25 @@ def check(
     )
 
 
+def check_rules(
+  method: str | None, refresh: Refresh, rules: plan.Rules
+) -> None:
+  """Raises if a rule gives tensors factors, and the method is for matrices.
+
+  Args:
+    method: One of `METHODS`, or None.
+    refresh: When and how bases are recomputed.
+    rules: The rules.
+  """
+  if refresh.finder == "random":
+    plan.refuse_tensors(rules, 'finder="random" is for matrices')
+  if method in scaled.METHODS:
+    plan.refuse_tensors(
+      rules,
+      f"residual={method!r} is for matrices ('normalized' takes tensors too)",
+    )
+
+
 def check_basis(refresh: Refresh, basis_dtype: str) -> None:
   """Raises if a basis is given a dtype although none is stored."""
   if refresh.finder == "random" and basis_dtype != "float32":
@@ -217,11 +236,11 @@ def lift(
   """
   lifted, after = {}, {}
   for path, site in sites.items():
-    grad = site.view.as_matrix(grads[path])
+    grad = site.view.as_stack(grads[path])
     step = Step(site, grad, low[path], new[path], gain_of[path], bases[path])
     if settings.method in normalized.METHODS:
       update, after[path] = normalized.lift_leaf(settings, step, state[path])
     else:
       update, after[path] = scaled.lift_leaf(settings.method, step, state[path])
-    lifted[path] = site.view.from_matrix(update)
+    lifted[path] = site.view.from_stack(update)
   return lifted, after

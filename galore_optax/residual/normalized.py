@@ -17,6 +17,7 @@ product that lifts the update,
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from galore_optax import linalg
 from galore_optax.residual.step import Settings, Step
 from galore_optax.subspace import projection
-from galore_optax.tree import plan, sharding, slices
+from galore_optax.tree import matrix_view, plan, sharding, slices
 
 METHODS = ("normalized", "factored")
 
@@ -45,7 +46,8 @@ class State(NamedTuple):
 
   Attributes:
     columns: Of the sum over each column (of each row, if the right side alone
-      is projected): (..., n) or (..., m), float32.
+      is projected): (..., n) or (..., m), float32. The columns of a tensor are
+      along the axis that a rule names last, and its rows along all others.
     rows: For `factored`, of the sum over each row (column): (..., m) or
       (..., n), float32. Otherwise None.
     weight: Sum of the weights of all steps in the means, (...), float32.
@@ -67,12 +69,13 @@ def start(method: str, site: plan.Site, like: Any) -> State:
   Returns:
     The state.
   """
+  view = _columns_of(site) if site.is_tensor else site.matrix
 
   def zeros(*axes: int) -> jax.Array:
-    shape = (*site.view.stack, *(site.view.matrix_shape[k] for k in axes))
+    shape = (*view.stack, *(view.dims[k] for k in axes))
 
     def spec(parts: tuple) -> tuple:
-      parts = site.view.spec(parts)
+      parts = view.spec(parts)
       return (*parts[:-2], *(parts[k] for k in axes))
 
     return sharding.shard_like(jnp.zeros(shape, jnp.float32), like, spec)
@@ -81,6 +84,14 @@ def start(method: str, site: plan.Site, like: Any) -> State:
   return State(
     zeros(kept), zeros(reduced) if method == "factored" else None, zeros()
   )
+
+
+def _columns_of(site: plan.Site) -> matrix_view.MatrixView:
+  """A leaf of tensors as matrices: its columns, and all other axes as rows."""
+  view: Any = site.view
+  column = view.axes[view.factored[-1]]
+  rows = tuple(axis for axis in view.axes if axis != column)
+  return matrix_view.MatrixView(view.shape, view.batch, rows, (column,))
 
 
 def _is_right(site: plan.Site) -> bool:
@@ -166,6 +177,8 @@ class _Matrices:
     """The updates of some matrices, and their means after the step."""
     wide = jnp.promote_types(grad.dtype, jnp.float32)
     grad, low = grad.astype(wide), low.astype(wide)
+    if self.site.is_tensor:
+      return self._of_tensors(grad, low, new, bases, state)
     if len(bases) == 2:
       # The right basis is applied to the small matrices; what is left of the
       # problem is the left side's.
@@ -177,8 +190,43 @@ class _Matrices:
       image = low
     axis = -1 if "right" in bases else -2
     if self.factored:
-      return self._factored(grad, low, new, bases, state, axis)
+      rest = grad - projection.lift(low, bases)
+      added, state = self._factored(grad, rest, state, axis)
+      return self._lift(new, bases) + added, state
     return self._by_column(grad, low, image, new, bases, state, axis)
+
+  def _of_tensors(
+    self,
+    grad: jax.Array,
+    low: jax.Array,
+    new: jax.Array,
+    bases: projection.Bases,
+    state: State,
+  ) -> tuple[jax.Array, State]:
+    """The same for tensors, whose residual itself is computed."""
+    view: Any = self.site.view
+    stack, column = grad.ndim - len(view.dims), view.factored[-1]
+    to_end = lambda x: jnp.moveaxis(x, stack + column, -1)
+    rest = grad - projection.lift(low, bases)
+    shape = to_end(rest).shape
+    as_matrices = lambda x: to_end(x).reshape(*shape[:stack], -1, shape[-1])
+    form = self._factored if self.factored else self._of_columns
+    added, state = form(as_matrices(grad), as_matrices(rest), state, -2)
+    added = jnp.moveaxis(added.reshape(shape), -1, stack + column)
+    return self._lift(new, bases) + added, state
+
+  def _of_columns(
+    self, grad: jax.Array, rest: jax.Array, state: State, axis: int
+  ) -> tuple[jax.Array, State]:
+    """The column form where the residual itself is known."""
+    whole, outside = jnp.sum(grad * grad, axis), jnp.sum(rest * rest, axis)
+    energy, is_finite = _energy(whole, outside, self.noise)
+    state = self._decayed(state, is_finite, energy, None)
+    scale = jnp.sqrt(self._freedom(axis)) * _inverse_root(
+      state.columns / _weight(state)[..., None], energy > 0
+    )
+    rest = rest * jnp.expand_dims(scale * self.rate, axis)
+    return jnp.where(is_finite[..., None, None], rest, 0), state
 
   def _by_column(
     self,
@@ -206,16 +254,13 @@ class _Matrices:
   def _factored(
     self,
     grad: jax.Array,
-    low: jax.Array,
-    new: jax.Array,
-    bases: projection.Bases,
+    rest: jax.Array,
     state: State,
     axis: int,
   ) -> tuple[jax.Array, State]:
     """The factored form: its rows differ, so it needs the residual itself."""
     other = -3 - axis
     whole = jnp.sum(grad * grad, axis)
-    rest = grad - projection.lift(low, bases)
     square = rest * rest
     energy, is_finite = _energy(whole, jnp.sum(square, axis), self.noise)
     kept = jnp.expand_dims(energy > 0, axis)
@@ -227,7 +272,7 @@ class _Matrices:
     scale = jnp.expand_dims(_inverse_root(columns, energy > 0), axis)
     scale *= jnp.expand_dims(_inverse_root(rows, rows > 0), other)
     rest = jnp.where(is_finite[..., None, None], rest * scale * self.rate, 0)
-    return self._lift(new, bases) + rest, state
+    return rest, state
 
   def _inside(
     self,
@@ -258,9 +303,12 @@ class _Matrices:
 
   def _freedom(self, axis: int) -> float:
     """Dimensions that a column of the residual has, on average."""
-    m, n = self.site.view.matrix_shape[-2:]
-    rows, cols = self.site.low_shape[-2:]
-    return (m * n - rows * cols) / (n if axis == -2 else m)
+    dims = self.site.view.dims
+    core = self.site.low_shape[len(self.site.view.stack) :]
+    free = math.prod(dims) - math.prod(core)
+    if self.site.is_tensor:
+      return free / _columns_of(self.site).n
+    return free / dims[1 if axis == -2 else 0]
 
   def _decayed(
     self,

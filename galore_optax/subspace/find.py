@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from galore_optax import linalg
 from galore_optax.subspace import projection
+from galore_optax.tree import sides
 
 METHODS = ("subspace", "svd", "random")
 
@@ -76,9 +77,9 @@ def find_basis(
   If the gradient is zero or not finite, `old` is returned.
 
   Args:
-    g: One gradient (m, n).
+    g: One gradient, (m, n) or a tensor.
     old: The present basis, (m, r) for `left` and (n, r) for `right`.
-    side: `left` or `right`.
+    side: `left` or `right`; of a tensor `axis0` and so on.
     method: `subspace`, subspace iteration from `old`; or `svd`, exact.
     iterations: Number of iterations for `subspace`, int32 scalar.
 
@@ -105,14 +106,15 @@ def svd_basis(
   """The first singular vectors, with signs that are equal on all backends.
 
   Args:
-    g: One gradient (m, n).
+    g: One gradient, (m, n) or a tensor, whose singular vectors are those of the
+      unfolding along the side's axis.
     old: The present basis.
-    side: `left` or `right`.
+    side: As for :func:`find_basis`.
 
   Returns:
     The basis, and whether the gradient was finite and non-zero.
   """
-  g = g.astype(jnp.float32)
+  g, side = projection.unfold(g.astype(jnp.float32), side)
   largest = jnp.max(jnp.abs(g))
   valid = jnp.isfinite(largest) & (largest > 0)
   g = jnp.where(valid, g / jnp.where(valid, largest, 1), 0)
@@ -129,15 +131,19 @@ def gram(g: jax.Array, basis: jax.Array, side: str) -> jax.Array:
   r"""A gradient's Gram operator applied to a basis, up to a positive factor.
 
   Args:
-    g: One gradient (m, n).
+    g: One gradient, (m, n) or a tensor.
     basis: A basis of that side.
-    side: `left`, for :math:`G G^\top P`, or `right`, for :math:`G^\top G Q`.
+    side: `left`, for :math:`G G^\top P`, or `right`, for :math:`G^\top G Q`; of
+      a tensor `axis0` and so on, for :math:`G_{(i)} G_{(i)}^\top P` with the
+      unfolding :math:`G_{(i)}`.
 
   Returns:
     The image, float32 of the shape of the basis.
   """
   low = projection.project(g, {side: basis})
   low = scaled(low)
+  if sides.is_tensor_side(side):
+    return projection.tensor_gram(g, low, side).astype(jnp.float32)
   spec = "mn,rn->mr" if side == "left" else "mn,mr->nr"
   return linalg.matmul(spec, g, low).astype(jnp.float32)
 

@@ -21,7 +21,7 @@ def basis(
 
   Args:
     site: The leaf; all its matrices start with the same basis.
-    side: `left` or `right`.
+    side: `left` or `right`; of a tensor `axis0` and so on.
     like: The leaf's array, whose mesh and sharding the bases follow.
     seed: Seed of all bases; leaves and sides get different ones.
     dtype: A float dtype, or one of `CODES`.
@@ -30,11 +30,7 @@ def basis(
     Bases (..., m, r) for `left`, (..., n, r) for `right`; codes are transposed.
   """
   key, shape = _key(site, side, seed), site.basis_shape(side)
-  axis = -2 if side == "left" else -1
-
-  def spec(spec: tuple) -> tuple:
-    return (*(parts := site.view.spec(spec))[:-2], parts[axis], None)
-
+  spec = functools.partial(site.basis_spec, side)
   if dtype not in CODES:
     return sharding.shard_like(
       _broadcast(key, shape, jnp.dtype(dtype)), like, spec

@@ -21,7 +21,7 @@ import optax
 
 from galore_optax import linalg
 from galore_optax.subspace import projection
-from galore_optax.tree import split
+from galore_optax.tree import sides, split
 
 # Fields of the states of Optax (and of its contrib) that hold running means of
 # gradients, degree 1, and of their squares, degree 2.
@@ -133,8 +133,8 @@ def rotate(
 
   Args:
     moment: A moment of the shape of the projected gradient.
-    rotation: Side to C, the overlap of the new basis with the old one, see
-      :func:`galore_optax.subspace.projection.overlap`.
+    rotation: Side to C (r, r), the overlap of the new basis with the old one,
+      see :func:`galore_optax.subspace.projection.overlap`.
     degree: 1 or 2.
 
   Returns:
@@ -146,7 +146,12 @@ def rotate(
   if "right" in rotation:
     right = rotation["right"] ** degree
     moment = linalg.matmul("...ms,...rs->...mr", moment, right)
-  return moment
+  of_tensor = {
+    side: jnp.swapaxes(c, -1, -2) ** degree
+    for side, c in rotation.items()
+    if sides.is_tensor_side(side)
+  }
+  return projection.project(moment, of_tensor)
 
 
 def rotate_variance(

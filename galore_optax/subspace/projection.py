@@ -1,6 +1,7 @@
 """Projects gradients on bases, lifts updates back, and stores bases."""
 
 import dataclasses
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from galore_optax import flax_dicts, linalg
 from galore_optax.quantization import qarray
+from galore_optax.tree import sides
 
 Bases = Mapping[str, jax.Array]
 
@@ -136,12 +138,17 @@ def write(bases: Bases, stored: Mapping[str, Any]) -> dict[str, Any]:
 def project(g: jax.Array, bases: Bases) -> jax.Array:
   r"""Projects gradients on their bases, :math:`R = P^\top G Q`.
 
+  A tensor is multiplied by a factor along each projected axis, :math:`R = G
+  \times_1 P_1^\top \times_2 P_2^\top \dots`.
+
   Args:
-    g: Gradients (..., m, n).
-    bases: `left` (..., m, r), `right` (..., n, r), or both.
+    g: Gradients (..., m, n), or of tensors.
+    bases: `left` (..., m, r), `right` (..., n, r), or both. Of tensors `axis0`
+      and so on, see :mod:`galore_optax.tree.sides`.
 
   Returns:
-    Projected gradients: (..., r, n), (..., m, r) or (..., r, r).
+    Projected gradients: (..., r, n), (..., m, r) or (..., r, r); of tensors,
+    with r in place of the size of each projected axis.
 
   Example:
     >>> bases = {"left": jnp.eye(4)[:, :2]}
@@ -152,6 +159,9 @@ def project(g: jax.Array, bases: Bases) -> jax.Array:
     g = linalg.matmul("...mr,...mn->...rn", bases["left"], g)
   if "right" in bases:
     g = linalg.matmul("...mn,...nr->...mr", g, bases["right"])
+  for side in _by_shrinking(bases):
+    tensor, factor, core = _specs(g, bases[side], side)
+    g = linalg.matmul(f"...{tensor},...{factor}->...{core}", g, bases[side])
   return g
 
 
@@ -159,17 +169,87 @@ def lift(low: jax.Array, bases: Bases) -> jax.Array:
   r"""Lifts low-rank updates back, :math:`U = P N Q^\top`.
 
   Args:
-    low: Updates (..., r, n), (..., m, r) or (..., r, r).
+    low: Updates of the shape of projected gradients.
     bases: As for :func:`project`.
 
   Returns:
-    Updates (..., m, n).
+    Updates (..., m, n), or of tensors.
   """
   if "right" in bases:
     low = linalg.matmul("...mr,...nr->...mn", low, bases["right"])
   if "left" in bases:
     low = linalg.matmul("...mr,...rn->...mn", bases["left"], low)
+  for side in reversed(_by_shrinking(bases)):
+    tensor, factor, core = _specs(low, bases[side], side)
+    low = linalg.matmul(f"...{core},...{factor}->...{tensor}", low, bases[side])
   return low
+
+
+def _by_shrinking(bases: Bases) -> list[str]:
+  """The sides of tensors, first those whose basis shrinks a tensor most."""
+  names = [side for side in bases if sides.is_tensor_side(side)]
+  share = lambda side: bases[side].shape[-1] / bases[side].shape[-2]
+  return sorted(names, key=share)
+
+
+def _specs(x: jax.Array, basis: jax.Array, side: str) -> tuple[str, str, str]:
+  """Letters of the axes of a tensor, of a factor, and of the tensor's core.
+
+  Args:
+    x: Tensors, or their cores; the stack axes are those of `basis`.
+    basis: The factor of one axis.
+    side: Which axis.
+  """
+  tensor = string.ascii_lowercase[: tensor_ndim(x, basis)]
+  axis = tensor[sides.axis_of(side)]
+  return tensor, f"{axis}R", tensor.replace(axis, "R")
+
+
+def tensor_ndim(x: jax.Array, basis: jax.Array) -> int:
+  """Number of axes of one tensor in a stack.
+
+  Args:
+    x: Tensors, or their cores.
+    basis: The factors of one axis, with the same stack axes.
+  """
+  return x.ndim - (basis.ndim - 2)
+
+
+def tensor_gram(g: jax.Array, low: jax.Array, side: str) -> jax.Array:
+  r"""Product of one tensor's unfolding with that of its projection.
+
+  With the unfolding :math:`G_{(i)}`, whose rows are along axis i, and that of
+  :math:`R = G \times_i P^\top`, it is :math:`G_{(i)} R_{(i)}^\top`.
+
+  Args:
+    g: One tensor.
+    low: The tensor projected on the factor of one axis.
+    side: Which axis.
+
+  Returns:
+    Array (n, r), float32 at least.
+  """
+  tensor = string.ascii_lowercase[: g.ndim]
+  axis = tensor[sides.axis_of(side)]
+  core = tensor.replace(axis, "R")
+  return linalg.matmul(f"{tensor},{core}->{axis}R", g, low)
+
+
+def unfold(g: jax.Array, side: str) -> tuple[jax.Array, str]:
+  """One gradient as a matrix, and the side of it.
+
+  Args:
+    g: One gradient, (m, n) or a tensor.
+    side: The side.
+
+  Returns:
+    A matrix as it is. Of a tensor the unfolding, whose rows are along the
+    side's axis, and `left`.
+  """
+  if not sides.is_tensor_side(side):
+    return g, side
+  g = jnp.moveaxis(g, sides.axis_of(side), 0)
+  return g.reshape(len(g), -1), "left"
 
 
 def overlap(new: Bases, old: Bases) -> dict[str, jax.Array]:
@@ -207,6 +287,8 @@ def drop_null(low: jax.Array, bases: Bases, tolerance: jax.Array) -> jax.Array:
   Returns:
     R with the null directions exactly zero.
   """
+  if any(map(sides.is_tensor_side, bases)):
+    return _drop_null_of_tensors(low, bases, tolerance)
   axes = [axis for side, axis in (("left", -1), ("right", -2)) if side in bases]
   energy = low * low
   keep = jnp.bool_(True)
@@ -216,4 +298,21 @@ def drop_null(low: jax.Array, bases: Bases, tolerance: jax.Array) -> jax.Array:
     total = jnp.sum(of_direction, -1)[..., None]
     signal = (of_direction >= tolerance**2 * total) & (total < jnp.inf)
     keep &= jnp.expand_dims(signal, axis)
+  return jnp.where(keep, low, 0)
+
+
+def _drop_null_of_tensors(
+  low: jax.Array, bases: Bases, tolerance: jax.Array
+) -> jax.Array:
+  """As :func:`drop_null`, along each projected axis of cores."""
+  ndim = tensor_ndim(low, next(iter(bases.values())))
+  axes = tuple(range(low.ndim - ndim, low.ndim))
+  energy = low * low
+  total = jnp.sum(energy, axes, keepdims=True)
+  keep = total < jnp.inf  # false for NaN
+  for side in bases:
+    own = axes[sides.axis_of(side)]
+    others = tuple(axis for axis in axes if axis != own)
+    of_direction = jnp.sum(energy, others, keepdims=True)
+    keep &= of_direction >= tolerance**2 * total
   return jnp.where(keep, low, 0)

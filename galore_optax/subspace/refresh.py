@@ -300,7 +300,8 @@ def _refresh_group(
   names = [site.path for site in group.members]
   # A basis is a constant of differentiation, as it is between refreshes.
   flat_grads = {
-    p: jax.tree.map(slices.flat, jax.lax.stop_gradient(grads[p])) for p in names
+    site.path: _flat(site, jax.lax.stop_gradient(grads[site.path]))
+    for site in group.members
   }
   flat_grads, of_group = sharding.vary_together(
     (flat_grads, {p: slots[p] for p in names})
@@ -341,7 +342,9 @@ def _loop_over_due(
     )
 
   def loop(slots: _Slots) -> _Slots:
-    flat = {path: _flat_slot(slot) for path, slot in slots.items()}
+    flat = {
+      site.path: _flat_slot(site, slots[site.path]) for site in group.members
+    }
     if group.count == 1:
       flat = refresh_matrix(jnp.int32(0), flat)
     else:
@@ -565,7 +568,15 @@ def _carry_over(
   return bfloat16.store(rotated, moment.dtype, key)
 
 
-def _flat_slot(slot: refresh_groups.Slot) -> refresh_groups.Slot:
+def _flat_slot(
+  site: plan.Site, slot: refresh_groups.Slot
+) -> refresh_groups.Slot:
   bases, moments, schedule = slot
-  bases, moments = jax.tree.map(slices.flat, (bases, moments))
+  bases, moments = _flat(site, (bases, moments))
   return bases, moments, None if schedule is None else schedule.flat()
+
+
+def _flat(site: plan.Site, tree: Any) -> Any:
+  """A leaf's stacks with one axis that counts matrices or tensors."""
+  ndim = len(site.view.stack)
+  return jax.tree.map(lambda x: slices.flat(x, ndim), tree)

@@ -1,4 +1,7 @@
-"""Reads a leaf as a stack of matrices; only this module transposes leaves."""
+"""Reads a leaf as a stack of matrices.
+
+Only this module and `tensor_view` transpose leaves.
+"""
 
 import dataclasses
 import math
@@ -28,7 +31,7 @@ class MatrixView:
     >>> view = MatrixView((4, 8, 2, 3), batch=(0,), rows=(1,), cols=(2, 3))
     >>> view.matrix_shape
     (4, 8, 6)
-    >>> view.from_matrix(view.as_matrix(jnp.ones((4, 8, 2, 3)))).shape
+    >>> view.from_stack(view.as_stack(jnp.ones((4, 8, 2, 3)))).shape
     (4, 8, 2, 3)
   """
 
@@ -53,6 +56,11 @@ class MatrixView:
     return math.prod(self.shape[axis] for axis in self.cols)
 
   @property
+  def dims(self) -> tuple[int, int]:
+    """Shape of one matrix, (m, n)."""
+    return self.m, self.n
+
+  @property
   def count(self) -> int:
     """Number of matrices."""
     return math.prod(self.stack)
@@ -60,14 +68,14 @@ class MatrixView:
   @property
   def matrix_shape(self) -> tuple[int, ...]:
     """Shape of the stack, (..., m, n)."""
-    return (*self.stack, self.m, self.n)
+    return (*self.stack, *self.dims)
 
   @property
   def _permutation(self) -> tuple[int, ...]:
     """Axes of the array, in the sequence in which the matrices have them."""
     return (*self.batch, *self.rows, *self.cols)
 
-  def as_matrix(self, x: jax.Array) -> jax.Array:
+  def as_stack(self, x: jax.Array) -> jax.Array:
     """Reads `x` as a stack of matrices.
 
     Args:
@@ -80,8 +88,8 @@ class MatrixView:
       x = x.transpose(self._permutation)
     return x if x.shape == self.matrix_shape else x.reshape(self.matrix_shape)
 
-  def from_matrix(self, x: jax.Array) -> jax.Array:
-    """Undoes :meth:`as_matrix`.
+  def from_stack(self, x: jax.Array) -> jax.Array:
+    """Undoes :meth:`as_stack`.
 
     Args:
       x: Array of shape (..., m, n).
@@ -109,8 +117,7 @@ class MatrixView:
     Returns:
       One entry a batch axis, then the entry of the rows and of the columns.
     """
-    spec = tuple(spec)[max(0, len(spec) - len(self.shape)) :]
-    spec = (*spec, *(None,) * (len(self.shape) - len(spec)))
+    spec = aligned(spec, len(self.shape))
     first = lambda axes: spec[axes[0]] if axes else None
     batch = tuple(spec[axis] for axis in self.batch)
     return (*batch, first(self.rows), first(self.cols))
@@ -144,8 +151,8 @@ def matrix_view(
   shape = tuple(shape)
   if len(shape) < 2:
     return None
-  row_axes = _axes(shape, rows, -2, "rows")
-  col_axes = _axes(shape, cols, -1, "cols")
+  row_axes = axes(shape, -2 if rows is None else rows, "rows")
+  col_axes = axes(shape, -1 if cols is None else cols, "cols")
   if len({*row_axes, *col_axes}) != len(row_axes) + len(col_axes):
     raise ValueError(
       f"`rows` and `cols` must name different axes, got rows={rows} and "
@@ -158,19 +165,41 @@ def matrix_view(
   return MatrixView(shape, batch, row_axes, col_axes)
 
 
-def _axes(
-  shape: tuple[int, ...], axes: Axes | None, default: int, name: str
-) -> tuple[int, ...]:
-  """The axes as non-negative numbers; raises if they are not valid."""
-  axes = default if axes is None else axes
-  axes = (axes,) if isinstance(axes, int) else tuple(axes)
+def axes(shape: tuple[int, ...], named: Axes, name: str) -> tuple[int, ...]:
+  """Axes of an array as non-negative numbers.
+
+  Args:
+    shape: Shape of the array.
+    named: The axis or axes, possibly counted from the end.
+    name: Name of the argument, for the error.
+
+  Returns:
+    One number an axis.
+
+  Raises:
+    ValueError: If an axis does not exist, or none is named.
+  """
+  named = (named,) if isinstance(named, int) else tuple(named)
   ndim = len(shape)
-  for axis in axes:
+  for axis in named:
     if not isinstance(axis, int) or not -ndim <= axis < ndim:
       raise ValueError(
         f"`{name}` must be axes between {-ndim} and {ndim - 1}, got {axis!r} "
         f"for an array of shape {shape}."
       )
-  if not axes:
-    raise ValueError(f"`{name}` must name at least one axis, got {axes!r}.")
-  return tuple(axis % ndim for axis in axes)
+  if not named:
+    raise ValueError(f"`{name}` must name at least one axis, got {named!r}.")
+  return tuple(axis % ndim for axis in named)
+
+
+def aligned(spec: Sequence, ndim: int) -> tuple:
+  """A partition with one entry an axis.
+
+  Args:
+    spec: Entries as in `jax.sharding.PartitionSpec`. If there are more than
+      axes, the first ones are ignored: they belong to axes of a stack of which
+      the array is one layer.
+    ndim: Number of axes.
+  """
+  spec = tuple(spec)[max(0, len(spec) - ndim) :]
+  return (*spec, *(None,) * (ndim - len(spec)))

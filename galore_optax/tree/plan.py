@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_optax import checks
-from galore_optax.tree import matrix_view, paths
+from galore_optax.tree import matrix_view, paths, tensor_view
 from galore_optax.tree import sides as sides_lib
+
+View = matrix_view.MatrixView | tensor_view.TensorView
 
 # Paths of leaves that the papers leave at full rank: embeddings, output heads,
 # norms, and vectors, which have two axes where layers are stacked. Keys of flat
@@ -83,14 +85,15 @@ def _is_bias(path: str, leaves: Mapping[str, Any]) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projection:
-  """How the leaves that a rule matches are projected.
+  r"""How the leaves that a rule matches are projected.
 
   Attributes that are None are taken from the arguments of
   :func:`galore_optax.galore`.
 
   Attributes:
     rank: Number of directions r (an int), or the fraction of the shorter side
-      (a float in (0, 1]).
+      (a float in (0, 1]). With `tensor`, the number or fraction of each axis
+      that is named there, or a tuple with one of these for each.
     update_proj_gap: Steps between two refreshes of a basis.
     scale: Factor on the lifted update, the papers' α.
     proj_type: Which side is projected, one of `std`, `reverse_std`, `left`,
@@ -101,6 +104,25 @@ class Projection:
       and Flax's partition metadata name an axis for layers or experts
       (`layers`, `blocks`, `stages`, `experts`, ...), that axis counts matrices,
       and the last two of the others are rows and columns.
+    tensor: Axis or axes of the leaf that get a factor each, in place of `rows`,
+      `cols` and `proj_type`: the leaf is not read as a matrix. With an
+      orthonormal factor :math:`P_i` for each of these axes,
+
+      .. math::
+
+        R_t &= G_t \times_1 P_1^\top \times_2 P_2^\top \dots \\
+        U_t &= \alpha\, N_t \times_1 P_1 \times_2 P_2 \dots
+
+      (a Tucker decomposition), so that moments have the shape of the core R.
+      All other axes stay whole, such as the window of a convolution, and so
+      does an axis whose rank reaches its size.
+    stack: With `tensor`, axis or axes that count tensors, each of which has
+      factors of its own. By default those that Flax's partition metadata name
+      for layers or experts, and else none.
+
+  Raises:
+    ValueError: If an attribute is out of its range, or contradicts another.
+    TypeError: If one has the wrong type.
 
   Example:
     A rank-64 projection of a kernel (embed, heads, head_dim), read as one
@@ -108,6 +130,17 @@ class Projection:
 
     >>> Projection(rank=64, rows=0, cols=(1, 2)).rank
     64
+
+    A convolution (height, width, inputs, outputs) with a factor for inputs and
+    one for outputs:
+
+    >>> Projection(tensor=(2, 3), rank=(0.25, 16)).tensor
+    (2, 3)
+
+  References:
+    Tucker, Some Mathematical Notes on Three-Mode Factor Analysis, 1966; for
+    factors of gradients George et al., `Tensor-GaLore
+    <https://arxiv.org/abs/2501.02379>`_, 2025.
   """
 
   rank: Any = None
@@ -116,16 +149,24 @@ class Projection:
   proj_type: str | None = None
   rows: matrix_view.Axes | None = None
   cols: matrix_view.Axes | None = None
+  tensor: matrix_view.Axes | None = None
+  stack: matrix_view.Axes | None = None
 
   def __post_init__(self):
     """Raises if a value is out of range for every leaf."""
-    checks.check_rank(self.rank)
+    if isinstance(self.rank, tuple | list):
+      _check_ranks(self)
+    else:
+      checks.check_rank(self.rank)
+    _check_tensor(self)
     checks.check_positive("update_proj_gap", self.update_proj_gap)
     checks.check_number("scale", self.scale)
     checks.check_choice("proj_type", self.proj_type, sides_lib.PROJ_TYPES)
 
   def filled(self, defaults: "Projection") -> "Projection":
     """This projection, with None replaced by the value in `defaults`."""
+    if self.tensor is not None:  # which has no sides to choose from
+      defaults = dataclasses.replace(defaults, proj_type=None)
     given = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
@@ -137,15 +178,77 @@ class Projection:
 Rules = Sequence[tuple[str, Projection | None]]
 
 
+def _check_ranks(how: Projection) -> None:
+  """Raises unless there is one rank for each axis that gets a factor."""
+  ranks = tuple(how.rank)
+  object.__setattr__(how, "rank", ranks)
+  if how.tensor is None:
+    raise ValueError(
+      f"`rank` has several entries, got {ranks}, but a matrix has one rank. "
+      "Give one number, or name the axes that get a factor, such as "
+      "Projection(tensor=(2, 3), rank=(16, 32))."
+    )
+  for rank in ranks:
+    checks.check_rank(checks.required("rank", rank))
+  axes = 1 if isinstance(how.tensor, int) else len(tuple(how.tensor))
+  if len(ranks) != axes:
+    raise ValueError(
+      f"`rank` must have one entry for each axis of `tensor`, got {ranks} for "
+      f"tensor={how.tensor}."
+    )
+
+
+def _check_tensor(how: Projection) -> None:
+  """Raises where `tensor` or `stack` contradicts the attributes of matrices."""
+  if how.tensor is None:
+    if how.stack is not None:
+      raise ValueError(
+        f"`stack` is for `tensor`, got stack={how.stack!r} without it. `rows` "
+        "and `cols` name the axes of a matrix, and the others count matrices."
+      )
+    return
+  for name in ("rows", "cols", "proj_type"):
+    if getattr(how, name) is not None:
+      raise ValueError(
+        "`tensor` gives axes of a leaf a factor each, where "
+        f"{name}={getattr(how, name)!r} is for a leaf that is read as a "
+        "matrix. Leave one of the two out."
+      )
+  for name in ("tensor", "stack"):
+    axes = getattr(how, name)
+    if isinstance(axes, list):
+      object.__setattr__(how, name, tuple(axes))
+
+
+def refuse_tensors(rules: Rules, what: str) -> None:
+  """Raises if a rule gives tensors factors where only matrices will do.
+
+  Args:
+    rules: The rules.
+    what: What needs matrices, for the error.
+
+  Raises:
+    ValueError: If there is such a rule.
+  """
+  for pattern, how in rules:
+    if how is not None and how.tensor is not None:
+      raise ValueError(
+        f"The rule {pattern!r} in `rules` has tensor={how.tensor!r}, but "
+        f"{what}. Read the leaf as a matrix instead, such as "
+        "Projection(rows=(0, 1, 2), cols=3) for a convolution."
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """One projected leaf: its matrix view, sides, rank, gap and scale.
+  """One projected leaf: its view, sides, rank, gap and scale.
 
   Attributes:
     path: The leaf's path, such as `layers/attn/q/kernel`.
-    view: How the leaf is read as matrices (..., m, n).
-    sides: The sides with a basis, of `left` (m, r) and `right` (n, r).
-    rank: Number of directions r.
+    view: How the leaf is read as matrices (..., m, n), or as tensors.
+    sides: The sides with a basis: of a matrix `left` (m, r) and `right` (n, r),
+      of a tensor `axis0` and so on, see :mod:`galore_optax.tree.sides`.
+    ranks: Number of directions r of each side.
     gap: Steps between two refreshes, possibly traced.
     scale: Factor on the lifted update, possibly traced.
     sharded: Whether the axis that counts the stack's matrices is known to be
@@ -156,25 +259,52 @@ class Site:
   """
 
   path: str
-  view: matrix_view.MatrixView
+  view: View
   sides: tuple[str, ...]
-  rank: int
+  ranks: tuple[int, ...]
   gap: Any
   scale: Any
   sharded: bool = False
   one_by_one: bool = False
 
+  @property
+  def is_tensor(self) -> bool:
+    """Whether the leaf is read as tensors."""
+    return isinstance(self.view, tensor_view.TensorView)
+
+  @property
+  def matrix(self) -> matrix_view.MatrixView:
+    """The view of a leaf that is read as matrices."""
+    if isinstance(self.view, tensor_view.TensorView):
+      raise TypeError(f"The leaf {self.path!r} is read as tensors.")
+    return self.view
+
+  @property
+  def rank(self) -> int:
+    """Number of directions of a matrix; both of its sides have the same."""
+    return max(self.ranks)
+
+  def rank_of(self, side: str) -> int:
+    """Number of directions of a side."""
+    return self.ranks[self.sides.index(side)]
+
   def basis_shape(self, side: str) -> tuple[int, ...]:
     """Shape of a side's basis, (..., m, r) or (..., n, r)."""
-    size = self.view.m if side == "left" else self.view.n
-    return (*self.view.stack, size, self.rank)
+    size = self.view.dims[sides_lib.axis_of(side)]
+    return (*self.view.stack, size, self.rank_of(side))
+
+  def basis_spec(self, side: str, spec: Sequence) -> tuple:
+    """Partition of a side's basis that follows from the leaf's partition."""
+    parts, stack = self.view.spec(spec), len(self.view.stack)
+    return (*parts[:stack], parts[stack + sides_lib.axis_of(side)], None)
 
   @property
   def low_shape(self) -> tuple[int, ...]:
     """Shape of the projected gradient R."""
-    m = self.rank if "left" in self.sides else self.view.m
-    n = self.rank if "right" in self.sides else self.view.n
-    return (*self.view.stack, m, n)
+    dims = list(self.view.dims)
+    for side in self.sides:
+      dims[sides_lib.axis_of(side)] = self.rank_of(side)
+    return (*self.view.stack, *dims)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +367,12 @@ class Plan:
     if not sites:
       _warn_nothing_projected(leaves, reasons, whole=not masked)
     _warn_of_many(
-      [x for p, x in sites.items() if not (stacked.get(p) or self._axes(p))]
+      {
+        path: site.view
+        for path, site in sites.items()
+        if isinstance(site.view, matrix_view.MatrixView)
+        and not (stacked.get(path) or self._axes(path))
+      }
     )
     return sites
 
@@ -260,9 +395,9 @@ class Plan:
       record[path] = Decision(x, _axis_reason(names), guessed=bool(names))
 
   def _axes(self, path: str) -> bool:
-    """Whether a rule says which axes of a leaf are rows or columns."""
+    """Whether a rule says which axes of a leaf count matrices or tensors."""
     _, how = self._rule(path)
-    return how is not None and (how.rows, how.cols) != (None, None)
+    return how is not None and not _takes_names(how)
 
   def sites_from_bases(
     self, leaves: Mapping[str, Any], shapes: Mapping[str, Mapping[str, tuple]]
@@ -305,11 +440,14 @@ class Plan:
     how = how or (self.defaults if rule is None else None)
     shape = np.shape(leaf)
     first, *_ = shapes.values()
+    ranks = tuple(x[-1] for x in shapes.values())
     for view in _possible_views(shape, how):
       assert how is not None  # or there are no views
-      site = self._make_site(path, view, tuple(shapes), first[-1], how)
+      if not _has_sides(view, shapes):
+        continue
+      site = self._make_site(path, view, tuple(shapes), ranks, how)
       if dict(shapes) == {side: site.basis_shape(side) for side in shapes}:
-        _check_rank(path, how.rank, view, first[-1])
+        _check_rank(site, how.rank)
         return site
     raise ValueError(
       f"The gradient of the leaf {path!r} has shape {shape}, which does not "
@@ -328,34 +466,38 @@ class Plan:
     found = self._site_from_bases(site.path, leaf, shapes).view
     if found != site.view:
       view = site.view
+      if isinstance(view, tensor_view.TensorView):
+        axes = tuple(view.axes[axis] for axis in view.factored)
+        rule = f"Projection(tensor={axes}, stack={view.batch})"
+      else:
+        rule = f"Projection(rows={view.rows[0]}, cols={view.cols[0]})"
       raise ValueError(
         f"The leaf {site.path!r} of shape {view.shape} stacks layers on the "
         f"axes {view.batch}, but its bases would have the same shape if it "
-        f"did on {found.batch}. Say it by a rule: ({site.path!r}, "
-        f"Projection(rows={view.rows[0]}, cols={view.cols[0]}))."
+        f"did on {found.batch}. Say it by a rule: ({site.path!r}, {rule})."
       )
 
   def _make_site(
     self,
     path: str,
-    view: matrix_view.MatrixView,
+    view: View,
     sides: tuple[str, ...],
-    rank: int,
+    ranks: tuple[int, ...],
     how: Projection,
   ) -> Site:
-    *stack, rows, cols = view.spec(self.partitions.get(path, ()))
-    divided = {"left": rows, "right": cols}
+    parts = view.spec(self.partitions.get(path, ()))
+    stack, divided = parts[: len(view.stack)], parts[len(view.stack) :]
     return Site(
       path,
       view,
       sides,
-      rank,
+      ranks,
       how.update_proj_gap,
       how.scale,
       sharded=any(stack),
       one_by_one=bool(stack)
       and not any(stack)
-      and any(divided[side] for side in sides),
+      and any(divided[sides_lib.axis_of(side)] for side in sides),
     )
 
   def _sides(
@@ -468,6 +610,8 @@ class Plan:
   ) -> Site | str:
     try:
       view = _view(shape, how, stacked)
+      if isinstance(view, tensor_view.TensorView):
+        return "empty" if 0 in shape else self._tensor_site(path, view, how)
       if view is None or 0 in shape:
         if explicit and view is None:
           raise ValueError(f"`rules` project a leaf of shape {shape}")
@@ -476,7 +620,7 @@ class Plan:
     except ValueError as error:
       raise ValueError(f"At the leaf {path!r}: {error}") from error
     sides = self._sides(path, view, rank, how.proj_type or "std")
-    site = self._make_site(path, view, sides, rank, how)
+    site = self._make_site(path, view, sides, (rank,) * len(sides), how)
     elements = sides_lib.state_elements(view.m, view.n, rank, sides)
     if self.seeded:
       size = {"left": view.m, "right": view.n}
@@ -487,16 +631,39 @@ class Plan:
       return site
     return f"no smaller at rank {rank}" if min(view.m, view.n) > 1 else "thin"
 
+  def _tensor_site(
+    self, path: str, view: tensor_view.TensorView, how: Projection
+  ) -> Site:
+    """The site of a leaf that a rule gives factors."""
+    ranks = sides_lib.tensor_ranks(how.rank, view.dims, view.factored)
+    sides = tuple(sides_lib.tensor_side(axis) for axis in ranks)
+    site = self._make_site(path, view, sides, tuple(ranks.values()), how)
+    self._check_found_again(site)
+    return site
+
 
 def _axis_reason(names: Sequence[str]) -> str:
   return f"axis {', '.join(map(repr, names))}" if names else ""
 
 
+def _takes_names(how: Projection) -> bool:
+  """Whether names of axes decide what counts matrices or tensors."""
+  if how.tensor is not None:
+    return how.stack is None
+  return (how.rows, how.cols) == (None, None)
+
+
 def _view(
   shape: tuple[int, ...], how: Projection, stacked: tuple[int, ...]
-) -> matrix_view.MatrixView | None:
-  """How a leaf is read as matrices if some of its axes stack them."""
-  if not stacked or (how.rows, how.cols) != (None, None):
+) -> View | None:
+  """How a leaf is read if some of its axes stack matrices or tensors."""
+  if how.tensor is not None:
+    if how.stack is not None:
+      return tensor_view.tensor_view(shape, how.tensor, how.stack)
+    named = matrix_view.axes(shape, how.tensor, "tensor")
+    counting = tuple(axis for axis in stacked if axis not in named)
+    return tensor_view.tensor_view(shape, how.tensor, counting or None)
+  if not stacked or not _takes_names(how):
     return matrix_view.matrix_view(shape, how.rows, how.cols)
   others = [axis for axis in range(len(shape)) if axis not in stacked]
   return matrix_view.matrix_view(shape, *others[-2:]) if others[1:] else None
@@ -504,38 +671,68 @@ def _view(
 
 def _possible_views(
   shape: tuple[int, ...], how: Projection | None
-) -> Iterator[matrix_view.MatrixView]:
-  """The ways to read a leaf as matrices, the usual one first.
+) -> Iterator[View]:
+  """The ways to read a leaf as matrices or tensors, the usual one first.
 
   If no rule names its axes, any of them may stack layers. A leaf that no rule
   projects is not read so.
   """
   if how is None:
     return
-  usual = matrix_view.matrix_view(shape, how.rows, how.cols)
+  usual = _view(shape, how, ())
   if usual is None:
     return
   yield usual
-  if (how.rows, how.cols) == (None, None):
+  if not _takes_names(how):
+    return
+  for view in _stacked_views(shape, how):
+    if view is not None and view != usual:
+      yield view
+
+
+def _has_sides(view: View, sides: Iterable[str]) -> bool:
+  """Whether sides that a state has are sides of matrices or tensors."""
+  is_tensor = isinstance(view, tensor_view.TensorView)
+  return all(
+    sides_lib.is_tensor_side(side) == is_tensor
+    and sides_lib.axis_of(side) < len(view.dims)
+    for side in sides
+  )
+
+
+def _stacked_views(
+  shape: tuple[int, ...], how: Projection
+) -> Iterator[View | None]:
+  """The ways to read a leaf of which some axes may stack layers."""
+  if how.tensor is None:
     for rows, cols in itertools.combinations(range(len(shape)), 2):
-      view = matrix_view.matrix_view(shape, rows, cols)
-      if view is not None and view != usual:
-        yield view
+      yield matrix_view.matrix_view(shape, rows, cols)
+    return
+  named = matrix_view.axes(shape, how.tensor, "tensor")
+  others = [axis for axis in range(len(shape)) if axis not in named]
+  for count in range(1, len(others) + 1):
+    for stack in itertools.combinations(others, count):
+      yield tensor_view.tensor_view(shape, how.tensor, stack)
 
 
-def _check_rank(
-  path: str, rank: Any, view: matrix_view.MatrixView, found: int
-) -> None:
+def _check_rank(site: Site, rank: Any) -> None:
   """Raises if a state has another rank than the optimizer, which may be traced.
 
   `flax.serialization` restores arrays of any shape without a word.
   """
   if rank is None or isinstance(rank, jax.core.Tracer):
     return
-  wanted = sides_lib.resolve_rank(rank, view.m, view.n)
+  view = site.view
+  if isinstance(view, tensor_view.TensorView):
+    ranks = sides_lib.tensor_ranks(rank, view.dims, view.factored)
+    wanted: Any = {sides_lib.tensor_side(k): r for k, r in ranks.items()}
+    found: Any = dict(zip(site.sides, site.ranks, strict=True))
+  else:
+    wanted = sides_lib.resolve_rank(rank, view.m, view.n)
+    found = site.rank if len({*site.ranks}) == 1 else site.ranks
   if wanted != found:
     raise ValueError(
-      f"The state's basis of the leaf {path!r} has rank {found}, but this "
+      f"The state's basis of the leaf {site.path!r} has rank {found}, but this "
       f"optimizer has rank {wanted} there. Restore the state into that of an "
       "optimizer with the same `rank`."
     )
@@ -618,25 +815,24 @@ def _warn_nothing_projected(
   )
 
 
-def _warn_of_many(sites: Sequence[Site]) -> None:
+def _warn_of_many(views: Mapping[str, matrix_view.MatrixView]) -> None:
   """Warns of leaves that seem to stack layers on another axis than the first.
 
   They are read as more matrices than a matrix has rows or columns.
   """
-  many = [
-    x
-    for x in sites
-    if x.view.stack and max(x.view.stack) > min(x.view.m, x.view.n)
-  ]
+  many = {
+    path: x
+    for path, x in views.items()
+    if x.stack and max(x.stack) > min(x.m, x.n)
+  }
   if not many:
     return
   listed = [
-    f"{x.path!r} {x.view.shape} is read as {x.view.count} matrices of "
-    f"{x.view.m} x {x.view.n}"
-    for x in many[:8]
+    f"{path!r} {x.shape} is read as {x.count} matrices of {x.m} x {x.n}"
+    for path, x in itertools.islice(many.items(), 8)
   ]
-  more = f", and {len(many) - 8} more leaves" if many[8:] else ""
-  rule = f"({many[0].path!r}, Projection(rows=0, cols=-1))"
+  more = f", and {len(many) - 8} more leaves" if len(many) > 8 else ""
+  rule = f"({next(iter(many))!r}, Projection(rows=0, cols=-1))"
   warnings.warn(
     f"More matrices than a matrix has rows or columns: {', '.join(listed)}"
     f"{more}. If another axis counts layers, name the two axes of a matrix in "

@@ -1,11 +1,44 @@
-"""Sides and rank of a matrix's projection, and the size of its state."""
+"""Sides and ranks of a projection, and the size of its state.
 
+A side is an axis that is projected. A matrix has the sides `left` (its rows)
+and `right` (its columns), a tensor the sides `axis0`, `axis1`, ...
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "auto")
+
+_AXIS = "axis"
+
+
+def axis_of(side: str) -> int:
+  """The axis of one matrix or tensor that a side is about.
+
+  Args:
+    side: `left`, `right`, or what :func:`tensor_side` returns.
+
+  Example:
+    >>> axis_of("left"), axis_of("right"), axis_of("axis2")
+    (0, 1, 2)
+  """
+  if is_tensor_side(side):
+    return int(side.removeprefix(_AXIS))
+  return ("left", "right").index(side)
+
+
+def tensor_side(axis: int) -> str:
+  """The name of an axis of a tensor, as the state has it."""
+  return f"{_AXIS}{axis}"
+
+
+def is_tensor_side(side: str) -> bool:
+  """Whether a side is an axis of a tensor."""
+  return side.startswith(_AXIS)
 
 
 def choose_sides(proj_type: str, m: int, n: int, rank: int) -> tuple[str, ...]:
@@ -97,3 +130,59 @@ def resolve_rank(rank: Any, m: int, n: int) -> int:
   if jnp.issubdtype(jnp.result_type(rank), jnp.floating):
     return max(1, round(float(rank) * short))
   return min(int(rank), short)
+
+
+def tensor_ranks(
+  rank: Any, dims: tuple[int, ...], factored: Sequence[int]
+) -> dict[int, int]:
+  """The rank of each axis of a tensor that gets a factor.
+
+  Args:
+    rank: A positive integer, a fraction of each axis in (0, 1], or one of these
+      for each axis of `factored`.
+    dims: Shape of the tensor.
+    factored: Axes that are projected.
+
+  Returns:
+    Axis to rank, without the axes whose rank would be their size: these stay
+    whole, which is the same, and costs nothing.
+
+  Raises:
+    ValueError: If the rank is traced, or no axis is left.
+
+  Example:
+    >>> tensor_ranks(0.25, (3, 3, 16, 32), (2, 3))
+    {2: 4, 3: 8}
+  """
+  entries = rank if isinstance(rank, tuple) else (rank,) * len(factored)
+  ranks = {
+    axis: resolve_rank(entry, dims[axis], dims[axis])
+    for axis, entry in zip(factored, entries, strict=True)
+  }
+  smaller = {axis: r for axis, r in ranks.items() if r < dims[axis]}
+  if not smaller:
+    sizes = tuple(dims[axis] for axis in factored)
+    raise ValueError(
+      f"`tensor` names axes of sizes {sizes}, none of which the rank {rank} "
+      "makes smaller. Take a smaller `rank`, such as 0.25, or give the leaf "
+      "the rule None to leave it at full rank."
+    )
+  return smaller
+
+
+def tensor_state_elements(dims: Sequence[int], ranks: Mapping[int, int]) -> int:
+  """Number of elements of a tensor's factors and two moments.
+
+  Args:
+    dims: Shape of the tensor.
+    ranks: Axis to rank.
+
+  Returns:
+    Number of elements.
+
+  Example:
+    >>> tensor_state_elements((3, 3, 16, 32), {2: 4, 3: 8})
+    896
+  """
+  core = math.prod(ranks.get(axis, size) for axis, size in enumerate(dims))
+  return sum(dims[axis] * r for axis, r in ranks.items()) + 2 * core

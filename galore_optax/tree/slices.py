@@ -25,16 +25,17 @@ from galore_optax.tree import sharding
 Space = jax.memory.Space
 
 
-def flat(stack: jax.Array) -> jax.Array:
-  """A stack of matrices with all its stack axes joined to one.
+def flat(stack: jax.Array, ndim: int) -> jax.Array:
+  """A stack with all its stack axes joined to one.
 
   Args:
-    stack: Matrices (..., m, n).
+    stack: Array (..., m, n), or of tensors.
+    ndim: Number of its axes that count matrices or tensors, possibly 0.
 
   Returns:
-    Matrices (k, m, n).
+    Array (k, m, n), or of tensors.
   """
-  return stack.reshape(-1, *stack.shape[-2:])
+  return stack.reshape(-1, *stack.shape[ndim:])
 
 
 def map_matrices(f: Callable[..., jax.Array], *stacks: Any) -> jax.Array:

@@ -5,13 +5,15 @@
   python -m train.architectures diffusion --set steps=3000 --out samples.png
   python -m train.architectures search vit cnn
   python -m train.architectures time
+  python -m train.architectures views
   python -m train.architectures report
 
 The name of an architecture trains it once and prints its scores. `search` makes
 the runs that the comparison with AdamW lacks, and adds a line per run to
 docs/results/architectures; it can be stopped at any time, and continues.
-`time` measures the training steps side by side. `report` rewrites the tables
-and the figure of docs/results/architectures.md.
+`time` measures the training steps side by side. `views` prints how much of the
+gradients of convolutions each way to read them keeps. `report` rewrites the
+tables and the figure of docs/results/architectures.md.
 """
 
 import argparse
@@ -21,12 +23,14 @@ import sys
 
 from train.architectures import (
   catalog,
+  cnn,
   loop,
   optimizers,
   report,
   search,
   tables,
   times,
+  views,
 )
 from train.common import commands
 from train.common.errors import Diverged, UserError
@@ -65,6 +69,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     "time", help="measure the training steps side by side"
   )
   _add_names(timing)
+  subparsers.add_parser(
+    "views", help="compare the ways to read a convolution kernel"
+  )
   reporting = subparsers.add_parser(
     "report", help="rewrite the page from the records"
   )
@@ -154,6 +161,9 @@ def execute(flags: argparse.Namespace) -> int:
     return train(flags)
   if flags.command == "report":
     report.write(flags.results, flags.page)
+    return 0
+  if flags.command == "views":
+    print(views.table(cnn.Config()))
     return 0
   entries = [catalog.get(x) for x in flags.names or catalog.ENTRIES]
   if flags.command == "time":

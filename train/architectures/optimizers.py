@@ -101,6 +101,18 @@ def _galore_without_rules(
   return _galore(rate, multiplier, options._replace(rules=()))
 
 
+def _galore_with_factors(
+  rate: Any, multiplier: Any, options: Options
+) -> optax.GradientTransformation:
+  """GaLore with a factor for inputs and outputs of a flattened kernel."""
+  factors = go.Projection(tensor=(-2, -1))
+  rules = tuple(
+    (regex, factors if how and isinstance(how.rows, tuple) else how)
+    for regex, how in options.rules
+  )
+  return _galore(rate, multiplier, options._replace(rules=rules))
+
+
 def _adamw(
   rate: Any, multiplier: Any, options: Options
 ) -> optax.GradientTransformation:
@@ -155,5 +167,6 @@ METHODS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "galore": _galore,
   "galore_plain": _plain_galore,
   "galore_no_rules": _galore_without_rules,
+  "galore_tucker": _galore_with_factors,
   "muon": _muon,
 }

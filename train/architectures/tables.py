@@ -16,7 +16,11 @@ GALORE = Variant("galore", "GaLore", "galore")
 NINE_MATRICES = Variant(
   "galore_no_rules", "GaLore, nine matrices a kernel", "galore_no_rules"
 )
-EXTRA = {"cnn": ((NINE_MATRICES,),)}  # groups of variants of one architecture
+# A convolution kernel as a tensor, with a factor for inputs and for outputs.
+TUCKER = Variant("galore_tucker", "GaLore, Tucker factors", "galore_tucker")
+EXTRA = {
+  "cnn": ((NINE_MATRICES,), (TUCKER,))
+}  # groups of variants of one architecture
 RATES = SearchRange(1e-2, 3e-4, 0.11, factor=10**0.5)
 MULTIPLIERS = SearchRange(0.5, 1 / 128, 8.0, factor=4.0)
 SEEDS = (0, 1, 2)

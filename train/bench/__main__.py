@@ -7,6 +7,7 @@
     python -m train.bench shard     bytes and collectives on eight devices
     python -m train.bench cost      measured times beside the cost model's
     python -m train.bench chips     LLaMA-7B on slices of TPUs, compiled only
+    python -m train.bench device    a new device, in five minutes
     python -m train.bench loop      the training loop beside its bare step
     python -m train.bench all       all of them except `loop`, then the report
     python -m train.bench report    docs/results/benchmarks.md from the records
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status.
 
   Returns:
-    0 when measured, 1 if a benchmark of `all` failed, 2 for wrong input, 130
-    if interrupted.
+    0 when measured, 1 if a benchmark of `all` or a check of `device` failed, 2
+    for wrong input, 130 if interrupted.
   """
   argv = sys.argv[1:] if argv is None else argv
   if argv[:1] == ["loop"]:
@@ -48,9 +49,10 @@ def main(argv: list[str] | None = None) -> int:
       return run_all(flags)
     if flags.benchmark == "report":
       report.write(flags.out, flags.page)
-    else:
-      run(flags, argv)
-    return None
+      return 0
+    failed = getattr(report.module(flags.benchmark), "failed", lambda _: False)
+    records = run(flags, argv)
+    return int(any(failed(record["results"]) for record in records))
 
   return commands.run(action)
 
@@ -64,6 +66,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
   )
   commands = parser.add_subparsers(dest="benchmark", required=True)
   for name in BENCHMARKS:
+    if name not in argv:  # imports nothing that another one needs
+      commands.add_parser(name)
+      continue
     module: Any = report.module(name)
     command = commands.add_parser(
       name,
@@ -73,7 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--out", type=pathlib.Path, help=_OUT)
     _add_common(command)
     module.add_arguments(command)
-    if "--quick" in argv and name in argv:
+    if "--quick" in argv:
       command.set_defaults(**module.QUICK)
   for name in ("all", "report"):
     command = commands.add_parser(name, help=_HELP[name])
@@ -129,6 +134,7 @@ def run(flags: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
   for part, settings in getattr(module, "parts", lambda _: [("", {})])(flags):
     vars(flags).update(settings)
     results = module.measure(flags)
+    part = getattr(module, "part_of", lambda _, part=part: part)(results)
     own = _arguments_of_part(argv, settings)
     records.append(record_lib.make(flags.benchmark, own, flags, results, part))
     if flags.out:

@@ -13,7 +13,16 @@ from train.bench import record as record_lib
 from train.measure import page as page_lib
 
 PAGE = pathlib.Path("docs/results/benchmarks.md")
-BENCHMARKS = ("step", "lean", "refresh", "compile", "shard", "cost", "chips")
+BENCHMARKS = (
+  "step",
+  "lean",
+  "refresh",
+  "compile",
+  "shard",
+  "cost",
+  "chips",
+  "device",
+)
 
 
 def module(benchmark: str) -> ModuleType:
@@ -59,6 +68,8 @@ def draw(path: pathlib.Path) -> bool:
 
 def _paths(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
   """The records of a benchmark: its only one, or one for each part."""
+  if getattr(module(name), "BY_DEVICE", False):
+    return sorted(folder.glob(f"{name}-*.json"))
   parts = getattr(module(name), "part_names", lambda: [""])()
   paths = [folder / record_lib.file_name(name, part) for part in parts]
   return [path for path in paths if path.is_file()]

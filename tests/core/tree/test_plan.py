@@ -185,10 +185,10 @@ def test_matrix_view_is_a_bijection(data):
   end = data.draw(st.integers(cut + 1, ndim))
   view = matrix_view.matrix_view(shape, order[:cut], order[cut:end])
   x = np.arange(np.prod(shape)).reshape(shape)
-  y = view.as_matrix(x)
+  y = view.as_stack(x)
   assert y.shape == (*view.stack, view.m, view.n)
   assert view.m == np.prod([shape[i] for i in order[:cut]])
-  np.testing.assert_array_equal(view.from_matrix(y), x)
+  np.testing.assert_array_equal(view.from_stack(y), x)
 
 
 @FAST

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import galore_optax as go
-from train.architectures import catalog, loop, optimizers
+from train.architectures import catalog, loop, optimizers, views
 
 # Matrices that GaLore projects, by path, as `describe` prints them.
 PROJECTED = {
@@ -121,3 +121,21 @@ def test_samples_are_images():
   assert images.shape == (100, 28, 28)
   assert 0 <= images.min() < images.max() <= 1
   assert not np.array_equal(images, made.trainer.sample(made.state, 1))
+
+
+@pytest.mark.slow
+def test_ways_to_read_a_kernel_are_compared(monkeypatch):
+  """Exact bases on more sides keep less, in a smaller state."""
+  monkeypatch.setattr(views, "SHARES", (0.25,))
+  monkeypatch.setattr(views, "TIMES", 1)
+  lines = views.table(dataclasses.replace(tiny("cnn")[1], steps=2))
+  cells = [line.strip("| ").split(" | ") for line in lines.splitlines()[2:]]
+  size = {x[0]: int(x[2].replace(",", "")) for x in cells}
+  kept = {x[0]: float(x[4].rstrip("%")) for x in cells}
+  nine, one, both, tensor = views.VIEWS
+  # The kernel is (3, 3, 8, 16), so that ranks are 2 and 4.
+  assert size[one] == 4 * (16 * 4 + 2 * 72 * 4)
+  assert size[tensor] == 4 * (8 * 2 + 16 * 4 + 2 * 9 * 2 * 4)
+  assert size[tensor] < size[both] < size[one]
+  assert size[nine] == 4 * 9 * (8 * 2 + 2 * 2 * 16)
+  assert 20 < kept[tensor] < kept[one] == kept[both] < 100

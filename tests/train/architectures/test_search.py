@@ -68,7 +68,7 @@ def test_search_and_report(fake_runs, tmp_path, monkeypatch):
     "<!-- architectures: begin -->\n<!-- architectures: end -->\n"
   )
   report.write(tmp_path, page)
-  _, _, adamw, galore, nine = (
+  _, _, adamw, galore, nine, factors = (
     line.split(" | ")
     for line in page.read_text().splitlines()
     if line.startswith("|")
@@ -77,6 +77,7 @@ def test_search_and_report(fake_runs, tmp_path, monkeypatch):
   assert galore[4:6] == ["-0.5000 ± 0.0082", "better"]
   assert galore[6:10] == ["3", "0", "25%", "1.50"]
   assert nine[1] == tables.NINE_MATRICES.label
+  assert factors[1] == tables.TUCKER.label
   assert (tmp_path / report.FIGURE).stat().st_size > 1000
 
 
@@ -92,7 +93,7 @@ def test_the_verdict(values, verdict):
 def test_what_is_not_measured_says_so(tmp_path):
   plan = Plan(tables.table(CNN), 1, "digits", {})
   text = report.table({CNN: plan}, tmp_path)
-  assert text.count("not measured yet") == 3
+  assert text.count("not measured yet") == 4
 
 
 def test_a_stopped_search_says_so(fake_runs, tmp_path):
