@@ -54,7 +54,7 @@ from galore_optax.quantized_params import (
 )
 from galore_optax.subspace.adaptive import Adaptive
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree.plan import Projection
+from galore_optax.tree.rules import Projection
 from galore_optax.tree.sharding import quantized_shardings, state_shardings
 
 __version__ = "0.1.0"

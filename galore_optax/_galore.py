@@ -34,6 +34,7 @@ from galore_optax.tree import (
   split,
 )
 from galore_optax.tree import plan as plan_lib
+from galore_optax.tree import rules as rules_lib
 
 PARAMS_MODES = ("split", "project")
 BASIS_CODES = initial.CODES
@@ -731,7 +732,7 @@ def galore(
   update_proj_gap: ArrayLike = 200,
   scale: ArrayLike = 0.25,
   proj_type: str = "std",
-  rules: plan_lib.Rules = (),
+  rules: rules_lib.Rules = (),
   refresh: Refresh | str = Refresh(),  # noqa: B008
   residual: str | None = None,
   residual_factor: ArrayLike | None = None,
@@ -904,7 +905,7 @@ def galore(
   refresh = refresh_settings.complete(refresh)
   if faithful:
     refresh = refresh_settings.faithful(refresh)
-  defaults = plan_lib.Projection(
+  defaults = rules_lib.Projection(
     rank=checks.required("rank", rank),
     update_proj_gap=checks.required("update_proj_gap", update_proj_gap),
     scale=checks.required("scale", scale),
@@ -915,7 +916,7 @@ def galore(
   residual_settings = residual_lib.settings(
     residual, residual_factor, residual_decay, basis_dtype
   )
-  rules = plan_lib.check_rules(rules)
+  rules = rules_lib.check_rules(rules)
   residual_lib.check_rules(residual, refresh, rules)
 
   def wrap(

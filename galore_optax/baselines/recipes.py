@@ -15,16 +15,21 @@ from galore_optax.baselines import restart
 from galore_optax.baselines.adapters import LowRank
 from galore_optax.baselines.factors import STARTS
 from galore_optax.tree import plan
+from galore_optax.tree import rules as rules_lib
 
 
 def _make(
-  rank: Any, rules: plan.Rules, full: Sequence[str], dtype: Any, **fields: Any
+  rank: Any,
+  rules: rules_lib.Rules,
+  full: Sequence[str],
+  dtype: Any,
+  **fields: Any,
 ) -> LowRank:
   checks.check_rank(checks.required("rank", rank))
   checks.check_float_dtype("dtype", dtype)
   checks.check_positive("alpha", fields.get("alpha"))
-  checked = plan.check_rules(rules)
-  plan.refuse_tensors(checked, "adapters are products of two matrices")
+  checked = rules_lib.check_rules(rules)
+  rules_lib.refuse_tensors(checked, "adapters are products of two matrices")
   for pattern, how in checked:
     for name in ("update_proj_gap", "scale", "proj_type"):
       if how is not None and getattr(how, name) is not None:
@@ -37,7 +42,7 @@ def _make(
     raise TypeError(
       f'`full` must be regular expressions such as ("norm",), got {full!r}.'
     )
-  default = plan.Projection(rank=rank, proj_type="std")
+  default = rules_lib.Projection(rank=rank, proj_type="std")
   return LowRank(
     plan=plan.Plan(checked, default, always=True),
     full=full,
@@ -50,7 +55,7 @@ def lora(
   rank: Any = 8,
   alpha: float = 16.0,
   *,
-  rules: plan.Rules = (),
+  rules: rules_lib.Rules = (),
   full: Sequence[str] = (),
   dtype: Any = None,
 ) -> LowRank:
@@ -112,7 +117,7 @@ def qlora(
   rank: Any = 8,
   alpha: float = 16.0,
   *,
-  rules: plan.Rules = (),
+  rules: rules_lib.Rules = (),
   full: Sequence[str] = (),
   dtype: Any = None,
   double_quantization: bool = True,
@@ -155,7 +160,7 @@ def relora(
   rank: Any = 128,
   alpha: float = 32.0,
   *,
-  rules: plan.Rules = (),
+  rules: rules_lib.Rules = (),
   full: Sequence[str] = ("",),
   dtype: Any = None,
   pruning: str = "magnitude",
@@ -211,7 +216,7 @@ def relora(
 def low_rank(
   rank: Any = 128,
   *,
-  rules: plan.Rules = (),
+  rules: rules_lib.Rules = (),
   full: Sequence[str] = ("",),
   dtype: Any = None,
   start: str = "spectral",

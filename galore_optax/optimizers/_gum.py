@@ -16,7 +16,8 @@ from galore_optax.optimizers.adam8bit import Mask
 from galore_optax.optimizers.gum_sampling import Sampled
 from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree import plan, sharding
+from galore_optax.tree import rules as rules_lib
+from galore_optax.tree import sharding
 
 POLICIES = ("synchronous", "staggered")
 
@@ -135,8 +136,8 @@ def gum(
     <https://arxiv.org/abs/2510.17802>`_, 2025; for the exact polar factor
     Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025.
   """
-  rules = plan.check_rules(options.pop("rules", ()))
-  plan.refuse_tensors(rules, "`gum` orthogonalizes matrices")
+  rules = rules_lib.check_rules(options.pop("rules", ()))
+  rules_lib.refuse_tensors(rules, "`gum` orthogonalizes matrices")
   _check(sampled, options.get("refresh"), rules)
   checks.check_eps(eps, options.get("state_dtype"))
   kinds: dict[Hashable, Any] = {
@@ -148,7 +149,7 @@ def gum(
   }
   inner = optax.partition(kinds, _sumo.kinds_by_name(rules))
 
-  def low_rank(extra: plan.Rules) -> optax.GradientTransformationExtraArgs:
+  def low_rank(extra: rules_lib.Rules) -> optax.GradientTransformationExtraArgs:
     return galore(inner, rules=(*extra, *rules), **options)
 
   low_rank(())  # raises for what GaLore refuses

@@ -24,6 +24,7 @@ from galore_optax.subspace import moments, projection
 from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import paths, sharding, split
 from galore_optax.tree import plan as plan_lib
+from galore_optax.tree import rules as rules_lib
 
 POLICIES = ("synchronous", "staggered")
 
@@ -273,8 +274,8 @@ def ldadam(
     Robert et al., `LDAdam: Adaptive Optimization from Low-Dimensional Gradient
     Statistics <https://arxiv.org/abs/2410.16103>`_, 2024, Algorithm 1.
   """
-  rules = plan_lib.check_rules(options.pop("rules", ()))
-  plan_lib.refuse_tensors(rules, "`ldadam` keeps the errors of matrices")
+  rules = rules_lib.check_rules(options.pop("rules", ()))
+  rules_lib.refuse_tensors(rules, "`ldadam` keeps the errors of matrices")
   refresh: Any = options.pop("refresh", None)
   _check_refresh(refresh)
   checks.check_float_dtype("error_dtype", error_dtype)

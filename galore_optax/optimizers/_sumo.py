@@ -14,6 +14,7 @@ from galore_optax.optimizers import options as options_lib
 from galore_optax.optimizers.adam8bit import Mask
 from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.tree import boxes, paths, plan, split
+from galore_optax.tree import rules as rules_lib
 
 
 def scale_by_orthogonal_momentum(
@@ -149,8 +150,8 @@ def sumo(
   """
   options_lib.check_finder("sumo", options.get("refresh"))
   checks.check_eps(eps, options.get("state_dtype"))
-  rules = options["rules"] = plan.check_rules(options.get("rules", ()))
-  plan.refuse_tensors(rules, "`sumo` orthogonalizes matrices")
+  rules = options["rules"] = rules_lib.check_rules(options.get("rules", ()))
+  rules_lib.refuse_tensors(rules, "`sumo` orthogonalizes matrices")
   kinds: dict[Hashable, Any] = {
     "matrix": scale_by_orthogonal_momentum(decay, nesterov),
     "other": optax.scale_by_adam(b1, b2, eps),
@@ -173,13 +174,13 @@ def sumo(
   return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
-def kinds_by_name(rules: plan.Rules) -> Callable[[Any], Any]:
+def kinds_by_name(rules: rules_lib.Rules) -> Callable[[Any], Any]:
   """Labels leaves `matrix` if rules and names allow GaLore to project them.
 
   A matrix that stays at full rank because it is small is labelled `matrix` too:
   its momentum is orthogonalized at full size.
   """
-  by_rule = plan.Plan(tuple(rules), plan.Projection())
+  by_rule = plan.Plan(tuple(rules), rules_lib.Projection())
 
   def label(path: str, leaf: Any) -> str:
     is_matrix = jnp.ndim(leaf) >= 2 and not jnp.iscomplexobj(leaf)

@@ -32,6 +32,7 @@ from galore_optax.tree import (
   split,
 )
 from galore_optax.tree import plan as plan_lib
+from galore_optax.tree import rules as rules_lib
 
 # Makes the keys of draws differ from other uses of the seed.
 _DRAWS = 0x67756D
@@ -107,7 +108,7 @@ class Sampled:
     seed: Seed of the draws.
   """
 
-  low_rank: Callable[[plan_lib.Rules], Any]
+  low_rank: Callable[[rules_lib.Rules], Any]
   plan: plan_lib.Plan
   sampled: Any
   gap: Any

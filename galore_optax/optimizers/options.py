@@ -12,6 +12,7 @@ from galore_optax._galore import galore
 from galore_optax.subspace import refresh_settings
 from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import plan, sharding
+from galore_optax.tree import rules as rules_lib
 
 _Make = TypeVar("_Make", bound=Callable[..., Any])
 
@@ -30,7 +31,7 @@ class GaLoreOptions(TypedDict, total=False):
   update_proj_gap: ArrayLike
   scale: ArrayLike
   proj_type: str
-  rules: plan.Rules
+  rules: rules_lib.Rules
   refresh: Refresh | str
   residual: str | None
   residual_factor: ArrayLike | None
@@ -89,17 +90,17 @@ def recipe(
   return decorate
 
 
-def plan_of(rules: plan.Rules, options: GaLoreOptions) -> plan.Plan:
+def plan_of(rules: rules_lib.Rules, options: GaLoreOptions) -> plan.Plan:
   """The plan of a GaLore with these rules and options.
 
   Args:
-    rules: Checked rules, see :func:`galore_optax.tree.plan.check_rules`.
+    rules: Checked rules, see :func:`galore_optax.tree.rules_lib.check_rules`.
     options: All other options of a recipe.
 
   Returns:
     Which leaves are projected, and how.
   """
-  default = plan.Projection(
+  default = rules_lib.Projection(
     rank=options.get("rank"),
     update_proj_gap=options.get("update_proj_gap"),
     scale=options.get("scale"),

@@ -18,6 +18,7 @@ from galore_optax.residual.step import Settings, Step
 from galore_optax.subspace import projection
 from galore_optax.subspace.refresh_settings import Refresh
 from galore_optax.tree import plan
+from galore_optax.tree import rules as rules_lib
 
 METHODS = (*normalized.METHODS, *scaled.METHODS)
 
@@ -81,7 +82,7 @@ def check(
 
 
 def check_rules(
-  method: str | None, refresh: Refresh, rules: plan.Rules
+  method: str | None, refresh: Refresh, rules: rules_lib.Rules
 ) -> None:
   """Raises if a rule gives tensors factors, and the method is for matrices.
 
@@ -91,9 +92,9 @@ def check_rules(
     rules: The rules.
   """
   if refresh.finder == "random":
-    plan.refuse_tensors(rules, 'finder="random" is for matrices')
+    rules_lib.refuse_tensors(rules, 'finder="random" is for matrices')
   if method in scaled.METHODS:
-    plan.refuse_tensors(
+    rules_lib.refuse_tensors(
       rules,
       f"residual={method!r} is for matrices ('normalized' takes tensors too)",
     )

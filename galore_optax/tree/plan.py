@@ -19,224 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax import checks
-from galore_optax.tree import matrix_view, paths, tensor_view
+from galore_optax.tree import matrix_view, paths, readings, tensor_view
+from galore_optax.tree import names as names_lib
 from galore_optax.tree import sides as sides_lib
-
-View = matrix_view.MatrixView | tensor_view.TensorView
-
-# Paths of leaves that the papers leave at full rank: embeddings, output heads,
-# norms, and vectors, which have two axes where layers are stacked. Keys of flat
-# dicts join names by dots. A node without names of its own, such as the
-# NamedArray of Haliax, adds an index at the end.
-_FULL_RANK_PATHS = re.compile(
-  r"(^|[./])[^./]*(embed|norm)[^./]*([./]|$)"
-  r"|(^|[./])(wte|wpe|ln|ln_?\w{1,3}|lm_head|unembed\w*)([./]|$)"
-  r"|(^|[./])(\w+_)?(embs?|logits)([./]|$)"
-  r"|(^|[./])(head|output|classifier|score)([./](kernel|weight|w)([./]\d+)?)?$"
-  r"|(^|[./])(bias|scale|offset|gamma|beta)([./]\d+)?$",
-  re.IGNORECASE,
-)
-
-# What `optax.contrib.split_real_and_imaginary` adds to the path of a leaf.
-_PART = re.compile(r"[./](real|imaginary)$")
-
-# The reason for full rank that is guessed from a path.
-_NAME = "its name"
-
-# Names of axes that count layers, and of axes that count experts.
-_LAYERS = re.compile(
-  r"(^|[._-])(layer|block|stage|stack|repeat)s?$", re.IGNORECASE
-)
-_EXPERTS = re.compile(r"(^|[._-])experts?$", re.IGNORECASE)
-
-
-def stacked_axes(names: Sequence[Any]) -> tuple[int, ...]:
-  """The axes of a leaf that count matrices, by their names.
-
-  Args:
-    names: One entry an axis: a name, several names, or None.
-
-  Returns:
-    Numbers of the axes that count layers. Also of those that count experts, if
-    at least two other axes are left: a router has one column an expert.
-  """
-
-  def named(pattern: re.Pattern) -> set[int]:
-    entries = [x if isinstance(x, tuple | list) else (x,) for x in names]
-    return {
-      axis
-      for axis, entry in enumerate(entries)
-      if any(isinstance(x, str) and pattern.search(x) for x in entry)
-    }
-
-  layers = named(_LAYERS)
-  both = layers | named(_EXPERTS)
-  return tuple(sorted(both if len(names) - len(both) >= 2 else layers))
-
-
-def _is_bias(path: str, leaves: Mapping[str, Any]) -> bool:
-  """Whether a leaf is Haiku's `b` beside `w`, also where layers are stacked."""
-  beside = re.sub(r"(^|[./])b((?:[./](?:real|imaginary))?)$", r"\1w\2", path)
-  if beside == path or beside not in leaves:
-    return False
-  return np.ndim(leaves[beside]) == np.ndim(leaves[path]) + 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Projection:
-  r"""How the leaves that a rule matches are projected.
-
-  Attributes that are None are taken from the arguments of
-  :func:`galore_optax.galore`.
-
-  Attributes:
-    rank: Number of directions r (an int), or the fraction of the shorter side
-      (a float in (0, 1]). With `tensor`, the number or fraction of each axis
-      that is named there, or a tuple with one of these for each.
-    update_proj_gap: Steps between two refreshes of a basis.
-    scale: Factor on the lifted update, the papers' α.
-    proj_type: Which side is projected, one of `std`, `reverse_std`, `left`,
-      `right`, `full`, `auto`; see :func:`galore_optax.galore`.
-    rows: Axis or axes of the leaf that are a matrix's rows (default -2).
-    cols: Axis or axes that are its columns (default -1). The axes left over
-      count matrices, each of which has its own basis. Where neither is given
-      and Flax's partition metadata name an axis for layers or experts
-      (`layers`, `blocks`, `stages`, `experts`, ...), that axis counts matrices,
-      and the last two of the others are rows and columns.
-    tensor: Axis or axes of the leaf that get a factor each, in place of `rows`,
-      `cols` and `proj_type`: the leaf is not read as a matrix. With an
-      orthonormal factor :math:`P_i` for each of these axes,
-
-      .. math::
-
-        R_t &= G_t \times_1 P_1^\top \times_2 P_2^\top \dots \\
-        U_t &= \alpha\, N_t \times_1 P_1 \times_2 P_2 \dots
-
-      (a Tucker decomposition), so that moments have the shape of the core R.
-      All other axes stay whole, such as the window of a convolution, and so
-      does an axis whose rank reaches its size.
-    stack: With `tensor`, axis or axes that count tensors, each of which has
-      factors of its own. By default those that Flax's partition metadata name
-      for layers or experts, and else none.
-
-  Raises:
-    ValueError: If an attribute is out of its range, or contradicts another.
-    TypeError: If one has the wrong type.
-
-  Example:
-    A rank-64 projection of a kernel (embed, heads, head_dim), read as one
-    embed x (heads · head_dim) matrix:
-
-    >>> Projection(rank=64, rows=0, cols=(1, 2)).rank
-    64
-
-    A convolution (height, width, inputs, outputs) with a factor for inputs and
-    one for outputs:
-
-    >>> Projection(tensor=(2, 3), rank=(0.25, 16)).tensor
-    (2, 3)
-
-  References:
-    Tucker, Some Mathematical Notes on Three-Mode Factor Analysis, 1966; for
-    factors of gradients George et al., `Tensor-GaLore
-    <https://arxiv.org/abs/2501.02379>`_, 2025.
-  """
-
-  rank: Any = None
-  update_proj_gap: Any = None
-  scale: Any = None
-  proj_type: str | None = None
-  rows: matrix_view.Axes | None = None
-  cols: matrix_view.Axes | None = None
-  tensor: matrix_view.Axes | None = None
-  stack: matrix_view.Axes | None = None
-
-  def __post_init__(self):
-    """Raises if a value is out of range for every leaf."""
-    if isinstance(self.rank, tuple | list):
-      _check_ranks(self)
-    else:
-      checks.check_rank(self.rank)
-    _check_tensor(self)
-    checks.check_positive("update_proj_gap", self.update_proj_gap)
-    checks.check_number("scale", self.scale)
-    checks.check_choice("proj_type", self.proj_type, sides_lib.PROJ_TYPES)
-
-  def filled(self, defaults: "Projection") -> "Projection":
-    """This projection, with None replaced by the value in `defaults`."""
-    if self.tensor is not None:  # which has no sides to choose from
-      defaults = dataclasses.replace(defaults, proj_type=None)
-    given = {
-      field.name: getattr(self, field.name)
-      for field in dataclasses.fields(self)
-      if getattr(self, field.name) is not None
-    }
-    return dataclasses.replace(defaults, **given)
-
-
-Rules = Sequence[tuple[str, Projection | None]]
-
-
-def _check_ranks(how: Projection) -> None:
-  """Raises unless there is one rank for each axis that gets a factor."""
-  ranks = tuple(how.rank)
-  object.__setattr__(how, "rank", ranks)
-  if how.tensor is None:
-    raise ValueError(
-      f"`rank` has several entries, got {ranks}, but a matrix has one rank. "
-      "Give one number, or name the axes that get a factor, such as "
-      "Projection(tensor=(2, 3), rank=(16, 32))."
-    )
-  for rank in ranks:
-    checks.check_rank(checks.required("rank", rank))
-  axes = 1 if isinstance(how.tensor, int) else len(tuple(how.tensor))
-  if len(ranks) != axes:
-    raise ValueError(
-      f"`rank` must have one entry for each axis of `tensor`, got {ranks} for "
-      f"tensor={how.tensor}."
-    )
-
-
-def _check_tensor(how: Projection) -> None:
-  """Raises where `tensor` or `stack` contradicts the attributes of matrices."""
-  if how.tensor is None:
-    if how.stack is not None:
-      raise ValueError(
-        f"`stack` is for `tensor`, got stack={how.stack!r} without it. `rows` "
-        "and `cols` name the axes of a matrix, and the others count matrices."
-      )
-    return
-  for name in ("rows", "cols", "proj_type"):
-    if getattr(how, name) is not None:
-      raise ValueError(
-        "`tensor` gives axes of a leaf a factor each, where "
-        f"{name}={getattr(how, name)!r} is for a leaf that is read as a "
-        "matrix. Leave one of the two out."
-      )
-  for name in ("tensor", "stack"):
-    axes = getattr(how, name)
-    if isinstance(axes, list):
-      object.__setattr__(how, name, tuple(axes))
-
-
-def refuse_tensors(rules: Rules, what: str) -> None:
-  """Raises if a rule gives tensors factors where only matrices will do.
-
-  Args:
-    rules: The rules.
-    what: What needs matrices, for the error.
-
-  Raises:
-    ValueError: If there is such a rule.
-  """
-  for pattern, how in rules:
-    if how is not None and how.tensor is not None:
-      raise ValueError(
-        f"The rule {pattern!r} in `rules` has tensor={how.tensor!r}, but "
-        f"{what}. Read the leaf as a matrix instead, such as "
-        "Projection(rows=(0, 1, 2), cols=3) for a convolution."
-      )
+from galore_optax.tree.rules import Projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +45,7 @@ class Site:
   """
 
   path: str
-  view: View
+  view: readings.View
   sides: tuple[str, ...]
   ranks: tuple[int, ...]
   gap: Any
@@ -353,11 +139,13 @@ class Plan:
         quantized, or a rule asks for the projection of a complex one.
     """
     self._check_rules([*leaves, *masked])
-    paths.check_arrays(leaves, BEFORE_QUANTIzING)
-    stacked = {p: stacked_axes(x) for p, x in (axis_names or {}).items()}
+    paths.check_arrays(leaves, BEFORE_QUANTIZING)
+    stacked = {
+      p: names_lib.stacked_axes(x) for p, x in (axis_names or {}).items()
+    }
     decisions = {
-      path: _NAME
-      if _is_bias(path, leaves) and self._rule(path)[0] is None
+      path: names_lib.NAME
+      if names_lib.is_bias(path, leaves) and self._rule(path)[0] is None
       else self._decide(path, leaf, stacked.get(path, ()))
       for path, leaf in leaves.items()
     }
@@ -388,16 +176,16 @@ class Plan:
     for path, x in decisions.items():
       if isinstance(x, str):
         site = record[path].site if path in record else None
-        record[path] = Decision(site, x, guessed=x == _NAME)
+        record[path] = Decision(site, x, guessed=x == names_lib.NAME)
         continue
       axes = () if self._axes(path) else axis_names.get(path, ())
-      names = [str(axes[axis]) for axis in stacked_axes(axes)]
+      names = [str(axes[axis]) for axis in names_lib.stacked_axes(axes)]
       record[path] = Decision(x, _axis_reason(names), guessed=bool(names))
 
   def _axes(self, path: str) -> bool:
     """Whether a rule says which axes of a leaf count matrices or tensors."""
     _, how = self._rule(path)
-    return how is not None and not _takes_names(how)
+    return how is not None and not readings.takes_names(how)
 
   def sites_from_bases(
     self, leaves: Mapping[str, Any], shapes: Mapping[str, Mapping[str, tuple]]
@@ -441,9 +229,9 @@ class Plan:
     shape = np.shape(leaf)
     first, *_ = shapes.values()
     ranks = tuple(x[-1] for x in shapes.values())
-    for view in _possible_views(shape, how):
+    for view in readings.possible(shape, how):
       assert how is not None  # or there are no views
-      if not _has_sides(view, shapes):
+      if not readings.has_sides(view, shapes):
         continue
       site = self._make_site(path, view, tuple(shapes), ranks, how)
       if dict(shapes) == {side: site.basis_shape(side) for side in shapes}:
@@ -480,7 +268,7 @@ class Plan:
   def _make_site(
     self,
     path: str,
-    view: View,
+    view: readings.View,
     sides: tuple[str, ...],
     ranks: tuple[int, ...],
     how: Projection,
@@ -542,8 +330,8 @@ class Plan:
       shape, how = np.shape(leaves[path]), self._rule(path)[1]
       if how is None or jnp.iscomplexobj(leaves[path]):
         continue
-      stacked = stacked_axes(axis_names[path])
-      if _view(shape, how, stacked) != matrix_view.matrix_view(shape):
+      stacked = names_lib.stacked_axes(axis_names[path])
+      if readings.read(shape, how, stacked) != matrix_view.matrix_view(shape):
         raise ValueError(
           f"{name} cannot update the leaf {path!r} at full rank: its shape is "
           f"{shape}, and the axes {stacked} stack layers, but the inner "
@@ -566,8 +354,7 @@ class Plan:
     for pattern, how in self.rules:
       if re.search(pattern, path):
         return pattern, None if how is None else how.filled(self.defaults)
-    name = _PART.sub("", path)
-    return None, None if _FULL_RANK_PATHS.search(name) else self.defaults
+    return None, None if names_lib.is_of_full_rank(path) else self.defaults
 
   def _decide(
     self, path: str, leaf: Any, stacked: tuple[int, ...]
@@ -588,7 +375,7 @@ class Plan:
         "`optax.masked`."
       )
     if how is None:
-      return _NAME if rule is None else f"rule {rule!r}"
+      return names_lib.NAME if rule is None else f"rule {rule!r}"
     if jnp.issubdtype(dtype, jnp.complexfloating):
       if rule is None:
         return "complex"
@@ -609,7 +396,7 @@ class Plan:
     stacked: tuple[int, ...],
   ) -> Site | str:
     try:
-      view = _view(shape, how, stacked)
+      view = readings.read(shape, how, stacked)
       if isinstance(view, tensor_view.TensorView):
         return "empty" if 0 in shape else self._tensor_site(path, view, how)
       if view is None or 0 in shape:
@@ -646,75 +433,6 @@ def _axis_reason(names: Sequence[str]) -> str:
   return f"axis {', '.join(map(repr, names))}" if names else ""
 
 
-def _takes_names(how: Projection) -> bool:
-  """Whether names of axes decide what counts matrices or tensors."""
-  if how.tensor is not None:
-    return how.stack is None
-  return (how.rows, how.cols) == (None, None)
-
-
-def _view(
-  shape: tuple[int, ...], how: Projection, stacked: tuple[int, ...]
-) -> View | None:
-  """How a leaf is read if some of its axes stack matrices or tensors."""
-  if how.tensor is not None:
-    if how.stack is not None:
-      return tensor_view.tensor_view(shape, how.tensor, how.stack)
-    named = matrix_view.axes(shape, how.tensor, "tensor")
-    counting = tuple(axis for axis in stacked if axis not in named)
-    return tensor_view.tensor_view(shape, how.tensor, counting or None)
-  if not stacked or not _takes_names(how):
-    return matrix_view.matrix_view(shape, how.rows, how.cols)
-  others = [axis for axis in range(len(shape)) if axis not in stacked]
-  return matrix_view.matrix_view(shape, *others[-2:]) if others[1:] else None
-
-
-def _possible_views(
-  shape: tuple[int, ...], how: Projection | None
-) -> Iterator[View]:
-  """The ways to read a leaf as matrices or tensors, the usual one first.
-
-  If no rule names its axes, any of them may stack layers. A leaf that no rule
-  projects is not read so.
-  """
-  if how is None:
-    return
-  usual = _view(shape, how, ())
-  if usual is None:
-    return
-  yield usual
-  if not _takes_names(how):
-    return
-  for view in _stacked_views(shape, how):
-    if view is not None and view != usual:
-      yield view
-
-
-def _has_sides(view: View, sides: Iterable[str]) -> bool:
-  """Whether sides that a state has are sides of matrices or tensors."""
-  is_tensor = isinstance(view, tensor_view.TensorView)
-  return all(
-    sides_lib.is_tensor_side(side) == is_tensor
-    and sides_lib.axis_of(side) < len(view.dims)
-    for side in sides
-  )
-
-
-def _stacked_views(
-  shape: tuple[int, ...], how: Projection
-) -> Iterator[View | None]:
-  """The ways to read a leaf of which some axes may stack layers."""
-  if how.tensor is None:
-    for rows, cols in itertools.combinations(range(len(shape)), 2):
-      yield matrix_view.matrix_view(shape, rows, cols)
-    return
-  named = matrix_view.axes(shape, how.tensor, "tensor")
-  others = [axis for axis in range(len(shape)) if axis not in named]
-  for count in range(1, len(others) + 1):
-    for stack in itertools.combinations(others, count):
-      yield tensor_view.tensor_view(shape, how.tensor, stack)
-
-
 def _check_rank(site: Site, rank: Any) -> None:
   """Raises if a state has another rank than the optimizer, which may be traced.
 
@@ -739,7 +457,7 @@ def _check_rank(site: Site, rank: Any) -> None:
 
 
 # Advice for `paths.check_arrays`, at `init` and at `update`.
-BEFORE_QUANTIzING = (
+BEFORE_QUANTIZING = (
   "The optimizer's state is made of arrays: give `init` the parameters before "
   "`quantize_params`, or `dequantize_params(params)`."
 )
@@ -803,7 +521,7 @@ def _warn_nothing_projected(
   listed = ", ".join(f"{reason} ({count})" for reason, count in counts)
   if small:
     advice = "Take a smaller `rank`, such as 0.25 of the shorter side."
-  elif _NAME in reasons.values():
+  elif names_lib.NAME in reasons.values():
     advice = "Give `rules` to project leaves whatever their names are."
   else:
     advice = "Only leaves of two axes or more are projected."
@@ -847,34 +565,3 @@ def _some(leaves: Iterable[str], limit: int = 8) -> str:
   names = [repr(path) for path in leaves]
   more = f" and {len(names) - limit} more" if len(names) > limit else ""
   return (", ".join(names[:limit]) + more) or "none"
-
-
-def check_rules(rules: Any) -> tuple[tuple[str, Projection | None], ...]:
-  """Rules as a tuple; raises unless they are `(regex, Projection)` pairs.
-
-  Args:
-    rules: See :func:`galore_optax.galore`.
-
-  Returns:
-    Pairs of a regular expression and a :class:`Projection` or None.
-  """
-  usage = 'such as [("attn", Projection(rank=64)), ("mlp", None)]'
-  if isinstance(rules, str | Mapping):
-    raise TypeError(f"`rules` must be pairs {usage}, got {rules!r}.")
-  rules = tuple(rules)  # an iterator can be read only once
-  for rule in rules:
-    pair = isinstance(rule, tuple | list) and len(rule) == 2
-    if not pair or not isinstance(rule[0], str):
-      raise TypeError(f"`rules` must be pairs {usage}, got {rule!r}.")
-    if not (rule[1] is None or isinstance(rule[1], Projection)):
-      raise TypeError(
-        f"The rule {rule[0]!r} in `rules` must give a Projection or None, got "
-        f"{rule[1]!r}."
-      )
-    try:
-      re.compile(rule[0])
-    except re.error as error:
-      raise ValueError(
-        f"The rule {rule[0]!r} in `rules` is not a regular expression: {error}."
-      ) from error
-  return tuple((pattern, how) for pattern, how in rules)
