@@ -102,7 +102,7 @@ def optimizer(
 
 
 def _adamw(rate: Any) -> optax.GradientTransformation:
-  """AdamW with moments in float32, as GaLore has for weights of any dtype."""
+  """AdamW with moments in float32, for weights of any dtype."""
   tx = optax.adamw(rate, weight_decay=0.0)
   single = lambda tree: optax.tree.cast(tree, jnp.float32)
 
