@@ -167,7 +167,8 @@ def draw(plans: dict[Entry, Plan], path: pathlib.Path) -> None:
       axis.set_xlabel("step")
       axis.set_ylabel("training loss")
       axis.grid(alpha=0.25)
-    axes[0].legend(frameon=False, fontsize="small")
+      if entry is next(iter(known)) or len(axis.lines) > 2:  # others repeat it
+        axis.legend(frameon=False, fontsize="x-small")
 
 
 def draw_samples(images: np.ndarray, path: pathlib.Path) -> None:
