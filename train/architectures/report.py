@@ -65,9 +65,8 @@ def table(plans: dict[Entry, Plan], folder: pathlib.Path) -> str:
   rows = []
   for entry, plan in plans.items():
     for variant in plan.table.variants:
-      ratio = measured.get(entry.name, {}).get("ratio")
-      if variant == tables.ADAMW and ratio:
-        ratio = 1.0
+      of_method = measured.get(entry.name, {}).get(variant.optimizer, {})
+      ratio = of_method.get("ratio")
       title = f"**{entry.title}**, {entry.library}"
       title = title if variant == tables.ADAMW else ""
       rows.append([title, variant.label, *_cells(entry, plan, variant, ratio)])

@@ -45,19 +45,24 @@ def measure(
     say(f"{entry.name}: {found[entry.name]}")
 
 
-def _medians(entry: Entry, rounds: int) -> dict[str, Any]:
-  first, second = tables.ADAMW.name, tables.GALORE.name
-  steppers = {name: _stepper(entry, name) for name in (first, second)}
+def _medians(entry: Entry, rounds: int) -> dict[str, dict[str, float]]:
+  """Method to its processor seconds a step, and to its ratio to AdamW's."""
+  first = tables.ADAMW.optimizer
+  methods = [variant.optimizer for variant in tables.table(entry).variants]
+  steppers = {method: _stepper(entry, method) for method in methods}
   seconds = [
-    {name: stepper() for name, stepper in steppers.items()}
+    {method: stepper() for method, stepper in steppers.items()}
     for _ in range(rounds)
   ]
-  medians = {
-    f"{name}_cpu_seconds": round(statistics.median(x[name] for x in seconds), 5)
-    for name in steppers
+  return {
+    method: {
+      "cpu_seconds": round(statistics.median(x[method] for x in seconds), 5),
+      "ratio": round(
+        statistics.median(x[method] / x[first] for x in seconds), 2
+      ),
+    }
+    for method in methods
   }
-  ratio = statistics.median(x[second] / x[first] for x in seconds)
-  return medians | {"ratio": round(ratio, 2)}
 
 
 def _stepper(entry: Entry, method: str) -> Callable[[], float]:

@@ -60,7 +60,7 @@ def test_search_and_report(fake_runs, tmp_path, monkeypatch):
   assert not searched(tmp_path)  # nothing is made twice
   assert len(lines) == plan.done() == plan.total
   (tmp_path / times.FILE).write_text(
-    json.dumps({"architectures": {"cnn": {"ratio": 1.5}}})
+    json.dumps({"architectures": {"cnn": {"galore": {"ratio": 1.5}}}})
   )
   monkeypatch.setattr(catalog, "ENTRIES", {"cnn": CNN})
   page = tmp_path / "page.md"
@@ -135,4 +135,4 @@ def test_the_commands_train_and_time(tmp_path, capsys, monkeypatch):
   config = CNN.module().Config(channels=8, batch=4, gap=2)
   monkeypatch.setattr(CNN.module(), "Config", lambda: config)
   times.measure([CNN], tmp_path, rounds=2)
-  assert times.load(tmp_path)["cnn"]["ratio"] > 0
+  assert times.load(tmp_path)["cnn"]["galore"]["ratio"] > 0
