@@ -225,16 +225,22 @@ class _GaLore:
     if reason is not None:
       raise ValueError(
         f"The gradient of the leaf {path!r} is projected, but {reason}, which "
-        "needs the whole gradient. Take it with jax.value_and_grad, or leave "
-        "that out."
+        "needs the whole gradient. Take it with jax.value_and_grad, or give "
+        "`galore` another setting there."
       )
 
   def _needs_all(self, context: context_lib.UpdateContext) -> str | None:
     """What of the settings needs whole gradients; None if nothing does."""
     if self.residual:
-      return f"residual={self.residual.method!r} adds what the bases leave out"
+      return (
+        f"residual={self.residual.method!r} (instead of None) adds what the "
+        "bases leave out"
+      )
     if self.refresh.finder != "subspace":
-      return f"bases are found by finder={self.refresh.finder!r}"
+      return (
+        f"bases are found by finder={self.refresh.finder!r} (instead of "
+        "'subspace')"
+      )
     if self.refresh.random_from is not None:
       return "bases are drawn at random (`random_from`)"
     if context.weights is not None or context.basis_grads is not None:
@@ -258,7 +264,8 @@ class _GaLore:
     if reason is not None:
       raise ValueError(
         f"Gradients of rank r are not enough here: {reason}, which needs the "
-        "whole gradient. Take it with jax.value_and_grad, or leave that out."
+        "whole gradient. Take it with jax.value_and_grad, or give `galore` "
+        "another setting there."
       )
 
     def refreshed(found: Mapping[str, Any]) -> GaLoreState:

@@ -49,8 +49,8 @@ BLOCKS = {
   for i, code in enumerate(x["code"] for x in marked if not x["ordered"])
 }
 TRAINING = (
-  "docs/how-to/save-memory.md:0",
   "docs/how-to/save-memory.md:1",
+  "docs/how-to/save-memory.md:2",
 )
 # Pages with commands; the blocks of a page share a folder.
 WALKS = [

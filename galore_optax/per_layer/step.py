@@ -8,6 +8,7 @@ memory.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -189,6 +190,12 @@ class _Run(NamedTuple):
     _check_chunks(self.chunks, {**lower, **upper}, params)
 
     def init_end(end: Mapping[str, Any]) -> EndState:
+      # An end may well have no matrix that is projected; the layers have.
+      with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "galore projects none")
+        return init_leaves(end)
+
+    def init_leaves(end: Mapping[str, Any]) -> EndState:
       chunked = {p: x for p, x in end.items() if p in self.chunks}
       return EndState(
         init_part({p: x for p, x in end.items() if p not in chunked}),
