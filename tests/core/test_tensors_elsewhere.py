@@ -161,7 +161,7 @@ def test_updates_inside_the_backward_pass_are_the_same():
   [
     ("Auto", ("y", None, "x", None), True),
     slow("Auto", ("y", None, "x", None), False),
-    ("Auto", (None, None, "x", "y"), True),
+    slow("Auto", (None, None, "x", "y"), True),
     ("Explicit", (None, None, "x", "y"), False),
   ],
 )
