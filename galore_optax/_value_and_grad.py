@@ -102,9 +102,8 @@ def deferred_value_and_grad(
   """As :func:`projected_value_and_grad`, for steps that may be skipped.
 
   In place of the refreshed state it returns a function that makes it. A step
-  that is skipped unless its gradient is finite calls that function within its
-  condition: a NaN then reaches no basis, and there are never two states at
-  once. A step on several parts of a batch lets the first part alone refresh
+  that is skipped unless its gradient is finite calls that function where it has
+  decided. A step on several parts of a batch lets the first part alone refresh
   bases, so that the projected gradients of all parts can be added up.
 
   Args:

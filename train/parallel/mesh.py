@@ -139,7 +139,7 @@ def put_batch(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def on_device(tree: Any) -> Any:
-  """Copies what is in host memory to the device, inside a jit."""
+  """Copies what is in host memory to the device, in a program or outside."""
   space = jax.memory.Space.Device
   return jax.tree.map(
     lambda x: (

@@ -16,20 +16,27 @@ def check_sums(state: Any, mesh: jax.sharding.Mesh) -> list[int]:
 
   Integer sums wrap around and so do not depend on the sequence of terms: they
   are the same on every mesh. They take one pass over the state, on its devices.
+  Arrays in host memory are copied there one at a time, and not by the program:
+  TPU compilers do not take every such copy, and might make all at once.
 
   Args:
     state: a tree of arrays.
     mesh: the devices that hold them.
   """
   whole = NamedSharding(mesh, PartitionSpec())
-  return [int(x) for x in jax.device_get(_jitted(whole)(state))]
+  here = lambda x: x.sharding.memory_kind != mesh_lib.HOST
+  arrays = jax.tree.leaves(state)
+  found = iter(jax.device_get(_jitted(whole)([*filter(here, arrays)])))
+  return [
+    int(next(found) if here(x) else _jitted(whole)([mesh_lib.on_device(x)])[0])
+    for x in arrays
+  ]
 
 
 @functools.cache
 def _jitted(sharding: NamedSharding) -> Callable:
   def sums(state: Any) -> jax.Array:
-    arrays = jax.tree.leaves(mesh_lib.on_device(state))
-    return jnp.stack([_sum(x) for x in arrays])
+    return jnp.stack([_sum(x) for x in jax.tree.leaves(state)])
 
   return jax.jit(sums, out_shardings=sharding)
 
