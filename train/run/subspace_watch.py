@@ -301,11 +301,21 @@ class Watcher:
 
   def _bases(self, opt_state: Any) -> dict[str, dict[str, jax.Array]]:
     """The bases of the watched matrices."""
-    found = galore_optax.find_bases(mesh.on_device(opt_state))
+    if isinstance(opt_state, galore_optax.LayerwiseState):
+      return {m.name: _bases_of_layer(opt_state, m) for m in self.matrices}
+    found = galore_optax.find_bases(opt_state)
     return {
       m.name: {side: x[m.layer] for side, x in found[m.path].items()}
       for m in self.matrices
     }
+
+
+def _bases_of_layer(
+  state: galore_optax.LayerwiseState, matrix: Matrix
+) -> dict[str, jax.Array]:
+  """The bases of a matrix, of which only its layer is copied to the device."""
+  layer = jax.tree.map(lambda x: x[matrix.layer], state.layers)
+  return galore_optax.find_bases(mesh.on_device(layer))[matrix.path]
 
 
 def _visible(known: list[Matrix], state: state_lib.TrainState) -> list[Matrix]:
