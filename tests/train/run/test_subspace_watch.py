@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import galore_optax
+from tests.marks import moves_arrays
 from tests.train.conftest import QWEN, TINY, make_trainer
 from train.common.errors import UserError
 from train.config import schema
@@ -111,6 +113,32 @@ def test_numbers_are_those_of_numpy(measured):
   assert first[at + "energy"] > 2 * first[at + "energy_before"]
   assert first[at + "overlap"] < 0.9
   assert at + "overlap" not in second and at + "energy" in second
+
+
+@moves_arrays
+def test_of_a_layer_by_layer_state_a_layers_bases_are_read():
+  """Also where the state is in host memory."""
+  model = galore_optax.Layered(
+    first=lambda params, batch: batch,
+    layer=lambda w, x: x + x @ w["kernel"],
+    last=lambda params, x, batch: (x**2).mean(),
+  )
+  tx = galore_optax.galore(optax.adam(0.1), rank=8)
+  kernels = jax.random.normal(jax.random.key(0), (3, 64, 64))
+  init, step = galore_optax.layerwise(tx, model)
+  params = {"layers": {"kernel": kernels}}
+  _, state, _ = jax.jit(step)(params, init(params), jax.numpy.ones((4, 64)))
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  places = jax.tree.map(lambda x: here, state)
+  moved = jax.device_put(state, galore_optax.host_shardings(state, places))
+  wanted = galore_optax.find_bases(state)["layers/kernel"]["left"]
+  assert len({x.tobytes() for x in np.asarray(wanted)}) == 3
+  for layer in range(3):
+    matrix = subspace_watch.Matrix("layers/kernel", layer, layer, 3)
+    read = jax.jit(lambda x, m=matrix: subspace_watch._bases_of_layer(x, m))
+    found = read(moved)["left"]
+    np.testing.assert_array_equal(found, wanted[layer])
+    assert found.sharding.memory_kind == "device"
 
 
 def test_measurements_are_rare_by_default(trainer, whole):
