@@ -6,9 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from tests.marks import moves_arrays
 from tests.train.conftest import make_trainer
 from train.common.errors import UserError
+from train.config import schema
+from train.parallel import mesh as mesh_lib
 from train.run import checkpoint, metrics
+from train.run.checksums import check_sums
 from train.run.run_dir import FOLDER
 
 PROGRESS = checkpoint.Progress(1.5, {"step": 4, "text": "ü"})
@@ -304,3 +308,16 @@ def test_the_best_loss_is_a_number(loss, state, tmp_path):
   store.save(at(state, 9), PROGRESS, 2.5)
   store.close()
   assert not store.failure and kept(tmp_path) == ["9"]
+
+
+@moves_arrays
+def test_checksums_do_not_depend_on_the_memory():
+  mesh = mesh_lib.make_mesh(schema.MeshConfig(data=1), 1, jax.devices()[:1])
+  here = mesh_lib.replicated(mesh)
+  there = here.with_memory_kind(mesh_lib.HOST)
+  arrays = [np.arange(12.0).reshape(3, 4), np.ones((2, 3), np.int8)]
+  put = lambda *places: list(map(jax.device_put, arrays, places))
+  wanted = check_sums(put(here, here), mesh)
+  assert all(wanted) and len({*wanted}) == 2
+  for places in ((here, there), (there, here), (there, there)):
+    assert check_sums(put(*places), mesh) == wanted
