@@ -220,13 +220,30 @@ class _Matrices:
   ) -> tuple[jax.Array, State]:
     """The column form where the residual itself is known."""
     whole, outside = jnp.sum(grad * grad, axis), jnp.sum(rest * rest, axis)
+    scale, is_finite, state = self._scale(whole, outside, state, axis)
+    return jnp.where(is_finite[..., None, None], rest * scale, 0), state
+
+  def _scale(
+    self, whole: jax.Array, outside: jax.Array, state: State, axis: int
+  ) -> tuple[jax.Array, jax.Array, State]:
+    """The factor on each column of the residual.
+
+    Args:
+      whole: Sums of squares of the gradient along `axis`.
+      outside: Those of the residual.
+      state: The means before the step.
+      axis: The axis of the rows, or of the columns.
+
+    Returns:
+      Factors to multiply the residual by, whether the gradient is finite, and
+      the means after the step.
+    """
     energy, is_finite = _energy(whole, outside, self.noise)
     state = self._decayed(state, is_finite, energy, None)
     scale = jnp.sqrt(self._freedom(axis)) * _inverse_root(
       state.columns / _weight(state)[..., None], energy > 0
     )
-    rest = rest * jnp.expand_dims(scale * self.rate, axis)
-    return jnp.where(is_finite[..., None, None], rest, 0), state
+    return jnp.expand_dims(scale * self.rate, axis), is_finite, state
 
   def _by_column(
     self,
@@ -241,12 +258,7 @@ class _Matrices:
     """The column form, which needs no product but the lift."""
     whole = jnp.sum(grad * grad, axis)
     inside = self._inside(low, image, bases, axis)
-    energy, is_finite = _energy(whole, whole - inside, self.noise)
-    state = self._decayed(state, is_finite, energy, None)
-    scale = jnp.sqrt(self._freedom(axis)) * _inverse_root(
-      state.columns / _weight(state)[..., None], energy > 0
-    )
-    scale = jnp.expand_dims(scale * self.rate, axis)
+    scale, is_finite, state = self._scale(whole, whole - inside, state, axis)
     lifted = self._lift(new - low * scale, bases)
     finite = is_finite[..., None, None]
     return lifted + jnp.where(finite, grad * scale, 0), state
