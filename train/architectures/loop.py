@@ -34,12 +34,14 @@ class Run(NamedTuple):
 
 def build(entry: Entry, config: Any, rates: Rates) -> Trainer:
   """The trainer of an architecture under a method."""
-  module = entry.module()
-  options = optimizers.Options(
-    config.steps, config.rank, config.gap, module.RULES
-  )
-  tx = optimizers.make(*rates, options)
-  return module.make(config, tx)
+  tx = optimizers.make(*rates, options(entry, config))
+  return entry.module().make(config, tx)
+
+
+def options(entry: Entry, config: Any) -> optimizers.Options:
+  """What an architecture's methods share."""
+  rules = entry.module().RULES
+  return optimizers.Options(config.steps, config.rank, config.gap, rules)
 
 
 def run(

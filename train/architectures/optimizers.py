@@ -31,12 +31,14 @@ class Options(NamedTuple):
     rank: Rank of the bases; a float is a share of a matrix's shorter side.
     gap: Steps between two refreshes of a basis.
     rules: Which leaves are projected, and how they are read as matrices.
+    residual: What GaLore does with the gradient outside of its bases.
   """
 
   steps: int
   rank: float
   gap: int
   rules: Rules
+  residual: str | None = "normalized"
 
 
 def make(
@@ -75,7 +77,7 @@ def matrices(params: Any, options: Options) -> Any:
 
 
 def _galore(
-  rate: Any, multiplier: Any, options: Options, residual: Any = "normalized"
+  rate: Any, multiplier: Any, options: Options
 ) -> optax.GradientTransformation:
   return go.galore_adamw(
     rate,
@@ -83,7 +85,7 @@ def _galore(
     rank=options.rank,
     update_proj_gap=options.gap,
     scale=multiplier,
-    residual=residual,
+    residual=options.residual,
     rules=options.rules,
   )
 
@@ -91,7 +93,7 @@ def _galore(
 def _plain_galore(
   rate: Any, multiplier: Any, options: Options
 ) -> optax.GradientTransformation:
-  return _galore(rate, multiplier, options, residual=None)
+  return _galore(rate, multiplier, options._replace(residual=None))
 
 
 def _galore_without_rules(
