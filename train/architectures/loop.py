@@ -40,8 +40,11 @@ def build(entry: Entry, config: Any, rates: Rates) -> Trainer:
 
 def options(entry: Entry, config: Any) -> optimizers.Options:
   """What an architecture's methods share."""
-  rules = entry.module().RULES
-  return optimizers.Options(config.steps, config.rank, config.gap, rules)
+  module = entry.module()
+  kernels = getattr(module, "KERNELS", None)
+  return optimizers.Options(
+    config.steps, config.rank, config.gap, module.RULES, kernels
+  )
 
 
 def run(
