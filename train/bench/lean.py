@@ -120,6 +120,7 @@ class _Run:
 def configure(
   flags: argparse.Namespace, method: str, lean: bool
 ) -> schema.Config:
+  """The run of a method with the sizes that the flags name."""
   config = presets.make("llama_60m", method)
   config = presets.lean(config) if lean else config
   fields = {

@@ -264,8 +264,8 @@ class MeshConfig:
   data: int = 0  # copies of the model; 0: all devices that the other axes leave
   fsdp: int = 1  # devices that share the weights and the batch
   tensor: int = 1  # devices that share the heads and the feed-forward units
-  # numbers in which devices send each other gradients, to add them up over
-  # data; int8 needs train.lean
+  # how gradients are sent to be added up over data: as float32, or as eight-bit
+  # codes (int8, with train.lean), which are a quarter of the bytes
   reduce: Literal["float32", "int8"] = "float32"
   # host:port of process 0; auto: from the cluster. Empty: auto under a launcher
   # known to start several processes, otherwise a single process

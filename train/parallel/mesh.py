@@ -167,7 +167,8 @@ def constrain_batch(x: jax.Array, rows: int) -> jax.Array:
 
   Without it, a weight that is sharded over fsdp can make the compiler divide
   activations along d_model instead. It does nothing outside of a mesh, in the
-  body of `jax.shard_map`, which sees one device's rows, and for batches that the shards do not divide, such as the single row of a sample.
+  body of `jax.shard_map`, which sees one device's rows, and for batches that
+  the shards do not divide, such as the single row of a sample.
 
   Args:
     x: activations whose first axis is rows times positions.

@@ -50,7 +50,8 @@ def make_train_step(
   if isinstance(tx, galore_optax.Layerwise):
     step = _in_parts(_without_z_loss(tx), low_rank_parts)
   elif low_rank_parts > 1:
-    step = _in_parts(_part_of_step(tx, abstract, config, reduce), low_rank_parts)
+    run = _part_of_step(tx, abstract, config, low_rank_parts, reduce)
+    step = _in_parts(run, low_rank_parts)
   else:
     step = whole_step(tx, abstract, config, gradient, loss, reduce)
   return jax.jit(
@@ -111,13 +112,15 @@ def _part_of_step(
   tx: optax.GradientTransformation,
   abstract: AbstractState,
   config: TrainConfig,
+  parts: int,
   reduce: str,
 ) -> Callable:
   """A microbatch through the model and an optimizer that accumulates."""
   find = backward.make(tx, abstract, config, None, None, reduce)
 
   def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
-    count = _count_of(opt_state)
+    # The number of the part, from the first step on: each has draws of its own.
+    count = _count_of(opt_state) * parts + _count_of(opt_state, "micro_step")
     found = find(params, opt_state, rows, count)
     weights = abstract.read(params)
     # GaLore replaces gradients that are not finite by zero.
@@ -130,9 +133,9 @@ def _part_of_step(
   return run
 
 
-def _count_of(opt_state: Any) -> jax.Array:
-  """Number of steps that GaLore has counted."""
-  states = optax.tree.get_all_with_path(opt_state, "step")
+def _count_of(opt_state: Any, name: str = "step") -> jax.Array:
+  """Number of steps that GaLore has counted, or of parts in the present one."""
+  states = optax.tree.get_all_with_path(opt_state, name)
   return states[0][1]
 
 

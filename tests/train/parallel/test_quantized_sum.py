@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -132,7 +131,9 @@ def test_one_device_rounds_nothing(tree):
 def test_bytes_that_are_sent_have_eight_bits(tree):
   keys = jax.random.split(jax.random.key(1), _DRAWS)
   text = _summed().lower(tree, keys).as_text()
-  moved = [x for x in text.splitlines() if "all_to_all" in x or "all_gather" in x]
+  moved = [
+    x for x in text.splitlines() if "all_to_all" in x or "all_gather" in x
+  ]
   assert len(moved) == 2 * 2 * len(tree)  # two rounds of codes and scales
   assert sum("i8>" in x for x in moved) == len(moved) // 2
   assert "all_reduce" not in text

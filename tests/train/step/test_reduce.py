@@ -36,7 +36,9 @@ def _moments(state):
 
 def test_a_step_is_the_usual_one_within_the_rounding(trainer, rows):
   usual = make_trainer("galore", 1, train=LEAN, clip=0.0)
-  steps = jax.device_get([_steps(t, t.init(), rows, 1) for t in (trainer, usual)])
+  steps = jax.device_get(
+    [_steps(t, t.init(), rows, 1) for t in (trainer, usual)]
+  )
   states, metrics = zip(*steps, strict=True)
   np.testing.assert_allclose(metrics[0]["loss"], metrics[1]["loss"], rtol=1e-6)
   np.testing.assert_allclose(
