@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import galore_optax
+from galore_optax.quantization import rounding
 
 BLOCK = 256  # elements that share a scale: scales are 1.6% of the codes' bytes
 
@@ -52,27 +52,36 @@ def _sum(x: jax.Array, along: int, axis_name: str, key: jax.Array) -> jax.Array:
   """The sum of one array."""
   first, second = jax.random.split(key)
   blocks = _split(x, along, jax.lax.axis_size(axis_name))
-  mine = jax.lax.all_to_all(_codes(blocks, first), axis_name, 0, 0)
-  total = galore_optax.dequantize(mine).sum(0)
-  sums = jax.lax.all_gather(_codes(total, second), axis_name)
-  return _join(galore_optax.dequantize(sums), x, along)
+  mine = jax.lax.all_to_all(_quantize(blocks, first), axis_name, 0, 0)
+  total = _dequantize(*mine).sum(0)
+  sums = jax.lax.all_gather(_quantize(total, second), axis_name)
+  return _join(_dequantize(*sums), x, along)
 
 
-def _codes(blocks: jax.Array, key: jax.Array) -> galore_optax.QArray:
-  """Codes and scales of blocks (..., 1, BLOCK)."""
-  return galore_optax.quantize(
-    blocks, "int8", block=BLOCK, symmetric=True, key=key
-  )
+def _quantize(blocks: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """int8 codes (..., BLOCK) and float32 scales (...) of blocks (..., BLOCK).
+
+  The scale of a block with an element that is not finite is not finite either.
+  """
+  scale = jnp.max(jnp.abs(blocks), -1) / 127
+  x = blocks / rounding.safe_divisor(scale)[..., None]
+  codes = rounding.round_to_integers(jnp.clip(x, -127, 127), key)
+  return codes.astype(jnp.int8), scale
+
+
+def _dequantize(codes: jax.Array, scale: jax.Array) -> jax.Array:
+  """The blocks of codes and scales."""
+  return codes.astype(jnp.float32) * scale[..., None]
 
 
 def _split(x: jax.Array, along: int, count: int) -> jax.Array:
-  """An array in blocks along an axis, (count, k, 1, BLOCK).
+  """An array in blocks along an axis, (count, k, BLOCK).
 
   Zeros fill up the last blocks.
   """
   flat = _with_axis_last(x, along).astype(jnp.float32).reshape(-1)
   flat = jnp.pad(flat, (0, -flat.size % (count * BLOCK)))
-  return flat.reshape(count, -1, 1, BLOCK)
+  return flat.reshape(count, -1, BLOCK)
 
 
 def _join(blocks: jax.Array, like: jax.Array, along: int) -> jax.Array:
