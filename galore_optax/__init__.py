@@ -4,7 +4,7 @@ from typing import Any
 
 from galore_optax import baselines
 from galore_optax._chain import chain
-from galore_optax._galore import GaLoreState, galore
+from galore_optax._galore import galore
 from galore_optax._value_and_grad import (
   deferred_value_and_grad,
   projected_value_and_grad,
@@ -54,6 +54,7 @@ from galore_optax.quantized_params import (
 )
 from galore_optax.subspace.adaptive import Adaptive
 from galore_optax.subspace.refresh_settings import Refresh
+from galore_optax.transform.state import GaLoreState
 from galore_optax.tree.rules import Projection
 from galore_optax.tree.sharding import quantized_shardings, state_shardings
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import linalg
-from galore_optax._galore import GaLoreState
 from galore_optax.quantization import qarray
 from galore_optax.subspace import projection
+from galore_optax.transform.state import GaLoreState
 from galore_optax.tree import paths, plan, sides
 
 

@@ -16,12 +16,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from galore_optax import checks
 from galore_optax import context as context_lib
-from galore_optax._galore import GaLoreState, galore
+from galore_optax._galore import galore
 from galore_optax.optimizers import options as options_lib
 from galore_optax.optimizers.adam8bit import Mask
 from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.subspace import moments, projection
 from galore_optax.subspace.refresh_settings import Refresh
+from galore_optax.transform.state import GaLoreState
 from galore_optax.tree import paths, sharding, split
 from galore_optax.tree import plan as plan_lib
 from galore_optax.tree import rules as rules_lib

@@ -21,8 +21,8 @@ import optax
 
 from galore_optax import context as context_lib
 from galore_optax import linalg
-from galore_optax._galore import GaLoreState
 from galore_optax.subspace import moments, projection
+from galore_optax.transform.state import GaLoreState
 from galore_optax.tree import (
   boxes,
   matrix_view,

@@ -15,6 +15,7 @@ ROWS = (
   {"tree"},
   {"inner", "quantized_params", "subspace"},
   {"_chain", "projected", "residual"},
+  {"transform"},
   {"_galore"},
   {"_value_and_grad", "baselines", "diagnostics", "optimizers", "per_layer"},
 )

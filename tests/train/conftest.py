@@ -36,6 +36,17 @@ QWEN = dataclasses.replace(
   rope_factor=4.0,
   rope_original_length=8,
 )
+EXPERTS = dataclasses.replace(
+  TINY,
+  family="qwen3_moe",
+  d_ff=24,
+  n_kv_heads=2,
+  qk_norm=True,
+  n_experts=4,
+  n_active_experts=2,
+  norm_topk_prob=False,
+  router_aux_loss_coef=0.05,
+)
 WORDS = [
   "we",
   "the",

@@ -3,7 +3,7 @@
 To use it in a project of yours, give `make` any Optax optimizer:
 
   tx = galore_optax.galore_adamw(
-    4e-3, rank=0.25, scale=0.25, residual="normalized", rules=RULES
+    4e-3, rank=0.25, scale=0.25, residual="normalized"
   )
 """
 
@@ -16,17 +16,13 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from galore_optax import Projection
 from train.architectures.trainer import Batch, Trainer
 
-# A kernel (3, 3, inputs, outputs) is by default nine matrices of (inputs,
-# outputs), each with a basis. The second rule makes it one matrix of
-# (9 * inputs, outputs). The first kernel has one input: it has 144 numbers, and
-# bases would not save anything.
-RULES = (
-  ("conv_0/kernel", None),
-  ("conv_[0-9]+/kernel", Projection(rows=(0, 1, 2), cols=3)),
-)
+# A kernel (3, 3, inputs, outputs) is nine matrices of (inputs, outputs), each
+# with a basis. The first kernel has one input: it has 144 numbers, and bases
+# would not save anything.
+RULES = ()
+KERNELS = "conv_[1-9][0-9]*/kernel"  # to read them in another way
 
 
 @dataclasses.dataclass(frozen=True)

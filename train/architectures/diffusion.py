@@ -5,7 +5,7 @@ et al., 2210.02747; Liu et al., 2209.03003). To use it in a project of yours,
 give `make` any Optax optimizer:
 
   tx = galore_optax.galore_adamw(
-    4e-3, rank=0.25, scale=0.25, residual="normalized", rules=RULES
+    4e-3, rank=0.25, scale=0.25, residual="normalized"
   )
 """
 
@@ -17,11 +17,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from galore_optax import Projection
 from train.architectures.trainer import Batch, Trainer
 
-# A kernel (3, 3, inputs, outputs) as one matrix of (9 * inputs, outputs).
-RULES = (("conv/kernel", Projection(rows=(0, 1, 2), cols=3)),)
+# A kernel (3, 3, inputs, outputs) is nine matrices of (inputs, outputs), each
+# with a basis.
+RULES = ()
+KERNELS = "conv/kernel"  # to read them in another way
 SAMPLING_STEPS = 50
 
 

@@ -34,12 +34,17 @@ class Run(NamedTuple):
 
 def build(entry: Entry, config: Any, rates: Rates) -> Trainer:
   """The trainer of an architecture under a method."""
+  tx = optimizers.make(*rates, options(entry, config))
+  return entry.module().make(config, tx)
+
+
+def options(entry: Entry, config: Any) -> optimizers.Options:
+  """What an architecture's methods share."""
   module = entry.module()
-  options = optimizers.Options(
-    config.steps, config.rank, config.gap, module.RULES
+  kernels = getattr(module, "KERNELS", None)
+  return optimizers.Options(
+    config.steps, config.rank, config.gap, module.RULES, kernels
   )
-  tx = optimizers.make(*rates, options)
-  return module.make(config, tx)
 
 
 def run(

@@ -14,11 +14,17 @@ import jax.numpy as jnp
 import optax
 
 import galore_optax as go
+from train.common.errors import UserError
 
 WARM_UP = 0.1  # share of the steps in which the rate rises
 FINAL = 0.1  # last rate, of the highest
 CLIP = 1.0  # global norm of the gradient
 
+
+# Ways to read a convolution kernel (height, width, inputs, outputs). Without
+# a rule it is height * width matrices of (inputs, outputs).
+ONE_MATRIX = go.Projection(rows=(0, 1, 2), cols=3)
+TENSOR = go.Projection(tensor=(2, 3))
 
 Rules = tuple[tuple[str, go.Projection | None], ...]
 
@@ -31,12 +37,16 @@ class Options(NamedTuple):
     rank: Rank of the bases; a float is a share of a matrix's shorter side.
     gap: Steps between two refreshes of a basis.
     rules: Which leaves are projected, and how they are read as matrices.
+    kernels: Regular expression for the convolution kernels, if there are any.
+    residual: What GaLore does with the gradient outside of its bases.
   """
 
   steps: int
   rank: float
   gap: int
   rules: Rules
+  kernels: str | None = None
+  residual: str | None = "normalized"
 
 
 def make(
@@ -75,7 +85,7 @@ def matrices(params: Any, options: Options) -> Any:
 
 
 def _galore(
-  rate: Any, multiplier: Any, options: Options, residual: Any = "normalized"
+  rate: Any, multiplier: Any, options: Options
 ) -> optax.GradientTransformation:
   return go.galore_adamw(
     rate,
@@ -83,7 +93,7 @@ def _galore(
     rank=options.rank,
     update_proj_gap=options.gap,
     scale=multiplier,
-    residual=residual,
+    residual=options.residual,
     rules=options.rules,
   )
 
@@ -91,26 +101,30 @@ def _galore(
 def _plain_galore(
   rate: Any, multiplier: Any, options: Options
 ) -> optax.GradientTransformation:
-  return _galore(rate, multiplier, options, residual=None)
+  return _galore(rate, multiplier, options._replace(residual=None))
 
 
-def _galore_without_rules(
+def _galore_one_matrix(
   rate: Any, multiplier: Any, options: Options
 ) -> optax.GradientTransformation:
-  """GaLore with its own reading of the leaves' shapes and names."""
-  return _galore(rate, multiplier, options._replace(rules=()))
+  """GaLore with each convolution kernel as one matrix."""
+  return _galore(rate, multiplier, _with_kernels(options, ONE_MATRIX))
 
 
-def _galore_with_factors(
+def _galore_tucker(
   rate: Any, multiplier: Any, options: Options
 ) -> optax.GradientTransformation:
-  """GaLore with a factor for inputs and outputs of a flattened kernel."""
-  factors = go.Projection(tensor=(-2, -1))
-  rules = tuple(
-    (regex, factors if how and isinstance(how.rows, tuple) else how)
-    for regex, how in options.rules
-  )
-  return _galore(rate, multiplier, options._replace(rules=rules))
+  """GaLore with factors for inputs and outputs of each convolution kernel."""
+  return _galore(rate, multiplier, _with_kernels(options, TENSOR))
+
+
+def _with_kernels(options: Options, view: go.Projection) -> Options:
+  if options.kernels is None:
+    raise UserError(
+      "this model has no convolutions to read in another way; use --optimizer"
+      " galore"
+    )
+  return options._replace(rules=((options.kernels, view), *options.rules))
 
 
 def _adamw(
@@ -166,7 +180,7 @@ METHODS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adamw": _adamw,
   "galore": _galore,
   "galore_plain": _plain_galore,
-  "galore_no_rules": _galore_without_rules,
-  "galore_tucker": _galore_with_factors,
+  "galore_one_matrix": _galore_one_matrix,
+  "galore_tucker": _galore_tucker,
   "muon": _muon,
 }

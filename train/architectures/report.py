@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from train.architectures import catalog, search, tables, times
+from train.architectures import catalog, gradients, search, tables, times
 from train.architectures.catalog import Entry
 from train.common import units
 from train.experiments.plan import Plan, Record, perplexity
@@ -28,6 +28,7 @@ HEAD = (
   "seeds",
   "optimizer state, KiB",
   "of AdamW's",
+  "gradients at rank r, of AdamW's",
   "step time / AdamW's",
   "learning rate",
   "that of the matrices",
@@ -92,7 +93,12 @@ def _cells(
   searched = str(len(plan.tried(variant)))
   size = records[0]["bytes"]["optimizer"]
   of_base = f"{size / base[0]['bytes']['optimizer']:.0%}" if base else ""
-  sizes = [f"{size / units.KIB:.0f}", of_base, f"{ratio:.2f}" if ratio else ""]
+  sizes = [
+    f"{size / units.KIB:.0f}",
+    of_base,
+    _share_of_gradients(entry, variant),
+    f"{ratio:.2f}" if ratio else "",
+  ]
   if not plan.complete(variant):
     return ["search not done", *[""] * 4, *sizes, "", "", f"{searched} so far"]
   return [
@@ -105,6 +111,11 @@ def _cells(
     f"{point[0] * point[1]:.2g}",
     searched,
   ]
+
+
+def _share_of_gradients(entry: Entry, variant: Variant) -> str:
+  whole = gradients.size(entry, tables.ADAMW.optimizer)
+  return f"{gradients.size(entry, variant.optimizer) / whole:.0%}"
 
 
 def _losses(records: list[Record]) -> list[float]:

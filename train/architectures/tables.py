@@ -12,15 +12,14 @@ from train.experiments.table import SearchRange, Table, Variant
 
 ADAMW = Variant("adamw", "AdamW", "adamw")
 GALORE = Variant("galore", "GaLore", "galore")
-# A convolution kernel as nine matrices, which is how it is read without a rule.
-NINE_MATRICES = Variant(
-  "galore_no_rules", "GaLore, nine matrices a kernel", "galore_no_rules"
+# A convolution kernel as one matrix; without a rule it is nine.
+ONE_MATRIX = Variant(
+  "galore_one_matrix", "GaLore, one matrix a kernel", "galore_one_matrix"
 )
 # A convolution kernel as a tensor, with a factor for inputs and for outputs.
 TUCKER = Variant("galore_tucker", "GaLore, Tucker factors", "galore_tucker")
-EXTRA = {
-  "cnn": ((NINE_MATRICES,), (TUCKER,))
-}  # groups of variants of one architecture
+# Groups of variants of one architecture.
+EXTRA = {"cnn": ((ONE_MATRIX,), (TUCKER,)), "diffusion": ((ONE_MATRIX,),)}
 RATES = SearchRange(1e-2, 3e-4, 0.11, factor=10**0.5)
 MULTIPLIERS = SearchRange(0.5, 1 / 128, 8.0, factor=4.0)
 SEEDS = (0, 1, 2)

@@ -4,6 +4,7 @@ For each view, the share of the gradient's energy that exact bases keep is
 measured on gradients of a training run with AdamW.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -13,18 +14,16 @@ import jax.numpy as jnp
 import optax
 
 import galore_optax as go
-from train.architectures import catalog, cnn, loop, tables
+from train.architectures import catalog, cnn, loop, optimizers, tables
 from train.architectures.cnn import Config
 from train.measure.tables import markdown_table
 
-# The kernels of more than one input.
-KERNELS = "conv_[1-9]/kernel"
-_MATRIX = {"rows": (0, 1, 2), "cols": 3}
+ONE_MATRIX = optimizers.ONE_MATRIX
 VIEWS = {
   "nine matrices": go.Projection(rows=2, cols=3),
-  "one matrix": go.Projection(**_MATRIX),
-  "one matrix, both sides": go.Projection(**_MATRIX, proj_type="full"),
-  "tensor": go.Projection(tensor=(2, 3)),
+  "one matrix": ONE_MATRIX,
+  "one matrix, both sides": dataclasses.replace(ONE_MATRIX, proj_type="full"),
+  "tensor": optimizers.TENSOR,
 }
 SHARES = (0.125, 0.25, 0.375)  # rank, of the sides that are projected
 TIMES = 4  # gradients, evenly spaced over the run
@@ -78,7 +77,7 @@ def _row(
   tx = go.galore(
     optax.adam(1.0),
     rank=share,
-    rules=((KERNELS, how), ("", None)),
+    rules=((cnn.KERNELS, how), ("", None)),
     refresh=go.Refresh(policy="synchronous", finder="svd"),
   )
   update = jax.jit(tx.update)
@@ -87,7 +86,7 @@ def _row(
     _, state = update(g, tx.init(g))
     for path, bases in go.find_bases(state).items():
       kernel = g[path.split("/")[0]]["kernel"]
-      if how.rows == _MATRIX["rows"]:
+      if how.rows == ONE_MATRIX.rows:
         kernel = kernel.reshape(-1, kernel.shape[-1])
       kept.append(_share_kept(kernel, bases))
   rows = [x for x in go.describe(tx, grads[0]).rows if x.rank]

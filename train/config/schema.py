@@ -67,6 +67,14 @@ class ModelConfig(SharedModelConfig):
   # values (qkv), or all four
   attention_bias: BiasName = "none"
   mlp_bias: bool = False  # whether the feed-forward layers have biases
+  # feed-forward layers of width d_ff in each block, of which a token takes
+  # n_active_experts; 0: one that all tokens take
+  n_experts: int = 0
+  n_active_experts: int = 2  # experts of a token
+  # whether the weights of a token's experts add up to 1
+  norm_topk_prob: bool = True
+  # weight in the loss of how unbalanced the experts are; 0: none
+  router_aux_loss_coef: float = 0.001
   qk_norm: bool = False  # normalize each head's queries and keys by RMSNorm
   # positions that a position attends to, with itself; 0: all before it
   sliding_window: int = 0
@@ -122,9 +130,10 @@ class ModelConfig(SharedModelConfig):
     super().__post_init__()
     sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads")
     check_above("model", self, (*sizes, "rope_theta", "norm_eps", "init_std"))
-    unset = ("head_dim", "sliding_window", "rope_original_length")
+    unset = ("head_dim", "sliding_window", "rope_original_length", "n_experts")
     check_above("model", self, unset, low=-1)
-    check_above("model", self, ("rope_attention_factor",), low=-1e-9)
+    unset = ("rope_attention_factor", "router_aux_loss_coef")
+    check_above("model", self, unset, low=-1e-9)
     self._check_heads()
     families.check(self)
     families.check_rope(self)

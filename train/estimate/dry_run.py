@@ -31,6 +31,7 @@ GROUPS = {
   "embed": "embedding",
   "attn": "attention",
   "mlp": "feed-forward",
+  "experts": "experts",
   "attn_norm": "norms",
   "mlp_norm": "norms",
   "norm": "norms",

@@ -25,7 +25,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Logical axis of a parameter to mesh axis. `layers`, the stacked axis that the
-# model scans over, is not divided: every device takes part in every layer.
+# model scans over, is not divided: every device takes part in every layer. Nor
+# is `experts`: every device has a part of each.
 RULES = (
   # The rows of the embedding, which are looked up. Divided over both axes they
   # need one all-reduce; with divided columns they would need a whole copy.
@@ -36,6 +37,7 @@ RULES = (
   ("heads", "tensor"),
   ("mlp", "tensor"),
   ("layers", None),
+  ("experts", None),
   ("norm", None),
 )
 

@@ -19,7 +19,7 @@ PROJECTED = {
     "blocks/0/down/kernel": "(64, 16)",
     "blocks/0/up/kernel": "(16, 64)",
   },
-  "cnn": {"conv_1/kernel": "(72, 16)"},
+  "cnn": {"conv_1/kernel": "9 x (8, 16)"},
   "gru": {"gru_0/w_h": "(16, 48)", "gru_0/w_i": "(16, 48)"},
   "moe": {
     **{f"layers/attention/{x}/kernel": "2 x (16, 16)" for x in "kqvo"},
@@ -40,11 +40,11 @@ PROJECTED = {
     "middle/0/condition/kernel": "(64, 16)",
     "middle/1/condition/kernel": "(64, 16)",
     "up/condition/kernel": "(64, 8)",
-    "down/conv/kernel": "(72, 16)",
-    "first/conv/kernel": "(36, 8)",
-    "middle/0/conv/kernel": "(144, 16)",
-    "middle/1/conv/kernel": "(144, 16)",
-    "up/conv/kernel": "(216, 8)",
+    "down/conv/kernel": "9 x (8, 16)",
+    "first/conv/kernel": "9 x (4, 8)",
+    "middle/0/conv/kernel": "9 x (16, 16)",
+    "middle/1/conv/kernel": "9 x (16, 16)",
+    "up/conv/kernel": "9 x (24, 8)",
   },
 }
 TINY = {

@@ -8,14 +8,16 @@ import pytest
 
 import galore_optax as go
 from train.architectures import optimizers
+from train.common.errors import UserError
 
 PARAMS = {
   "w": jnp.ones((8, 16)),
-  "kernel": jnp.ones((2, 4, 16)),
+  "kernel": jnp.ones((1, 2, 4, 16)),
   "b": jnp.ones(3),
 }
-RULES = (("kernel", go.Projection(rows=(0, 1), cols=2)),)
-OPTIONS = optimizers.Options(steps=10, rank=2, gap=2, rules=RULES)
+OPTIONS = optimizers.Options(
+  steps=10, rank=2, gap=2, rules=(), kernels="kernel"
+)
 
 
 @pytest.mark.parametrize("method", optimizers.METHODS)
@@ -39,7 +41,29 @@ def test_the_factor_is_for_the_matrices_alone(method):
 
 
 def test_muon_reads_kernels_as_the_rules_do():
-  axes = optimizers._axes(PARAMS, OPTIONS)
+  options = OPTIONS._replace(rules=(("kernel", optimizers.ONE_MATRIX),))
+  axes = optimizers._axes(PARAMS, options)
   dimensions = optax.contrib.MuonDimensionNumbers
-  assert axes["kernel"] == dimensions((0, 1), 2)
+  assert axes["kernel"] == dimensions((0, 1, 2), 3)
   assert axes["w"] == dimensions(-2, -1)
+
+
+@pytest.mark.parametrize("method", ["galore_one_matrix", "galore_tucker"])
+def test_a_model_without_convolutions_says_so(method):
+  options = OPTIONS._replace(kernels=None)
+  with pytest.raises(UserError, match="no convolutions"):
+    optimizers.make(method, 0.1, 1.0, options).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+  ("method", "shapes"),
+  [
+    ("galore", {"left": (1, 2, 4, 2)}),
+    ("galore_one_matrix", {"left": (8, 2)}),
+    ("galore_tucker", {"axis2": (4, 2), "axis3": (16, 2)}),
+  ],
+)
+def test_ways_to_read_a_kernel(method, shapes):
+  state = optimizers.make(method, 0.1, 1.0, OPTIONS).init(PARAMS)
+  bases = go.find_bases(state)["kernel"]
+  assert {name: bases[name].shape for name in bases} == shapes

@@ -10,6 +10,7 @@ from train.architectures import (
 )
 from train.architectures import (
   catalog,
+  gradients,
   loop,
   report,
   search,
@@ -68,17 +69,26 @@ def test_search_and_report(fake_runs, tmp_path, monkeypatch):
     "<!-- architectures: begin -->\n<!-- architectures: end -->\n"
   )
   report.write(tmp_path, page)
-  _, _, adamw, galore, nine, factors = (
+  _, _, adamw, galore, one_matrix, factors = (
     line.split(" | ")
     for line in page.read_text().splitlines()
     if line.startswith("|")
   )
   assert adamw[2] == "1.01 ± 0.01 % wrong"
   assert galore[4:6] == ["-0.5000 ± 0.0082", "better"]
-  assert galore[6:10] == ["3", "0", "25%", "1.50"]
-  assert nine[1] == tables.NINE_MATRICES.label
+  assert galore[6:11] == ["3", "0", "25%", "29%", "1.50"]
+  assert one_matrix[1] == tables.ONE_MATRIX.label
   assert factors[1] == tables.TUCKER.label
   assert (tmp_path / report.FIGURE).stat().st_size > 1000
+
+
+def test_bytes_of_gradients():
+  whole = gradients.size(CNN, "adamw")
+  # Kernels of 144 x 32 and 288 x 64, whose gradients are given at a quarter.
+  saved = 4 * (144 * (32 - 8) + 288 * (64 - 16))
+  for method in ("galore", "galore_plain", "galore_one_matrix"):
+    assert gradients.size(CNN, method) == whole - saved
+  assert gradients.size(CNN, "galore_tucker") == whole
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.conftest import QWEN, TINY, make_trainer
+from tests.train.conftest import EXPERTS, QWEN, TINY, make_trainer
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.step import backward, train_step
@@ -47,6 +47,10 @@ def _trained(
     pytest.param("q_galore", 1, {}, marks=pytest.mark.slow),
     # With biases, norms of heads, and layers that differ.
     pytest.param("galore", 1, {"model": QWEN}, marks=pytest.mark.slow),
+    pytest.param("galore", 1, {"model": EXPERTS}, marks=pytest.mark.slow),
+    pytest.param(
+      "galore", 8, {"model": EXPERTS, "tensor": 2}, marks=pytest.mark.slow
+    ),
   ],
 )
 def test_lean_steps_are_usual_steps(name, devices, fields, rows):

@@ -1,0 +1,1 @@
+"""The transformation behind `galore`: its state, its first and other steps."""
