@@ -416,6 +416,14 @@ class SharedConfig:
           f" {size}; set mesh.{axis}=1, so that mesh.data takes the devices,"
           f" {keep}"
         )
+    model = self.model
+    balances = isinstance(model, ModelConfig) and model.n_experts
+    if balances and (weight := model.router_aux_loss_coef):
+      raise UserError(
+        f"{name} sees one device's rows at a time, and the balance of the"
+        f" experts, which model.router_aux_loss_coef={weight} adds to the loss,"
+        f" is one of all rows; set model.router_aux_loss_coef=0, {keep}"
+      )
 
   def _check_lean(self, method: registry.Method) -> None:
     """Raises where projected gradients are not enough."""

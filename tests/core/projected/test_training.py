@@ -341,9 +341,17 @@ def test_same_training_on_a_mesh(kind):
       assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
-def _steps_in_shard_map(tx, projected, check_vma=True, axis_name=None):
+def _loss_of_two_uses(params, batch):
+  """A product reads `down`; the gradient of `up`, which has two uses, forms."""
+  penalty = jnp.mean(jnp.sin(params["layers"]["up"] * batch[0, 0]))
+  return _loss(params, batch) + penalty
+
+
+def _steps_in_shard_map(
+  tx, projected, check_vma=True, axis_name=None, loss_fn=_loss
+):
   """One step, data parallel: devices share parameters and state."""
-  loss = lambda params, x: _loss(params, x) / 4  # gradients are added up
+  loss = lambda params, x: loss_fn(params, x) / 4  # gradients are added up
 
   def step(params, state, x):
     if projected:
@@ -384,8 +392,8 @@ def test_devices_of_shard_map_add_up_projected_gradients():
 def test_devices_hand_out_their_own_gradients_of_the_bases_they_share():
   tx, params = _galore(_adamw()), _params()
   state = tx.init(params)
-  lean = _steps_in_shard_map(tx, True, check_vma=False, axis_name="data")
-  usual = _steps_in_shard_map(tx, projected=False)
+  lean = _steps_in_shard_map(tx, True, False, "data", _loss_of_two_uses)
+  usual = _steps_in_shard_map(tx, False, loss_fn=_loss_of_two_uses)
   found = lean(params, state, _batch(0))
   _same(found, usual(params, state, _batch(0)))
   for x in jax.tree.leaves(found):

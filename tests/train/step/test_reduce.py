@@ -111,6 +111,10 @@ def test_parts_of_a_batch(by, rows):
     (["train.layerwise=true"], "leave train.layerwise false"),
     (["mesh.fsdp=2"], "mesh.fsdp is 2; set mesh.fsdp=1"),
     (["mesh.tensor=4"], "mesh.tensor is 4; set mesh.tensor=1"),
+    (
+      ["model.n_experts=4", "model.family=mixtral"],
+      "set model.router_aux_loss_coef=0",
+    ),
   ],
 )
 def test_refuses_what_it_cannot_add_up(settings, message):
