@@ -416,13 +416,11 @@ class SharedConfig:
           f" {size}; set mesh.{axis}=1, so that mesh.data takes the devices,"
           f" {keep}"
         )
-    model = self.model
-    balances = isinstance(model, ModelConfig) and model.n_experts
-    if balances and (weight := model.router_aux_loss_coef):
+    if experts := getattr(self.model, "n_experts", 0):
       raise UserError(
-        f"{name} sees one device's rows at a time, and the balance of the"
-        f" experts, which model.router_aux_loss_coef={weight} adds to the loss,"
-        f" is one of all rows; set model.router_aux_loss_coef=0, {keep}"
+        f"{name} sees one device's rows at a time, and model.n_experts is"
+        f" {experts}, whose balance is one of all rows; leave mesh.reduce at"
+        " float32"
       )
 
   def _check_lean(self, method: registry.Method) -> None:
