@@ -160,6 +160,7 @@ def make_trainer(
   tensor: int = 1,
   train: schema.TrainConfig | None = None,
   model: schema.ModelConfig = TINY,
+  reduce: str = "float32",
   **fields,
 ) -> Trainer:
   grid = mesh_lib.make_mesh(
@@ -174,7 +175,9 @@ def make_trainer(
     grid,
     abstract,
     tx,
-    train_step_lib.make_train_step(tx, abstract, train or schema.TrainConfig()),
+    train_step_lib.make_train_step(
+      tx, abstract, train or schema.TrainConfig(), reduce=reduce
+    ),
     losses_lib.make_eval_step(abstract),
     model,
   )

@@ -100,7 +100,8 @@ def test_experts_have_bases_of_their_own_and_the_router_none():
   router_row = rows["layers/experts/router"]
   assert router_row["rank"] is None and "router" in router_row["reason"]
   assert router_row["state_bytes"] == 2 * 4 * router
-  assert "experts" in dry_run.render(found)
+  text = dry_run.render(found)
+  assert "4x6x192x256" in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_state_bytes_are_those_of_describe(giant):

@@ -8,7 +8,7 @@ import pytest
 from tests.train.conftest import TINY
 from train.common.errors import UserError
 from train.config.schema import ModelConfig
-from train.pretrained import llama_config
+from train.pretrained import llama_config, llama_names
 
 SIZES = {
   "vocab_size": 300,
@@ -304,3 +304,9 @@ def test_the_original_length_may_be_that_of_the_config():
 def test_settings_that_no_family_has_are_refused(fields, message):
   with pytest.raises(UserError, match=message):
     dataclasses.replace(TINY, n_layers=4, **fields)
+
+
+def test_a_damaged_number_of_experts_takes_no_time():
+  many = {"num_experts": 10**9, "num_experts_per_tok": 2, "head_dim": 8}
+  with pytest.raises(UserError, match="4,000,000,000 experts in all layers"):
+    llama_names.check_layers(read("qwen3_moe", **many), 100, "m")

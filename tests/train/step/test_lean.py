@@ -8,8 +8,7 @@ import pytest
 from tests.train.conftest import EXPERTS, QWEN, TINY, make_trainer
 from train.common.errors import UserError
 from train.config import presets, schema
-from train.step import losses as losses_lib
-from train.step import train_step
+from train.step import backward, train_step
 
 _STEPS = 7  # the bases are refreshed at every third
 
@@ -94,12 +93,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rows):
 
 def test_gradients_have_the_rank(rows):
   trainer = make_trainer("galore", 1, train=schema.TrainConfig(lean=True))
-  loss = losses_lib.next_token_loss(trainer.abstract, schema.TrainConfig())
-  backward = train_step._backward(
-    trainer.tx, trainer.abstract, schema.TrainConfig(lean=True), None, loss
+  find = backward.make(
+    trainer.tx, trainer.abstract, schema.TrainConfig(lean=True), None, None
   )
   state = trainer.abstract.state
-  run = lambda *args: backward(*args, jnp.int32(0)).grads
+  run = lambda *args: find(*args, jnp.int32(0)).grads
   grads = jax.eval_shape(run, state.params, state.opt_state, rows)
   assert grads["layers"]["mlp"]["up"]["kernel"].shape == (2, 4, 48)
   assert grads["embed"]["embedding"].shape == (300, 32)
