@@ -16,6 +16,7 @@ def projected_value_and_grad(
   *,
   has_aux: bool = False,
   dtype: Any = None,
+  axis_name: Any = None,
 ) -> Callable:
   r"""Like `jax.value_and_grad`, but gradients of projected weights have rank r.
 
@@ -51,6 +52,11 @@ def projected_value_and_grad(
       `optax.inject_hyperparams`.
     has_aux: Whether `loss_fn` returns an auxiliary value, too.
     dtype: Dtype in which quantized weights are read; None for float32.
+    axis_name: Name, or tuple of names, of the mesh axes that divide the batch
+      in `jax.shard_map` with `check_vma=False` or in `jax.pmap`. Gradients are
+      then each device's own, and the caller sums or averages them over these
+      axes before `tx.update`. Bases are refreshed from the sum, and are the
+      same on all devices.
 
   Returns:
     A function of `(params, state, *args, **kwargs)`. It returns the value (with
@@ -81,7 +87,9 @@ def projected_value_and_grad(
     >>> updates["w"].shape
     (64, 256)
   """
-  run = deferred_value_and_grad(loss_fn, tx, has_aux=has_aux, dtype=dtype)
+  run = deferred_value_and_grad(
+    loss_fn, tx, has_aux=has_aux, dtype=dtype, axis_name=axis_name
+  )
 
   def value_and_grad(
     params: optax.Params, state: optax.OptState, *args: Any, **kwargs: Any
@@ -98,6 +106,7 @@ def deferred_value_and_grad(
   *,
   has_aux: bool = False,
   dtype: Any = None,
+  axis_name: Any = None,
 ) -> Callable:
   """As :func:`projected_value_and_grad`, for steps that may be skipped.
 
@@ -111,6 +120,7 @@ def deferred_value_and_grad(
     tx: As for :func:`projected_value_and_grad`.
     has_aux: As for :func:`projected_value_and_grad`.
     dtype: As for :func:`projected_value_and_grad`.
+    axis_name: As for :func:`projected_value_and_grad`.
 
   Returns:
     A function of `(params, state, active, *args, **kwargs)`, where `active` is
@@ -153,7 +163,9 @@ def deferred_value_and_grad(
     *args: Any,
     **kwargs: Any,
   ) -> tuple[Any, Any, Callable[[], optax.OptState]]:
-    here = projecting.prepare(tx, params, state, active=active, dtype=dtype)
+    here = projecting.prepare(
+      tx, params, state, active=active, dtype=dtype, axis_name=axis_name
+    )
     call, shapes = here.trace(lambda p: loss_fn(p, *args, **kwargs))
     _check_result(shapes, has_aux)
 

@@ -224,7 +224,11 @@ def _compile(
     abstract.shardings,
   )
   step: Any = train_step.make_train_step(
-    setup.updater, abstract, config.train, config.optimizer.accumulate
+    setup.updater,
+    abstract,
+    config.train,
+    config.optimizer.accumulate,
+    reduce=config.mesh.reduce,
   )
   compiled = (
     step.trace(state, rows)

@@ -30,8 +30,8 @@ class Gradient(Protocol):
     """The projected gradient, float32."""
     ...
 
-  def image(self, basis: jax.Array, side: str) -> jax.Array:
-    """The image of a basis under the Gram operator; see `find.gram`."""
+  def times(self, low: jax.Array, side: str) -> jax.Array:
+    """The product with a projected gradient: of `left` G R^T, else G^T R."""
     ...
 
 
@@ -48,9 +48,10 @@ class Formed(NamedTuple):
     """The projected gradient, float32."""
     return projection.project(self.array, bases)
 
-  def image(self, basis: jax.Array, side: str) -> jax.Array:
-    """The image of a basis under the Gram operator; see `find.gram`."""
-    return find.gram(self.array, basis, side)
+  def times(self, low: jax.Array, side: str) -> jax.Array:
+    """The product with a projected gradient: of `left` G R^T, else G^T R."""
+    spec = "mn,rn->mr" if side == "left" else "mn,mr->nr"
+    return linalg.matmul(spec, self.array, low).astype(jnp.float32)
 
 
 class Factored(NamedTuple):
@@ -75,9 +76,8 @@ class Factored(NamedTuple):
     cols = _thin(self.cols, bases.get("right"))
     return self._sum(rows, cols)
 
-  def image(self, basis: jax.Array, side: str) -> jax.Array:
-    """The image of a basis under the Gram operator; see `find.gram`."""
-    low = find.scaled(self.project({side: basis}))
+  def times(self, low: jax.Array, side: str) -> jax.Array:
+    """The product with a projected gradient: of `left` G R^T, else G^T R."""
     if side == "left":
       return self._sum(self.rows, _thin(self.cols, low.T))
     return self._sum(self.cols, _thin(self.rows, low))
@@ -119,11 +119,25 @@ class Found(NamedTuple):
     return Found(self.low.astype(gradient_dtype), bases, self.valid)
 
 
+def _image(
+  gradient: Gradient, basis: jax.Array, side: str, axis_name: Any
+) -> jax.Array:
+  """The image of a basis under the Gram operator; see `find.gram`.
+
+  It is that of the sum over devices: the image is linear in the gradient once
+  the projected gradient has been summed.
+  """
+  total = lambda x: x if axis_name is None else jax.lax.psum(x, axis_name)
+  low = find.scaled(total(gradient.project({side: basis})))
+  return total(gradient.times(low, side))
+
+
 def find_and_project(
   gradient: Gradient,
   old: Mapping[str, jax.Array],
   due: jax.Array,
   iterations: Any,
+  axis_name: Any = None,
 ) -> Found:
   """Refreshes the bases of one matrix if they are due, and projects.
 
@@ -132,6 +146,8 @@ def find_and_project(
     old: Side to basis (m, r) or (n, r).
     due: Whether the bases are due, bool scalar.
     iterations: Subspace iterations of a refresh.
+    axis_name: Mesh axes over whose devices gradients are summed later; None if
+      this one is a sum already.
 
   Returns:
     The projected gradient and the bases it was projected on.
@@ -140,7 +156,7 @@ def find_and_project(
   def refresh(old: dict) -> tuple[dict, jax.Array]:
     new, valid = {}, jnp.bool_(True)
     for side, basis in old.items():
-      image = lambda basis, side=side: gradient.image(basis, side)
+      image = lambda basis, side=side: _image(gradient, basis, side, axis_name)
       new[side], ok = find.iterate(image, basis, iterations)
       valid &= ok
     return new, valid

@@ -205,7 +205,7 @@ def _find_and_project(weight: Weight, arrays: tuple, make: Any) -> Found:
 
   def of_matrix(arrays: tuple, bases: dict, due: jax.Array) -> Found:
     return gradient_lib.find_and_project(
-      make(arrays), bases, due, iterations
+      make(arrays), bases, due, iterations, form.axis_name
     ).astype(form.gradient_dtype, form.basis_dtype)
 
   args = (arrays, weight.read_bases(), weight.due)

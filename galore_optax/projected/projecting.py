@@ -30,12 +30,14 @@ class Projecting:
     state: The optimizer's state.
     galores: The GaLores in the optimizer.
     weights: Path to weight, for the leaves whose gradient is projected.
+    axis_name: Mesh axes over whose devices the caller sums gradients.
   """
 
   params: Any
   state: Any
   galores: Sequence[probe.Described]
   weights: Mapping[str, Weight]
+  axis_name: Any = None
 
   @property
   def rest(self) -> dict[str, jax.Array]:
@@ -65,7 +67,7 @@ class Projecting:
     """
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(self.params, *args)
     types = [*jax.tree.leaves((self.params, args)), *closed.consts]
-    _check_devices(types, closed.out_avals)
+    _check_devices(types, closed.out_avals, self.axis_name)
     names = list(paths.leaves_by_path(self.params))
 
     def call(rest: Mapping, slots: Mapping, *args: Any) -> Any:
@@ -106,6 +108,7 @@ def prepare(
   context: UpdateContext = UpdateContext(),  # noqa: B008
   active: Any = None,
   dtype: Any = None,
+  axis_name: Any = None,
 ) -> Projecting:
   """Finds what of a step's gradients is projected, and how.
 
@@ -116,6 +119,7 @@ def prepare(
     context: The circumstances of the update that follows.
     active: Whether bases may be refreshed, bool scalar; None for True.
     dtype: Dtype in which quantized weights are read; None for float32.
+    axis_name: Mesh axes over whose devices the caller sums gradients.
 
   Raises:
     ValueError: If there is no GaLore, or one that needs whole gradients, or an
@@ -130,7 +134,8 @@ def prepare(
   weights: dict[str, Weight] = {}
   for galore in galores:
     weights |= _weights(galore, leaves, dtype)
-  return Projecting(arrays, state, galores, weights)
+  weights = {k: x.with_form(axis_name=axis_name) for k, x in weights.items()}
+  return Projecting(arrays, state, galores, weights, axis_name)
 
 
 def _identity(x: Any) -> int | None:
@@ -238,14 +243,24 @@ def _is_traced(x: Any) -> bool:
   return isinstance(x, jax.core.Tracer)
 
 
-def _check_devices(arrays: Sequence[Any], results: Sequence[Any]) -> None:
+def _check_devices(
+  arrays: Sequence[Any], results: Sequence[Any], axis_name: Any
+) -> None:
   """Raises where nothing says over which devices the gradient is summed."""
   axes = jax.sharding.get_abstract_mesh().manual_axes
   types = [*map(jax.typeof, arrays), *results]
-  if axes and not any(x.manual_axis_type.varying for x in types):
+  varies = any(x.manual_axis_type.varying for x in types)
+  if axis_name is not None and varies:
+    raise ValueError(
+      f"With axis_name={axis_name!r} gradients are those of each device, for "
+      "`jax.shard_map` with check_vma=False. With check_vma=True they are "
+      "summed already; leave `axis_name` out."
+    )
+  if axis_name is None and axes and not varies:
     raise ValueError(
       f"Within the mesh axes {axes}, each device would refresh the bases from "
       "its own gradient, and they would differ. `jax.shard_map` with "
       "check_vma=True knows what the devices share, and sums over them; "
-      "`jax.pmap` and check_vma=False do not. Use jax.value_and_grad there."
+      "`jax.pmap` and check_vma=False do not. Name the axes there with "
+      "`axis_name`, and sum the gradients over them yourself."
     )

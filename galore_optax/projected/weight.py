@@ -29,6 +29,7 @@ class Form:
     iterations: Subspace iterations of a refresh; None if it is traced.
     varying: Mesh axes of `jax.shard_map` over which the model has declared the
       array to vary, although it does not.
+    axis_name: Mesh axes over whose devices the caller sums gradients.
   """
 
   batch: tuple[int, ...]
@@ -40,6 +41,7 @@ class Form:
   basis_dtype: Any
   iterations: int | None
   varying: tuple[str, ...] = ()
+  axis_name: Any = None
 
   @property
   def kept(self) -> tuple[int, ...]:

@@ -2,13 +2,14 @@
 
     python -m tests.parity.llama_run
 
-records configs, weights and logits in `llama.npz` and `families.npz`; the tests
-compare with these records. Recording needs the extra `parity`; where it is
-installed, the tests also run transformers live.
+records configs, weights and logits in `llama.npz`, `families.npz` and
+`experts.npz`; the tests compare with these records. Recording needs the extra
+`parity`; where it is installed, the tests also run transformers live.
 """
 
 import json
 import pathlib
+import tempfile
 
 import numpy as np
 
@@ -91,6 +92,31 @@ FAMILIES = {
     "rope_scaling": YARN | {"attention_factor": 1.5},
   },
 }
+# Mixtures of experts: of the widths, only that of experts is used.
+EXPERTS = {
+  "mixtral": {
+    "model_type": "mixtral",
+    "num_key_value_heads": 2,
+    "sliding_window": 7,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1e4,
+    "router_aux_loss_coef": 0.02,
+    "bos_token_id": None,
+    "eos_token_id": None,
+  },
+  "qwen3_moe": {
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_bias": True,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": True,
+  },
+}
 # Run live only: their records would show nothing new.
 LIVE = {
   "llama linear": {
@@ -146,7 +172,29 @@ LIVE = {
     "tie_word_embeddings": False,
   },
 }
-RECORDED = {**LLAMA, **FAMILIES}
+LIVE_EXPERTS = {
+  "mixtral without window": {
+    "model_type": "mixtral",
+    "num_key_value_heads": 1,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 1,
+    "head_dim": 6,
+    "rope_scaling": YARN,
+  },
+  "qwen3_moe with windows": {
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 8,
+    "norm_topk_prob": True,
+    "use_sliding_window": True,
+    "sliding_window": 6,
+  },
+}
+LIVE |= LIVE_EXPERTS
+RECORDED = {**LLAMA, **FAMILIES, **EXPERTS}
 CASES = {**RECORDED, **LIVE}
 
 
@@ -158,6 +206,13 @@ def config(case: str) -> dict:
 def tokens() -> np.ndarray:
   """(2, 40) token ids."""
   return np.random.default_rng(1).integers(0, SIZE["vocab_size"], (2, 40))
+
+
+def mask() -> np.ndarray:
+  """(2, 40): 1 for tokens, 0 for what the second row takes as padding."""
+  found = np.ones((2, 40), int)
+  found[1, 29:] = 0
+  return found
 
 
 def build(case: str):
@@ -186,11 +241,32 @@ def logits(model) -> np.ndarray:
     return model(torch.tensor(tokens())).logits.numpy()
 
 
+def balance(model) -> np.ndarray:
+  """The loss that balances the experts."""
+  import torch
+
+  ids, attended = torch.tensor(tokens()), torch.tensor(mask())
+  with torch.no_grad():
+    found = model(ids, attention_mask=attended, output_router_logits=True)
+  return found.aux_loss.numpy()
+
+
 def run(case: str) -> dict[str, np.ndarray]:
-  """The weights by name, and the logits."""
+  """The weights by name, the logits, and the experts' balance."""
   model = build(case)
+  if case in EXPERTS | LIVE_EXPERTS:
+    return {**saved(model), "logits": logits(model), "balance": balance(model)}
   arrays = {n: p.detach().numpy() for n, p in model.named_parameters()}
   return {**arrays, "logits": logits(model)}
+
+
+def saved(model) -> dict[str, np.ndarray]:
+  """The weights as checkpoints have them: each expert has its own."""
+  import safetensors.numpy
+
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    return safetensors.numpy.load_file(f"{folder}/model.safetensors")
 
 
 def record(path: pathlib.Path, cases: dict, dtype: type) -> None:
@@ -199,7 +275,7 @@ def record(path: pathlib.Path, cases: dict, dtype: type) -> None:
   for case in cases:
     arrays[f"{case}/config"] = np.array(json.dumps(config(case)))
     for name, array in run(case).items():
-      kept = np.float32 if name == "logits" else dtype
+      kept = np.float32 if name in ("logits", "balance") else dtype
       arrays[f"{case}/{name}"] = array.astype(kept)
   np.savez_compressed(path, **arrays)
   print(f"wrote {path}")
@@ -208,7 +284,7 @@ def record(path: pathlib.Path, cases: dict, dtype: type) -> None:
 def recorded() -> dict[str, np.ndarray]:
   """All records, by `case/name`."""
   found = {}
-  for name in ("llama.npz", "families.npz"):
+  for name in ("llama.npz", "families.npz", "experts.npz"):
     with np.load(FOLDER / name) as file:
       found |= dict(file)
   return found
@@ -217,3 +293,4 @@ def recorded() -> dict[str, np.ndarray]:
 if __name__ == "__main__":
   record(FOLDER / "llama.npz", LLAMA, np.float32)
   record(FOLDER / "families.npz", FAMILIES, np.float16)
+  record(FOLDER / "experts.npz", EXPERTS, np.float16)

@@ -53,7 +53,9 @@ def losses(run: pathlib.Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", ["tied", *llama_run.FAMILIES])
+@pytest.mark.parametrize(
+  "case", ["tied", *llama_run.FAMILIES, *llama_run.EXPERTS]
+)
 def test_imported_trained_sampled_exported(case, way, tmp_path, capsys):
   transformers = pytest.importorskip("transformers", reason=NEEDS)
   torch = pytest.importorskip("torch", reason=NEEDS)

@@ -27,6 +27,10 @@ MODELS = {
   "llama": files.MODEL,
   "qwen2": files.FAMILIES["qwen2"],
   "qwen3": dataclasses.replace(files.FAMILIES["qwen3"], head_dim=128),
+  # Of the width that it takes for granted.
+  "qwen3moe": dataclasses.replace(
+    files.EXPERTS["qwen3moe"], head_dim=16, d_ff=768
+  ),
 }
 
 
@@ -36,7 +40,8 @@ def test_logits_are_those_of_transformers(family, tmp_path, transformers):
   pytest.importorskip("accelerate", reason=NEEDS)
   model = MODELS[family]
   params = files.random_params(model)
-  files.write(tmp_path / "m.gguf", params, family, model=model)
+  fields = files.fields_of(model) if model.n_experts else None
+  files.write(tmp_path / "m.gguf", params, family, model=model, fields=fields)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, gguf_file="m.gguf", dtype=torch.float32
   )

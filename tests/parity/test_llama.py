@@ -71,6 +71,12 @@ def logits(given, cached=False):
   return both(given.model, params, jnp.asarray(tokens), cached)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def balance(model, params, tokens, counted):
+  graphdef = llama.abstract(model)[0]
+  return llama.apply_with_balance(graphdef, params, tokens, None, counted)[1]
+
+
 @pytest.fixture(scope="module")
 def recorded():
   return llama_run.recorded()
@@ -80,8 +86,18 @@ def recorded():
 def test_recorded_logits(case, recorded):
   expected = recorded[f"{case}/logits"]
   assert np.abs(expected).max() > 1
-  for found in logits(read(case, recorded), case in llama_run.FAMILIES):
+  for found in logits(read(case, recorded), case not in llama_run.LLAMA):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", llama_run.EXPERTS)
+def test_recorded_balance_of_the_experts(case, recorded):
+  given, mask = read(case, recorded), llama_run.mask()
+  params, tokens = llama_names.to_params(given), llama_run.tokens()
+  found = balance(given.model, params, tokens, mask.astype(np.float32))
+  expected = recorded[f"{case}/balance"]
+  assert expected > given.model.n_active_experts + 0.01  # not balanced
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", llama_run.RECORDED)
@@ -106,7 +122,7 @@ def save_transformers(case: str, folder: pathlib.Path) -> None:
   llama_run.build(case).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("case", [*llama_run.FAMILIES, *llama_run.LIVE])
+@pytest.mark.parametrize("case", llama_run.CASES)
 def test_folders_of_transformers_are_read(case, tmp_path):
   pytest.importorskip("transformers", reason=NEEDS)
   save_transformers(case, tmp_path / "theirs")

@@ -36,6 +36,17 @@ QWEN = dataclasses.replace(
   rope_factor=4.0,
   rope_original_length=8,
 )
+EXPERTS = dataclasses.replace(
+  TINY,
+  family="qwen3_moe",
+  d_ff=24,
+  n_kv_heads=2,
+  qk_norm=True,
+  n_experts=4,
+  n_active_experts=2,
+  norm_topk_prob=False,
+  router_aux_loss_coef=0.05,
+)
 WORDS = [
   "we",
   "the",
@@ -149,6 +160,7 @@ def make_trainer(
   tensor: int = 1,
   train: schema.TrainConfig | None = None,
   model: schema.ModelConfig = TINY,
+  reduce: str = "float32",
   **fields,
 ) -> Trainer:
   grid = mesh_lib.make_mesh(
@@ -163,7 +175,9 @@ def make_trainer(
     grid,
     abstract,
     tx,
-    train_step_lib.make_train_step(tx, abstract, train or schema.TrainConfig()),
+    train_step_lib.make_train_step(
+      tx, abstract, train or schema.TrainConfig(), reduce=reduce
+    ),
     losses_lib.make_eval_step(abstract),
     model,
   )

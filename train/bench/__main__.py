@@ -2,6 +2,7 @@
 
     python -m train.bench step      the optimizer's step on LLaMA-shaped trees
     python -m train.bench lean      training with gradients at rank r
+    python -m train.bench reduce    what devices send each other, compiled only
     python -m train.bench refresh   bases: cost and captured energy
     python -m train.bench compile   tracing and compiling
     python -m train.bench shard     bytes and collectives on eight devices

@@ -89,7 +89,7 @@ class _Run:
   """A training step and its gradient pass, compiled, with their state."""
 
   def __init__(self, flags: argparse.Namespace, method: str, lean: bool):
-    config = _config(flags, method, lean)
+    config = configure(flags, method, lean)
     mesh = mesh_lib.make_mesh(config.mesh, config.data.batch)
     with jax.set_mesh(mesh):
       setup = setup_lib.make(config, mesh)
@@ -117,9 +117,10 @@ class _Run:
     return metrics
 
 
-def _config(
+def configure(
   flags: argparse.Namespace, method: str, lean: bool
 ) -> schema.Config:
+  """The run of a method with the sizes that the flags name."""
   config = presets.make("llama_60m", method)
   config = presets.lean(config) if lean else config
   fields = {

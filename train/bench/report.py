@@ -16,6 +16,7 @@ PAGE = pathlib.Path("docs/results/benchmarks.md")
 BENCHMARKS = (
   "step",
   "lean",
+  "reduce",
   "refresh",
   "compile",
   "shard",

@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from train.common.errors import UserError
 
-FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+FamilyName = Literal[
+  "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3"
+]
 ScalingName = Literal["none", "linear", "llama3", "yarn"]
 BiasName = Literal["none", "qkv", "all"]
 
@@ -23,13 +25,22 @@ class Family(NamedTuple):
   qk_norm: tuple[bool, ...] = (False,)
   # Layers with a sliding window: none, all or none of them, or any.
   windows: Literal["none", "all", "any"] = "none"
+  # Whether `use_sliding_window` in config.json turns the windows on.
+  window_switch: bool = True
+  # Whether the weights of a token's experts add up to 1.
+  norm_topk_prob: tuple[bool, ...] = (True,)
   no_rope: bool = False  # whether there may be layers without rotations
   even_heads: bool = False  # whether heads must divide the hidden size
   # Fields of a config.json that lacks them.
   kv_heads: int = 0  # 0: as many as query heads
   head_dim: int = 0  # 0: the hidden size divided by the heads
+  window: int = 4096
   theta: float = 10000.0
+  eps: float = 1e-6
   tied: bool = False
+  experts: int = 0  # 0: the family has no experts
+  active_experts: int = 0
+  expert_width: int = 0  # 0: the intermediate size
 
 
 FAMILIES: dict[FamilyName, Family] = {
@@ -39,7 +50,20 @@ FAMILIES: dict[FamilyName, Family] = {
     mlp_bias=(False, True),
     even_heads=True,
   ),
-  "mistral": Family("MistralForCausalLM", windows="all", kv_heads=8),
+  "mistral": Family(
+    "MistralForCausalLM", windows="all", window_switch=False, kv_heads=8
+  ),
+  "mixtral": Family(
+    "MixtralForCausalLM",
+    windows="all",
+    window_switch=False,
+    kv_heads=8,
+    window=0,
+    theta=1e6,
+    eps=1e-5,
+    experts=8,
+    active_experts=2,
+  ),
   "qwen2": Family(
     "Qwen2ForCausalLM", attention_bias=("qkv",), windows="any", kv_heads=32
   ),
@@ -51,6 +75,17 @@ FAMILIES: dict[FamilyName, Family] = {
     kv_heads=32,
     head_dim=128,
   ),
+  "qwen3_moe": Family(
+    "Qwen3MoeForCausalLM",
+    attention_bias=("none", "all"),
+    qk_norm=(True,),
+    windows="all",
+    norm_topk_prob=(False, True),
+    kv_heads=4,
+    experts=128,
+    active_experts=8,
+    expert_width=768,
+  ),
   "smollm3": Family(
     "SmolLM3ForCausalLM",
     attention_bias=("none", "all"),
@@ -58,10 +93,15 @@ FAMILIES: dict[FamilyName, Family] = {
     windows="any",
     no_rope=True,
     kv_heads=4,
+    window=0,
     theta=2e6,
     tied=True,
   ),
 }
+
+
+# Fields of a model whose values a family lists.
+PARTS = ("attention_bias", "mlp_bias", "qk_norm", "norm_topk_prob")
 
 
 def layer_numbers(name: str, text: str, count: int) -> tuple[int, ...]:
@@ -95,7 +135,7 @@ def check(model: Any) -> None:
     UserError: the message has the field and what would work.
   """
   family = FAMILIES[model.family]
-  for name in ("attention_bias", "mlp_bias", "qk_norm"):
+  for name in PARTS:
     value, known = getattr(model, name), getattr(family, name)
     if value not in known:
       _refuse(model, name, " or ".join(str(x).lower() for x in known))
@@ -105,11 +145,32 @@ def check(model: Any) -> None:
     _refuse(model, "window_layers", "none, which means all layers")
   if model.no_rope_layers and not family.no_rope:
     _refuse(model, "no_rope_layers", "none")
+  _check_experts(model, family)
   if family.even_heads and model.d_model % model.n_heads:
     raise UserError(
       f"model.n_heads is {model.n_heads}, which does not divide"
       f" model.d_model={model.d_model}; transformers loads no such model of"
       f" model.family={model.family}"
+    )
+
+
+def _check_experts(model: Any, family: Family) -> None:
+  """Refuses numbers of experts that the family does not have."""
+  if model.n_experts and not family.experts:
+    others = ", ".join(name for name, f in FAMILIES.items() if f.experts)
+    raise UserError(
+      f"model.n_experts is {model.n_experts}; model.family={model.family} has"
+      f" none. Set model.n_experts to 0, or another model.family ({others})"
+    )
+  if family.experts and not model.n_experts:
+    raise UserError(
+      f"model.n_experts is 0, but model.family={model.family} has experts; give"
+      f" their number, such as {family.experts}"
+    )
+  if model.n_experts and not 1 <= model.n_active_experts <= model.n_experts:
+    raise UserError(
+      f"model.n_active_experts is {model.n_active_experts}; of"
+      f" model.n_experts={model.n_experts} a token takes 1 to all"
     )
 
 
@@ -120,8 +181,7 @@ def _refuse(model: Any, name: str, known: str) -> None:
   others = [
     other
     for other, family in FAMILIES.items()
-    if name in ("attention_bias", "mlp_bias", "qk_norm")
-    and value in getattr(family, name)
+    if name in PARTS and value in getattr(family, name)
   ]
   hint = f", or another model.family ({', '.join(others)})" if others else ""
   raise UserError(

@@ -67,6 +67,14 @@ class ModelConfig(SharedModelConfig):
   # values (qkv), or all four
   attention_bias: BiasName = "none"
   mlp_bias: bool = False  # whether the feed-forward layers have biases
+  # feed-forward layers of width d_ff in each block, of which a token takes
+  # n_active_experts; 0: one that all tokens take
+  n_experts: int = 0
+  n_active_experts: int = 2  # experts of a token
+  # whether the weights of a token's experts add up to 1
+  norm_topk_prob: bool = True
+  # weight in the loss of how unbalanced the experts are; 0: none
+  router_aux_loss_coef: float = 0.001
   qk_norm: bool = False  # normalize each head's queries and keys by RMSNorm
   # positions that a position attends to, with itself; 0: all before it
   sliding_window: int = 0
@@ -122,9 +130,10 @@ class ModelConfig(SharedModelConfig):
     super().__post_init__()
     sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads")
     check_above("model", self, (*sizes, "rope_theta", "norm_eps", "init_std"))
-    unset = ("head_dim", "sliding_window", "rope_original_length")
+    unset = ("head_dim", "sliding_window", "rope_original_length", "n_experts")
     check_above("model", self, unset, low=-1)
-    check_above("model", self, ("rope_attention_factor",), low=-1e-9)
+    unset = ("rope_attention_factor", "router_aux_loss_coef")
+    check_above("model", self, unset, low=-1e-9)
     self._check_heads()
     families.check(self)
     families.check_rope(self)
@@ -264,6 +273,9 @@ class MeshConfig:
   data: int = 0  # copies of the model; 0: all devices that the other axes leave
   fsdp: int = 1  # devices that share the weights and the batch
   tensor: int = 1  # devices that share the heads and the feed-forward units
+  # how gradients are sent to be added up over data: as float32, or as eight-bit
+  # codes (int8, with train.lean), which are a quarter of the bytes
+  reduce: Literal["float32", "int8"] = "float32"
   # host:port of process 0; auto: from the cluster. Empty: auto under a launcher
   # known to start several processes, otherwise a single process
   coordinator: str = ""
@@ -368,11 +380,47 @@ class SharedConfig:
         " time to the device, for updates that are layer by layer; pre-train"
         " with --layerwise, or leave mesh.offload at none"
       )
+    if self.mesh.reduce != "float32":
+      self._check_reduce(layerwise)
     if method.factors and self.model.weights != "full":
       raise UserError(
         f"model.weights={self.model.weights} is for weights that are trained,"
         f" not for optimizer.name={self.optimizer.name}; leave it at full, and"
         " take optimizer.name=qlora for frozen weights of four bits"
+      )
+
+  def _check_reduce(self, layerwise: bool) -> None:
+    """Raises where gradients cannot be sent in eight bits."""
+    name = f"mesh.reduce={self.mesh.reduce}"
+    keep = "or leave mesh.reduce at float32"
+    if not isinstance(self.train, TrainConfig):
+      raise UserError(
+        f"{name} is for pre-training with --lean, not for fine-tuning; leave"
+        " mesh.reduce at float32"
+      )
+    if not self.train.lean:
+      raise UserError(
+        f"{name} sends gradients at rank r, and train.lean is false; give"
+        f" --lean, {keep}"
+      )
+    if layerwise:
+      raise UserError(
+        f"{name} adds up the gradients of all layers at the end of the backward"
+        f" pass, and train.layerwise keeps one layer's; leave train.layerwise"
+        f" false, {keep}"
+      )
+    for axis in ("fsdp", "tensor"):
+      if (size := getattr(self.mesh, axis)) > 1:
+        raise UserError(
+          f"{name} needs the whole model on each device, and mesh.{axis} is"
+          f" {size}; set mesh.{axis}=1, so that mesh.data takes the devices,"
+          f" {keep}"
+        )
+    if experts := getattr(self.model, "n_experts", 0):
+      raise UserError(
+        f"{name} sees one device's rows at a time, and model.n_experts is"
+        f" {experts}, whose balance is one of all rows; leave mesh.reduce at"
+        " float32"
       )
 
   def _check_lean(self, method: registry.Method) -> None:
@@ -539,11 +587,12 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
       )
     group, field, kind = _find(config, name.strip())
     changes.setdefault(group, {})[field] = parse(name, text.strip(), kind)
-  # One replace a group: checks that span fields see all changes together.
-  for group, fields in changes.items():
-    new = dataclasses.replace(getattr(config, group), **fields)
-    config = dataclasses.replace(config, **{group: new})
-  return config
+  # At once: checks that span fields or groups see all changes together.
+  groups: dict[str, Any] = {
+    group: dataclasses.replace(getattr(config, group), **fields)
+    for group, fields in changes.items()
+  }
+  return dataclasses.replace(config, **groups)
 
 
 def setting(settings: Sequence[str], wanted: str) -> str:

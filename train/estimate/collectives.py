@@ -105,11 +105,15 @@ class Module:
       kind = x.opcode.removesuffix("-start")
       if kind not in KINDS or _is_single_device(x.rest):
         continue
+      new = self._collective(computation, x, kind, times, always)
       # An asynchronous collective has several instructions on one channel.
       channel = re.search(r"channel_id=(\d+)", x.rest)
-      key = channel[1] if channel else (computation, x.name)
-      if key not in found:
-        found[key] = self._collective(computation, x, kind, times, always)
+      if channel is None or "shard_map/" in new.source:
+        # Those that a program asks for itself are all on the first channel.
+        key = computation, x.name
+      else:
+        key = channel[1]
+      found.setdefault(key, new)
     return list(found.values())
 
   def _walk(
@@ -209,6 +213,18 @@ def _is_single_device(rest: str) -> bool:
   if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
     return "," not in groups[1]
   return False
+
+
+def sent_bytes(x: Collective, devices: int) -> float:
+  """Bytes that each device sends in one run of a collective, in a ring.
+
+  A ring reduces in two rounds, a reduce-scatter and an all-gather; in a round
+  each device sends all but one of its parts.
+  """
+  if x.kind == "collective-permute":
+    return x.bytes
+  rounds = 2 if x.kind == "all-reduce" else 1
+  return rounds * x.bytes * (devices - 1) / devices
 
 
 def named(

@@ -31,6 +31,7 @@ GROUPS = {
   "embed": "embedding",
   "attn": "attention",
   "mlp": "feed-forward",
+  "experts": "experts",
   "attn_norm": "norms",
   "mlp_norm": "norms",
   "norm": "norms",
@@ -306,7 +307,9 @@ def plan_table(rows: list[dict[str, Any]]) -> list[str]:
   width = max(len(row["path"]) for row in rows)
   lines = [f"{'leaf':<{width}}  {'shape':<18} {'side':<9} rank optimizer state"]
   for row in rows:
-    shape = " x ".join(map(str, row["shape"]))
+    shape = (" x " if len(row["shape"]) < 4 else "x").join(
+      map(str, row["shape"])
+    )
     lines.append(
       f"{row['path']:<{width}}  {shape:<18} {row['side']:<9}"
       f" {row['rank'] or '-':>4} {format_bytes(row['state_bytes']):>15}"

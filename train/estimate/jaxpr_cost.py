@@ -31,7 +31,14 @@ _FUSED = frozenset(("broadcast_in_dim", "iota"))
 # Operations that still read their operands while they write. Unlike the result
 # of an elementwise operation, theirs cannot take the memory of an operand.
 _NOT_IN_PLACE = frozenset(
-  ("concatenate", "conv_general_dilated", "dot_general", "gather", "sort")
+  (
+    "concatenate",
+    "conv_general_dilated",
+    "dot_general",
+    "gather",
+    "ragged_dot_general",
+    "sort",
+  )
 )
 _CALLS = frozenset(
   (
@@ -77,6 +84,8 @@ def count_flops(
     inner = [count_flops(part, branch) for part in sub_jaxprs(eqn)]
     if eqn.primitive.name == "dot_general":
       total += _product_flops(eqn)
+    elif eqn.primitive.name == "ragged_dot_general":
+      total += _ragged_flops(eqn)
     elif eqn.primitive.name == "scan":
       total += eqn.params["length"] * sum(inner)
     elif eqn.primitive.name == "cond":
@@ -93,6 +102,24 @@ def _product_flops(eqn: core.JaxprEqn) -> int:
   shape = operand.shape
   depth = math.prod(shape[axis] for axis in contracted)
   return 2 * depth * math.prod(result.shape)
+
+
+def _ragged_flops(eqn: core.JaxprEqn) -> int:
+  """FLOPs of a product of runs of rows, each with its own matrix.
+
+  Every row counts once, however many matrices there are. Either the rows are
+  kept, and each is multiplied by the matrix of its run. Or they are summed over
+  within their run: then the result has a leading axis of runs, along which the
+  work is divided.
+  """
+  numbers = eqn.params["ragged_dot_dimension_numbers"]
+  (contracted, _), _ = numbers.dot_dimension_numbers
+  operand: Any = eqn.invars[0].aval
+  result: Any = eqn.outvars[0].aval
+  depth = math.prod(operand.shape[axis] for axis in contracted)
+  is_summed = numbers.lhs_ragged_dimensions[0] in contracted
+  runs = result.shape[0] if is_summed else 1
+  return 2 * depth * math.prod(result.shape) // runs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,7 +3,10 @@
 import math
 import pathlib
 import statistics
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from train.common import units
 from train.experiments.plan import Plan, Record, perplexity
@@ -19,21 +22,32 @@ def names(plan: Plan) -> list[tuple[str, str]]:
   if _chosen(plan):
     title = "loss of the chosen runs" if plan.table.is_long else "perplexity"
     files.append((f"{stem}.png", title))
+  if _chosen(plan) and plan.table.other:
+    files.append((f"{stem}-curves.png", "training loss by tokens"))
   if len(_ranks(plan)) > 1:
     files.append((f"{stem}-rank.png", "perplexity by rank"))
   return files
 
 
-def draw(plan: Plan, folder: pathlib.Path) -> None:
-  """Draws the figures that `names` lists."""
+def draw(plan: Plan, folder: pathlib.Path, times: Mapping[str, float]) -> None:
+  """Draws the figures that `names` lists.
+
+  Args:
+    plan: The table.
+    folder: Where to write them.
+    times: Step times of variants relative to the first one's, as far as they
+      were measured.
+  """
   for name, _ in names(plan):
     folder.mkdir(parents=True, exist_ok=True)
     if name.endswith("-rank.png"):
       _draw_ranks(plan, folder / name)
+    elif name.endswith("-curves.png"):
+      _draw_tokens(plan, folder / name)
     elif plan.table.is_long:
       _draw_curves(plan, folder / name)
     else:
-      _draw_perplexities(plan, folder / name)
+      _draw_perplexities(plan, folder / name, times)
 
 
 def _done(plan: Plan, variant: Variant) -> list[Record]:
@@ -57,13 +71,23 @@ def _state_mib(record: Record) -> float:
   return record["bytes"]["optimizer"] / units.MIB
 
 
-def _draw_perplexities(plan: Plan, path: pathlib.Path) -> None:
-  """Draws perplexities by variant and seed, and their means by state size."""
+def _draw_perplexities(
+  plan: Plan, path: pathlib.Path, times: Mapping[str, float]
+) -> None:
+  """Draws perplexities by variant and seed, by state size, and by step time."""
   chosen = _chosen(plan)
   height = max(2.6, 1.2 + 0.24 * len(chosen))  # room for the axes' names
-  with figure.axes(path, count=2, width=5.6, height=height) as (left, right):
-    _draw_seeds(plan, chosen, left)
-    _draw_states(plan, chosen, right)
+  timed = [(v, records) for v, records in chosen if v.name in times]
+  count = 3 if timed and plan.table.other else 2
+  width = 5.6 if count == 2 else 4.6
+  with figure.axes(path, count=count, width=width, height=height) as axes:
+    _draw_seeds(plan, chosen, axes[0])
+    state = lambda variant, records: _state_mib(records[0])
+    _draw_costs(plan, chosen, axes[1], state, "optimizer state, MiB")
+    if count == 3:
+      step = lambda variant, records: times[variant.name]
+      first = plan.table.variants[0].label
+      _draw_costs(plan, timed, axes[2], step, f"step time / {first}'s")
 
 
 def _draw_seeds(plan: Plan, chosen: list, axis: Any) -> None:
@@ -81,11 +105,18 @@ def _draw_seeds(plan: Plan, chosen: list, axis: Any) -> None:
     axis.axvline(first, color="C1", lw=1)
 
 
-def _draw_states(plan: Plan, chosen: list, axis: Any) -> None:
+def _draw_costs(
+  plan: Plan,
+  chosen: list,
+  axis: Any,
+  cost: Callable[[Variant, list[Record]], float],
+  label: str,
+) -> None:
+  """Draws mean perplexities by what a variant costs."""
   values = [list(map(_perplexity, records)) for _, records in chosen]
   means = list(map(statistics.mean, values))
   stds = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in values]
-  sizes = [_state_mib(records[0]) for _, records in chosen]
+  sizes = [cost(variant, records) for variant, records in chosen]
   axis.errorbar(sizes, means, stds, fmt="o", color="C0", ms=4, lw=0.7)
   for size, mean, (variant, _) in zip(sizes, means, chosen, strict=True):
     first = variant == plan.table.variants[0]
@@ -101,7 +132,7 @@ def _draw_states(plan: Plan, chosen: list, axis: Any) -> None:
       )
     if first:
       axis.axhline(mean, color="C1", lw=1)
-  axis.set_xlabel("optimizer state, MiB")
+  axis.set_xlabel(label)
   axis.set_xlim(left=0)
   axis.set_ylabel("test perplexity (mean ± std)")
   axis.grid(alpha=0.25)
@@ -132,6 +163,32 @@ def _draw_curves(plan: Plan, path: pathlib.Path) -> None:
     low = min(min(loss for _, loss in r["curve"]) for _, r in curves)
     training.set_ylim(low - 0.1, min(low + 3, training.get_ylim()[1]))
     training.legend(frameon=False, fontsize="x-small", ncols=2)
+
+
+def _draw_tokens(plan: Plan, path: pathlib.Path) -> None:
+  """Draws mean training losses of all seeds by tokens, smoothed."""
+  with figure.axes(path, width=7.0, height=4.0) as (axis,):
+    ends = []
+    for i, (variant, records) in enumerate(_chosen(plan)):
+      tokens, losses = _mean_curve(records)
+      style = {"color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
+      axis.plot(tokens, losses, lw=1.1, label=variant.label, **style)
+      ends.append(losses[-1])
+    axis.set_ylim(min(ends) - 0.05, min(ends) + 1.2)
+    axis.set_xlabel("tokens, millions")
+    axis.set_ylabel("training loss (nats per token)")
+    axis.legend(frameon=False, fontsize="small")
+    axis.grid(alpha=0.25)
+
+
+def _mean_curve(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
+  """Millions of tokens, and the seeds' mean loss over a fiftieth of the run."""
+  steps = np.array([step for step, _ in records[0]["curve"]])
+  losses = np.mean([[loss for _, loss in r["curve"]] for r in records], axis=0)
+  width = max(1, len(losses) // 50)
+  window = np.ones(width) / width
+  tokens = steps * records[0]["tokens"] / records[0]["steps"] / 1e6
+  return tokens[width - 1 :], np.convolve(losses, window, "valid")
 
 
 def _ranks(plan: Plan) -> list[tuple[int, list[Record]]]:

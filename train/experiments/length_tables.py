@@ -88,7 +88,9 @@ LENGTH = Table(
         *MOVING,
         "optimizer.b2=0.999",
       ),
-      low_bits("ours_16_8bit", "the same, d/16, 8-bit moments, int4 bases", 4),
+    ),
+    (low_bits("ours_16_8bit", "the same, d/16, 8-bit moments, int4 bases", 4),),
+    (
       method(
         "muon_4bit", "Muon, 4-bit momentum", "muon_4bit", "optimizer.b2=0.999"
       ),

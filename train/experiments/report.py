@@ -60,7 +60,7 @@ def write(folder: pathlib.Path, pages: Sequence[pathlib.Path] = PAGES) -> None:
     mechanism.draw(measured, images)
   for table in TABLES.values():
     for plan in plans(table, folder, records):
-      figures.draw(plan, images)
+      figures.draw(plan, images, speed.ratios(folder, table.name))
 
 
 def section(

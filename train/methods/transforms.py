@@ -140,8 +140,9 @@ def unstacked(
   """
 
   def unstack(tree: Any) -> Any:
+    split = lambda x: list(x.reshape(-1, *x.shape[-2:]))  # also by expert
     return jax.tree_util.tree_map_with_path(
-      lambda path, x: list(x) if is_block_matrix(path, x) else x, tree
+      lambda path, x: split(x) if is_block_matrix(path, x) else x, tree
     )
 
   def init(params: Any) -> Any:
@@ -151,7 +152,9 @@ def unstacked(
     matrices = None if params is None else unstack(params)
     new, state = tx.update(unstack(updates), state, matrices)
     stacked = jax.tree.map(
-      lambda _, u: jnp.stack(u) if isinstance(u, list) else u, updates, new
+      lambda x, u: jnp.stack(u).reshape(x.shape) if isinstance(u, list) else u,
+      updates,
+      new,
     )
     return stacked, state
 
@@ -177,8 +180,9 @@ def galore_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
     residual = {name: getattr(c, name) for name in names}
   return residual | {
     "rank": c.rank,
-    # Leaves outside of the blocks stay at full rank, an encoder's pooler too.
-    "rules": ((r"^(?!layers/)", None),),
+    # Leaves outside of the blocks stay at full rank, an encoder's pooler too,
+    # and so do routers: they are small, and a column of one is an expert's own.
+    "rules": ((r"^(?!layers/)|/router$", None),),
     "update_proj_gap": c.update_proj_gap,
     "scale": c.scale,
     "proj_type": c.proj_type,

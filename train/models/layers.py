@@ -6,7 +6,7 @@ layer axis: (L, rows, columns).
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -76,15 +76,25 @@ def embedding(
 
 
 def stack(
-  make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs
+  make: Callable[[nnx.Rngs], Module],
+  count: int,
+  rngs: nnx.Rngs,
+  axis: str = "layers",
 ) -> Module:
-  """`count` layers as one module whose parameters have a leading layer axis."""
+  """`count` modules as one whose parameters have a leading axis.
+
+  Args:
+    make: makes one of them.
+    count: their number.
+    rngs: random streams for the initial values.
+    axis: logical name of the leading axis, for sharding.
+  """
 
   @nnx.split_rngs(splits=count)
   @nnx.vmap(
     in_axes=(0,),
     out_axes=0,
-    transform_metadata={nnx.PARTITION_NAME: "layers"},
+    transform_metadata={nnx.PARTITION_NAME: axis},
   )
   def stacked(rngs: nnx.Rngs) -> Module:
     return make(rngs)
@@ -92,16 +102,14 @@ def stack(
   return stacked(rngs)
 
 
-def scan(
-  config: Config, body: Callable[..., jax.Array], x: jax.Array, *stacked
-) -> jax.Array:
+def scan(config: Config, body: Callable[..., Any], x: Any, *stacked) -> Any:
   """Applies the layers one after another.
 
   Args:
     config: of the model; its `remat` says what is stored for the backward pass.
     body: one layer: the activations and a slice of each of `stacked` to the
       activations.
-    x: the activations before the first layer.
+    x: the activations before the first layer, an array or a tree.
     *stacked: the stacked layers, and other trees with a leading layer axis.
 
   Returns:

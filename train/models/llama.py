@@ -1,7 +1,8 @@
 """A LLaMA decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU.
 
-By its config it is also a Mistral, Qwen or SmolLM3: with biases, normalized
-queries and keys, sliding windows, or layers without rotations.
+By its config it is also a Mistral, Mixtral, Qwen or SmolLM3: with biases,
+normalized queries and keys, sliding windows, layers without rotations, or
+mixtures of experts (see `train/models/experts.py`).
 
     graphdef, boxes = llama.abstract(config)        # shapes, no memory
     params = llama.init(config, seed)               # nested dicts
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train.config.schema import ModelConfig
-from train.models import attention, layer_kinds, layers, rope
+from train.models import attention, experts, layer_kinds, layers, rope
 from train.models.layer_kinds import LayerKind
 from train.parallel.mesh import constrain_batch
 
@@ -165,7 +166,10 @@ class Block(nnx.Module):
     self.attn_norm = _norm(config, config.d_model, rngs)
     self.attn = Attention(config, rngs=rngs)
     self.mlp_norm = _norm(config, config.d_model, rngs)
-    self.mlp = Mlp(config, rngs=rngs)
+    if config.n_experts:
+      self.experts = experts.Experts(config, rngs=rngs)
+    else:
+      self.mlp = Mlp(config, rngs=rngs)
 
   def __call__(
     self,
@@ -173,12 +177,24 @@ class Block(nnx.Module):
     length: int,
     segments_BxT: jax.Array | None = None,
     kind: LayerKind | None = None,
-  ) -> jax.Array:
-    """(M, D) to (M, D), where M = B * length."""
-    x_MxD = constrain_batch(x_MxD, len(x_MxD) // length)
+    counted_BxT: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """(M, D) to (M, D), where M = B * length; and what `Experts` counts."""
+    rows = len(x_MxD) // length
+    x_MxD = constrain_batch(x_MxD, rows)
     normed_MxD = self.attn_norm(x_MxD)
     x_MxD = x_MxD + self.attn(normed_MxD, length, segments_BxT, kind)
-    return x_MxD + self.mlp(self.mlp_norm(x_MxD))
+    return self._feed_forward(x_MxD, rows, counted_BxT)
+
+  def _feed_forward(
+    self, x_MxD: jax.Array, rows: int, counted_BxT: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    normed_MxD = self.mlp_norm(x_MxD)
+    if not hasattr(self, "experts"):
+      return x_MxD + self.mlp(normed_MxD), None
+    counted_M = None if counted_BxT is None else counted_BxT.reshape(-1)
+    y_MxD, sums_2xE = self.experts(normed_MxD, rows, counted_M)
+    return x_MxD + y_MxD, sums_2xE
 
   def extend(
     self,
@@ -190,8 +206,7 @@ class Block(nnx.Module):
     """The same layer on positions that follow those in the cache."""
     normed_MxD = self.attn_norm(x_MxD)
     mixed, cache = self.attn.extend(normed_MxD, positions_BxT, cache, kind)
-    x_MxD = x_MxD + mixed
-    return x_MxD + self.mlp(self.mlp_norm(x_MxD)), cache
+    return self._feed_forward(x_MxD + mixed, len(positions_BxT))[0], cache
 
 
 class Llama(nnx.Module):
@@ -220,9 +235,33 @@ class Llama(nnx.Module):
         each other; None: a row is one text. Positions do not restart with a
         text, which changes nothing: only their differences matter.
     """
+    return self.with_balance(tokens_BxT, segments_BxT)[0]
+
+  def with_balance(
+    self,
+    tokens_BxT: jax.Array,
+    segments_BxT: jax.Array | None = None,
+    counted_BxT: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Logits, and the loss that balances the experts, if there are any.
+
+    Args:
+      tokens_BxT: token ids.
+      segments_BxT: numbers of the texts that share a row.
+      counted_BxT: 1 for tokens that count for the balance, 0 for padding; None:
+        all do.
+    """
     rows, length = tokens_BxT.shape
     x_MxD = self.embed(tokens_BxT.reshape(-1))
-    return self.head(self._scan_layers(x_MxD, length, segments_BxT), rows)
+    x_MxD, sums_2xE = self._scan_layers(
+      x_MxD, length, segments_BxT, counted_BxT
+    )
+    logits_BxTxV = self.head(x_MxD, rows)
+    if sums_2xE is None:
+      return logits_BxTxV, None
+    count = jnp.asarray(rows * length)
+    count = count if counted_BxT is None else counted_BxT.sum()
+    return logits_BxTxV, experts.balance_loss(self.config, sums_2xE, count)
 
   def head(self, x_MxD: jax.Array, rows: int) -> jax.Array:
     """Logits (B, T, V) float32 of the last layer's output (B * T, D)."""
@@ -237,14 +276,26 @@ class Llama(nnx.Module):
     self,
     x_MxD: jax.Array,
     length: int,
-    segments_BxT: jax.Array | None = None,
-  ) -> jax.Array:
-    def body(x: jax.Array, layer: Block, *kind: LayerKind) -> jax.Array:
-      return layer(x, length, segments_BxT, *kind)
+    segments_BxT: jax.Array | None,
+    counted_BxT: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    def body(carry: tuple, layer: Block, *kinds: LayerKind) -> tuple:
+      x_MxD, before = carry
+      kind = kinds[0] if kinds else None
+      x_MxD, sums_2xE = layer(x_MxD, length, segments_BxT, kind, counted_BxT)
+      return x_MxD, None if sums_2xE is None else before + sums_2xE
 
     found = layer_kinds.stacked(self.config)
     each = () if found is None else (jax.tree.map(jnp.asarray, found),)
-    return layers.scan(self.config, body, x_MxD, self.layers, *each)
+    carry = (x_MxD, no_sums(self.config))
+    return layers.scan(self.config, body, carry, self.layers, *each)
+
+
+def no_sums(config: ModelConfig) -> jax.Array | None:
+  """What the layers add their experts' sums to; None: they have no experts."""
+  if not config.n_experts:
+    return None
+  return jnp.zeros((2, config.n_experts), jnp.float32)
 
 
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -277,10 +328,22 @@ def apply(
   return nnx.merge(graphdef, params)(tokens, segments)
 
 
+def apply_with_balance(
+  graphdef: nnx.GraphDef,
+  params: dict,
+  tokens: jax.Array,
+  segments: jax.Array | None = None,
+  counted: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+  """The same, and the balance of the experts; see `Llama.with_balance`."""
+  model = nnx.merge(graphdef, params)
+  return model.with_balance(tokens, segments, counted)
+
+
 # The model in three pieces, for callers that loop over the layers themselves:
 #   x = embed(config, params, tokens)
 #   for i, layer in the slices of params["layers"]:
-#     x = block(config, layer, x, T, i)
+#     x, _ = block(config, layer, x, T, i)
 #   logits = head(config, params, x, B)
 
 
@@ -296,9 +359,14 @@ def embed(config: ModelConfig, params: dict, tokens: jax.Array) -> jax.Array:
 
 
 def block(
-  config: ModelConfig, layer: dict, x: jax.Array, length: int, number: Any
-) -> jax.Array:
-  """One layer: (B * T, D) to (B * T, D).
+  config: ModelConfig,
+  layer: dict,
+  x: jax.Array,
+  length: int,
+  number: Any,
+  counted: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+  """One layer: (B * T, D) to (B * T, D), and what its experts count.
 
   Args:
     config: of the model.
@@ -307,9 +375,12 @@ def block(
     length: T.
     number: the layer's, from 0; it may be traced. It is read only if the
       layers differ.
+    counted: (B, T), 1 for tokens that count for the balance of the experts;
+      None: all do.
   """
   run = nnx.merge(_structures(config)[1], layer)
-  return run(x, length, kind=layer_kinds.one(config, number))
+  kind = layer_kinds.one(config, number)
+  return run(x, length, kind=kind, counted_BxT=counted)
 
 
 def head(

@@ -25,7 +25,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Logical axis of a parameter to mesh axis. `layers`, the stacked axis that the
-# model scans over, is not divided: every device takes part in every layer.
+# model scans over, is not divided: every device takes part in every layer. Nor
+# is `experts`: every device has a part of each.
 RULES = (
   # The rows of the embedding, which are looked up. Divided over both axes they
   # need one all-reduce; with divided columns they would need a whole copy.
@@ -36,6 +37,7 @@ RULES = (
   ("heads", "tensor"),
   ("mlp", "tensor"),
   ("layers", None),
+  ("experts", None),
   ("norm", None),
 )
 
@@ -156,7 +158,7 @@ def microbatches(rows: jax.Array, count: int) -> jax.Array:
   move between devices.
   """
   parts = rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1)
-  if jax.sharding.get_abstract_mesh().empty:
+  if not _is_partitioned():
     return parts
   spec = PartitionSpec(None, BATCH_AXES)
   return jax.lax.with_sharding_constraint(parts, spec)
@@ -166,17 +168,24 @@ def constrain_batch(x: jax.Array, rows: int) -> jax.Array:
   """Keeps activations (B * T, ...) divided by rows inside a jitted function.
 
   Without it, a weight that is sharded over fsdp can make the compiler divide
-  activations along d_model instead. It does nothing outside of a mesh, and for
-  batches that the shards do not divide, such as the single row of a sample.
+  activations along d_model instead. It does nothing outside of a mesh, in the
+  body of `jax.shard_map`, which sees one device's rows, and for batches that
+  the shards do not divide, such as the single row of a sample.
 
   Args:
     x: activations whose first axis is rows times positions.
     rows: B.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or rows % batch_shards(mesh):
+  shards = batch_shards(jax.sharding.get_abstract_mesh())
+  if not _is_partitioned() or rows % shards:
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def _is_partitioned() -> bool:
+  """Whether the compiler divides arrays here over a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and not mesh.manual_axes
 
 
 def batch_shards(mesh: Any) -> int:

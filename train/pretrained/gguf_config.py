@@ -13,7 +13,8 @@ from train.common.errors import UserError
 from train.common.fields import Fields
 from train.models import rope
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# A `llama` with experts is a Mixtral.
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")
 # LLaMA 3's scaling of rotary embeddings: factors that divide the frequencies.
 ROPE_SCALES = "rope_freqs.weight"
 SIZES = {
@@ -26,6 +27,11 @@ SIZES = {
   "context_length": "max_position_embeddings",
 }
 MAY_BE_0 = ("attention.head_count_kv",)  # as many as query heads
+EXPERTS = {
+  "expert_count": "num_local_experts",
+  "expert_used_count": "num_experts_per_tok",
+}
+EXPERT_WIDTH = "expert_feed_forward_length"  # of `qwen3moe`
 NUMBERS = {
   "rope.freq_base": "rope_theta",
   "attention.layer_norm_rms_epsilon": "rms_norm_eps",
@@ -47,8 +53,6 @@ OTHERS = (
 USUAL = {
   "attention.causal": True,
   "attention.sliding_window": 0,
-  "expert_count": 0,
-  "expert_used_count": 0,
   "rope.scaling.attn_factor": 1.0,
   "rope.scaling.yarn_attn_factor": 1.0,
   "rope.scaling.yarn_ext_factor": 1.0,
@@ -85,7 +89,8 @@ def to_hf(
     if name.startswith(prefix)
   }
   given = Fields(fields.source, own, prefix)
-  _refuse_unknown(given)
+  experts = _experts(given, kind)
+  _refuse_unknown(given, experts)
   config: dict[str, Any] = {
     theirs: given.integer(ours, low=0 if ours in MAY_BE_0 else 1)
     for ours, theirs in SIZES.items()
@@ -96,7 +101,8 @@ def to_hf(
       config[theirs] = _rounded(given.number(ours))
   names = {*tensors}
   config |= {
-    "model_type": kind,
+    **experts,
+    "model_type": _family(kind, experts),
     "num_key_value_heads": config.get("num_key_value_heads", 0),
     "vocab_size": len(fields.texts("tokenizer.ggml.tokens")),
     "tie_word_embeddings": "output.weight" not in names,
@@ -113,12 +119,41 @@ def _rounded(value: float) -> float:
   return float(f"{value:.7g}")
 
 
-def _refuse_unknown(given: Fields) -> None:
+def _family(kind: str, experts: Mapping[str, Any]) -> str:
+  """The model_type of an architecture."""
+  if kind == "qwen3moe":
+    return "qwen3_moe"
+  return "mixtral" if experts else kind
+
+
+def _experts(given: Fields, kind: str) -> dict[str, Any]:
+  """The experts under the names of config.json; {} where there are none.
+
+  The weights of a token's experts add up to 1, which llama.cpp computes for
+  both architectures, whatever the model's own config says.
+  """
+  if kind == "llama" and not given.integer("expert_count", 0):
+    return {}
+  if kind not in ("llama", "qwen3moe"):
+    return {}
+  found = {
+    theirs: given.integer(ours, low=1) for ours, theirs in EXPERTS.items()
+  }
+  if kind == "qwen3moe":
+    found["moe_intermediate_size"] = given.integer(EXPERT_WIDTH, low=1)
+    found["norm_topk_prob"] = True
+  return found
+
+
+def _refuse_unknown(given: Fields, experts: Mapping[str, Any]) -> None:
   """Raises for a field that may change what is computed."""
+  usual = USUAL | ({} if experts else dict.fromkeys(EXPERTS, 0))
+  known = {*SIZES, *NUMBERS, *OTHERS, *usual, *(EXPERTS if experts else ())}
+  known |= {EXPERT_WIDTH} if "moe_intermediate_size" in experts else set()
   for name, value in given.values.items():
-    if name in USUAL and value != USUAL[name]:
-      given.refuse(name, f"{USUAL[name]!r}, or absent")
-    if name not in {*SIZES, *NUMBERS, *OTHERS, *USUAL}:
+    if name in usual and value != usual[name]:
+      given.refuse(name, f"{usual[name]!r}, or absent")
+    if name not in known:
       given.refuse(name, "absent, as it is not known")
 
 

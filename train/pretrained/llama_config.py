@@ -5,9 +5,9 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.fields import Fields
-from train.config.families import FAMILIES, Family
+from train.config.families import FAMILIES, Family, FamilyName
 from train.config.schema import ModelConfig
-from train.pretrained import mapping, rope_config
+from train.pretrained import experts_config, mapping, rope_config
 
 # Layers of a family whose layers may differ, at most: they are listed before
 # anything shows that a number of layers is damaged.
@@ -27,6 +27,12 @@ def from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
       `train/models/llama.py` does not implement.
   """
   kind: Any = given.get("model_type")
+  if kind == "qwen2_moe":
+    raise UserError(
+      f"{source}: model_type is 'qwen2_moe', whose layers have a shared expert"
+      " besides the others, which is not implemented; of mixtures of experts"
+      " 'mixtral' and 'qwen3_moe' can be read"
+    )
   if kind not in tuple(FAMILIES):  # it may be of any type
     known = ", ".join(map(repr, FAMILIES))
     raise UserError(
@@ -34,6 +40,7 @@ def from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
     )
   fields, family = Fields(source, given), FAMILIES[kind]
   sizes: dict[str, Any] = mapping.sizes_from_hf(fields)
+  sizes |= experts_config.from_hf(fields, family)
   if family.windows == "any" and sizes["n_layers"] > MOST_LAYERS:
     fields.refuse("num_hidden_layers", f"{MOST_LAYERS} at most")
   act = fields.text("hidden_act", "silu")
@@ -48,7 +55,7 @@ def from_hf(given: Mapping[str, Any], source: str) -> ModelConfig:
       **_windows(fields, kind, sizes["n_layers"], still),
       **rope_config.from_hf(fields, family.theta),
       no_rope_layers=_numbers(still),
-      norm_eps=fields.number("rms_norm_eps", 1e-6),
+      norm_eps=fields.number("rms_norm_eps", family.eps),
       init_std=fields.number("initializer_range", 0.02),
       tie_embeddings=fields.flag("tie_word_embeddings", family.tied),
     )
@@ -112,7 +119,7 @@ def _layers_without_rope(
 
 
 def _windows(
-  fields: Fields, kind: str, count: int, still: tuple[int, ...]
+  fields: Fields, kind: FamilyName, count: int, still: tuple[int, ...]
 ) -> dict[str, Any]:
   """The sliding window, and the layers that have it.
 
@@ -122,9 +129,10 @@ def _windows(
     count: layers of the model.
     still: layers without rotary embeddings.
   """
+  family = FAMILIES[kind]
   size = _window(fields, kind)
   types = _layer_types(fields, count)
-  if kind in ("llama", "mistral"):  # all layers are alike, whatever it says
+  if family.windows != "any":  # all layers are alike, whatever it says
     expected = SLIDING if size else FULL
     if types and {*types} != {expected}:
       fields.refuse(
@@ -153,7 +161,7 @@ def _windows(
   }
 
 
-def _window(fields: Fields, kind: str) -> int:
+def _window(fields: Fields, kind: FamilyName) -> int:
   """The size of the window; 0: none."""
   name, switch = "sliding_window", "use_sliding_window"
   given = fields.integer(name, 0, low=0)
@@ -164,10 +172,11 @@ def _window(fields: Fields, kind: str) -> int:
         name if given else switch, "absent: model_type=llama has no window"
       )
     return 0
-  if not on and kind != "mistral":
+  family = FAMILIES[kind]
+  if family.window_switch and not on:
     return 0
-  if name not in fields.values and kind != "smollm3":
-    return 4096  # their own default
+  if name not in fields.values and family.window:
+    return family.window
   if fields.has(name) and not given:
     fields.refuse(name, "a whole number above 0, or null for no window")
   return given
@@ -204,6 +213,7 @@ def to_hf(
     "num_key_value_heads": model.kv_heads,
     "head_dim": model.head_width,
     "hidden_act": "silu",
+    **experts_config.to_hf(model),
     **_biases_to_hf(model, family),
     **_windows_to_hf(model, family),
     "rms_norm_eps": model.norm_eps,
@@ -232,7 +242,8 @@ def _windows_to_hf(model: ModelConfig, family: Family) -> dict[str, Any]:
     found["no_rope_layers"] = [int(i not in still) for i in layers]
   size = model.sliding_window or None
   if family.windows == "all":
-    return {"sliding_window": size}
+    switch = {"use_sliding_window": size is not None}
+    return {"sliding_window": size} | (switch if family.window_switch else {})
   if family.windows == "none":
     return found
   windowed = model.layers_with_window

@@ -1,6 +1,6 @@
 """The names and shapes of LLaMA's tensors, at Hugging Face and here.
 
-`TABLE` pairs the names of the tensors. `Weights` is a model to be read: where
+`table` pairs the names of the tensors. `Weights` is a model to be read: where
 it comes from (a checkpoint folder, a GGUF file, a run) is hidden behind its
 `read`.
 """
@@ -17,7 +17,14 @@ from train.common.fields import Fields
 from train.config.schema import ModelConfig
 from train.models import llama
 from train.pretrained import mapping
-from train.pretrained.mapping import LAYER, Entry, Reader, Shape, Tensor
+from train.pretrained.mapping import (
+  EXPERT,
+  LAYER,
+  Entry,
+  Reader,
+  Shape,
+  Tensor,
+)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TABLE = (
@@ -50,6 +57,31 @@ TABLE = (
     )
   ),
 )
+EXPERTS = {
+  family: (
+    Entry(f"{block}.gate.weight", "layers/experts/router", transpose=True),
+    *(
+      Entry(
+        f"{block}.experts.{EXPERT}.{name}.weight",
+        f"layers/experts/{module}/kernel",
+        transpose=True,
+      )
+      for name, module in zip(names, ("gate", "up", "down"), strict=True)
+    ),
+  )
+  for family, block, names in (
+    (
+      "mixtral",
+      f"model.layers.{LAYER}.block_sparse_moe",
+      ("w1", "w3", "w2"),
+    ),
+    (
+      "qwen3_moe",
+      f"model.layers.{LAYER}.mlp",
+      ("gate_proj", "up_proj", "down_proj"),
+    ),
+  )
+}
 # Tables of rotary angles in older checkpoints; we compute them.
 IGNORED = ("rotary_emb.inv_freq",)
 
@@ -85,13 +117,18 @@ def _param_shapes(model: ModelConfig) -> dict[str, Shape]:
   return mapping.param_shapes(llama.abstract(model)[1])
 
 
+def table(model: ModelConfig) -> tuple[Entry, ...]:
+  """The names of the tensors of a model's family, with our paths."""
+  return (*TABLE, *EXPERTS.get(model.family, ()))
+
+
 def tensors(model: ModelConfig) -> dict[str, Tensor]:
   """Every tensor that a checkpoint of this model holds, by name."""
-  return mapping.tensors(TABLE, _param_shapes(model))
+  return mapping.tensors(table(model), _param_shapes(model))
 
 
 def check_layers(model: ModelConfig, count: int, source: str) -> None:
-  """Raises if a config describes more layers than there are tensors.
+  """Raises if a config describes more layers or experts than tensors.
 
   It is asked before names are made for all layers, which a damaged number
   would make for minutes.
@@ -101,11 +138,15 @@ def check_layers(model: ModelConfig, count: int, source: str) -> None:
     count: tensors in the file.
     source: where they are, for the message.
   """
-  if model.n_layers > count:
-    raise UserError(
-      f"{source} describes {model.n_layers:,} layers, but there are only"
-      f" {count:,} tensors"
-    )
+  for what, least in (
+    ("layers", model.n_layers),
+    ("experts in all layers", model.n_layers * model.n_experts),
+  ):
+    if least > count:
+      raise UserError(
+        f"{source} describes {least:,} {what}, but there are only {count:,}"
+        " tensors"
+      )
 
 
 def check(weights: Weights) -> None:
@@ -130,7 +171,8 @@ def check(weights: Weights) -> None:
     given.keys() - wanted.keys(),
     f"{model.family} model",
     f"{model.n_layers} layers, attention_bias={model.attention_bias},"
-    f" tie_word_embeddings={model.tie_embeddings}",
+    f" tie_word_embeddings={model.tie_embeddings}"
+    + (f", {model.n_experts} experts" if model.n_experts else ""),
   )
   mapping.check_shapes(weights.source, given, wanted)
 

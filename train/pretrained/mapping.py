@@ -1,8 +1,9 @@
 """Maps the tensors of a Hugging Face checkpoint to our parameters and back.
 
 A table of `Entry` rows pairs a name there with a path here. Tensors that a
-checkpoint holds once a layer are one stacked parameter here, and kernels are
-(out, in) there and (in, out) here. `tensors` expands a table to one `Tensor`
+checkpoint holds once a layer, or once an expert of each layer, are one stacked
+parameter here, and kernels are (out, in) there and (in, out) here. `tensors`
+expands a table to one `Tensor`
 for each name in the checkpoint; everything else works on that.
 
 Nothing is read before all names and shapes have been checked.
@@ -23,7 +24,7 @@ DTYPES = {
   "float32": np.dtype(np.float32),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-LAYER = "{layer}"
+LAYER, EXPERT = "{layer}", "{expert}"
 SEPARATOR = "/"
 # Fields of config.json, and of our configs, that every model has.
 SIZES = {
@@ -40,7 +41,8 @@ Reader = Callable[[str], np.ndarray]  # reads one tensor, by name
 class Entry(NamedTuple):
   """A row of a table: a tensor's name in a checkpoint and our path."""
 
-  name: str  # with LAYER in it: one tensor a layer, one stack here
+  # With LAYER in it, and EXPERT: one tensor a layer and expert, one stack here.
+  name: str
   path: str
   transpose: bool = False
 
@@ -49,7 +51,7 @@ class Tensor(NamedTuple):
   """A tensor of a checkpoint, and the parameter that it is, or is part of."""
 
   path: str
-  layer: int | None  # its index in the stack; None: not stacked
+  index: tuple[int, ...]  # in the stack, by layer and expert; (): not stacked
   shape: Shape  # in the checkpoint
   transpose: bool
 
@@ -83,12 +85,14 @@ def tensors(
   for path, (name, _, transpose) in rows.items():
     if path not in shapes:
       continue
-    shape, layers = shapes[path], (None,)
-    if LAYER in name:
-      layers, shape = range(shape[0]), shape[1:]
-    for i in layers:
-      expanded[name.replace(LAYER, str(i))] = Tensor(
-        path, i, shape[::-1] if transpose else shape, transpose
+    stacked = [mark for mark in (LAYER, EXPERT) if mark in name]
+    counts, shape = shapes[path][: len(stacked)], shapes[path][len(stacked) :]
+    for index in np.ndindex(counts):
+      numbered = name
+      for mark, i in zip(stacked, index, strict=True):
+        numbered = numbered.replace(mark, str(i))
+      expanded[numbered] = Tensor(
+        path, index, shape[::-1] if transpose else shape, transpose
       )
   return expanded
 
@@ -177,9 +181,9 @@ def read_into(
   Raises:
     UserError: a number is not finite in the dtype of its parameter.
   """
-  for name, (path, layer, _, transpose) in wanted.items():
+  for name, (path, index, _, transpose) in wanted.items():
     tensor = read(name)
-    target = arrays[path] if layer is None else arrays[path][layer]
+    target = arrays[path][(*index, ...)]  # a view, even of a scalar
     with np.errstate(over="ignore"):  # found below
       target[...] = tensor.T if transpose else tensor
     check_finite(target, name, source)
@@ -215,8 +219,7 @@ def to_tensor(params: Mapping[str, Any], tensor: Tensor) -> np.ndarray:
   param: Any = params
   for key in tensor.path.split(SEPARATOR):
     param = param[key]
-  array = np.asarray(param)
-  array = array if tensor.layer is None else array[tensor.layer]
+  array = np.asarray(param)[tensor.index]
   return np.ascontiguousarray(array.T if tensor.transpose else array)
 
 

@@ -105,7 +105,11 @@ def prepare(
     run=config.run,
     rates=learning_rates(config.optimizer, config.train.steps),
     train_step=train_step_lib.make_train_step(
-      setup.updater, abstract, config.train, config.optimizer.accumulate
+      setup.updater,
+      abstract,
+      config.train,
+      config.optimizer.accumulate,
+      reduce=config.mesh.reduce,
     ),
     eval_step=eval_step,
     put=put,

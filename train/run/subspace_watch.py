@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import galore_optax
@@ -45,7 +46,7 @@ class Matrix(NamedTuple):
   path: str  # of the leaf: layers/attn/q/kernel
   layer: int
   index: int  # among all projected matrices, which decides its phase
-  count: int  # of all projected matrices
+  count: int  # of all projected matrices, experts' too
 
   @property
   def name(self) -> str:
@@ -59,16 +60,20 @@ def short_name(path: str) -> str:
 
 
 def matrices(description: galore_optax.diagnostics.Description) -> list[Matrix]:
-  """All projected matrices of the blocks, in the sequence of refreshes."""
-  layers = [
-    (row.path, layer)
+  """The projected matrices of the blocks, in the sequence of refreshes.
+
+  Those of experts are counted, but cannot be measured.
+  """
+  all_of_them = [
+    (row, index)
     for row in description.rows
-    if row.rank and len(row.shape) == 3
-    for layer in range(row.shape[0])
+    if row.rank and len(row.shape) >= 3
+    for index in np.ndindex(row.shape[:-2])
   ]
   return [
-    Matrix(path, layer, index, len(layers))
-    for index, (path, layer) in enumerate(layers)
+    Matrix(row.path, index[0], position, len(all_of_them))
+    for position, (row, index) in enumerate(all_of_them)
+    if len(index) == 1
   ]
 
 
@@ -289,7 +294,7 @@ class Watcher:
       for m in self.matrices:
         here = jnp.where(i == m.layer, chosen[m.name], _leaf(layer, m.path[7:]))
         layer = _replace(layer, m.path[7:], here)
-      return llama.block(config, layer, x, length, i), None
+      return llama.block(config, layer, x, length, i)[0], None
 
     x = llama.embed(config, params, tokens)
     x, _ = jax.lax.scan(jax.checkpoint(walk), x, jnp.arange(config.n_layers))

@@ -35,14 +35,25 @@ def token_losses(
 
 def _losses(
   graphdef: nnx.GraphDef, params: dict, rows: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy and log-normalizer of each token, 0 at padding."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Cross-entropy and log-normalizer of each token, 0 at padding; balance."""
   targets, valid = rows[:, 1:], is_predicted(rows)
-  logits = llama.apply(graphdef, params, jnp.maximum(rows[:, :-1], 0))
+  logits, balance = llama.apply_with_balance(
+    graphdef,
+    params,
+    jnp.maximum(rows[:, :-1], 0),
+    counted=is_text(rows[:, :-1]),
+  )
   log_z = jax.nn.logsumexp(logits, axis=-1)
   index = jnp.maximum(targets, 0)[..., None]
   chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-  return jnp.where(valid, log_z - chosen, 0.0), jnp.where(valid, log_z, 0.0)
+  losses, log_z = (jnp.where(valid, x, 0.0) for x in (log_z - chosen, log_z))
+  return losses, log_z, balance
+
+
+def is_text(tokens: jax.Array) -> jax.Array:
+  """1 for each token, 0 for padding, float32."""
+  return (tokens != PADDING).astype(jnp.float32)
 
 
 def is_predicted(rows: jax.Array) -> jax.Array:
@@ -98,10 +109,16 @@ def _share_of_loss(
   def share(
     params: dict, rows: jax.Array, tokens: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    losses, log_z = _losses(abstract.graphdef, params, rows)
+    losses, log_z, balance = _losses(abstract.graphdef, params, rows)
     loss = losses.sum() / tokens
-    penalty = config.z_loss * jnp.square(log_z).sum() / tokens
-    return (loss + penalty if config.z_loss else loss), loss
+    total = loss
+    if config.z_loss:
+      total += config.z_loss * jnp.square(log_z).sum() / tokens
+    if balance is not None:
+      # Each microbatch is balanced by itself, and weighs as much as its tokens.
+      part = is_predicted(rows).sum() / tokens
+      total += abstract.config.router_aux_loss_coef * balance * part
+    return total, loss
 
   return share
 

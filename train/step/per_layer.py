@@ -11,7 +11,7 @@ from flax import nnx
 
 import galore_optax
 from train.config.schema import ModelConfig, TrainConfig
-from train.models import layer_kinds, llama
+from train.models import experts, layer_kinds, llama
 from train.parallel import mesh as mesh_lib
 
 # Approximate size of the chunks in which leaves outside of the layers are
@@ -23,6 +23,18 @@ CHUNK = 2**22
 LOSS_CHUNK = 1024
 
 
+class Counted(NamedTuple):
+  """What the loss that balances experts depends on.
+
+  Attributes:
+    text_BxT: 1 for text, 0 for padding: float, as all that has a gradient.
+    sums_2xE: What the experts of the layers so far count.
+  """
+
+  text_BxT: jax.Array
+  sums_2xE: jax.Array
+
+
 class Activations(NamedTuple):
   """What one layer hands to the next.
 
@@ -30,17 +42,20 @@ class Activations(NamedTuple):
     x_BxTxD: The residual stream.
     number: The next layer's, where layers differ, else None. It is a float,
       because it has a gradient, 0, like the stream's.
+    counted: None where layers have no experts.
   """
 
   x_BxTxD: jax.Array
   number: jax.Array | None
+  counted: Counted | None
 
 
 def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
   """The model as embedding, layers and head; a batch is rows (B, T + 1).
 
   The loss is the mean cross-entropy of the predicted tokens in nats plus the
-  penalty of `train.z_loss`. It is also returned without the penalty. Logits
+  penalties of `train.z_loss` and of unbalanced experts. It is also returned
+  without the penalties. Logits
   are computed, used and recomputed in the backward pass in chunks, because
   those of whole rows would be the largest array of all.
   """
@@ -49,23 +64,38 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
   def first(lower: dict, rows: jax.Array) -> Activations:
     table = lower["embed"]["embedding"].astype(config.dtype)
     x_BxTxD = _look_up(table, jnp.maximum(rows[:, :-1], 0))
-    alike = layer_kinds.stacked(config) is None
-    return Activations(x_BxTxD, None if alike else jnp.float32(0))
+    number = None if layer_kinds.stacked(config) is None else jnp.float32(0)
+    zeros_2xE, counted = llama.no_sums(config), None
+    if zeros_2xE is not None:
+      counted = Counted((rows[:, :-1] >= 0).astype(jnp.float32), zeros_2xE)
+    return Activations(x_BxTxD, number, counted)
 
   def layer(params: dict, x: Activations) -> Activations:
     _, length, width = x.x_BxTxD.shape
     x_MxD = x.x_BxTxD.reshape(-1, width)
     number = None if x.number is None else x.number.astype(jnp.int32)
-    x_MxD = llama.block(config, params, x_MxD, length, number)
+    counted = x.counted
+    text_BxT = None if counted is None else counted.text_BxT
+    x_MxD, sums_2xE = llama.block(
+      config, params, x_MxD, length, number, text_BxT
+    )
+    if counted is not None and sums_2xE is not None:
+      counted = Counted(counted.text_BxT, counted.sums_2xE + sums_2xE)
     return Activations(
       x_MxD.reshape(x.x_BxTxD.shape),
       None if x.number is None else x.number + 1,
+      counted,
     )
 
   def last(upper: dict, x: Activations, rows: jax.Array) -> tuple:
     total, penalty, count = _all_sums(config, upper, x.x_BxTxD, rows)
     count = jnp.maximum(count, 1)
-    return (total + train.z_loss * penalty) / count, total / count
+    loss = (total + train.z_loss * penalty) / count
+    if x.counted is not None:
+      tokens = x.counted.text_BxT.sum()
+      balance = experts.balance_loss(config, x.counted.sums_2xE, tokens)
+      loss += config.router_aux_loss_coef * balance
+    return loss, total / count
 
   return galore_optax.Layered(
     first,

@@ -1,7 +1,7 @@
 """The training step: a pure function, jitted once."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,9 @@ import optax
 import galore_optax
 from train.config.schema import TrainConfig
 from train.parallel import mesh as mesh_lib
-from train.step import losses
+from train.step import backward, losses
 from train.step.losses import Gradient, Loss
 from train.step.state import AbstractState, TrainState, Updater
-
-
-class Backward(NamedTuple):
-  """What the backward pass of a step finds."""
-
-  grads: Any  # of what is trained; those of projected weights may have rank r
-  loss: jax.Array  # (), float32
-  tokens: jax.Array  # (), int32
-  opt_state: Callable[[], Any]  # the state with bases that fit the gradients
 
 
 def make_train_step(
@@ -31,6 +22,7 @@ def make_train_step(
   low_rank_parts: int = 1,
   gradient: Gradient | None = None,
   loss: Loss | None = None,
+  reduce: str = "float32",
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
   """The jitted training step; it consumes the state that it is given.
 
@@ -47,6 +39,7 @@ def make_train_step(
       returns gradient, loss and token count; None for the next-token loss.
     loss: the loss of which gradients at rank r are taken if `config.lean`; None
       for the next-token loss.
+    reduce: how those are summed over devices, `mesh.reduce`.
 
   Returns:
     A function of a state and rows (B, T + 1) int32 that returns the next state
@@ -57,9 +50,10 @@ def make_train_step(
   if isinstance(tx, galore_optax.Layerwise):
     step = _in_parts(_without_z_loss(tx), low_rank_parts)
   elif low_rank_parts > 1:
-    step = _in_parts(_part_of_step(tx, abstract, config), low_rank_parts)
+    run = _part_of_step(tx, abstract, config, low_rank_parts, reduce)
+    step = _in_parts(run, low_rank_parts)
   else:
-    step = whole_step(tx, abstract, config, gradient, loss)
+    step = whole_step(tx, abstract, config, gradient, loss, reduce)
   return jax.jit(
     step,
     donate_argnums=0,
@@ -115,14 +109,19 @@ def _in_parts(run: Callable, count: int) -> Callable:
 
 
 def _part_of_step(
-  tx: optax.GradientTransformation, abstract: AbstractState, config: TrainConfig
+  tx: optax.GradientTransformation,
+  abstract: AbstractState,
+  config: TrainConfig,
+  parts: int,
+  reduce: str,
 ) -> Callable:
   """A microbatch through the model and an optimizer that accumulates."""
-  backward = _backward(tx, abstract, config, None, None)
+  find = backward.make(tx, abstract, config, None, None, reduce)
 
   def run(params: dict, opt_state: Any, rows: jax.Array) -> tuple:
-    count = _count_of(opt_state)
-    found = backward(params, opt_state, rows, count)
+    # The number of the part, from the first step on: each has draws of its own.
+    count = _count_of(opt_state) * parts + _count_of(opt_state, "micro_step")
+    found = find(params, opt_state, rows, count)
     weights = abstract.read(params)
     # GaLore replaces gradients that are not finite by zero.
     updates, opt_state = tx.update(found.grads, found.opt_state(), weights)
@@ -134,82 +133,9 @@ def _part_of_step(
   return run
 
 
-def _backward(
-  tx: optax.GradientTransformation,
-  abstract: AbstractState,
-  config: TrainConfig,
-  gradient: Gradient | None,
-  loss: Loss | None,
-) -> Callable[[dict, Any, Any, jax.Array], Backward]:
-  """A function of parameters, optimizer state, batch and step's number."""
-  if config.lean:
-    return _lean(
-      tx, abstract, config, loss or losses.next_token_loss(abstract, config)
-    )
-  if gradient is None:
-    of_tokens = losses.make_gradient(abstract, config)
-    gradient = lambda weights, rows, step: of_tokens(weights, rows)
-
-  def usual(params: dict, opt_state: Any, batch: Any, step: jax.Array):
-    weights, _, back = abstract.differentiable(params)
-    grads, loss, tokens = gradient(weights, batch, step)
-    return Backward(back(grads), loss, tokens, lambda: opt_state)
-
-  return usual
-
-
-def _lean(
-  tx: optax.GradientTransformation,
-  abstract: AbstractState,
-  config: TrainConfig,
-  loss: Loss,
-) -> Callable[[dict, Any, Any, jax.Array], Backward]:
-  """The same with gradients at rank r.
-
-  Of a batch in parts, the first part's gradient refreshes the bases. The parts'
-  projected gradients are added up in float32.
-  """
-  differentiate = galore_optax.deferred_value_and_grad(
-    loss.share, tx, has_aux=True, dtype=abstract.config.dtype
-  )
-
-  def whole(params: dict, opt_state: Any, batch: Any, step: jax.Array):
-    value, grads, refreshed = differentiate(
-      params, opt_state, None, *loss.of(batch, step)
-    )
-    return Backward(grads, value[1], loss.count(batch)[1], refreshed)
-
-  def in_parts(params: dict, opt_state: Any, batch: Any, step: jax.Array):
-    _, items, _, _ = loss.of(batch, step)
-
-    def one(opt_state: Any, part: Any, index: jax.Array) -> tuple:
-      (_, alone), grads, refreshed = differentiate(
-        params, opt_state, index == 0, part, items, step, index
-      )
-      return refreshed(), (grads, alone)
-
-    def add(carry: tuple, part: tuple) -> tuple[tuple, None]:
-      opt_state, found = one(carry[0], *part)
-      total = jax.tree.map(lambda a, b: a + b, carry[1], found)
-      return (opt_state, total), None
-
-    parts = (
-      loss.divide(batch, config.accumulate),
-      jnp.arange(config.accumulate),
-    )
-    first = jax.tree.map(lambda x: x[0], parts)
-    _, like = jax.eval_shape(one, opt_state, *first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
-    (new, (grads, alone)), _ = jax.lax.scan(add, (opt_state, zeros), parts)
-    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, like[0])
-    return Backward(grads, alone, loss.count(batch)[1], lambda: new)
-
-  return whole if config.accumulate == 1 else in_parts
-
-
-def _count_of(opt_state: Any) -> jax.Array:
-  """Number of steps that GaLore has counted."""
-  states = optax.tree.get_all_with_path(opt_state, "step")
+def _count_of(opt_state: Any, name: str = "step") -> jax.Array:
+  """Number of steps that GaLore has counted, or of parts in the present one."""
+  states = optax.tree.get_all_with_path(opt_state, name)
   return states[0][1]
 
 
@@ -244,17 +170,18 @@ def whole_step(
   config: TrainConfig,
   gradient: Gradient | None = None,
   loss: Loss | None = None,
+  reduce: str = "float32",
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
   """The step that computes the whole gradient before it updates weights.
 
   It is not jitted; see `make_train_step`.
   """
-  backward = _backward(tx, abstract, config, gradient, loss)
+  find = backward.make(tx, abstract, config, gradient, loss, reduce)
 
   def train_step(
     state: TrainState, rows: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    found = backward(state.params, state.opt_state, rows, state.step)
+    found = find(state.params, state.opt_state, rows, state.step)
     _, trained, _ = abstract.differentiable(state.params)
     norm = optax.tree.norm(found.grads)
     finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)

@@ -341,13 +341,23 @@ def test_same_training_on_a_mesh(kind):
       assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
-def _steps_in_shard_map(tx, projected, check_vma=True):
+def _loss_of_two_uses(params, batch):
+  """A product reads `down`; the gradient of `up`, which has two uses, forms."""
+  penalty = jnp.mean(jnp.sin(params["layers"]["up"] * batch[0, 0]))
+  return _loss(params, batch) + penalty
+
+
+def _steps_in_shard_map(
+  tx, projected, check_vma=True, axis_name=None, loss_fn=_loss
+):
   """One step, data parallel: devices share parameters and state."""
-  loss = lambda params, x: _loss(params, x) / 4  # gradients are added up
+  loss = lambda params, x: loss_fn(params, x) / 4  # gradients are added up
 
   def step(params, state, x):
     if projected:
-      _, grads, state = projected_value_and_grad(loss, tx)(params, state, x)
+      run = projected_value_and_grad(loss, tx, axis_name=axis_name)
+      _, grads, state = run(params, state, x)
+      grads = jax.lax.psum(grads, axis_name) if axis_name else grads
     else:
       grads = jax.grad(loss)(params, x)
     return tx.update(grads, state, params)
@@ -377,6 +387,43 @@ def test_devices_of_shard_map_add_up_projected_gradients():
   assert sums
   assert not any(f"{_D}x{_F}xf32" in line for line in text.splitlines()
                  if "->" in line and "reduce" in line)  # fmt: skip
+
+
+def test_devices_hand_out_their_own_gradients_of_the_bases_they_share():
+  tx, params = _galore(_adamw()), _params()
+  state = tx.init(params)
+  lean = _steps_in_shard_map(tx, True, False, "data", _loss_of_two_uses)
+  usual = _steps_in_shard_map(tx, False, loss_fn=_loss_of_two_uses)
+  found = lean(params, state, _batch(0))
+  _same(found, usual(params, state, _batch(0)))
+  for x in jax.tree.leaves(found):
+    for shard in x.addressable_shards:  # nothing but this test would notice
+      np.testing.assert_array_equal(shard.data, x.addressable_shards[0].data)
+
+
+def test_devices_of_pmap_hand_out_their_own_gradients():
+  tx, params = _galore(_adamw()), _params()
+  state, batch = tx.init(params), _batch(0)
+
+  def step(params, state, x):
+    loss = lambda params, x: _loss(params, x) / 4
+    run = projected_value_and_grad(loss, tx, axis_name="data")
+    _, grads, state = run(params, state, x)
+    return tx.update(jax.lax.psum(grads, "data"), state, params)
+
+  parts = batch.reshape(4, -1, *batch.shape[1:])
+  mapped = jax.pmap(step, "data", in_axes=(None, None, 0))
+  found = mapped(params, state, parts)
+  usual = _steps_in_shard_map(tx, projected=False)(params, state, batch)
+  for i in range(4):
+    _same(jax.tree.map(lambda x, i=i: x[i], found), usual)
+
+
+def test_refuses_to_name_axes_that_are_summed_over_already():
+  tx, params = _galore(_adamw()), _params()
+  step = _steps_in_shard_map(tx, projected=True, axis_name="data")
+  with pytest.raises(ValueError, match="leave `axis_name` out"):
+    step(params, tx.init(params), _batch(0))
 
 
 def test_refuses_devices_that_would_refresh_alone():

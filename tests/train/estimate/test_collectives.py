@@ -1,5 +1,7 @@
 """Collectives of written and of compiled programs."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -60,6 +62,31 @@ def test_collectives_are_read_with_their_loops_and_branches():
   sums = collectives.totals(found)
   assert sums["every_step"] == {"all-gather": {"count": 5, "bytes": 5 * 4096}}
   assert "all-gather, every step" in collectives.lines(sums)[0]
+
+
+def test_collectives_of_shard_map_share_a_channel_and_count_each():
+  name = 'metadata={op_name="jit(f)/shard_map/psum"}'
+  text = "\n".join(
+    [
+      "ENTRY %main (a: f32[]) -> f32[] {",
+      f"  %x = f32[8,16] all-reduce(%a), channel_id=1, {name}",
+      f"  %y = f32[8,16] all-reduce(%b), channel_id=1, {name}",
+      "}",
+    ]
+  )
+  assert len(collectives.Module(text).collectives()) == 2
+  apart = text.replace("shard_map/", "")
+  assert len(collectives.Module(apart).collectives()) == 1
+
+
+def test_bytes_sent_in_a_ring():
+  like = collectives.Collective("all-reduce", "s8", (80,), 80, 3, True, "")
+  sent = lambda kind: collectives.sent_bytes(
+    dataclasses.replace(like, kind=kind), 8
+  )
+  assert sent("all-reduce") == sent("reduce-scatter") + sent("all-gather")
+  assert sent("all-to-all") == 70
+  assert sent("collective-permute") == 80
 
 
 @pytest.mark.parametrize(

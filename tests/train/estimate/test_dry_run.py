@@ -78,6 +78,32 @@ def test_relatives_of_llama_are_counted_with_all_their_leaves():
     assert row["state_bytes"] == 2 * 4 * layers * size
 
 
+def test_experts_have_bases_of_their_own_and_the_router_none():
+  found = estimate(
+    "sotu_small",
+    "galore",
+    "model.family=mixtral",
+    "model.n_experts=6",
+    "model.d_ff=256",
+    "optimizer.residual=none",
+  )
+  (d, ff, layers), rank = (192, 256, 4), 48
+  router = layers * d * 6
+  matrices = layers * 6 * 3
+  assert found["parameters"]["experts"] == matrices * d * ff + router
+  assert "feed-forward" not in found["parameters"]
+  rows = {row["path"]: row for row in found["plan"]}
+  gate = rows["layers/experts/gate/kernel"]
+  assert (gate["shape"], gate["rank"]) == ([layers, 6, d, ff], rank)
+  # A basis of the shorter side, and two moments.
+  assert gate["state_bytes"] == 4 * matrices // 3 * rank * (d + 2 * ff)
+  router_row = rows["layers/experts/router"]
+  assert router_row["rank"] is None and "router" in router_row["reason"]
+  assert router_row["state_bytes"] == 2 * 4 * router
+  text = dry_run.render(found)
+  assert "4x6x192x256" in text and max(map(len, text.splitlines())) <= 80
+
+
 def test_state_bytes_are_those_of_describe(giant):
   state = giant["bytes"]["whole"]["optimizer_state"]
   rows = sum(row["state_bytes"] for row in giant["plan"])

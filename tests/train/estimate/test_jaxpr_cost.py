@@ -10,6 +10,16 @@ from train.config import schema
 from train.estimate import flops, jaxpr_cost
 from train.models import llama
 
+EXPERTS = schema.ModelConfig(
+  family="mixtral",
+  vocab_size=512,
+  d_model=32,
+  d_ff=24,
+  n_layers=3,
+  n_heads=2,
+  n_experts=5,
+  n_active_experts=2,
+)
 TOY = schema.ModelConfig(
   vocab_size=512, d_model=32, d_ff=88, n_layers=3, n_heads=2
 )
@@ -47,6 +57,17 @@ def test_of_a_conditional_the_chosen_branch_counts():
   jaxpr = jaxpr_of(run, (4, 8), (8, 8))
   assert jaxpr_cost.count_flops(jaxpr) == 2 * 2 * 4 * 8 * 8
   assert jaxpr_cost.count_flops(jaxpr, min) == 0
+
+
+def test_of_experts_those_count_that_a_token_takes():
+  d, ff, length = EXPERTS.d_model, EXPERTS.d_ff, 16
+  layer = 2 * (4 * d * d + 5 * d + 2 * 3 * d * ff) + 2 * 2 * length * d
+  forward = 3 * (layer + 2 * 2 * d) + 2 * d * EXPERTS.vocab_size  # and a sum
+  shapes = shapes_of(EXPERTS)
+  assert flops.forward_per_token(*shapes, length) == forward
+  assert flops.recompute_per_token(*shapes, length, forward) == 0
+  backward = flops.trace_loss(*shapes, 1, length, gradient=True)
+  assert jaxpr_cost.count_flops(backward) == 3 * forward * length
 
 
 def test_a_models_flops_are_those_of_its_matrices():

@@ -100,7 +100,7 @@ def test_the_scan_equals_a_loop_over_the_layers(config):
     x = llama.embed(config, outside, TOKENS)
     for i in range(TINY.n_layers):
       layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-      x = llama.block(config, layer, x, length, i)
+      x, _ = llama.block(config, layer, x, length, i)
     return llama.head(config, outside, x, rows)
 
   together = APPLY(llama.abstract(config)[0], params, TOKENS)

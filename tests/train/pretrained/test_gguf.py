@@ -4,6 +4,7 @@ import json
 import lzma
 import math
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -38,6 +39,16 @@ def gguf_name(name, architecture):
   kind = gguf.MODEL_ARCH[architecture.upper()]
   table = gguf.get_tensor_name_map(kind, TINY.n_layers)
   return table.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def arrays(model, params):
+  """The tensors by Hugging Face's names, with all experts in one."""
+  source = llama_names.from_params("test", model, lambda: params)
+  found = {}
+  for name in source.shapes:
+    together = re.sub(r"experts\.\d+", "experts", name)
+    found.setdefault(together, []).append(source.read(name))
+  return {n: np.stack(x) if "experts" in n else x[0] for n, x in found.items()}
 
 
 def write(
@@ -82,14 +93,13 @@ def write(
   writer.add_token_types([3] + [1] * (len(tokens) - 1))
   writer.add_eos_token_id(0)
   writer.add_chat_template("{{ messages }}")
-  source = llama_names.from_params("test", model, lambda: params)
   eight = gguf.GGMLQuantizationType.Q8_0
-  for name in source.shapes:
-    array, kind = source.read(name), None
+  for name, array in arrays(model, params).items():
+    kind = None
     for part, heads in (("q", model.n_heads), ("k", model.kv_heads)):
-      if f"{part}_proj" in name and model.family == "llama":
+      if f"{part}_proj" in name and architecture == "llama":
         array = permute(array, heads)
-    if name.endswith("gate_proj.weight"):  # rows of 32, one block
+    if name.endswith(("gate_proj.weight", "w1.weight")):  # rows of 32: a block
       array, kind = gguf.quants.quantize(array, eight), eight
     if name != without:
       writer.add_tensor(gguf_name(name, architecture), array, raw_dtype=kind)
@@ -146,6 +156,33 @@ FAMILIES = {
     MODEL, family="qwen3", qk_norm=True, head_dim=12, tie_embeddings=False
   ),
 }
+
+
+EXPERTS = {
+  "llama": dataclasses.replace(MODEL, family="mixtral", n_experts=3),
+  "qwen3moe": dataclasses.replace(
+    MODEL, family="qwen3_moe", qk_norm=True, n_experts=4, d_ff=32
+  ),
+}
+
+
+def fields_of(model):
+  fields = {"expert_count": model.n_experts, "expert_used_count": 2}
+  if model.family == "qwen3_moe":
+    fields["expert_feed_forward_length"] = model.d_ff
+  return fields
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_mixtures_of_experts_are_read(architecture, tmp_path):
+  model, path = EXPERTS[architecture], tmp_path / "m.gguf"
+  params, fields = random_params(model), fields_of(model)
+  write(path, params, architecture, fields=fields, model=model)
+  assert_read(path, model, params)
+  fields["expert_count"] += 1
+  write(path, params, architecture, fields=fields, model=model)
+  with pytest.raises(UserError, match=r"lacks .*experts\.0\..*experts"):
+    llama_names.to_params(llama_checkpoint.load(path))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,7 +256,17 @@ def test_scaled_rotations_are_read(params, tmp_path, fields, factors, expected):
     ({"rope.scaling.factor": 2.0}, FACTORS, "by the tensor rope_freqs.weight"),
     ({"attention.value_length": 4}, None, "values of another width than keys"),
     ({"attention.sliding_window": 9}, None, "sliding_window is 9; .*be 0"),
-    ({"expert_count": 8}, None, "expert_count is 8; it must be 0, or absent"),
+    ({"expert_count": 8}, None, "has no llama.expert_used_count"),
+    (
+      {"expert_used_count": 2},
+      None,
+      "used_count is 2; it must be 0, or absent",
+    ),
+    (
+      {"expert_count": 8, "expert_used_count": 2, "expert_shared_count": 1},
+      None,
+      "expert_shared_count is 1; .*not known",
+    ),
     ({"logit_scale": 2.0}, None, "logit_scale is 2.0; .* not known"),
   ],
 )

@@ -8,7 +8,7 @@ import pytest
 from tests.train.conftest import TINY
 from train.common.errors import UserError
 from train.config.schema import ModelConfig
-from train.pretrained import llama_config
+from train.pretrained import llama_config, llama_names
 
 SIZES = {
   "vocab_size": 300,
@@ -52,6 +52,22 @@ def tiny(family: Any, **fields: Any) -> ModelConfig:
     (
       {"model_type": "qwen2", "num_key_value_heads": 2},
       tiny("qwen2", n_kv_heads=2, attention_bias="qkv"),
+    ),
+    (
+      {"model_type": "mixtral", "num_key_value_heads": 4},
+      tiny("mixtral", n_experts=8, rope_theta=1e6, norm_eps=1e-5),
+    ),
+    (
+      {"model_type": "qwen3_moe", "num_experts": 9, "head_dim": 6},
+      tiny(
+        "qwen3_moe",
+        d_ff=768,
+        head_dim=6,
+        qk_norm=True,
+        n_experts=9,
+        n_active_experts=8,
+        norm_topk_prob=False,
+      ),
     ),
     (
       {"model_type": "qwen3", "num_key_value_heads": None},
@@ -177,6 +193,25 @@ def test_configs_are_read_and_written(fields, expected):
     ),
     ("mistral", {"sliding_window": 0}, "sliding_window is 0; .*null for no"),
     ("llama", {"num_attention_heads": 3, "head_dim": 8}, "n_heads is 3, which"),
+    ("qwen2_moe", {}, "'qwen2_moe', whose layers have a shared expert"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, r"only_layers is \[1\]; .*empty"),
+    (
+      "qwen3_moe",
+      {"decoder_sparse_step": 2},
+      "step is 2; .*every layer",
+    ),
+    ("mixtral", {"router_jitter_noise": 0.1}, "jitter_noise is 0.1; .*noise"),
+    (
+      "qwen3_moe",
+      {"shared_expert_intermediate_size": 8},
+      "intermediate_size is 8; .*no shared experts",
+    ),
+    (
+      "qwen3_moe",
+      {"num_experts": 4, "num_local_experts": 8},
+      "num_local_experts is 8; it must be 4, which is num_experts",
+    ),
+    ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0"),
     ("llama", {"head_dim": 7}, "head_dim is 7"),
   ],
 )
@@ -241,7 +276,7 @@ def test_the_original_length_may_be_that_of_the_config():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"qk_norm": True}, r"qk_norm is true; .*llama has false.*\(qwen3\)"),
+    ({"qk_norm": True}, r"qk_norm is true; .*llama has false.*\(qwen3, "),
     ({"family": "qwen2"}, "attention_bias is none; .*qwen2 has qkv"),
     ({"mlp_bias": True, "family": "mistral"}, r"mlp_bias.*\(llama, smollm3\)"),
     ({"sliding_window": 4}, "sliding_window is 4; model.family=llama has 0"),
@@ -257,8 +292,21 @@ def test_the_original_length_may_be_that_of_the_config():
     ({"rope_scaling": "yarn"}, "rope_original_length is 0"),
     ({"rope_scaling": "linear", "rope_factor": 0.0}, "rope_factor is 0"),
     ({"n_heads": 3, "head_dim": 8}, "n_heads is 3, which does not divide"),
+    ({"n_experts": 4}, r"n_experts is 4; .*has none.*\(mixtral, qwen3_moe\)"),
+    ({"family": "mixtral"}, "mixtral has experts; give their number"),
+    ({"family": "mixtral", "n_experts": 1}, "active_experts is 2; of"),
+    (
+      {"family": "mixtral", "n_experts": 4, "norm_topk_prob": False},
+      "norm_topk_prob is false; .*mixtral has true",
+    ),
   ],
 )
 def test_settings_that_no_family_has_are_refused(fields, message):
   with pytest.raises(UserError, match=message):
     dataclasses.replace(TINY, n_layers=4, **fields)
+
+
+def test_a_damaged_number_of_experts_takes_no_time():
+  many = {"num_experts": 10**9, "num_experts_per_tok": 2, "head_dim": 8}
+  with pytest.raises(UserError, match="4,000,000,000 experts in all layers"):
+    llama_names.check_layers(read("qwen3_moe", **many), 100, "m")

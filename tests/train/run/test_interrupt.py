@@ -234,10 +234,11 @@ def is_poison(rows):
 
 def poison(monkeypatch, numbers):
   """Gives some batches a row of one id, of which the model makes a nan."""
-  plain, make_loader = llama.apply, corpus.Corpus.loader
+  plain, make_loader = llama.apply_with_balance, corpus.Corpus.loader
 
-  def overflow(graphdef, params, ids):
-    return plain(graphdef, params, ids) / jnp.where(is_poison(ids), 0.0, 1.0)
+  def overflow(graphdef, params, ids, **more):
+    logits, balance = plain(graphdef, params, ids, **more)
+    return logits / jnp.where(is_poison(ids), 0.0, 1.0), balance
 
   def poisoned_loader(self, seed, *part, state=None):
     loader = make_loader(self, seed, *part, state=state)
@@ -254,7 +255,7 @@ def poison(monkeypatch, numbers):
     loader._batches = poisoned()
     return loader
 
-  monkeypatch.setattr(llama, "apply", overflow)
+  monkeypatch.setattr(llama, "apply_with_balance", overflow)
   monkeypatch.setattr(corpus.Corpus, "loader", poisoned_loader)
 
 

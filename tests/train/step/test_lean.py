@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.conftest import QWEN, TINY, make_trainer
+from tests.train.conftest import EXPERTS, QWEN, TINY, make_trainer
 from train.common.errors import UserError
 from train.config import presets, schema
-from train.step import losses as losses_lib
-from train.step import train_step
+from train.step import backward, train_step
 
 _STEPS = 7  # the bases are refreshed at every third
 
@@ -48,6 +47,10 @@ def _trained(
     pytest.param("q_galore", 1, {}, marks=pytest.mark.slow),
     # With biases, norms of heads, and layers that differ.
     pytest.param("galore", 1, {"model": QWEN}, marks=pytest.mark.slow),
+    pytest.param("galore", 1, {"model": EXPERTS}, marks=pytest.mark.slow),
+    pytest.param(
+      "galore", 8, {"model": EXPERTS, "tensor": 2}, marks=pytest.mark.slow
+    ),
   ],
 )
 def test_lean_steps_are_usual_steps(name, devices, fields, rows):
@@ -90,12 +93,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rows):
 
 def test_gradients_have_the_rank(rows):
   trainer = make_trainer("galore", 1, train=schema.TrainConfig(lean=True))
-  loss = losses_lib.next_token_loss(trainer.abstract, schema.TrainConfig())
-  backward = train_step._backward(
-    trainer.tx, trainer.abstract, schema.TrainConfig(lean=True), None, loss
+  find = backward.make(
+    trainer.tx, trainer.abstract, schema.TrainConfig(lean=True), None, None
   )
   state = trainer.abstract.state
-  run = lambda *args: backward(*args, jnp.int32(0)).grads
+  run = lambda *args: find(*args, jnp.int32(0)).grads
   grads = jax.eval_shape(run, state.params, state.opt_state, rows)
   assert grads["layers"]["mlp"]["up"]["kernel"].shape == (2, 4, 48)
   assert grads["embed"]["embedding"].shape == (300, 32)

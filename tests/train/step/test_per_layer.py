@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.marks import moves_arrays
-from tests.train.conftest import QWEN, TINY, weights
+from tests.train.conftest import EXPERTS, QWEN, TINY, weights
 from train.common.errors import UserError
 from train.config import presets, schema
 from train.models import llama
@@ -154,10 +154,35 @@ def test_layers_that_differ_are_walked_as_they_are(batch):
   )
 
 
+def test_experts_are_balanced_layer_by_layer(batch):
+  """With padding, which does not count."""
+  config = schema.TrainConfig()
+  walked = per_layer.layered(EXPERTS, config)
+  structure = state_lib.AbstractState(
+    EXPERTS, llama.abstract(EXPERTS)[0], *(None,) * 4
+  )
+  usual = losses_lib.next_token_loss(structure, config)
+  padded = jnp.asarray(batch).at[0, 9:].set(losses_lib.PADDING)
+
+  @jax.jit
+  def both(params):
+    found = jax.value_and_grad(walked.loss, has_aux=True)(params, padded)
+    share = lambda p: usual.share(p, *usual.of(padded, 0))
+    return found, jax.value_and_grad(share, has_aux=True)(params)
+
+  found, wanted = both(weights(EXPERTS))
+  (loss, alone), _ = wanted
+  assert loss > alone + EXPERTS.router_aux_loss_coef  # it has a penalty
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, wanted
+  )
+
+
 @pytest.mark.slow
-def test_layers_that_differ(batch):
-  wanted = _run(batch, model=QWEN)
-  found = _run(batch, model=QWEN, layerwise=True)
+@pytest.mark.parametrize("model", [QWEN, EXPERTS], ids=["differ", "experts"])
+def test_parts_of_other_families(batch, model):
+  wanted = _run(batch, model=model)
+  found = _run(batch, model=model, layerwise=True)
   _assert_same(found, wanted, 2e-6, of_weights=1e-5)
 
 

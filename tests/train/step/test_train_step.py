@@ -155,13 +155,14 @@ def test_the_z_loss_is_the_mean_square_of_the_normalizer(trainer, rows):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(rows, monkeypatch):
-  plain, poison = llama.apply, 299
+  plain, poison = llama.apply_with_balance, 299
 
-  def overflow(graphdef, params, ids):
-    logits = plain(graphdef, params, ids)
-    return logits / (ids != poison).all()  # infinite logits, a loss of nan
+  def overflow(graphdef, params, ids, **more):
+    logits, balance = plain(graphdef, params, ids, **more)
+    # Infinite logits, a loss of nan.
+    return logits / (ids != poison).all(), balance
 
-  monkeypatch.setattr(llama, "apply", overflow)
+  monkeypatch.setattr(llama, "apply_with_balance", overflow)
   trainer = make_trainer("galore", devices=1)
   good, bad = trainer.put(rows), np.array(rows)
   bad[3, 5] = poison
