@@ -10,8 +10,7 @@ import optax
 from galore_optax import checks
 from galore_optax.inner import storage
 from galore_optax.residual import methods as residual_lib
-from galore_optax.subspace import adaptive, initial
-from galore_optax.subspace import refresh as refresh_lib
+from galore_optax.subspace import adaptive, due, initial
 from galore_optax.transform import weights
 from galore_optax.transform.settings import Settings, as_dtype
 from galore_optax.transform.state import GaLoreState
@@ -27,7 +26,7 @@ def init(settings: Settings, params: optax.Params) -> GaLoreState:
   sites = settings.plan.sites(
     leaves, split.masked_paths(params), boxes.axis_names(params)
   )
-  refresh_lib.check_gaps(settings.refresh, sites)
+  due.check_gaps(settings.refresh, sites)
   bases = {
     path: {
       side: _basis(settings, site, side, leaves[path]) for side in site.sides

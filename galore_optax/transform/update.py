@@ -8,8 +8,9 @@ import jax
 import optax
 
 from galore_optax.projected import probe as probe_lib
-from galore_optax.subspace import moments, projection
+from galore_optax.subspace import due, moments, projection
 from galore_optax.subspace import refresh as refresh_lib
+from galore_optax.subspace.refresh_matrix import Found
 from galore_optax.transform import call as call_lib
 from galore_optax.transform import step
 from galore_optax.transform.call import Call
@@ -58,16 +59,14 @@ def describe(
     )
 
   def refreshed(found: Mapping[str, Any]) -> GaLoreState:
-    bases = {
-      path: refresh_lib.Found(x.bases, x.valid) for path, x in found.items()
-    }
+    bases = {path: Found(x.bases, x.valid) for path, x in found.items()}
     return _refresh(settings, call, state, bases)
 
   return probe_lib.Described(
     state.step,
     call.sites,
     state.projector,
-    refresh_lib.due_by_leaf(
+    due.by_leaf(
       settings.refresh, call.sites, call.context, state.schedule or {}
     ),
     settings.refresh.iterations,

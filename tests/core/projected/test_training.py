@@ -401,6 +401,24 @@ def test_devices_hand_out_their_own_gradients_of_the_bases_they_share():
       np.testing.assert_array_equal(shard.data, x.addressable_shards[0].data)
 
 
+def test_devices_of_pmap_hand_out_their_own_gradients():
+  tx, params = _galore(_adamw()), _params()
+  state, batch = tx.init(params), _batch(0)
+
+  def step(params, state, x):
+    loss = lambda params, x: _loss(params, x) / 4
+    run = projected_value_and_grad(loss, tx, axis_name="data")
+    _, grads, state = run(params, state, x)
+    return tx.update(jax.lax.psum(grads, "data"), state, params)
+
+  parts = batch.reshape(4, -1, *batch.shape[1:])
+  mapped = jax.pmap(step, "data", in_axes=(None, None, 0))
+  found = mapped(params, state, parts)
+  usual = _steps_in_shard_map(tx, projected=False)(params, state, batch)
+  for i in range(4):
+    _same(jax.tree.map(lambda x, i=i: x[i], found), usual)
+
+
 def test_refuses_to_name_axes_that_are_summed_over_already():
   tx, params = _galore(_adamw()), _params()
   step = _steps_in_shard_map(tx, projected=True, axis_name="data")
