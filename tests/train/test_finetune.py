@@ -205,6 +205,7 @@ def with_sigterm(module, name, given):
     return finetune.main(given)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_with_the_same_numbers(
   mnli, bert, tmp_path, monkeypatch, capsys
 ):
@@ -333,6 +334,7 @@ def test_spans_of_long_contexts_are_found_in_windows(bert, tmp_path, name):
   assert found["bytes"]["optimizer"] < 2.1 * found["bytes"]["gradients"]
 
 
+@pytest.mark.slow
 def test_a_llama_learns_conversations_packed_and_with_4_bit_weights(
   llama, tmp_path
 ):
@@ -392,9 +394,8 @@ def chats(tmp_path_factory):
   return files.write_lines(folder / "chat.jsonl", rows)
 
 
-@pytest.mark.parametrize(
-  "accumulate", [1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_lean_fine_tuning_is_the_usual_one(accumulate, bert, mnli, tmp_path):
   """Without clipping, which would see other norms; with the same dropout."""
   _, data, _ = mnli

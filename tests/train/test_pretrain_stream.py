@@ -39,6 +39,7 @@ def losses(out):
   return [r["loss"] for r in records if "loss" in r]
 
 
+@pytest.mark.slow
 def test_a_streamed_run_that_fails_goes_on_to_the_same_numbers(
   flags, tmp_path, monkeypatch, capsys
 ):
