@@ -282,11 +282,11 @@ def test_the_site_builds(tmp_path):
 
 def test_results_of_the_readme_are_those_of_the_evidence():
   pattern = re.compile(r"^\| (.+?) \| ([\d.]+) ± ([\d.]+) \|(.*)\|$", re.M)
-  evidence = (ROOT / "docs/results/short-runs.md").read_text(encoding="utf-8")
-  methods = evidence.partition("<!-- methods: begin -->")[2]
-  methods = methods.partition("<!-- methods: end -->")[0]
+  evidence = (ROOT / "docs/results/evidence.md").read_text(encoding="utf-8")
+  methods = evidence.partition("<!-- length: begin -->")[2]
+  methods = methods.partition("<!-- length: end -->")[0]
   measured = {
-    name: (float(mean), float(std), float(rest.split("|")[3]))
+    name: (float(mean), float(std), float(rest.split("|")[4]))
     for name, mean, std, rest in pattern.findall(methods)
   }
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -294,6 +294,6 @@ def test_results_of_the_readme_are_those_of_the_evidence():
   assert len(rows) == 5
   for name, mean, std, state in rows:
     expected = measured[name]
-    assert abs(float(mean) - expected[0]) <= 0.051
-    assert abs(float(std) - expected[1]) <= 0.051
-    assert abs(float(state) - expected[2]) <= 0.051
+    assert abs(float(mean) - expected[0]) <= 0.0051
+    assert abs(float(std) - expected[1]) <= 0.0051
+    assert abs(float(state) - expected[2]) <= 0.0051
