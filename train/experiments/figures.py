@@ -84,6 +84,7 @@ def _draw_perplexities(
     _draw_seeds(plan, chosen, axes[0])
     state = lambda variant, records: _state_mib(records[0])
     _draw_costs(plan, chosen, axes[1], state, "optimizer state, MiB")
+    axes[1].set_xlim(left=0)
     if count == 3:
       step = lambda variant, records: times[variant.name]
       first = plan.table.variants[0].label
@@ -121,19 +122,20 @@ def _draw_costs(
   for size, mean, (variant, _) in zip(sizes, means, chosen, strict=True):
     first = variant == plan.table.variants[0]
     if first or _is_best_of_its_size(size, mean, sizes, means):
-      left = size > 0.8 * max(sizes)
+      left = size > 0.2 * min(sizes) + 0.8 * max(sizes)
       axis.annotate(
         variant.name,
         (size, mean),
-        xytext=(-4 if left else 4, 3),
+        xytext=(-4 if left else 4, 3 if first else -10),
         textcoords="offset points",
         ha="right" if left else "left",
         fontsize="small",
       )
     if first:
       axis.axhline(mean, color="C1", lw=1)
+  axis.margins(x=0.08, y=0.12)  # room for names
+  axis.locator_params("x", nbins=6)
   axis.set_xlabel(label)
-  axis.set_xlim(left=0)
   axis.set_ylabel("test perplexity (mean ± std)")
   axis.grid(alpha=0.25)
 
