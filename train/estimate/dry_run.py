@@ -307,9 +307,9 @@ def plan_table(rows: list[dict[str, Any]]) -> list[str]:
   width = max(len(row["path"]) for row in rows)
   lines = [f"{'leaf':<{width}}  {'shape':<18} {'side':<9} rank optimizer state"]
   for row in rows:
-    shape = (" x " if len(row["shape"]) < 4 else "x").join(
-      map(str, row["shape"])
-    )
+    # The kernels of experts have four axes, for which the column is narrow.
+    separator = " x " if len(row["shape"]) < 4 else "x"
+    shape = separator.join(map(str, row["shape"]))
     lines.append(
       f"{row['path']:<{width}}  {shape:<18} {row['side']:<9}"
       f" {row['rank'] or '-':>4} {format_bytes(row['state_bytes']):>15}"

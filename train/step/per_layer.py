@@ -13,6 +13,7 @@ import galore_optax
 from train.config.schema import ModelConfig, TrainConfig
 from train.models import experts, layer_kinds, llama
 from train.parallel import mesh as mesh_lib
+from train.step import losses
 
 # Approximate size of the chunks in which leaves outside of the layers are
 # updated: enough to keep a device busy, and small beside one layer of a model
@@ -67,7 +68,7 @@ def layered(config: ModelConfig, train: TrainConfig) -> galore_optax.Layered:
     number = None if layer_kinds.stacked(config) is None else jnp.float32(0)
     zeros_2xE, counted = llama.no_sums(config), None
     if zeros_2xE is not None:
-      counted = Counted((rows[:, :-1] >= 0).astype(jnp.float32), zeros_2xE)
+      counted = Counted(losses.is_text(rows[:, :-1]), zeros_2xE)
     return Activations(x_BxTxD, number, counted)
 
   def layer(params: dict, x: Activations) -> Activations:
