@@ -112,7 +112,9 @@ def deferred_value_and_grad(
 
   In place of the refreshed state it returns a function that makes it. A step
   that is skipped unless its gradient is finite calls that function where it has
-  decided. A step on several parts of a batch lets the first part alone refresh
+  decided: with False the state stays as it is, to the bit. So a skipped step
+  can select that state in place, where the old state would need memory of its
+  own. A step on several parts of a batch lets the first part alone refresh
   bases, so that the projected gradients of all parts can be added up.
 
   Args:
@@ -125,8 +127,8 @@ def deferred_value_and_grad(
   Returns:
     A function of `(params, state, active, *args, **kwargs)`, where `active` is
     a bool scalar that says whether bases may be refreshed, or None for yes. It
-    returns the value, the gradients and a function without arguments that
-    returns the state.
+    returns the value, the gradients and a function that returns the state. Its
+    argument is whether the step is taken, bool scalar, True if it is left out.
 
   Raises:
     ValueError: As :func:`projected_value_and_grad`.
@@ -141,11 +143,12 @@ def deferred_value_and_grad(
     >>> @jax.jit
     ... def step(params, state, x):
     ...   loss, grads, refreshed = value_and_grad(params, state, None, x)
-    ...   def update():
-    ...     updates, new = tx.update(grads, refreshed(), params)
-    ...     return optax.apply_updates(params, updates), new
-    ...   skip = lambda: (params, state)
-    ...   return jax.lax.cond(jnp.isfinite(loss), update, skip)
+    ...   finite = jnp.isfinite(loss)
+    ...   state = refreshed(finite)
+    ...   updates, new_state = tx.update(grads, state, params)
+    ...   new = optax.apply_updates(params, updates), new_state
+    ...   select = lambda new, old: jnp.where(finite, new, old)
+    ...   return jax.tree.map(select, new, (params, state))
     >>> state = tx.init(params)
     >>> _, skipped = step(params, state, jnp.full((4, 64), jnp.nan))
     >>> _, taken = step(params, state, jnp.ones((4, 64)))
@@ -162,7 +165,7 @@ def deferred_value_and_grad(
     active: Any,
     *args: Any,
     **kwargs: Any,
-  ) -> tuple[Any, Any, Callable[[], optax.OptState]]:
+  ) -> tuple[Any, Any, Callable[..., optax.OptState]]:
     here = projecting.prepare(
       tx, params, state, active=active, dtype=dtype, axis_name=axis_name
     )
@@ -180,7 +183,7 @@ def deferred_value_and_grad(
     return (
       (value, aux) if has_aux else value,
       paths.map_with_path(lambda path, _: grads[path], here.params),
-      lambda: here.refreshed(found),
+      lambda is_taken=True: here.refreshed(found, is_taken),
     )
 
   return value_and_grad

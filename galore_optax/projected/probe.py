@@ -26,8 +26,8 @@ class Described(NamedTuple):
     bases: Path to side to basis, as the state stores them.
     due: Path to whether each matrix is due for a refresh, bool (...).
     iterations: Subspace iterations of a refresh.
-    refreshed: From path to what a backward pass found to the state with the
-      new bases, and the moments in them.
+    refreshed: From path to what a backward pass found, and whether the step is
+      taken, to the state with the new bases, and the moments in them.
   """
 
   step: Any
@@ -35,7 +35,7 @@ class Described(NamedTuple):
   bases: Mapping[str, Mapping[str, Any]]
   due: Mapping[str, jax.Array]
   iterations: Any
-  refreshed: Callable[[Mapping[str, Found]], Any]
+  refreshed: Callable[[Mapping[str, Found], Any], Any]
 
 
 @jax.tree_util.register_static

@@ -86,11 +86,17 @@ class Projecting:
     """Path to gradient: projected, or as `rest` has it."""
     return {**rest, **{path: x.low for path, x in found.items()}}
 
-  def refreshed(self, found: Mapping[str, Found]) -> Any:
-    """The optimizer's state with the bases that a backward pass found."""
+  def refreshed(self, found: Mapping[str, Found], is_taken: Any = True) -> Any:
+    """The optimizer's state with the bases that a backward pass found.
+
+    Args:
+      found: Path to what it found.
+      is_taken: Whether the step is taken, bool scalar; the state stays as it
+        is if not.
+    """
     new: dict[int | None, Any] = {
       id(galore.step): galore.refreshed(
-        {path: found[path] for path in galore.sites if path in found}
+        {path: found[path] for path in galore.sites if path in found}, is_taken
       )
       for galore in self.galores
     }

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from galore_optax.projected.gradient import Found
 from galore_optax.quantization import qarray
 from galore_optax.subspace import projection
-from galore_optax.tree import matrix_view
+from galore_optax.tree import matrix_view, slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,5 +142,10 @@ class Weight:
     return arrays, weight
 
   def read_bases(self) -> dict[str, jax.Array]:
-    """Side to basis (..., m, r), as arrays."""
-    return jax.lax.stop_gradient(projection.read(self.bases))
+    """Side to basis (..., m, r), as arrays.
+
+    Codes may be stored the other way round. A loop over layers would have a
+    copy of all of them, turned, unless their layout is kept.
+    """
+    bases = jax.lax.stop_gradient(self.bases)
+    return projection.read(jax.tree.map(slices.keep_layout, bases))

@@ -3,7 +3,7 @@
 The only loops over matrices of a stack are in this module.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from galore_optax.subspace import due, refresh_groups
 from galore_optax.subspace import moments as moments_lib
 from galore_optax.subspace.refresh_matrix import Pass, Slots, refresh_matrix
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree import plan, sharding, slices, split
+from galore_optax.tree import in_place, plan, sharding, slices, split
 
 
 def refresh(
@@ -132,9 +132,8 @@ def _refresh_group(
 ) -> Slots:
   """Refreshes the matrices of a group that are due.
 
-  A loop goes through the matrices, however many there are: batched
-  factorizations hang on CPU, and whole stacks pass through the branches so that
-  they are updated in place.
+  One after another, however many there are: batched factorizations hang on
+  CPU, and whole stacks pass through the loop so that they are updated in place.
   """
   names = [site.path for site in group.members]
   # A basis is a constant of differentiation, as it is between refreshes.
@@ -146,49 +145,19 @@ def _refresh_group(
     (flat_grads, {p: slots[p] for p in names})
   )
 
+  schedules = {path: slots[path][2] for path in names}
+  schedules = {path: x for path, x in schedules.items() if x is not None}
+  is_due = due.of_group(run.settings, run.context, run.total, group, schedules)
+
   def refresh_one(unit: jax.Array, flat: Slots) -> Slots:
     return refresh_matrix(run, group, unit, flat_grads, flat)
 
-  return _loop_over_due(run, group, refresh_one, of_group)
-
-
-def _loop_over_due(
-  run: Pass,
-  group: refresh_groups.Group,
-  refresh_one: Callable,
-  slots: Slots,
-) -> Slots:
-  """Calls `refresh_one` on the matrices of a group that are due, in a loop.
-
-  Stacks are flattened inside of the branch that is taken: an output of a branch
-  that changes shape outside of it would not be written in place. The number of
-  rounds is fixed, because reverse-mode differentiation needs it to be.
-  """
-  context = run.context
-  schedules = {path: x for path, (_, _, x) in slots.items() if x is not None}
-  is_due = due.of_group(run.settings, context, run.total, group, schedules)
-
-  def refresh_if_due(unit: jax.Array, flat: Slots) -> Slots:
-    return jax.lax.cond(
-      slices.take(is_due, unit),
-      lambda flat: refresh_one(unit, flat),
-      lambda flat: flat,
-      flat,
-    )
-
-  def loop(slots: Slots) -> Slots:
-    flat = {
-      site.path: _flat_slot(site, slots[site.path]) for site in group.members
-    }
-    if group.count == 1:
-      flat = refresh_one(jnp.int32(0), flat)
-    else:
-      flat = jax.lax.fori_loop(0, group.count, refresh_if_due, flat)
-    return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, slots)
-
-  return jax.lax.cond(
-    jnp.any(is_due) & context.active, loop, lambda slots: slots, slots
-  )
+  flat = {
+    site.path: _flat_slot(site, of_group[site.path]) for site in group.members
+  }
+  is_due &= run.context.active
+  flat = in_place.update_each(is_due, refresh_one, flat)
+  return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, of_group)
 
 
 def _flat_slot(

@@ -15,7 +15,7 @@ from galore_optax.subspace import due, projection, refresh_groups
 from galore_optax.subspace import find as find_lib
 from galore_optax.subspace import moments as moments_lib
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.tree import plan, slices
+from galore_optax.tree import in_place, plan, slices
 
 # What a refresh changes, by the path of the leaf.
 Slots = dict[str, refresh_groups.Slot]
@@ -211,7 +211,7 @@ def _write_matrix(
     after = (
       write(before)
       if len(group.kinds) == 1
-      else jax.lax.cond(location.kind == k, write, lambda slots: slots, before)
+      else in_place.update_if(location.kind == k, write, before)
     )
     flat = flat | {s.path: x for s, x in zip(kind, after, strict=True)}
   return flat

@@ -58,9 +58,12 @@ def describe(
       "another setting there."
     )
 
-  def refreshed(found: Mapping[str, Any]) -> GaLoreState:
+  def refreshed(found: Mapping[str, Any], is_taken: Any) -> GaLoreState:
     bases = {path: Found(x.bases, x.valid) for path, x in found.items()}
-    return _refresh(settings, call, state, bases)
+    active = call.context.active & is_taken
+    context = call.context._replace(active=active)
+    here = dataclasses.replace(call, context=context)
+    return _refresh(settings, here, state, bases)
 
   return probe_lib.Described(
     state.step,

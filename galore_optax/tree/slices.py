@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import layout
 
-from galore_optax.tree import sharding
+from galore_optax.tree import in_place, sharding
 
 Space = jax.memory.Space
 
@@ -184,20 +184,13 @@ def put_into(
 
   if len(leaves) == 1:
     return [replace(leaves[0], sharded[0])]
-  # One branch a leaf lets each be updated in place. The number of the leaf is
-  # counted down instead of compared: the kernels are then equal, and XLA
-  # compiles one.
+  # The number of the leaf is counted down instead of compared: the kernels are
+  # then equal, and XLA compiles one.
   done = []
   for leaf, is_sharded in zip(leaves, sharded, strict=True):
     change = functools.partial(replace, sharded=is_sharded)
-    member, leaf = jax.lax.cond(
-      member == 0,
-      lambda left, leaf, change=change: (left - 1, change(leaf)),
-      lambda left, leaf: (left - 1, leaf),
-      member,
-      leaf,
-    )
-    done.append(leaf)
+    done.append(in_place.update_if(member == 0, change, leaf))
+    member = jax.lax.optimization_barrier(member - 1)
   return done
 
 
@@ -227,6 +220,27 @@ def _is(index: jax.Array, stack: jax.Array) -> jax.Array:
   return number == index
 
 
+def keep_layout(stack: jax.Array) -> jax.Array:
+  """Keeps an array in row-major layout: a stack, or one element of it.
+
+  Operations on one layer may prefer another layout. Compilers then choose that
+  for the whole loop, and copy all layers on the way in and out. On a mesh the
+  layout is left to them: the partitioner gathers an array that has such a
+  constraint. Arrays in host memory are not touched.
+
+  Args:
+    stack: Array.
+
+  Returns:
+    The same array.
+  """
+  if sharding.on_mesh(stack) or is_key(stack):
+    return stack
+  return layout.with_layout_constraint(
+    stack, layout.Layout(tuple(range(stack.ndim)))
+  )
+
+
 def take_layer(tree: Any, index: Any) -> Any:
   """One layer of a tree whose leaves stack layers along their first axis.
 
@@ -238,7 +252,7 @@ def take_layer(tree: Any, index: Any) -> Any:
     Tree of arrays (...) in device memory.
   """
   return jax.tree.map(
-    lambda x: _move(take(_pin_layout(x), index), Space.Device), tree
+    lambda x: _move(take(keep_layout(x), index), Space.Device), tree
   )
 
 
@@ -256,7 +270,7 @@ def put_layer(tree: Any, new: Any, index: jax.Array) -> Any:
 
   def replace(stack: jax.Array, new: jax.Array) -> jax.Array:
     new = _move(new, _space(stack))
-    return _pin_layout(put(_pin_layout(stack), new, index))
+    return keep_layout(put(keep_layout(stack), new, index))
 
   return jax.tree.map(replace, tree, new)
 
@@ -268,21 +282,6 @@ def _move(x: jax.Array, space: Space) -> jax.Array:
 
 def _space(x: jax.Array) -> Space:
   return jax.typeof(x).memory_space
-
-
-def _pin_layout(stack: jax.Array) -> jax.Array:
-  """Keeps a stack in row-major layout.
-
-  Operations on one layer may prefer another layout. Compilers then choose that
-  for the whole loop, and copy all layers on the way in and out. On a mesh the
-  layout is left to them: the partitioner gathers an array that has such a
-  constraint. Arrays in host memory are not touched.
-  """
-  if sharding.on_mesh(stack) or is_key(stack):
-    return stack
-  return layout.with_layout_constraint(
-    stack, layout.Layout(tuple(range(stack.ndim)))
-  )
 
 
 def is_key(x: Any) -> bool:

@@ -1,5 +1,6 @@
 """The backward pass of a step: whole gradients, or gradients at rank r."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ class Backward(NamedTuple):
   grads: Any  # of what is trained; those of projected weights may have rank r
   loss: jax.Array  # (), float32
   tokens: jax.Array  # (), int32
-  opt_state: Callable[[], Any]  # the state with bases that fit the gradients
+  # From whether the step is taken to the state with bases that fit the
+  # gradients; the state as it was if not.
+  opt_state: Callable[[Any], Any]
 
 
 def make(
@@ -52,7 +55,7 @@ def make(
   def usual(params: dict, opt_state: Any, batch: Any, step: jax.Array):
     weights, _, back = abstract.differentiable(params)
     grads, loss, tokens = gradient(weights, batch, step)
-    return Backward(back(grads), loss, tokens, lambda: opt_state)
+    return Backward(back(grads), loss, tokens, lambda is_taken: opt_state)
 
   return usual
 
@@ -86,7 +89,8 @@ def _lean(
 
 
 # From parameters, optimizer state, a batch, the number of its items and that of
-# the step to gradients, the loss without penalties and the refreshed state.
+# the step to gradients, the loss without penalties and, as a function of whether
+# the step is taken, the refreshed state.
 _Run = Callable[[dict, Any, Any, jax.Array, jax.Array], tuple]
 
 
@@ -114,7 +118,7 @@ def _in_parts(differentiate: Callable, loss: Loss, count: int) -> _Run:
       (_, alone), grads, refreshed = differentiate(
         params, opt_state, index == 0, part, items, step, index
       )
-      return refreshed(), (grads, alone)
+      return refreshed(True), (grads, alone)
 
     def add(carry: tuple, part: tuple) -> tuple[tuple, None]:
       opt_state, found = one(carry[0], *part)
@@ -127,9 +131,14 @@ def _in_parts(differentiate: Callable, loss: Loss, count: int) -> _Run:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
     (new, (grads, alone)), _ = jax.lax.scan(add, (opt_state, zeros), parts)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, like[0])
-    return grads, alone, lambda: new
+    return grads, alone, functools.partial(_select, new, opt_state)
 
   return run
+
+
+def _select(new: Any, old: Any, is_taken: Any) -> Any:
+  """The new arrays if the step is taken, else the old ones."""
+  return jax.tree.map(lambda a, b: jnp.where(is_taken, a, b), new, old)
 
 
 # Sets the draws apart from those that round weights in the same step.
@@ -150,7 +159,7 @@ def _on_each_device(run: _Run, abstract: AbstractState, seed: int) -> _Run:
     key = jax.random.fold_in(key, step)
     along = jax.tree.map(_axis_of_blocks, grads, abstract.weights)
     grads = quantized_sum.psum_int8(grads, along, "data", key)
-    return grads, jax.lax.psum(alone, "data"), refreshed()
+    return grads, jax.lax.psum(alone, "data"), refreshed(True)
 
   whole = jax.P()
   mapped = jax.shard_map(
@@ -163,9 +172,9 @@ def _on_each_device(run: _Run, abstract: AbstractState, seed: int) -> _Run:
     check_vma=False,
   )
 
-  def summed(*args: Any) -> tuple:
-    grads, alone, new = mapped(*args)
-    return grads, alone, lambda: new
+  def summed(params: dict, opt_state: Any, *args: Any) -> tuple:
+    grads, alone, new = mapped(params, opt_state, *args)
+    return grads, alone, functools.partial(_select, new, opt_state)
 
   return summed
 

@@ -124,7 +124,7 @@ def _part_of_step(
     found = find(params, opt_state, rows, count)
     weights = abstract.read(params)
     # GaLore replaces gradients that are not finite by zero.
-    updates, opt_state = tx.update(found.grads, found.opt_state(), weights)
+    updates, opt_state = tx.update(found.grads, found.opt_state(True), weights)
     key = _rounding_key(config, _count_of(opt_state))
     params = galore_optax.apply_updates(params, updates, key)
     norm = optax.tree.norm(found.grads)
@@ -187,8 +187,11 @@ def whole_step(
     finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
     key = _rounding_key(config, state.step)
 
+    # The old state, with refreshed bases if the step is taken.
+    before = found.opt_state(finite)
+
     def update() -> tuple[Any, Any]:
-      updates, opt_state = tx.update(found.grads, found.opt_state(), trained)
+      updates, opt_state = tx.update(found.grads, before, trained)
       params = abstract.add(state.params, updates, key)
       if abstract.adapters is None:
         return params, opt_state
@@ -202,7 +205,7 @@ def whole_step(
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
       update(),
-      (state.params, state.opt_state),
+      (state.params, before),
     )
     return finish(
       state, finite, params, opt_state, found.loss, norm, found.tokens
