@@ -149,15 +149,18 @@ def _refresh_group(
   schedules = {path: x for path, x in schedules.items() if x is not None}
   is_due = due.of_group(run.settings, run.context, run.total, group, schedules)
 
-  def refresh_one(unit: jax.Array, flat: Slots) -> Slots:
-    return refresh_matrix(run, group, unit, flat_grads, flat)
+  def refresh_one(unit: jax.Array, slots: Slots) -> Slots:
+    # Stacks are flattened here: a carry that changed its shape outside of the
+    # loop would be copied.
+    flat = {
+      site.path: _flat_slot(site, slots[site.path]) for site in group.members
+    }
+    flat = refresh_matrix(run, group, unit, flat_grads, flat)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, slots)
 
-  flat = {
-    site.path: _flat_slot(site, of_group[site.path]) for site in group.members
-  }
-  is_due &= run.context.active
-  flat = in_place.update_each(is_due, refresh_one, flat)
-  return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, of_group)
+  return in_place.update_each(
+    is_due & run.context.active, refresh_one, of_group
+  )
 
 
 def _flat_slot(

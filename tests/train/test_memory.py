@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -229,3 +231,32 @@ def test_layers_that_are_leaves_are_updated_one_by_one():
   apart, gradients = _temporaries(make(False), device)
   shared, _ = _temporaries(make(True), device)
   assert apart < 0.6 * gradients < gradients < shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "make", [galore_optax.galore_adamw, galore_optax.galore_adamw_8bit]
+)
+def test_a_gpu_s_update_copies_neither_bases_nor_moments(make):
+  """XLA copies what goes through a conditional, so no stack does."""
+  if importlib.util.find_spec("jax_cuda12_plugin") is None:
+    pytest.skip("needs jax_cuda12_plugin (extra gpu-aot)")
+  aot_targets.set_up()
+  (device,) = aot_targets.find("gpu:rtx4090").devices
+  where = jax.sharding.SingleDeviceSharding(device)
+  struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  tx = make(1e-3, rank=256, proj_type="auto")
+  stack = jax.ShapeDtypeStruct((8, 1024, 1024), jnp.bfloat16)
+  params = {"up": stack, "down": stack}
+  state = jax.tree.map(struct, jax.eval_shape(tx.init, params))
+  params = jax.tree.map(struct, params)
+
+  def step(state, params, grads):
+    updates, state = tx.update(grads, state, params)
+    return state, optax.apply_updates(params, updates)
+
+  lowered = jax.jit(step, donate_argnums=(0, 1)).lower(state, params, params)
+  text = lowered.compile().as_text()
+  sizes = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
+  copied = [math.prod(map(int, size.split(","))) for size in sizes]
+  assert max(copied, default=0) <= 1024 * 256

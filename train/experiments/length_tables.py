@@ -96,6 +96,7 @@ LENGTH = Table(
       ),
       low_bits("ours_8bit", "the same, d/4, 8-bit moments, int4 bases", 16),
     ),
+    (method("racs", "RACS", "racs", "optimizer.b2=0.999"),),
     (
       method(
         "muon_8bit", "Muon, 8-bit momentum", "muon_8bit", "optimizer.b2=0.999"
@@ -103,7 +104,6 @@ LENGTH = Table(
       method(
         "scale", "SCALE", "scale", "optimizer.b1=0.9", "optimizer.b2=0.999"
       ),
-      method("racs", "RACS", "racs", "optimizer.b2=0.999"),
       method("foam", "FOAM", "foam", "optimizer.b1=0.9", "optimizer.b2=0.999"),
       method(
         "alice", "Alice", "alice", "optimizer.b1=0.9", "optimizer.b2=0.999"

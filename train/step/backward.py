@@ -89,8 +89,8 @@ def _lean(
 
 
 # From parameters, optimizer state, a batch, the number of its items and that of
-# the step to gradients, the loss without penalties and, as a function of whether
-# the step is taken, the refreshed state.
+# the step to gradients, the loss without penalties and a function of whether the
+# step is taken that returns the refreshed state.
 _Run = Callable[[dict, Any, Any, jax.Array, jax.Array], tuple]
 
 
