@@ -89,12 +89,12 @@ LENGTH = Table(
         "optimizer.b2=0.999",
       ),
     ),
-    (low_bits("ours_16_8bit", "the same, d/16, 8-bit moments, int4 bases", 4),),
+    (low_bits("ours_16_8bit", "8-bit GaLore with the residual, rank d/16", 4),),
     (
       method(
         "muon_4bit", "Muon, 4-bit momentum", "muon_4bit", "optimizer.b2=0.999"
       ),
-      low_bits("ours_8bit", "the same, d/4, 8-bit moments, int4 bases", 16),
+      low_bits("ours_8bit", "8-bit GaLore with the residual, rank d/4", 16),
     ),
     (method("racs", "RACS", "racs", "optimizer.b2=0.999"),),
     (

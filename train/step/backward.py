@@ -89,8 +89,8 @@ def _lean(
 
 
 # From parameters, optimizer state, a batch, the number of its items and that of
-# the step to gradients, the loss without penalties and a function of whether the
-# step is taken that returns the refreshed state.
+# the step to gradients, the loss without penalties and a function that returns
+# the refreshed state; its argument is whether the step is taken.
 _Run = Callable[[dict, Any, Any, jax.Array, jax.Array], tuple]
 
 
