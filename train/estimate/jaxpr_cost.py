@@ -70,9 +70,10 @@ def count_flops(
 ) -> int:
   """FLOPs of the matrix products: 2 for a multiplication and an addition.
 
-  A scan's body counts as often as it runs, that of a loop of unknown length
-  once. Elementwise operations do not count, as is usual: they are some percent
-  of a large model's work.
+  A scan's body counts as often as it runs. A loop of unknown length counts as a
+  conditional, with its body once in one branch and nothing in the other: that
+  is how GaLore changes what may or may not be due. Elementwise operations do
+  not count, as is usual: they are some percent of a large model's work.
 
   Args:
     jaxpr: the program.
@@ -90,6 +91,8 @@ def count_flops(
       total += eqn.params["length"] * sum(inner)
     elif eqn.primitive.name == "cond":
       total += branch(inner)
+    elif eqn.primitive.name == "while":
+      total += branch([0, sum(inner)])
     else:
       total += sum(inner)
   return total

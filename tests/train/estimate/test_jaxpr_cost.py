@@ -59,6 +59,16 @@ def test_of_a_conditional_the_chosen_branch_counts():
   assert jaxpr_cost.count_flops(jaxpr, min) == 0
 
 
+def test_a_loop_of_unknown_length_counts_once_or_not_at_all():
+  def run(a, b):
+    more = lambda x: x[0, 0] < 1
+    return jax.lax.while_loop(more, lambda x: x @ b, a)
+
+  jaxpr = jaxpr_of(run, (4, 8), (8, 8))
+  assert jaxpr_cost.count_flops(jaxpr) == 2 * 4 * 8 * 8
+  assert jaxpr_cost.count_flops(jaxpr, min) == 0
+
+
 def test_of_experts_those_count_that_a_token_takes():
   d, ff, length = EXPERTS.d_model, EXPERTS.d_ff, 16
   layer = 2 * (4 * d * d + 5 * d + 2 * 3 * d * ff) + 2 * 2 * length * d
