@@ -4,6 +4,9 @@ XLA copies what a branch of a conditional hands out, on GPUs also where the
 branch only hands it on. The carry of a loop is one buffer, so a change that may
 or may not be made is a loop of one turn or none here. Such loops have no
 reverse mode; derivatives are those of conditionals that say the same.
+
+On a mesh conditionals are used themselves: with collectives in such loops, CPU
+processes were seen to run them in different sequences, and to abort.
 """
 
 import functools
@@ -42,7 +45,7 @@ def update_if(condition: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
     change = functools.partial(f, constants)
     return jax.lax.cond(condition, change, lambda x: x, x)
 
-  return _with_derivative(loop, differentiable)(condition, x, constants)
+  return _run(loop, differentiable, condition, x, constants)
 
 
 def update_each(
@@ -78,9 +81,10 @@ def update_each(
       change = functools.partial(f, constants, unit)
       return jax.lax.cond(chosen[unit], change, lambda x: x, x)
 
-    return jax.lax.fori_loop(0, count, turn, x)
+    run = lambda x: jax.lax.fori_loop(0, count, turn, x)
+    return jax.lax.cond(jnp.any(chosen), run, lambda x: x, x)
 
-  return _with_derivative(loop, differentiable)(chosen, x, constants)
+  return _run(loop, differentiable, chosen, x, constants)
 
 
 def _close(f: Callable, *args: Any) -> tuple[Callable, list]:
@@ -106,8 +110,12 @@ def _close(f: Callable, *args: Any) -> tuple[Callable, list]:
   return call, closed.consts
 
 
-def _with_derivative(f: Callable, like: Callable) -> Callable:
-  """The function `f` with the derivatives of an equal one."""
-  run = jax.custom_jvp(f)
-  run.defjvp(lambda primals, tangents: jax.jvp(like, primals, tangents))
-  return run
+def _run(loop: Callable, differentiable: Callable, *args: Any) -> Any:
+  """Calls `loop`, with the derivatives of an equal function; that on a mesh."""
+  if any(map(sharding.on_mesh, jax.tree.leaves(args))):
+    return differentiable(*args)
+  run = jax.custom_jvp(loop)
+  run.defjvp(
+    lambda primals, tangents: jax.jvp(differentiable, primals, tangents)
+  )
+  return run(*args)
