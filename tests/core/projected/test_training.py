@@ -11,6 +11,7 @@ import pytest
 from galore_optax import (
   Refresh,
   chain,
+  deferred_value_and_grad,
   galore,
   galore_adamw_8bit,
   gum,
@@ -208,6 +209,23 @@ def test_gradient_that_is_not_finite_leaves_bases_and_moments(bad):
   _same(refreshed.bases, state.bases, 0)
   _same(lean, usual, 0)
   assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(lean))
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_step_that_is_not_taken_refreshes_nothing(is_taken):
+  """Also if each gradient is finite: another part of the step may not be."""
+  params, tx = _params(), _galore(optax.sgd(0.1, momentum=0.9))
+  run = deferred_value_and_grad(_loss, tx)
+
+  @jax.jit
+  def refresh(params, state, is_taken):
+    _, _, refreshed = run(params, state, None, _batch(0))
+    return refreshed(is_taken)
+
+  state = tx.init(params)
+  new = refresh(params, state, jnp.bool_(is_taken))
+  pairs = zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True)
+  assert all(np.array_equal(a, b) for a, b in pairs) != is_taken
 
 
 def test_auxiliary_value_and_keywords():
