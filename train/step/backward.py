@@ -131,13 +131,17 @@ def _in_parts(differentiate: Callable, loss: Loss, count: int) -> _Run:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
     (new, (grads, alone)), _ = jax.lax.scan(add, (opt_state, zeros), parts)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, like[0])
-    return grads, alone, functools.partial(_select, new, opt_state)
+    return grads, alone, functools.partial(select, new, opt_state)
 
   return run
 
 
-def _select(new: Any, old: Any, is_taken: Any) -> Any:
-  """The new arrays if the step is taken, else the old ones."""
+def select(new: Any, old: Any, is_taken: jax.Array) -> Any:
+  """The new arrays if the step is taken, else the old ones.
+
+  A selection is made in place. A conditional would have the old state and the
+  new one in memory at once, and a GPU would wait for its predicate.
+  """
   return jax.tree.map(lambda a, b: jnp.where(is_taken, a, b), new, old)
 
 
@@ -174,7 +178,7 @@ def _on_each_device(run: _Run, abstract: AbstractState, seed: int) -> _Run:
 
   def summed(params: dict, opt_state: Any, *args: Any) -> tuple:
     grads, alone, new = mapped(params, opt_state, *args)
-    return grads, alone, functools.partial(_select, new, opt_state)
+    return grads, alone, functools.partial(select, new, opt_state)
 
   return summed
 

@@ -200,12 +200,8 @@ def whole_step(
         params, opt_state, count, config.seed
       )
 
-    # A selection is made in place. A conditional would have the old state and
-    # the new one in memory at once, and a GPU would wait for its predicate.
-    params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old),
-      update(),
-      (state.params, before),
+    params, opt_state = backward.select(
+      update(), (state.params, before), finite
     )
     return finish(
       state, finite, params, opt_state, found.loss, norm, found.tokens

@@ -97,3 +97,16 @@ def test_a_change_that_is_not_made_copies_nothing():
   compiled = jax.jit(f, donate_argnums=1).lower(chosen, big).compile()
   one = 256 * 256 * 4
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * one
+
+
+def test_on_a_mesh_there_are_conditionals():
+  """Processes would run the collectives of loops in different sequences."""
+  mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,))
+  args = jnp.array([1, 0, 1], bool), jnp.arange(6.0).reshape(3, 2)
+  f = lambda chosen, x: in_place.update_each(chosen, _change, x)
+  alone = str(jax.make_jaxpr(f)(*args))
+  args = jax.device_put(args, jax.NamedSharding(mesh, jax.P()))
+  shared = str(jax.make_jaxpr(f)(*args))
+  found = jax.jit(f)(*args)
+  assert "while[" in alone and "while[" not in shared and "cond[" in shared
+  np.testing.assert_array_equal(found, _wanted(*args))
