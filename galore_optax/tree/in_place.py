@@ -78,6 +78,7 @@ def update_each(
 
   def differentiable(chosen: jax.Array, x: Any, constants: Sequence) -> Any:
     def turn(unit: jax.Array, x: Any) -> Any:
+      unit, x = sharding.vary_together((unit, x))
       change = functools.partial(f, constants, unit)
       return jax.lax.cond(chosen[unit], change, lambda x: x, x)
 

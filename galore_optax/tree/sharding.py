@@ -220,12 +220,16 @@ def _without_trivial_axes(sharding: jax.NamedSharding) -> tuple:
 
 
 def on_mesh(x: Any) -> bool:
-  """Whether an array is on several devices.
+  """Whether the compiler divides work on an array among several devices.
 
-  This is also known of a traced array, unless nothing but the `in_shardings`
-  of `jax.jit` gives it its sharding.
+  In the body of `jax.shard_map` each device works for itself on its part. This
+  is also known of a traced array, unless nothing but the `in_shardings` of
+  `jax.jit` gives it its sharding.
   """
-  return jax.typeof(x).sharding.mesh.size > 1
+  mesh = jax.typeof(x).sharding.mesh
+  manual = jax.sharding.AxisType.Manual
+  axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+  return math.prod(size for size, kind in axes if kind != manual) > 1
 
 
 def quantized_shardings(params: Any, param_shardings: Any) -> Any:

@@ -110,3 +110,23 @@ def test_on_a_mesh_there_are_conditionals():
   found = jax.jit(f)(*args)
   assert "while[" in alone and "while[" not in shared and "cond[" in shared
   np.testing.assert_array_equal(found, _wanted(*args))
+
+
+@pytest.mark.parametrize("vary", [True, False])
+def test_in_the_body_of_shard_map_there_are_loops(vary):
+  """There each device works for itself, and has its own choice."""
+  mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,))
+  chosen = jnp.array([[1, 0, 1], [0, 1, 1]], bool)
+  x = jnp.arange(12.0).reshape(2, 3, 2)
+
+  def body(chosen, x):
+    one = chosen[0] if vary else jnp.array([True, False, True])
+    return in_place.update_each(one, _change, x[0])[None]
+
+  f = jax.shard_map(body, mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P("d"))
+  text = str(jax.make_jaxpr(f)(chosen, x))
+  assert "while[" in text and "cond[" not in text
+  for k, found in enumerate(jax.jit(f)(chosen, x)):
+    np.testing.assert_array_equal(
+      found, _wanted(chosen[k if vary else 0], x[k])
+    )
