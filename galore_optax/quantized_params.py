@@ -9,7 +9,7 @@ import optax
 
 from galore_optax import checks
 from galore_optax.quantization import qarray
-from galore_optax.tree import paths, sharding
+from galore_optax.tree import paths, sharding, slices
 
 # Formats of trained weights.
 KINDS = ("int8", "int4", "float8")
@@ -221,6 +221,30 @@ def _add(
 
 
 def _round_sum(
+  x: qarray.QArray, u: jax.Array, key: jax.Array | None
+) -> qarray.QArray:
+  """The sum, computed for one matrix of a stack after another.
+
+  Otherwise the sums of all matrices would be in memory in float32, and those of
+  several leaves at once. On a mesh the matrices are on different devices.
+  """
+  if u.ndim < 3:
+    return _round_matrix(x, u, key)
+  keys = None if key is None else jax.random.split(key, len(u))
+  if sharding.on_mesh(u):
+    return jax.vmap(_round_sum)(x, u, keys)
+  x, u, keys = sharding.vary_together((x, u, keys))
+
+  def one(k: jax.Array, x: qarray.QArray) -> qarray.QArray:
+    take = lambda tree: jax.tree.map(lambda y: slices.take(y, k), tree)
+    # Computed before it is put back, which is then in place.
+    new = jax.lax.optimization_barrier(_round_sum(take(x), take(u), take(keys)))
+    return jax.tree.map(lambda y, z: slices.put(y, z, k), x, new)
+
+  return jax.lax.fori_loop(0, len(u), one, x)
+
+
+def _round_matrix(
   x: qarray.QArray, u: jax.Array, key: jax.Array | None
 ) -> qarray.QArray:
   total = qarray.dequantize(x) + u.astype(jnp.float32)

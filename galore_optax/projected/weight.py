@@ -84,6 +84,9 @@ class Weight:
     """The array that the model sees. It has no derivative."""
     form, x = self.form, jax.lax.stop_gradient(self.stored)
     if qarray.is_quantized(x):
+      # In a loop over layers, compilers would copy all layers' codes to the
+      # layout that a product with them prefers.
+      x = jax.tree.map(slices.keep_layout, x)
       x = qarray.dequantize(x, form.dtype)
     permutation = tuple(map(form.kept.index, form.axes))
     x = x.astype(form.dtype)

@@ -214,6 +214,9 @@ def _lift_leaf(
     # The update is rounded to bfloat16 anyway. Products of bfloat16 numbers
     # take one pass of a matrix unit, and a mesh gathers half as many bytes.
     low, bases = jax.tree.map(lambda x: x.astype(dtype), (low, bases))
+    # Computed before the product; else moments and scales of all matrices
+    # would be kept for it, in float32.
+    low, bases = jax.lax.optimization_barrier((low, bases))
   return site.view.from_stack(_by_matrix(site, projection.lift, low, bases))
 
 

@@ -187,6 +187,45 @@ def test_other_leaves_are_added_to_as_by_optax():
   jax.tree.map(np.testing.assert_array_equal, same, SMALL)
 
 
+def stacked(kind="int8"):
+  """A stack of two axes, and updates of which some round to nothing."""
+  weights = {"kernel": normal((3, 2, 64, 32))}
+  updates = {"kernel": 3e-3 * normal((3, 2, 64, 32), seed=1)}
+  return quantize_params(weights, kind=kind), updates
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_stack_is_rounded_as_its_matrices_are(kind):
+  params, updates = stacked(kind)
+  found = add(params, updates, None)["kernel"]
+  for i, j in np.ndindex(3, 2):
+    take = lambda tree, at=(i, j): jax.tree.map(lambda x: x[at], tree)
+    one = add(take(params), take(updates), None)["kernel"]
+    np.testing.assert_array_equal(one.codes, found.codes[i, j])
+    np.testing.assert_array_equal(one.scale, found.scale[i, j])
+
+
+def test_a_stack_on_a_mesh_is_rounded_as_on_one_device():
+  params, updates = stacked()
+  alone = add(params, updates, jax.random.key(0))
+  mesh = jax.make_mesh((3,), ("d",), (jax.sharding.AxisType.Auto,))
+  place = lambda tree: jax.device_put(tree, jax.NamedSharding(mesh, jax.P("d")))
+  found = add(place(params), place(updates), jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, found, alone)
+
+
+def test_a_stack_needs_memory_for_one_matrix():
+  """That is, for the float32 sums of one, and not of all."""
+  params = jax.eval_shape(
+    lambda: quantize_params({"kernel": jnp.zeros((32, 512, 256))})
+  )
+  updates = {"kernel": jax.ShapeDtypeStruct((32, 512, 256), jnp.float32)}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  step = jax.jit(apply_updates, donate_argnums=0)
+  memory = step.lower(params, updates, key).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 8 * 4 * 512 * 256
+
+
 @pytest.mark.parametrize("kind", ["int4", "float8"])
 def test_other_formats_train(kind):
   """A linear regression, with gradients at the dequantized weights."""

@@ -145,6 +145,17 @@ def select(new: Any, old: Any, is_taken: jax.Array) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(is_taken, a, b), new, old)
 
 
+def or_nothing(updates: Any, is_taken: jax.Array) -> Any:
+  """The updates if the step is taken, else what changes no weight at all.
+
+  A selection of weights would have the old and the new ones in memory at once.
+  Negative zero is the number that leaves both zeros as they are.
+  """
+  return jax.tree.map(
+    lambda u: jnp.where(is_taken, u, jnp.full_like(u, -0.0)), updates
+  )
+
+
 # Sets the draws apart from those that round weights in the same step.
 _STREAM = 8
 

@@ -190,19 +190,18 @@ def whole_step(
     # The old state, with refreshed bases if the step is taken.
     before = found.opt_state(finite)
 
-    def update() -> tuple[Any, Any]:
-      updates, opt_state = tx.update(found.grads, before, trained)
-      params = abstract.add(state.params, updates, key)
-      if abstract.adapters is None:
-        return params, opt_state
+    updates, opt_state = tx.update(found.grads, before, trained)
+    updates = backward.or_nothing(updates, finite)
+    params = abstract.add(state.params, updates, key)
+    opt_state = backward.select(opt_state, before, finite)
+    if abstract.adapters is not None:
       count = state.step - state.skipped + 1
-      return abstract.adapters.restart_if_due(
+      restarted = abstract.adapters.restart_if_due(
         params, opt_state, count, config.seed
       )
-
-    params, opt_state = backward.select(
-      update(), (state.params, before), finite
-    )
+      params, opt_state = backward.select(
+        restarted, (params, opt_state), finite
+      )
     return finish(
       state, finite, params, opt_state, found.loss, norm, found.tokens
     )
