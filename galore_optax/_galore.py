@@ -35,6 +35,7 @@ def galore(
   residual: str | None = None,
   residual_factor: ArrayLike | None = None,
   residual_decay: ArrayLike | None = None,
+  residual_growth: ArrayLike | None = None,
   basis_dtype: DTypeLike = "float32",
   state_dtype: DTypeLike | None = None,
   accumulation_steps: int | None = None,
@@ -128,6 +129,9 @@ def galore(
     residual_factor: The factor on a `normalized` or `factored` residual, whose
       entries are about as large as Adam's; None means 1.
     residual_decay: Decay β of the mean of its squares; None means 0.95.
+    residual_growth: Largest ratio of the norm of :math:`\tilde S` to that of
+      the step before; where it would be larger, :math:`\tilde S` is scaled
+      down. None means 1.01, infinity sets no limit.
     basis_dtype: Dtype of the bases: a float dtype, or `int4` or `int8` for
       block-wise codes, see :class:`galore_optax.QArray`.
     state_dtype: Dtype in which moments are stored between steps. None: bfloat16
@@ -212,7 +216,11 @@ def galore(
   residual_lib.check(residual, refresh, accumulation_steps, params_mode)
   residual_lib.check_basis(refresh, basis_dtype)
   residual_settings = residual_lib.settings(
-    residual, residual_factor, residual_decay, basis_dtype
+    residual,
+    residual_factor,
+    residual_decay,
+    residual_growth,
+    basis_dtype,
   )
   rules = rules_lib.check_rules(rules)
   residual_lib.check_rules(residual, refresh, rules)

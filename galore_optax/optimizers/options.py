@@ -36,6 +36,7 @@ class GaLoreOptions(TypedDict, total=False):
   residual: str | None
   residual_factor: ArrayLike | None
   residual_decay: ArrayLike | None
+  residual_growth: ArrayLike | None
   basis_dtype: DTypeLike
   state_dtype: DTypeLike | None
   accumulation_steps: int | None

@@ -24,7 +24,7 @@ METHODS = (*normalized.METHODS, *scaled.METHODS)
 
 
 def settings(
-  method: str | None, factor: Any, decay: Any, basis_dtype: str
+  method: str | None, factor: Any, decay: Any, growth: Any, basis_dtype: str
 ) -> Settings | None:
   """The arguments of `galore` in one object; None for no residual.
 
@@ -32,6 +32,7 @@ def settings(
     method: The argument `residual`.
     factor: The argument `residual_factor`.
     decay: The argument `residual_decay`.
+    growth: The argument `residual_growth`.
     basis_dtype: Name of the dtype in which bases are stored.
 
   Raises:
@@ -39,22 +40,34 @@ def settings(
     TypeError: If a number has the wrong type.
   """
   checks.check_choice("residual", method, METHODS)
-  checks.check_not_negative("residual_factor", factor)
-  checks.check_not_negative("residual_decay", decay)
-  for name, value in (("residual_factor", factor), ("residual_decay", decay)):
+  numbers = {
+    "residual_factor": factor,
+    "residual_decay": decay,
+    "residual_growth": growth,
+  }
+  for name, value in numbers.items():
+    checks.check_not_negative(name, value)
     if value is not None and method not in normalized.METHODS:
       raise ValueError(
         f"`{name}` is for residual='normalized' and residual='factored', got "
         f"residual={method!r}. Leave it out."
       )
-  is_known = decay is not None and not isinstance(decay, jax.core.Tracer)
-  if is_known and not decay < 1:
+  if _is_known(decay) and not decay < 1:
     raise ValueError(
       f"`residual_decay` must be at least 0 and below 1, got {decay!r}."
     )
+  if _is_known(growth) and not growth >= 1:
+    raise ValueError(
+      f"`residual_growth` must be 1 or more, got {growth!r}. Infinity sets no "
+      "limit."
+    )
   if method is None:
     return None
-  return Settings(method, factor, decay, basis_dtype == "float32")
+  return Settings(method, factor, decay, growth, basis_dtype == "float32")
+
+
+def _is_known(number: Any) -> bool:
+  return number is not None and not isinstance(number, jax.core.Tracer)
 
 
 def check(
@@ -154,7 +167,7 @@ def start(
   )
   if settings.method in normalized.METHODS:
     return {
-      path: normalized.start(settings.method, site, leaves[path])
+      path: normalized.start(settings, site, leaves[path])
       for path, site in sites.items()
     }
   return {p: scaled.start(site, leaves[p]) for p, site in sites.items()}

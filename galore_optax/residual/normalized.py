@@ -4,7 +4,9 @@ GaLore drops the part of a gradient that its basis P does not span, :math:`S = G
 - P R`. Here it takes part in the update. It has no momentum; it is divided by
 the root of a running mean of its squares, kept for each column, or for columns
 and rows. So it moves the weights at Adam's rate, and the state grows by a
-vector for each matrix.
+vector for each matrix. What is added may grow by one percent a step, as Fira
+limits it: gradients of a few rare tokens would otherwise be steps many times as
+large as the others.
 
 For one column, the squares of S are those of G without those of R, because P is
 orthonormal. The column form therefore never computes S: it is folded into the
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax import linalg
+from galore_optax.residual import limiter
 from galore_optax.residual.step import Settings, Step
 from galore_optax.subspace import projection
 from galore_optax.tree import matrix_view, plan, sharding, slices
@@ -51,18 +54,21 @@ class State(NamedTuple):
     rows: For `factored`, of the sum over each row (column): (..., m) or
       (..., n), float32. Otherwise None.
     weight: Sum of the weights of all steps in the means, (...), float32.
+    norm: Norm of the last normalized residual, (...), float32; None if it may
+      grow at will.
   """
 
   columns: Any
   rows: Any
   weight: Any
+  norm: Any
 
 
-def start(method: str, site: plan.Site, like: Any) -> State:
-  """The means before the first step: zero.
+def start(settings: Settings, site: plan.Site, like: Any) -> State:
+  """The state before the first step: zero.
 
   Args:
-    method: One of `METHODS`.
+    settings: The method and its numbers.
     site: The leaf's plan.
     like: The parameter; the means are sharded like its rows and columns.
 
@@ -82,7 +88,10 @@ def start(method: str, site: plan.Site, like: Any) -> State:
 
   kept, reduced = (-2, -1) if _is_right(site) else (-1, -2)
   return State(
-    zeros(kept), zeros(reduced) if method == "factored" else None, zeros()
+    columns=zeros(kept),
+    rows=zeros(reduced) if settings.method == "factored" else None,
+    weight=zeros(),
+    norm=zeros() if settings.is_limited else None,
   )
 
 
@@ -115,16 +124,19 @@ def lift_leaf(
     \quad \text{or} \quad \tilde S_{ij} =
     S_{ij} \sqrt{\frac{\sum_k \hat w_k}{\hat c_j \hat w_i}}
 
-  for `normalized` or `factored` (the left side). A matrix whose gradient is not
-  finite has no residual in this step, and leaves its means as they are.
+  for `normalized` or `factored` (the left side). Then :math:`\tilde S` is
+  scaled down wherever its norm is more than `growth` times the last one.
+
+  A matrix whose gradient is not finite has no residual in this step, and leaves
+  its state as it is.
 
   Args:
     settings: The method and its numbers.
     step: The leaf's arrays.
-    state: The means before the step.
+    state: The state before the step.
 
   Returns:
-    Updates (..., m, n), and the means after the step.
+    Updates (..., m, n), and the state after the step.
   """
   site = step.site
   factor = FACTOR if settings.factor is None else settings.factor
@@ -135,6 +147,7 @@ def lift_leaf(
     site=site,
     rate=factor * site.scale * jnp.asarray(gain, jnp.float32),
     decay=DECAY if settings.decay is None else settings.decay,
+    growth=limiter.GROWTH if settings.growth is None else settings.growth,
     lift_dtype=step.grad.dtype if step.grad.dtype == jnp.bfloat16 else None,
     noise=max(_NOISE, 2 * float(jnp.finfo(step.low.dtype).eps)),
   )
@@ -154,6 +167,7 @@ class _Matrices:
     site: The leaf's plan.
     rate: Factor on the normalized residual, signed: that of the update.
     decay: Decay of the means.
+    growth: Largest ratio of the norms of a residual at two successive steps.
     lift_dtype: Dtype of the operands of the lift; None for float32.
     noise: Fraction of a column's squares below which its residual is noise.
   """
@@ -163,6 +177,7 @@ class _Matrices:
   site: plan.Site
   rate: Any
   decay: Any
+  growth: Any
   lift_dtype: Any
   noise: float
 
@@ -174,7 +189,7 @@ class _Matrices:
     bases: projection.Bases,
     state: State,
   ) -> tuple[jax.Array, State]:
-    """The updates of some matrices, and their means after the step."""
+    """The updates of some matrices, and their state after the step."""
     wide = jnp.promote_types(grad.dtype, jnp.float32)
     grad, low = grad.astype(wide), low.astype(wide)
     if self.site.is_tensor:
@@ -231,18 +246,20 @@ class _Matrices:
     Args:
       whole: Sums of squares of the gradient along `axis`.
       outside: Those of the residual.
-      state: The means before the step.
+      state: The state before the step.
       axis: The axis of the rows, or of the columns.
 
     Returns:
       Factors to multiply the residual by, whether the gradient is finite, and
-      the means after the step.
+      the state after the step.
     """
     energy, is_finite = _energy(whole, outside, self.noise)
     state = self._decayed(state, is_finite, energy, None)
     scale = jnp.sqrt(self._freedom(axis)) * _inverse_root(
       state.columns / _weight(state)[..., None], energy > 0
     )
+    excess, state = self._limit(jnp.sum(scale * scale * energy, -1), state)
+    scale = scale / excess[..., None]
     return jnp.expand_dims(scale * self.rate, axis), is_finite, state
 
   def _by_column(
@@ -283,8 +300,16 @@ class _Matrices:
     rows = rows / jnp.maximum(jnp.sum(rows, -1, keepdims=True), _TINY)
     scale = jnp.expand_dims(_inverse_root(columns, energy > 0), axis)
     scale *= jnp.expand_dims(_inverse_root(rows, rows > 0), other)
-    rest = jnp.where(is_finite[..., None, None], rest * scale * self.rate, 0)
-    return rest, state
+    rest = jnp.where(is_finite[..., None, None], rest * scale, 0)
+    excess, state = self._limit(jnp.sum(rest * rest, (-2, -1)), state)
+    return rest * (self.rate / excess[..., None, None]), state
+
+  def _limit(self, square: jax.Array, state: State) -> tuple[jax.Array, State]:
+    """What normalized residuals of these squared norms are divided by."""
+    if state.norm is None:
+      return jnp.ones_like(square), state
+    excess, norm = limiter.limit(limiter.root(square), state.norm, self.growth)
+    return excess, state._replace(norm=norm)
 
   def _inside(
     self,
@@ -340,6 +365,7 @@ class _Matrices:
       mean(state.columns, columns),
       None if rows is None else mean(state.rows, rows),
       mean(state.weight, jnp.ones_like(state.weight)),
+      state.norm,
     )
 
   def _lift(self, low: jax.Array, bases: projection.Bases) -> jax.Array:

@@ -12,16 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_optax.residual import limiter
 from galore_optax.residual.step import Step
 from galore_optax.subspace import projection
 from galore_optax.tree import plan, sharding
 
 METHODS = ("fira", "apollo", "apollo_mini")
 
-# Largest growth of a residual's norm from one step to the next, and the term
-# that keeps quotients finite. Both are those of the papers' code.
-_GROWTH = 1.01
-_EPS = 1e-8
+_EPS = 1e-8  # keeps quotients finite, as in the papers' code
 
 
 def start(site: plan.Site, like: Any) -> jax.Array:
@@ -105,23 +103,14 @@ def _clean(step: Step) -> jax.Array:
 def _limit(
   residual: jax.Array, last_norm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Scales a residual down so that its norm grows by at most 1% a step.
-
-  After a residual of zero, the next one is not limited: from zero it would take
-  thousands of steps to grow.
-  """
-  norm = _norm(residual, (-2, -1))[..., 0, 0]
-  is_valid = jnp.isfinite(norm) & (norm > 0)
-  growth = jnp.maximum(norm / (last_norm + _EPS), _GROWTH) / _GROWTH
-  growth = jnp.where(is_valid & (last_norm > 0), growth, 1)
-  residual = jnp.where(is_valid[..., None, None], residual, 0)
-  new_norm = jnp.where(is_valid, norm / growth, last_norm)
-  return residual / growth[..., None, None], new_norm.astype(last_norm.dtype)
+  """Scales a residual down so that its norm grows by at most 1% a step."""
+  norm = _norm(residual, (-2, -1))
+  excess, new_norm = limiter.limit(norm[..., 0, 0], last_norm)
+  residual = jnp.where(jnp.isfinite(norm), residual, 0)
+  return residual / excess[..., None, None], new_norm
 
 
 def _norm(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
   """Norm along axes, which stay with size 1; its derivative at zero is zero."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  square = jnp.sum(x * x, axis=axis, keepdims=True)
-  positive = square > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+  return limiter.root(jnp.sum(x * x, axis=axis, keepdims=True))

@@ -1,6 +1,7 @@
 """The settings of a residual, and the arrays of one leaf."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ class Settings:
     method: Name of the method.
     factor: Factor on a normalized residual, possibly traced; None for 1.
     decay: Decay of its mean square, possibly traced; None for 0.95.
+    growth: Largest ratio of its norms at two successive steps, possibly traced;
+      None for 1.01, infinity for no limit.
     orthonormal: Whether bases are stored in float32, so that they are
       orthonormal.
   """
@@ -24,7 +27,13 @@ class Settings:
   method: str
   factor: Any = None
   decay: Any = None
+  growth: Any = None
   orthonormal: bool = True
+
+  @property
+  def is_limited(self) -> bool:
+    """Whether the norm may not grow at will, as far as one can see."""
+    return not (isinstance(self.growth, float) and math.isinf(self.growth))
 
 
 @dataclasses.dataclass(frozen=True)

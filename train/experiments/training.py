@@ -23,7 +23,11 @@ from train.parallel import mesh as mesh_lib
 
 # Options that every run has unless its variant changes them, whatever the
 # preset's defaults are: records were made before some of these changed.
-PINNED = ("optimizer.residual=none", "optimizer.burst=0")
+PINNED = (
+  "optimizer.residual=none",
+  "optimizer.burst=0",
+  "optimizer.residual_growth=0",
+)
 POINTS = 500  # most points of a recorded loss curve
 VALIDATION_ROWS = 256  # most rows of the validation text
 TEST_ROWS = 2048  # most rows of the test text

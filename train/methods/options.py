@@ -65,6 +65,8 @@ class SharedOptimizerConfig:
   residual: Literal["none", "normalized", "factored"] = "none"
   residual_factor: float = 1.0  # factor on the residual, beside Adam's update
   residual_decay: float = 0.95  # decay of the mean square that it is divided by
+  # largest growth of its norm from one step to the next; 0: without limit
+  residual_growth: float = 1.01
   # dtype of GaLore's bases; integers have a scale per block
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
   # dtype of GaLore's moments between steps; auto: that of the weights; empty:
@@ -86,16 +88,29 @@ class SharedOptimizerConfig:
     free = ("clip", "weight_decay", "random_from", "residual_factor", "burst")
     check_above("optimizer", self, free, low=-1e-30)
     _check_burst(self)
+    if self.residual_growth and not self.residual_growth >= 1:
+      raise UserError(
+        f"optimizer.residual_growth is {self.residual_growth}; it must be 1 or"
+        " more, or 0 for no limit"
+      )
     for field in dataclasses.fields(self):
       if (
         self.residual == "none"
-        and field.name in ("residual_factor", "residual_decay")
-        and getattr(self, field.name) != field.default
+        and field.name.startswith("residual_")
+        and getattr(self, field.name) not in _NO_RESIDUAL[field.name]
       ):
         raise UserError(
           f"optimizer.{field.name}={getattr(self, field.name)} has no meaning"
           " for optimizer.residual=none; choose normalized or factored"
         )
+
+
+# What the residual's numbers may be where there is no residual.
+_NO_RESIDUAL = {
+  "residual_factor": (1.0,),
+  "residual_decay": (0.95,),
+  "residual_growth": (1.01, 0.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)

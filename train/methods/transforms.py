@@ -11,6 +11,7 @@ shardings of the parameters (None if they are not on a mesh).
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -178,6 +179,7 @@ def galore_options(c: OptimizerConfig, shardings: Any) -> dict[str, Any]:
   if c.residual != "none":
     names = ("residual", "residual_factor", "residual_decay")
     residual = {name: getattr(c, name) for name in names}
+    residual["residual_growth"] = c.residual_growth or math.inf
   return residual | {
     "rank": c.rank,
     # Leaves outside of the blocks stay at full rank, an encoder's pooler too,

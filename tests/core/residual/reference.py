@@ -96,11 +96,19 @@ class Normalized:
   """
 
   def __init__(
-    self, alpha, rate, decay, factored=False, factor=1.0, memory=0.95
+    self,
+    alpha,
+    rate,
+    decay,
+    factored=False,
+    factor=1.0,
+    memory=0.95,
+    growth=1.01,
   ):
     self.adam, self.alpha, self.rate = _Adam(), alpha, rate
     self.decay, self.factored, self.factor = decay, factored, factor
     self.memory, self.squares = memory, []
+    self.growth, self.norm, self.limited = growth, None, []
 
   def update(self, weight, grad, bases):
     """The change of the weight, given side to basis (m, r) or (n, r)."""
@@ -126,5 +134,11 @@ class Normalized:
       size = np.sqrt(lines * across / mean.sum())
     else:
       size = np.sqrt(lines / ((m * n - low.size) / lines.size))
-    step = self.alpha * (direction + self.factor * rest / size)
+    rest = rest / size
+    norm = np.linalg.norm(rest)
+    most = norm if self.norm is None else self.growth * self.norm
+    self.limited.append(norm > most)
+    rest *= min(norm, most) / norm
+    self.norm = min(norm, most)
+    step = self.alpha * (direction + self.factor * rest)
     return -self.rate * (step + self.decay * weight)

@@ -110,6 +110,38 @@ def test_factor_decay_and_scale_are_those_given(method):
   follow(tx, (10, 16), [model])
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("growth", [1.0, 1.3, float("inf")])
+def test_the_norm_grows_no_faster_than_allowed(growth, method):
+  """Some steps reach the limit, and some do not."""
+  model = reference.Normalized(
+    0.25, RATE, DECAY, method == "factored", growth=growth
+  )
+  tx = normalized(adamw(), residual=method, residual_growth=growth, **KEPT)
+  state = follow(tx, (10, 16), [model])
+  assert any(model.limited) == np.isfinite(growth)
+  assert not all(model.limited)
+  norm = state.recovery["w"].norm
+  if np.isfinite(growth):
+    np.testing.assert_allclose(norm, model.norm, rtol=1e-4)
+  else:
+    assert norm is None  # nor does the state have one
+
+
+def test_growth_can_be_a_schedule():
+  """Infinity is then one value of it."""
+  make = optax.inject_hyperparams(
+    lambda growth: normalized(optax.adam(RATE), residual_growth=growth)
+  )
+  params = {"w": jnp.zeros((8, 12))}
+  grads = [{"w": g} for g in gradients((8, 12), SIZES[:6])]
+  for growth in (1.0, float("inf")):
+    tx = normalized(optax.adam(RATE), residual_growth=growth)
+    found = run(make(lambda _, growth=growth: growth), grads, params)
+    for (a, _), (b, _) in zip(found, run(tx, grads, params), strict=True):
+      np.testing.assert_allclose(a["w"], b["w"], atol=1e-4 * RATE)
+
+
 def test_factor_and_decay_can_be_schedules():
   """Through `inject_hyperparams`; with a factor of 0 nothing is added."""
   make = optax.inject_hyperparams(
@@ -241,7 +273,7 @@ def test_state_grows_by_a_vector_a_matrix():
   make = lambda method: galore(optax.adam(RATE), rank=2, residual=method)
   size = lambda method: state_bytes(make(method).init(params))
   weights = 2 * 3 + 1
-  assert size("normalized") - size(None) == 4 * (weights * 12 + weights)
+  assert size("normalized") - size(None) == 4 * weights * (12 + 2)
   assert size("factored") - size("normalized") == 4 * weights * 8
 
 
@@ -336,6 +368,9 @@ def test_in_eight_bits(recipe, method):
     ({"residual_factor": -1.0}, r"`residual_factor` must be 0 or more"),
     ({"residual_decay": 1.0}, r"at least 0 and below 1, got 1\.0"),
     ({"residual_decay": "0.9"}, r"`residual_decay` must be a number"),
+    ({"residual_growth": 0.9}, r"`residual_growth` must be 1 or more.*0\.9"),
+    ({"residual_growth": float("nan")}, r"`residual_growth` must be"),
+    ({"residual": "fira", "residual_growth": 2.0}, r"is for residual='norm"),
     (
       {"residual": "fira", "residual_factor": 2.0},
       r"`residual_factor` is for residual='normalized'.*got residual='fira'",

@@ -66,6 +66,16 @@ def test_the_help_has_a_line_for_every_method():
     ("galore", ["optimizer.burst=-1"], "burst"),
     (
       "galore",
+      ["optimizer.residual=none", "optimizer.residual_growth=1.5"],
+      "no meaning",
+    ),
+    (
+      "galore",
+      ["optimizer.residual=factored", "optimizer.residual_growth=0.5"],
+      "must be 1 or more, or 0",
+    ),
+    (
+      "galore",
       ["optimizer.burst=4", "optimizer.projector=svd"],
       "projector=svd",
     ),
