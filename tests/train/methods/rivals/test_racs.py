@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import galore_optax
+from galore_optax import baselines
 from tests.train.methods.rivals import reference
 
 DECAY, GROWTH, SCALE = 0.9, 1.01, 0.5
@@ -57,6 +59,11 @@ def test_some_of_these_updates_are_limited():
   norms = [np.linalg.norm(u) for u in racs(grads)]
   growth = np.array(norms[1:]) / norms[:-1]
   assert np.isclose(growth, GROWTH).any() and (growth < 1).any()
+
+
+def test_a_leaf_that_is_no_matrix_is_refused():
+  with pytest.raises(ValueError, match=r"'bias' has shape \(3,\).*partition"):
+    baselines.scale_by_racs().init({"bias": jnp.zeros(3)})
 
 
 def test_tiny_gradients_and_their_zeros_are_scaled_like_others():
