@@ -130,8 +130,9 @@ def galore(
       entries are about as large as Adam's; None means 1.
     residual_decay: Decay β of the mean of its squares; None means 0.95.
     residual_growth: Largest ratio of the norm of :math:`\tilde S` to that of
-      the step before; where it would be larger, :math:`\tilde S` is scaled
-      down. None means 1.01, infinity sets no limit.
+      the step before, such as Fira's 1.01; where it would be larger,
+      :math:`\tilde S` is scaled down. The state then grows by one number more
+      for each matrix. None or infinity sets no limit.
     basis_dtype: Dtype of the bases: a float dtype, or `int4` or `int8` for
       block-wise codes, see :class:`galore_optax.QArray`.
     state_dtype: Dtype in which moments are stored between steps. None: bfloat16

@@ -4,9 +4,8 @@ GaLore drops the part of a gradient that its basis P does not span, :math:`S = G
 - P R`. Here it takes part in the update. It has no momentum; it is divided by
 the root of a running mean of its squares, kept for each column, or for columns
 and rows. So it moves the weights at Adam's rate, and the state grows by a
-vector for each matrix. What is added may grow by one percent a step, as Fira
-limits it: gradients of a few rare tokens would otherwise be steps many times as
-large as the others.
+vector for each matrix. How fast its norm grows from step to step can be
+limited, as in Fira.
 
 For one column, the squares of S are those of G without those of R, because P is
 orthonormal. The column form therefore never computes S: it is folded into the
@@ -124,8 +123,9 @@ def lift_leaf(
     \quad \text{or} \quad \tilde S_{ij} =
     S_{ij} \sqrt{\frac{\sum_k \hat w_k}{\hat c_j \hat w_i}}
 
-  for `normalized` or `factored` (the left side). Then :math:`\tilde S` is
-  scaled down wherever its norm is more than `growth` times the last one.
+  for `normalized` or `factored` (the left side). With a limit,
+  :math:`\tilde S` is then scaled down wherever its norm is more than `growth`
+  times the last one.
 
   A matrix whose gradient is not finite has no residual in this step, and leaves
   its state as it is.
@@ -147,7 +147,7 @@ def lift_leaf(
     site=site,
     rate=factor * site.scale * jnp.asarray(gain, jnp.float32),
     decay=DECAY if settings.decay is None else settings.decay,
-    growth=limiter.GROWTH if settings.growth is None else settings.growth,
+    growth=settings.growth,
     lift_dtype=step.grad.dtype if step.grad.dtype == jnp.bfloat16 else None,
     noise=max(_NOISE, 2 * float(jnp.finfo(step.low.dtype).eps)),
   )
@@ -167,7 +167,8 @@ class _Matrices:
     site: The leaf's plan.
     rate: Factor on the normalized residual, signed: that of the update.
     decay: Decay of the means.
-    growth: Largest ratio of the norms of a residual at two successive steps.
+    growth: Largest ratio of the norms of a residual at two successive steps;
+      None if that is not limited.
     lift_dtype: Dtype of the operands of the lift; None for float32.
     noise: Fraction of a column's squares below which its residual is noise.
   """

@@ -19,7 +19,7 @@ class Settings:
     factor: Factor on a normalized residual, possibly traced; None for 1.
     decay: Decay of its mean square, possibly traced; None for 0.95.
     growth: Largest ratio of its norms at two successive steps, possibly traced;
-      None for 1.01, infinity for no limit.
+      None or infinity for no limit.
     orthonormal: Whether bases are stored in float32, so that they are
       orthonormal.
   """
@@ -33,7 +33,8 @@ class Settings:
   @property
   def is_limited(self) -> bool:
     """Whether the norm may not grow at will, as far as one can see."""
-    return not (isinstance(self.growth, float) and math.isinf(self.growth))
+    is_infinite = isinstance(self.growth, float) and math.isinf(self.growth)
+    return self.growth is not None and not is_infinite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,11 @@ OPTIMIZERS = {
   ),
   "fira": _alias(galore_adamw, _adamw, weight_decay=DECAY, residual="fira"),
   "factored": _alias(
-    galore_adamw, _adamw, weight_decay=DECAY, residual="factored"
+    galore_adamw,
+    _adamw,
+    weight_decay=DECAY,
+    residual="factored",
+    residual_growth=1.01,
   ),
   "galore_adamw_8bit": _alias(
     galore_adamw_8bit, _adamw_8bit, weight_decay=DECAY, min_size=0

@@ -35,7 +35,6 @@ class TuckerAdamW:
     self.mu = self.nu = 0.0
     self.residual, self.column = residual, column
     self.columns = self.rows = self.weight = 0.0
-    self.norm = np.inf
 
   def update(self, weight, grad, is_due):
     """The change of the weight."""
@@ -71,7 +70,7 @@ class TuckerAdamW:
     return x
 
   def _normalized(self, rest, low):
-    """The residual over the root of a running mean of its squares, limited."""
+    """The residual over the root of a running mean of its squares."""
     moved = np.moveaxis(rest, self.column, -1)
     matrix = moved.reshape(-1, moved.shape[-1])
     self.columns = 0.95 * self.columns + 0.05 * np.sum(matrix**2, 0)
@@ -83,7 +82,4 @@ class TuckerAdamW:
       matrix = matrix * np.sqrt(free / columns)
     else:
       matrix = matrix * np.sqrt(np.sum(rows) / (columns * rows))
-    norm = np.linalg.norm(matrix)
-    matrix *= min(1, 1.01 * self.norm / norm)
-    self.norm = min(norm, 1.01 * self.norm)
     return np.moveaxis(matrix.reshape(moved.shape), -1, self.column)

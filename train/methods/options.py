@@ -65,8 +65,8 @@ class SharedOptimizerConfig:
   residual: Literal["none", "normalized", "factored"] = "none"
   residual_factor: float = 1.0  # factor on the residual, beside Adam's update
   residual_decay: float = 0.95  # decay of the mean square that it is divided by
-  # largest growth of its norm from one step to the next; 0: without limit
-  residual_growth: float = 1.01
+  # largest ratio of its norm to that of the step before, as 1.01; 0: any
+  residual_growth: float = 0.0
   # dtype of GaLore's bases; integers have a scale per block
   basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
   # dtype of GaLore's moments between steps; auto: that of the weights; empty:
@@ -97,20 +97,12 @@ class SharedOptimizerConfig:
       if (
         self.residual == "none"
         and field.name.startswith("residual_")
-        and getattr(self, field.name) not in _NO_RESIDUAL[field.name]
+        and getattr(self, field.name) != field.default
       ):
         raise UserError(
           f"optimizer.{field.name}={getattr(self, field.name)} has no meaning"
           " for optimizer.residual=none; choose normalized or factored"
         )
-
-
-# What the residual's numbers may be where there is no residual.
-_NO_RESIDUAL = {
-  "residual_factor": (1.0,),
-  "residual_decay": (0.95,),
-  "residual_growth": (1.01, 0.0),
-}
 
 
 @dataclasses.dataclass(frozen=True)

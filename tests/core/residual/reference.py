@@ -103,7 +103,7 @@ class Normalized:
     factored=False,
     factor=1.0,
     memory=0.95,
-    growth=1.01,
+    growth=np.inf,
   ):
     self.adam, self.alpha, self.rate = _Adam(), alpha, rate
     self.decay, self.factored, self.factor = decay, factored, factor

@@ -111,7 +111,7 @@ def test_factor_decay_and_scale_are_those_given(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("growth", [1.0, 1.3, float("inf")])
+@pytest.mark.parametrize("growth", [1.0, 1.01, 1.3, float("inf")])
 def test_the_norm_grows_no_faster_than_allowed(growth, method):
   """Some steps reach the limit, and some do not."""
   model = reference.Normalized(
@@ -218,12 +218,14 @@ def test_any_inner_optimizer(inner, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("proj_type", ["std", "right", "full"])
-def test_bad_gradients_neither_spread_nor_stay(proj_type, method):
+@pytest.mark.parametrize("growth", [None, 1.5])
+def test_bad_gradients_neither_spread_nor_stay(growth, proj_type, method):
   grads = [jnp.asarray(g) for g in gradients((8, 12), [1.0] * 6)]
   grads[0] = jnp.zeros_like(grads[0])
   grads[2] = grads[2].at[3, 4].set(jnp.nan)
   grads[3] = grads[3].at[3, 4].set(3e38)  # whose square is infinite
-  tx = normalized(optax.adam(RATE), proj_type=proj_type, residual=method)
+  options = {"proj_type": proj_type, "residual_growth": growth}
+  tx = normalized(optax.adam(RATE), residual=method, **options)
   params = {"w": jnp.zeros((8, 12))}
   found = run(tx, [{"w": g} for g in grads], params)
   assert all(np.isfinite(u["w"]).all() for u, _ in found)
@@ -273,8 +275,12 @@ def test_state_grows_by_a_vector_a_matrix():
   make = lambda method: galore(optax.adam(RATE), rank=2, residual=method)
   size = lambda method: state_bytes(make(method).init(params))
   weights = 2 * 3 + 1
-  assert size("normalized") - size(None) == 4 * weights * (12 + 2)
+  assert size("normalized") - size(None) == 4 * weights * (12 + 1)
   assert size("factored") - size("normalized") == 4 * weights * 8
+  limited = galore(
+    optax.adam(RATE), rank=2, residual="normalized", residual_growth=1.01
+  )
+  assert state_bytes(limited.init(params)) - size("normalized") == 4 * weights
 
 
 def test_the_column_form_takes_no_product_more():
@@ -304,7 +310,7 @@ def test_stacked_matrices_are_each_by_themselves(method):
 
 
 def test_layer_by_layer_equals_the_usual_step():
-  tx = normalized(optax.adam(RATE), rules=small.RULES)
+  tx = normalized(optax.adam(RATE), rules=small.RULES, residual_growth=1.01)
   state, other = small.train_both_ways(tx, GAP + 1, atol=2e-4)
   found = state.layers.recovery["layers"]
   assert found.columns.shape == (3, 16)
