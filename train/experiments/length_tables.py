@@ -25,7 +25,7 @@ QUARTER, SIXTEENTH = 16, 4  # ranks: d / 4 and d / 16
 # How bases move in today's methods, and in those with the residual.
 MOVING: Settings = ("optimizer.refresh=staggered", "optimizer.moments=rotate")
 RESTING: Settings = (*MOVING, "optimizer.burst=4")
-# How fast the norm of the residual may grow; without this it is not limited.
+# How fast the norm of the residual may grow.
 LIMITED: Settings = ("optimizer.residual_growth=1.01",)
 # What leaves a third, or a twelfth, of AdamW's bytes.
 INT4: Settings = ("optimizer.basis_dtype=int4",)
@@ -71,20 +71,20 @@ def low_bits(name: str, label: str, rank: int, *settings: str) -> Variant:
 
 
 ADAMW = method("adamw", "AdamW", "adamw", "optimizer.b2=0.999")
-OURS = ours("ours", "GaLore, residual without limit, rank d/4")
+OURS = ours("ours", "GaLore with the residual, rank d/4")
 OURS_LOW = ours(
-  "ours_16", "GaLore, residual without limit, rank d/16", rank=SIXTEENTH
+  "ours_16", "GaLore with the residual, rank d/16", rank=SIXTEENTH
 )
 LIMITED_ROWS = (
   low_bits(
     "limited_16_8bit",
-    "8-bit GaLore with the residual, rank d/16",
+    "8-bit GaLore, the residual limited, rank d/16",
     SIXTEENTH,
     *LIMITED,
   ),
   low_bits(
     "limited_8bit",
-    "8-bit GaLore with the residual, rank d/4",
+    "8-bit GaLore, the residual limited, rank d/4",
     QUARTER,
     *LIMITED,
   ),
@@ -99,9 +99,12 @@ LENGTH = Table(
     LIMITED_ROWS,
     (
       ours(
-        "limited_16", "GaLore with the residual, rank d/16", *LIMITED, rank=4
+        "limited_16",
+        "GaLore, the residual limited, rank d/16",
+        *LIMITED,
+        rank=4,
       ),
-      ours("limited", "GaLore with the residual, rank d/4", *LIMITED),
+      ours("limited", "GaLore, the residual limited, rank d/4", *LIMITED),
     ),
     (
       method(
@@ -112,18 +115,12 @@ LENGTH = Table(
         "optimizer.b2=0.999",
       ),
     ),
-    (
-      low_bits(
-        "ours_16_8bit", "8-bit GaLore, residual without limit, rank d/16", 4
-      ),
-    ),
+    (low_bits("ours_16_8bit", "8-bit GaLore with the residual, rank d/16", 4),),
     (
       method(
         "muon_4bit", "Muon, 4-bit momentum", "muon_4bit", "optimizer.b2=0.999"
       ),
-      low_bits(
-        "ours_8bit", "8-bit GaLore, residual without limit, rank d/4", 16
-      ),
+      low_bits("ours_8bit", "8-bit GaLore with the residual, rank d/4", 16),
     ),
     (method("racs", "RACS", "racs", "optimizer.b2=0.999"),),
     (
