@@ -16,8 +16,8 @@ from train.config import schema
 from train.methods import leaves, registry, transforms
 from train.models import llama
 from train.parallel import mesh
+from train.step import backward, optimizer
 from train.step import losses as losses_lib
-from train.step import optimizer
 from train.step import state as state_lib
 
 
@@ -151,6 +151,23 @@ def test_the_z_loss_is_the_mean_square_of_the_normalizer(trainer, rows):
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
     found,
     wanted,
+  )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_of_a_step_that_is_not_taken_change_no_bit(dtype):
+  """Not even the sign of a zero."""
+  weights = {"w": jnp.array([0.0, -0.0, 1.5, -1e-30], dtype)}
+  updates = {"w": jnp.array([1.0, jnp.nan, jnp.inf, 2.0], dtype)}
+  nothing = backward.or_nothing(updates, jnp.bool_(False))
+  found = optax.apply_updates(weights, nothing)
+  np.testing.assert_array_equal(found["w"], weights["w"])
+  np.testing.assert_array_equal(
+    jnp.signbit(found["w"]), jnp.signbit(weights["w"])
+  )
+  taken = backward.or_nothing(updates, jnp.bool_(True))
+  np.testing.assert_array_equal(
+    np.float32(taken["w"]), np.float32(updates["w"])
   )
 
 
