@@ -12,7 +12,7 @@ from galore_optax import context as context_lib
 from galore_optax.residual import methods as residual_lib
 from galore_optax.subspace import initial, refresh_settings
 from galore_optax.subspace.refresh_settings import Refresh
-from galore_optax.transform import start, update
+from galore_optax.transform import axis_names, start, update
 from galore_optax.transform.settings import Settings
 from galore_optax.tree import plan as plan_lib
 from galore_optax.tree import rules as rules_lib
@@ -256,7 +256,9 @@ def galore(
 
 def _or_describe(settings: Settings) -> Callable:
   """The update function; called with a probe, it describes itself to that."""
-  step = sharding.with_auto_axes(functools.partial(update.update, settings))
+  step = sharding.with_auto_axes(
+    axis_names.unnamed(functools.partial(update.update, settings))
+  )
 
   def update_or_describe(updates, state, params=None, **extra_args):
     context, _ = context_lib.split_off(extra_args)

@@ -12,6 +12,7 @@ import optax
 from galore_optax import linalg
 from galore_optax.quantization import qarray
 from galore_optax.subspace import projection
+from galore_optax.transform import axis_names
 from galore_optax.transform.state import GaLoreState
 from galore_optax.tree import paths, plan, sides
 
@@ -67,8 +68,7 @@ def find_bases(state: Any) -> dict[str, dict[str, jax.Array]]:
   """
   return {
     path: projection.read_stacked(stored)
-    for x in jax.tree.leaves(state, is_leaf=_is_state)
-    if _is_state(x)
+    for x in _states(state)
     for path, stored in x.projector.items()
   }
 
@@ -96,8 +96,7 @@ def refresh_counts(state: Any) -> dict[str, jax.Array]:
   """
   return {
     path: schedule.refreshes
-    for x in jax.tree.leaves(state, is_leaf=_is_state)
-    if _is_state(x)
+    for x in _states(state)
     for path, schedule in (x.schedule or {}).items()
   }
 
@@ -364,9 +363,8 @@ def describe(
     if path is not None:
       owned[path] += _leaf_bytes(x)
   bases: dict[str, Any] = {}
-  for x in jax.tree.leaves(state, is_leaf=_is_state):
-    if _is_state(x):
-      bases |= x.projector
+  for x in _states(state):
+    bases |= x.projector
   parts: dict[str, dict[str, _Part]] = {path: {} for path in leaves}
   for path, decision in decisions.items():
     if path in owners:
@@ -384,8 +382,11 @@ def _dequantized_shape(x: Any) -> Any:
   return jax.ShapeDtypeStruct(x.shape, jnp.float32)
 
 
-def _is_state(x: Any) -> bool:
-  return isinstance(x, GaLoreState)
+def _states(state: Any) -> list[GaLoreState]:
+  """The states of GaLore in an optimizer's state, with plain arrays."""
+  is_state = lambda x: isinstance(x, GaLoreState)
+  leaves = jax.tree.leaves(axis_names.without_names(state), is_leaf=is_state)
+  return [x for x in leaves if is_state(x)]
 
 
 def _owners(found: Iterable[str], leaves: Mapping[str, Any]) -> dict[str, str]:

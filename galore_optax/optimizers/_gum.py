@@ -16,6 +16,7 @@ from galore_optax.optimizers.adam8bit import Mask
 from galore_optax.optimizers.gum_sampling import Sampled
 from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.subspace.refresh_settings import Refresh
+from galore_optax.transform import axis_names
 from galore_optax.tree import rules as rules_lib
 from galore_optax.tree import sharding
 
@@ -165,7 +166,8 @@ def gum(
   )
   return optax.chain(
     optax.GradientTransformationExtraArgs(
-      settings.init, sharding.with_auto_axes(settings.update)
+      settings.init,
+      sharding.with_auto_axes(axis_names.unnamed(settings.update)),
     ),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),

@@ -22,6 +22,7 @@ from galore_optax.optimizers.adam8bit import Mask
 from galore_optax.optimizers.options import GaLoreOptions, recipe
 from galore_optax.subspace import moments, projection
 from galore_optax.subspace.refresh_settings import Refresh
+from galore_optax.transform import axis_names
 from galore_optax.transform.state import GaLoreState
 from galore_optax.tree import paths, sharding, split
 from galore_optax.tree import plan as plan_lib
@@ -304,7 +305,8 @@ def ldadam(
   )
   return optax.chain(
     optax.GradientTransformationExtraArgs(
-      settings.init, sharding.with_auto_axes(settings.update)
+      settings.init,
+      sharding.with_auto_axes(axis_names.unnamed(settings.update)),
     ),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),

@@ -22,6 +22,7 @@ import optax
 from galore_optax import context as context_lib
 from galore_optax import linalg
 from galore_optax.subspace import moments, projection
+from galore_optax.transform import axis_names
 from galore_optax.transform.state import GaLoreState
 from galore_optax.tree import (
   boxes,
@@ -125,7 +126,7 @@ class Sampled:
     leaves = paths.leaves_by_path(params)
     axes = boxes.axis_names(params)
     self.plan.check_full_rank_axes("gum", leaves, axes, state.projector)
-    families = self._families(leaves, state)
+    families = self._families(leaves, axis_names.without_names(state))
     unique = [family.path for family in families if family.count == 1]
     if unique:
       for family in families:

@@ -11,7 +11,7 @@ from galore_optax import checks
 from galore_optax.inner import storage
 from galore_optax.residual import methods as residual_lib
 from galore_optax.subspace import adaptive, due, initial
-from galore_optax.transform import weights
+from galore_optax.transform import axis_names, weights
 from galore_optax.transform.settings import Settings, as_dtype
 from galore_optax.transform.state import GaLoreState
 from galore_optax.tree import boxes, paths, sharding, split
@@ -54,13 +54,13 @@ def init(settings: Settings, params: optax.Params) -> GaLoreState:
     schedule=_schedules(settings, sites),
     recovery=norms,
   )
-  if settings.accumulation_steps == 1:
-    return state
-  empty = jax.tree.map(lambda x: _zeros_like(x), narrow)
-  return state._replace(
-    accumulator=split.split(empty, sites),
-    micro_step=jnp.zeros([], jnp.int32),
-  )
+  if settings.accumulation_steps > 1:
+    empty = jax.tree.map(lambda x: _zeros_like(x), narrow)
+    state = state._replace(
+      accumulator=split.split(empty, sites),
+      micro_step=jnp.zeros([], jnp.int32),
+    )
+  return axis_names.named(state, params, sites)
 
 
 def _skeleton(settings: Settings, params: Any) -> GaLoreState:

@@ -11,8 +11,8 @@ from galore_optax.projected import probe as probe_lib
 from galore_optax.subspace import due, moments, projection
 from galore_optax.subspace import refresh as refresh_lib
 from galore_optax.subspace.refresh_matrix import Found
+from galore_optax.transform import axis_names, step
 from galore_optax.transform import call as call_lib
-from galore_optax.transform import step
 from galore_optax.transform.call import Call
 from galore_optax.transform.settings import Settings
 from galore_optax.transform.state import GaLoreState
@@ -45,7 +45,8 @@ def describe(
   extra_args: Mapping[str, Any],
 ) -> probe_lib.Described:
   """What a backward pass needs for projecting gradients, at this step."""
-  call = call_lib.make(settings, updates, state, params, extra_args)
+  plain = axis_names.without_names(state)
+  call = call_lib.make(settings, updates, plain, params, extra_args)
   if call.context.probe.active is not None:
     active = call.context.active & call.context.probe.active
     context = call.context._replace(active=active)
@@ -63,14 +64,16 @@ def describe(
     active = call.context.active & is_taken
     context = call.context._replace(active=active)
     here = dataclasses.replace(call, context=context)
-    return _refresh(settings, here, state, bases)
+    return axis_names.with_names_of(
+      state, _refresh(settings, here, plain, bases)
+    )
 
   return probe_lib.Described(
     state.step,
     call.sites,
-    state.projector,
+    plain.projector,
     due.by_leaf(
-      settings.refresh, call.sites, call.context, state.schedule or {}
+      settings.refresh, call.sites, call.context, plain.schedule or {}
     ),
     settings.refresh.iterations,
     refreshed,

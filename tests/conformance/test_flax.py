@@ -11,7 +11,15 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 
-from galore_optax import adamw_8bit, dequantize
+from galore_optax import (
+  adamw_8bit,
+  dequantize,
+  find_bases,
+  galore_adamw,
+  galore_adamw_8bit,
+  projected_value_and_grad,
+  state_bytes,
+)
 from tests.conformance import cases
 from tests.conformance.cases import (
   every,
@@ -27,8 +35,8 @@ every_or_8_bits = pytest.mark.parametrize(
 _X = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
 
 
-def _linear(annotated=False, annotated_bias=False):
-  metadata = lambda *axes: {"out_sharding": axes}
+def _linear(annotated=False, annotated_bias=False, **more):
+  metadata = lambda *axes: {"out_sharding": axes, **more}
   return nnx.Linear(
     16,
     8,
@@ -48,9 +56,9 @@ def _train(model, optimizer):
   return loss
 
 
-def _plain_run(tx, steps=3):
+def _plain_run(tx, steps=3, **metadata):
   """The same steps with `nnx.split`, `nnx.merge` and `jax.jit`."""
-  graphdef, params = nnx.split(_linear(), nnx.Param)
+  graphdef, params = nnx.split(_linear(**metadata), nnx.Param)
 
   @jax.jit
   def step(params, state):
@@ -62,6 +70,29 @@ def _plain_run(tx, steps=3):
   for _ in range(steps):
     params, state = step(params, state)
   return nnx.to_pure_dict(params), state
+
+
+def test_annotated_state_with_projected_gradients():
+  """A backward pass that refreshes bases leaves them in their boxes."""
+
+  def run(**metadata):
+    graphdef, params = nnx.split(_linear(**metadata), nnx.Param)
+    tx = galore_adamw(0.05, rank=4, scale=1.0, update_proj_gap=2)
+    loss = lambda p: _loss(nnx.merge(graphdef, p))
+    value_and_grad = jax.jit(projected_value_and_grad(loss, tx))
+    state = first = tx.init(params)
+    for _ in range(3):
+      _, grads, state = value_and_grad(params, state)
+      assert grads.kernel.shape == (16, 4)
+      updates, state = jax.jit(tx.update)(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    assert jax.tree.structure(state) == jax.tree.structure(first)
+    return jax.device_get(nnx.to_pure_dict(params)), state
+
+  found, state = run(annotated=True, eager_sharding=False)
+  cases.assert_close(found, run()[0], 1e-5, 1e-6)
+  (basis,) = state.projector["kernel"].values()
+  assert basis.get_metadata()["out_sharding"] == ("y", None)
 
 
 def _pure(model):
@@ -134,6 +165,89 @@ def test_annotated_nnx_optimizer_under_jit(name):
     for _ in range(3):
       train(model, optimizer)
   cases.assert_close(_pure(model), _wanted(name), 1e-4, 1e-5)
+
+
+@every_with_slow_codes
+def test_annotated_state_outside_of_an_optimizer(name):
+  """Boxes with names around bases and moments change no number."""
+  tx = cases.make(name)
+  params, state = _plain_run(tx, annotated=True, eager_sharding=False)
+  cases.assert_close(jax.device_get(params), _wanted(name), 1e-4, 1e-5)
+  plain = _plain_run(tx)[1]
+  assert state_bytes(state) == state_bytes(plain)
+  bases, wanted = find_bases(state), find_bases(plain)
+  assert bases.keys() == wanted.keys()
+  cases.assert_close(bases, wanted, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("rank, axis", [(4, "y"), (3, None)])
+@pytest.mark.parametrize("codes", [False, True])
+def test_annotated_state_of_rank_r_is_sharded(rank, axis, codes):
+  """The rank's axis is divided like the projected side if the mesh divides it.
+
+  The axes may be named by aliases, for which rules give the axes of the mesh.
+  """
+  make = galore_adamw_8bit if codes else galore_adamw
+  more = {"min_size": 0, "basis_dtype": "int8"} if codes else {}
+  tx = make(0.05, rank=rank, scale=1.0, **more)
+
+  def create(rename, **metadata):
+    linear = _linear(annotated=True, **metadata)
+    kernel = linear.kernel
+    kernel.set_metadata(out_sharding=tuple(map(rename, ("x", "y"))))
+    return nnx.state(nnx.Optimizer(linear, tx, wrt=nnx.Param))
+
+  rules = (("rows", "x"), ("columns", "y"))
+  aliases = {axis: alias for alias, axis in rules}
+  with jax.set_mesh(_mesh()):
+    plain = create(lambda x: x)
+    renamed = create(aliases.get, sharding_rules=rules)
+  for state in plain, renamed:
+    of_rank_r = _arrays_of_rank_r(nnx.to_pure_dict(state))
+    assert {keys: x.sharding.spec for keys, x in of_rank_r.items()} == {
+      "mu": jax.P("x", axis),
+      "nu": jax.P("x", axis),
+      "basis": jax.P(None, "y") if codes else jax.P("y", None),
+    }
+
+
+def _arrays_of_rank_r(state):
+  """Moments of the kernel, and its basis; of quantized ones the codes."""
+  codes = lambda x: x["codes"] if isinstance(x, dict) else x
+  adam = state["opt_state"]["inner_state"][0]
+  return {
+    "mu": codes(adam["mu"]["low"]["kernel"]),
+    "nu": codes(adam["nu"]["low"]["kernel"]),
+    "basis": codes(state["opt_state"]["projector"]["kernel"]["right"]),
+  }
+
+
+def test_annotation_by_a_named_sharding():
+  """Its mesh says whether the rank can be divided."""
+  mesh = _mesh()
+  model = _linear(annotated=True, eager_sharding=False)
+  sharding = jax.NamedSharding(mesh, jax.P("x", "y"))
+  model.kernel.set_metadata(out_sharding=sharding)
+  params = nnx.state(model, nnx.Param)
+  for rank, axis in (4, "y"), (3, None):
+    state = galore_adamw(0.05, rank=rank, scale=1.0).init(params)
+    (mu,) = optax.tree.get(state, "mu").low.values()
+    found = mu.get_metadata()["out_sharding"]
+    assert found == jax.NamedSharding(mesh, jax.P("x", axis))
+
+
+def test_a_state_may_be_sharded_unlike_its_parameters():
+  """By Flax's `optimizer_sharding`, as full moments are."""
+  model = _linear(annotated=True, eager_sharding=False)
+  model.kernel.set_metadata(optimizer_sharding=(None, "x"))
+  tx = galore_adamw(0.05, rank=4, scale=1.0)
+  state = nnx.state(nnx.Optimizer(model, tx, wrt=nnx.Param))
+  specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
+  assert _arrays_of_rank_r(specs) == {
+    "mu": jax.P(None, "x"),
+    "nu": jax.P(None, "x"),
+    "basis": jax.P("x", None),
+  }
 
 
 def _assert_fitting(state, mesh):

@@ -164,7 +164,9 @@ def test_layer_by_layer(clip_norm):
     np.array([x["grad_norm"] for x in found]) for *_, found in (lean, usual)
   ]
   if clip_norm is None:
-    _same(lean[:2], usual[:2])
+    _same(lean[0], usual[0], atol=1e-6)
+    # A basis magnifies what rounding does to a gradient, by σ₁ / (σᵣ - σᵣ₊₁).
+    _same(lean[1], usual[1], atol=1e-4)
     assert (norms[0] < 1.0001 * norms[1]).all()
     assert norms[0].sum() < norms[1].sum()
   else:
