@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax import linalg
+from galore_optax.quantization import carried
 from galore_optax.subspace import find, projection
 
 
@@ -104,7 +105,9 @@ class Found(NamedTuple):
 
   Attributes:
     low: Projected gradients (..., r, n), (..., m, r) or (..., r, r).
-    bases: Side to the bases of this step, (..., m, r) or (..., n, r).
+    bases: Side to the bases of this step: (..., m, r) or (..., n, r); or their
+      codes, as the state stores them or as
+      :class:`galore_optax.quantization.carried.Carried`.
     valid: 1 where a basis was due, and its gradient finite and not zero;
       (..., 1, 1), float32.
   """
@@ -114,8 +117,11 @@ class Found(NamedTuple):
   valid: Any
 
   def astype(self, gradient_dtype: Any, basis_dtype: Any) -> "Found":
-    """The same, rounded to the dtypes in which it is handed out."""
-    bases = {side: x.astype(basis_dtype) for side, x in self.bases.items()}
+    """The same, in the dtypes in which it is handed out."""
+    bases = {
+      side: carried.pack(x) if carried.fits(x) else x.astype(basis_dtype)
+      for side, x in self.bases.items()
+    }
     return Found(self.low.astype(gradient_dtype), bases, self.valid)
 
 
@@ -134,7 +140,7 @@ def _image(
 
 def find_and_project(
   gradient: Gradient,
-  old: Mapping[str, jax.Array],
+  stored: Mapping[str, Any],
   due: jax.Array,
   iterations: Any,
   axis_name: Any = None,
@@ -143,28 +149,39 @@ def find_and_project(
 
   Args:
     gradient: The gradient.
-    old: Side to basis (m, r) or (n, r).
+    stored: Side to basis (m, r) or (n, r), as the state stores it.
     due: Whether the bases are due, bool scalar.
     iterations: Subspace iterations of a refresh.
     axis_name: Mesh axes over whose devices gradients are summed later; None if
       this one is a sum already.
 
   Returns:
-    The projected gradient and the bases it was projected on.
+    The projected gradient and the bases it was projected on: arrays in
+    float32, or codes if a derivative can carry them.
   """
 
-  def refresh(old: dict) -> tuple[dict, jax.Array]:
+  def refresh(stored: dict) -> tuple[dict, jax.Array]:
     new, valid = {}, jnp.bool_(True)
-    for side, basis in old.items():
+    for side, basis in _read(stored).items():
       image = lambda basis, side=side: _image(gradient, basis, side, axis_name)
       new[side], ok = find.iterate(image, basis, iterations)
       valid &= ok
-    return new, valid
+    return projection.write(new, stored), valid
 
-  def keep(old: dict) -> tuple[dict, jax.Array]:
-    return old, jnp.zeros_like(due)
+  def keep(stored: dict) -> tuple[dict, jax.Array]:
+    return stored, jnp.zeros_like(due)
 
-  old = {side: basis.astype(jnp.float32) for side, basis in old.items()}
-  bases, valid = jax.lax.cond(due, refresh, keep, old)
+  arrays = _read(stored)
+  stored = {
+    side: x if carried.fits(x) else arrays[side] for side, x in stored.items()
+  }
+  bases, valid = jax.lax.cond(due, refresh, keep, stored)
   valid = valid.astype(jnp.float32)[None, None]
-  return Found(gradient.project(bases), bases, valid)
+  return Found(gradient.project(_read(bases)), bases, valid)
+
+
+def _read(stored: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Side to basis as an array, float32."""
+  return {
+    side: x.astype(jnp.float32) for side, x in projection.read(stored).items()
+  }

@@ -208,7 +208,7 @@ def _find_and_project(weight: Weight, arrays: tuple, make: Any) -> Found:
       make(arrays), bases, due, iterations, form.axis_name
     ).astype(form.gradient_dtype, form.basis_dtype)
 
-  args = (arrays, weight.read_bases(), weight.due)
+  args = (arrays, weight.stored_bases(), weight.due)
   stack = len(form.stack)
   if not stack:
     return of_matrix(*args)

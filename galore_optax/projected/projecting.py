@@ -16,7 +16,7 @@ from galore_optax.context import UpdateContext
 from galore_optax.projected import probe, rewrite
 from galore_optax.projected.gradient import Found
 from galore_optax.projected.weight import Form, Weight
-from galore_optax.quantization import qarray
+from galore_optax.quantization import blocks, carried, qarray
 from galore_optax.quantized_params import dequantize_params
 from galore_optax.tree import paths, plan, sharding
 
@@ -209,7 +209,7 @@ def _weight(
     bases,
     galore.due[site.path],
     galore.iterations if form.iterations is None else None,
-    _slot(site, leaf, form),
+    _slot(site, bases, leaf, form),
     form,
   )
   return sharding.vary_together(weight)
@@ -223,16 +223,34 @@ def _stored_dtype(bases: Mapping[str, Any]) -> Any:
   return jnp.result_type(*dtypes)
 
 
-def _slot(site: plan.Site, leaf: Any, form: Form) -> Found:
+def _slot(
+  site: plan.Site, bases: Mapping[str, Any], leaf: Any, form: Form
+) -> Found:
   """Zeros for what a backward pass finds, sharded as the state is."""
   like = leaf.codes if qarray.is_quantized(leaf) else leaf
   zeros = lambda shape, dtype, spec: sharding.shard_divisible_like(
     jnp.zeros(shape, dtype), like, spec
   )
 
-  def of_side(side: str) -> jax.Array:
+  def of_side(side: str) -> Any:
     spec = functools.partial(site.basis_spec, side)
-    return zeros(site.basis_shape(side), form.basis_dtype, spec)
+    q = bases[side]
+    if not carried.fits(q):
+      return zeros(site.basis_shape(side), form.basis_dtype, spec)
+
+    def of_codes(parts: tuple) -> tuple:
+      *stack, rows, _ = spec(parts)
+      return (*stack, None, rows)
+
+    def of_scales(parts: tuple) -> tuple:
+      return blocks.scale_spec(of_codes(parts), q.shape)
+
+    x = jax.eval_shape(carried.pack, q)
+    return carried.Carried(
+      zeros(x.pairs.shape, x.pairs.dtype, of_codes),
+      zeros(x.scale.shape, x.scale.dtype, of_scales),
+      zeros(x.zero.shape, x.zero.dtype, of_scales),
+    )
 
   return Found(
     zeros(site.low_shape, form.gradient_dtype, site.view.spec),

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from galore_optax.projected.gradient import Found
 from galore_optax.quantization import qarray
-from galore_optax.subspace import projection
 from galore_optax.tree import matrix_view, slices
 
 
@@ -144,11 +143,11 @@ class Weight:
 
     return arrays, weight
 
-  def read_bases(self) -> dict[str, jax.Array]:
-    """Side to basis (..., m, r), as arrays.
+  def stored_bases(self) -> dict[str, Any]:
+    """Side to basis as the state stores it.
 
-    Codes may be stored the other way round. A loop over layers would have a
-    copy of all of them, turned, unless their layout is kept.
+    A loop over layers would have a copy of all of their codes in another
+    layout, unless their own is kept.
     """
-    bases = jax.lax.stop_gradient(self.bases)
-    return projection.read(jax.tree.map(slices.keep_layout, bases))
+    bases = jax.lax.stop_gradient(dict(self.bases))
+    return jax.tree.map(slices.keep_layout, bases)

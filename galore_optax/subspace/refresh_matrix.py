@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax.context import UpdateContext
-from galore_optax.quantization import bfloat16, qarray
+from galore_optax.quantization import bfloat16, carried, qarray
 from galore_optax.subspace import adaptive as adaptive_lib
 from galore_optax.subspace import due, projection, refresh_groups
 from galore_optax.subspace import find as find_lib
@@ -28,7 +28,8 @@ class Found(NamedTuple):
   """Bases of one leaf that are known already.
 
   Attributes:
-    bases: Side to basis (..., m, r) or (..., n, r).
+    bases: Side to basis (..., m, r) or (..., n, r); or to a
+      :class:`galore_optax.quantization.carried.Carried` of the transposed.
     valid: 1 where the gradient was finite and not zero, else 0; (..., 1, 1),
       float32.
   """
@@ -90,7 +91,9 @@ def refresh_matrix(
   old = jax.lax.stop_gradient(projection.read(stored))
   found = {}
   for k, side in enumerate(sides):
-    find = functools.partial(_find, run.settings, k, group, location, grads)
+    find = functools.partial(
+      _find, run.settings, k, group, location, grads, stored[side]
+    )
     if run.is_random is not None:
       key = _key(run.seed, run.context.step, number.index, k)
       find = functools.partial(_draw_or_find, run.is_random, key, find)
@@ -124,6 +127,7 @@ def _find(
   group: refresh_groups.Group,
   location: refresh_groups.Location,
   grads: Mapping[str, jax.Array],
+  stored: Any,
   old: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """The new basis of a matrix on its k-th side, and whether it is valid.
@@ -146,7 +150,7 @@ def _find(
     return jax.lax.switch(location.kind, branches, basis)
 
   if isinstance(grads[group.members[0].path], Found):
-    return with_gradient(_take_found, old)
+    return with_gradient(functools.partial(_take_found, stored), old)
   if settings.finder == "svd":
     return with_gradient(find_lib.svd_basis, old)
   iterations: Any = settings.iterations
@@ -156,11 +160,15 @@ def _find(
 
 
 def _take_found(
-  found: Found, old: jax.Array, side: str
+  stored: Any, found: Found, old: jax.Array, side: str
 ) -> tuple[jax.Array, jax.Array]:
   """The basis that a backward pass found, and whether it is valid."""
   valid = found.valid[0, 0] > 0
-  return jnp.where(valid, found.bases[side].astype(old.dtype), old), valid
+  new = found.bases[side]
+  if isinstance(new, carried.Carried):
+    new = carried.unpack(new, stored)
+  (basis,) = projection.read({side: new}).values()
+  return jnp.where(valid, basis.astype(old.dtype), old), valid
 
 
 def _draw_or_find(

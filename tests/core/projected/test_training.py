@@ -12,6 +12,7 @@ from galore_optax import (
   Refresh,
   chain,
   deferred_value_and_grad,
+  find_bases,
   galore,
   galore_adamw_8bit,
   gum,
@@ -172,6 +173,39 @@ def test_layer_by_layer(clip_norm):
   else:
     assert (norms[0] > clip_norm).all()
     assert lean[-1][-1]["loss"] < lean[-1][0]["loss"]
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_bases_of_4_bits(rank):
+  """With an even rank their codes leave the backward pass as they are stored.
+
+  A gradient is then projected on what is stored, also at a refresh. Else the
+  basis is rounded to bfloat16, and then to 4 bits.
+  """
+  dtype = jnp.bfloat16
+  params = jax.tree.map(lambda x: x.astype(dtype), _params())
+  tx = galore(
+    optax.sgd(1.0), rank=rank, basis_dtype="int4", update_proj_gap=1, scale=1.0
+  )
+  state = tx.init(params)
+  loss = lambda params, batch: _loss(params, batch.astype(dtype))
+  run = jax.jit(projected_value_and_grad(loss, tx))
+  _, low, state = run(params, state, _batch(0))
+  full = jax.grad(loss)(params, _batch(0))
+  bases = find_bases(state)
+  is_close = {}
+  for path in ("layers/down", "layers/up"):
+    ((side, basis),) = bases[path].items()
+    name = path.removeprefix("layers/")
+    wide = full["layers"][name].astype(jnp.float32)
+    pairs = "lmr,lmn->lrn" if side == "left" else "lmn,lnr->lmr"
+    operands = (basis, wide) if side == "left" else (wide, basis)
+    wanted = jnp.einsum(pairs, *operands)
+    error = optax.tree.norm(low["layers"][name] - wanted) / jnp.linalg.norm(
+      wanted
+    )
+    is_close[path] = bool(error < 0.01)
+  assert set(is_close.values()) == {rank == 2}
 
 
 def test_norms_are_those_of_projected_gradients():

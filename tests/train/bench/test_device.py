@@ -62,7 +62,7 @@ def test_quick_form(measured):
   assert results["rows"][-1]["left_out"] == "--quick trains no large model"
   section = report.section("device", measured)
   assert section.count("| passed |") == 14
-  assert section.endswith("optax " + found["versions"]["optax"] + ".")
+  assert "optax " + found["versions"]["optax"] in section.splitlines()[-1]
 
 
 def results_with(*rows):
