@@ -191,7 +191,7 @@ class _Matrices:
     state: State,
   ) -> tuple[jax.Array, State]:
     """The updates of some matrices, and their state after the step."""
-    wide = jnp.promote_types(grad.dtype, jnp.float32)
+    given, wide = grad, jnp.promote_types(grad.dtype, jnp.float32)
     grad, low = grad.astype(wide), low.astype(wide)
     if self.site.is_tensor:
       return self._of_tensors(grad, low, new, bases, state)
@@ -209,7 +209,7 @@ class _Matrices:
       rest = grad - projection.lift(low, bases)
       added, state = self._factored(grad, rest, state, axis)
       return self._lift(new, bases) + added, state
-    return self._by_column(grad, low, image, new, bases, state, axis)
+    return self._by_column(given, low, image, new, bases, state, axis)
 
   def _of_tensors(
     self,
@@ -274,12 +274,17 @@ class _Matrices:
     axis: int,
   ) -> tuple[jax.Array, State]:
     """The column form, which needs no product but the lift."""
-    whole = jnp.sum(grad * grad, axis)
+    wide = grad.astype(low.dtype)
+    whole = jnp.sum(wide * wide, axis)
     inside = self._inside(low, image, bases, axis)
     scale, is_finite, state = self._scale(whole, whole - inside, state, axis)
     lifted = self._lift(new - low * scale, bases)
     finite = is_finite[..., None, None]
-    return lifted + jnp.where(finite, grad * scale, 0), state
+    if self.lift_dtype is not None:
+      # Else compilers share the conversion with the sum of squares, and keep
+      # the gradients of all leaves in float32.
+      grad = jax.lax.optimization_barrier(grad)
+    return lifted + jnp.where(finite, grad.astype(low.dtype) * scale, 0), state
 
   def _factored(
     self,
@@ -371,10 +376,13 @@ class _Matrices:
 
   def _lift(self, low: jax.Array, bases: projection.Bases) -> jax.Array:
     """Lifts; in bfloat16 if the update will be rounded to it anyway."""
-    if self.lift_dtype is not None:
-      low = low.astype(self.lift_dtype)
-      bases = {side: x.astype(self.lift_dtype) for side, x in bases.items()}
-    return projection.lift(low, bases)
+    if self.lift_dtype is None:
+      return projection.lift(low, bases)
+    low, bases = jax.tree.map(lambda x: x.astype(self.lift_dtype), (low, bases))
+    lifted = projection.lift(low, bases).astype(self.lift_dtype)
+    # Without it compilers leave the rounding out, and keep what is lifted of
+    # all leaves in float32 until it is added to residuals.
+    return jax.lax.optimization_barrier(lifted)
 
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
