@@ -13,7 +13,7 @@ import numpy as np
 _FULL_RANK_PATHS = re.compile(
   r"(^|[./])[^./]*(embed|norm)[^./]*([./]|$)"
   r"|(^|[./])(wte|wpe|ln|ln_?\w{1,3}|lm_head|unembed\w*)([./]|$)"
-  r"|(^|[./])(\w+_)?(embs?|logits)([./]|$)"
+  r"|(^|[./])(\w+_)?(embs?|logits(_dense)?)([./]|$)"
   r"|(^|[./])(head|output|classifier|score)([./](kernel|weight|w)([./]\d+)?)?$"
   r"|(^|[./])(bias|scale|offset|gamma|beta)([./]\d+)?$",
   re.IGNORECASE,

@@ -39,7 +39,8 @@ def arrays(**shapes):
     "layers/attn_norm/scale", "layers/ln_1/g", "norm/weight", "layers/q/bias",
     "layers/LayerNorm_0/scale", "lm_head.weight", "transformer.wte.weight",
     "model.ln_f.weight", "blocks.0.ln_1.scale", "h.0.attn.bias",
-    "to_logits/w", "tok_emb/weight", "pos_embs", "layer_1/offset", "ln/beta",
+    "to_logits/w", "logits_dense/kernel", "tok_emb/weight", "pos_embs",
+    "layer_1/offset", "ln/beta",
     "up/bias/0", "head/weight/0",
   ],
 )  # fmt: skip
