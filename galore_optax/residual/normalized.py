@@ -280,11 +280,16 @@ class _Matrices:
     scale, is_finite, state = self._scale(whole, whole - inside, state, axis)
     lifted = self._lift(new - low * scale, bases)
     finite = is_finite[..., None, None]
-    if self.lift_dtype is not None:
-      # Else compilers share the conversion with the sum of squares, and keep
-      # the gradients of all leaves in float32.
-      grad = jax.lax.optimization_barrier(grad)
-    return lifted + jnp.where(finite, grad.astype(low.dtype) * scale, 0), state
+    add = lambda grad: (
+      lifted + jnp.where(finite, grad.astype(low.dtype) * scale, 0)
+    )
+    if self.lift_dtype is None:
+      return add(grad), state
+    # Else compilers share the conversion of the gradient with the sum of
+    # squares, leave that of the update out, and keep those of all leaves in
+    # float32.
+    update = add(jax.lax.optimization_barrier(grad)).astype(self.lift_dtype)
+    return jax.lax.optimization_barrier(update), state
 
   def _factored(
     self,
