@@ -119,18 +119,21 @@ def _draw_costs(
   stds = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in values]
   sizes = [cost(variant, records) for variant, records in chosen]
   axis.errorbar(sizes, means, stds, fmt="o", color="C0", ms=4, lw=0.7)
-  close = 0.02 * (max(means) - min(means))
-  below: list[float] = []  # where a name stands below its point
+  width, height = (max(x) - min(x) for x in (sizes, means))
+  named: list[tuple[float, float]] = []
   for size, mean, (variant, _) in zip(sizes, means, chosen, strict=True):
     first = variant == plan.table.variants[0]
     if first or _is_best_of_its_size(size, mean, sizes, means):
       left = size > 0.2 * min(sizes) + 0.8 * max(sizes)
-      above = first or any(abs(mean - x) < close for x in below)
-      below += [] if above else [mean]
+      taken = sum(
+        abs(size - x) < 0.3 * width and abs(mean - y) < 0.02 * height
+        for x, y in named
+      )
+      named.append((size, mean))
       axis.annotate(
         variant.name,
         (size, mean),
-        xytext=(-4 if left else 4, 3 if above else -10),
+        xytext=(-4 if left else 4, 3 if first else -10 * (1 + taken)),
         textcoords="offset points",
         ha="right" if left else "left",
         fontsize="small",
