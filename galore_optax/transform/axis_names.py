@@ -17,7 +17,7 @@ import optax
 from galore_optax.quantization import qarray
 from galore_optax.subspace import projection
 from galore_optax.transform.state import GaLoreState
-from galore_optax.tree import boxes, plan, split
+from galore_optax.tree import boxes, named_boxes, plan, split
 
 
 def named(
@@ -38,7 +38,7 @@ def named(
     The state; the same if no parameter is in a box of Flax NNX that names its
     axes.
   """
-  found = boxes.nnx_boxes(params)
+  found = named_boxes.find(params)
 
   def put(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {
@@ -49,7 +49,7 @@ def named(
   return _map_leaves(put, state) if found else state
 
 
-def _named(site: plan.Site, box: boxes.NamedBox, x: Any) -> Any:
+def _named(site: plan.Site, box: named_boxes.NamedBox, x: Any) -> Any:
   """A leaf's bases by side, or one of its moments, in boxes."""
   if isinstance(x, dict):
     return {side: _named_basis(site, side, box, y) for side, y in x.items()}
@@ -59,7 +59,7 @@ def _named(site: plan.Site, box: boxes.NamedBox, x: Any) -> Any:
 
 
 def _named_basis(
-  site: plan.Site, side: str, box: boxes.NamedBox, basis: Any
+  site: plan.Site, side: str, box: named_boxes.NamedBox, basis: Any
 ) -> Any:
   """A basis in a box; one that is drawn from a seed has no axes."""
   if isinstance(basis, projection.RandomBasis):
@@ -70,7 +70,7 @@ def _named_basis(
   return _put(box, basis, names)
 
 
-def _put(box: boxes.NamedBox, x: Any, names: tuple) -> Any:
+def _put(box: named_boxes.NamedBox, x: Any, names: tuple) -> Any:
   """An array in a box with these names; of a quantized one, its codes."""
   if qarray.is_quantized(x):
     return dataclasses.replace(x, codes=box.around(x.codes, names))
